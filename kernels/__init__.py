@@ -1,0 +1,1 @@
+"""Kernels that attend over compressed pages: `reference` is their specification."""

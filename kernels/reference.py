@@ -1,0 +1,53 @@
+"""The specification of attention over pages, in plain PyTorch: decode a block of pages, attend, merge, go on.
+
+It never holds more than one block of decoded tokens, and reads exactly the pages it is handed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcomp.attention import Part, attend, merge
+from kvcomp.pages import PageLayout
+from kvcomp.stages import Codec
+
+MAX_DECODED = 1 << 22  # decoded elements of K (and of V) at once: 16 MiB of float32
+
+
+def attend_pages(
+    queries: Tensor,
+    pool: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    layout: PageLayout,
+    codec: Codec,
+    scale: float,
+    softcap: float | None = None,
+) -> Part:
+    """Attention of queries [S, R, Dk] over each stream's pages, in original coordinates.
+
+    pool [pages, bytes_per_page] uint8; ids [S, n] page ids, of which a stream's first counts [S] are valid. The other
+    entries are never decoded into the result: what they point at may be anything.
+    """
+    streams, n = ids.shape
+    size = layout.page_size
+    rotated = codec.read_query(queries.float())
+    block = max(MAX_DECODED // (streams * size * queries.shape[-1]), 1)
+    ragged = bool((counts != n).any())
+    parts = []
+    for at in range(0, n, block):
+        piece = ids[:, at : at + block]
+        m = piece.shape[1]
+        body = {name: field[piece.flatten()] for name, field in layout.views(pool).items()}
+        keys, values = codec.decode(body)
+        keys = keys.view(streams, m * size, -1)
+        values = values.view(streams, m * size, -1)
+        visible = None
+        if ragged:
+            exists = (torch.arange(at, at + m, device=ids.device) < counts[:, None]).repeat_interleave(size, 1)
+            values = values.masked_fill(~exists[..., None], 0)
+            visible = exists[:, None]
+        parts.append(attend(rotated, keys, values, scale, visible, softcap))
+    part = merge(parts)
+    return Part(codec.read_output(part.out), part.lse)

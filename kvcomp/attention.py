@@ -1,0 +1,72 @@
+"""Attention over a union of disjoint token sets: each part gives (out, lse), and parts merge by log-sum-exp.
+
+With logits s_j over the tokens j of a part, lse = log sum_j exp(s_j) and out = sum_j exp(s_j - lse) v_j. The attention
+over all parts is sum_i w_i out_i with w_i = exp(lse_i - logsumexp_i lse_i): exact, whatever the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_LOGITS = 1 << 24  # largest block of logits held at once, in elements (64 MiB of float32)
+
+
+class Part(NamedTuple):
+    """Attention over some of the tokens: out [S, R, Dv] float32 and lse [S, R] float32 (-inf where it saw none)."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """Attention over the union of the parts. A row that no part saw gives zeros and lse -inf."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.logsumexp(torch.stack([p.lse for p in parts]), 0)
+    safe = lse.masked_fill(lse == -torch.inf, 0)
+    out = sum(p.out * (p.lse - safe).exp()[..., None] for p in parts)
+    assert isinstance(out, Tensor)
+    return Part(out, lse)
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    visible: Tensor | None = None,
+    softcap: float | None = None,
+) -> Part:
+    """Attention of queries [S, R, Dk] over keys [S, N, Dk], values [S, N, Dv], computed in float32.
+
+    `visible` is bool, broadcastable to [S, R, N]. Logits are capped as softcap * tanh(logit / softcap) where asked.
+    Runs over blocks of keys, so that no more than `MAX_LOGITS` logits exist at once.
+    """
+    streams, rows, _ = queries.shape
+    tokens = keys.shape[1]
+    block = max(MAX_LOGITS // max(streams * rows, 1), 1)
+    if tokens > block:
+        parts = []
+        for at in range(0, tokens, block):
+            piece = slice(at, at + block)
+            seen = visible if visible is None or visible.shape[-1] == 1 else visible[..., piece]
+            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap))
+        return merge(parts)
+    logits = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * scale  # [S, R, N]
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(logits, -1)  # [S, R]
+    safe = lse.masked_fill(lse == -torch.inf, 0) if visible is not None else lse
+    weights = (logits - safe[..., None]).exp()
+    return Part(torch.bmm(weights, values.float()), lse)
+
+
+def sink_logit(part: Part, logits: Tensor) -> Part:
+    """Merge with a learned sink: an extra logit [S, R] whose value is zero (gpt-oss)."""
+    return merge([part, Part(torch.zeros_like(part.out), logits.float())])

@@ -1,0 +1,68 @@
+"""Which tokens came in: logical lengths, and where the padding was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class History:
+    """Per row: how many tokens were seen, and which of them were padding, as runs of equal treatment.
+
+    `length` counts columns (padding included): the logical length that engines ask for. `counts` [B] counts real
+    tokens.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, Tensor | None]] = []
+        self.length = 0
+        self.counts = torch.zeros(0, dtype=torch.int64)
+
+    def start(self, rows: int) -> None:
+        self.counts = torch.zeros(rows, dtype=torch.int64)
+
+    def append(self, n: int, valid: Tensor | None) -> None:
+        """n more columns; valid bool [B, n], or None where none is padding."""
+        if valid is None and self.runs and self.runs[-1][1] is None:
+            self.runs[-1] = (self.runs[-1][0] + n, None)
+        else:
+            self.runs.append((n, valid))
+        self.length += n
+        self.counts += n if valid is None else valid.sum(-1).cpu()
+
+    def newest(self, n: int) -> Tensor:
+        """int64 [B]: real tokens among the last n columns."""
+        total, left = torch.zeros_like(self.counts), n
+        for size, valid in reversed(self.runs):
+            take = min(size, left)
+            total += take if valid is None else valid[:, size - take :].sum(-1).cpu()
+            left -= take
+            if not left:
+                break
+        return total
+
+    def crop(self, n: int) -> None:
+        """Forget the last n columns."""
+        self.counts -= self.newest(n)
+        self.length -= n
+        while n:
+            size, valid = self.runs.pop()
+            if size > n:
+                self.runs.append((size - n, None if valid is None else valid[:, : size - n]))
+            n -= min(size, n)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, repeat and order rows."""
+        self.counts = self.counts[rows]
+        self.runs = [(n, None if valid is None else valid[rows.to(valid.device)]) for n, valid in self.runs]
+
+    def valid(self) -> Tensor | None:
+        """bool [B, length], or None where there was no padding."""
+        if all(valid is None for _, valid in self.runs):
+            return None
+        rows = len(self.counts)
+        pieces = [torch.ones(rows, n, dtype=torch.bool) if valid is None else valid.cpu() for n, valid in self.runs]
+        return torch.cat(pieces, 1)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.counts] + [valid for _, valid in self.runs if valid is not None]

@@ -1,0 +1,427 @@
+"""One layer's store: the exact buffer (sinks and window), the pages behind it, and what is read of them.
+
+Per stream (one KV head of one row) the kept tokens lie in this order: the sinks, then full pages, then the window.
+Sinks and window share one buffer [S, sinks + recent + P, D], so a decode step reads them in one go. A window that
+holds recent + P tokens gives its oldest P to a page; nothing is ever concatenated to the whole cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcomp.attention import Part, attend, merge
+from kvcomp.errors import UnsupportedError
+from kvcomp.history import History
+from kvcomp.kernels.reference import attend_pages
+from kvcomp.ledger import storage_bytes
+from kvcomp.pages import PagePool, PageTable, reclaim
+from kvcomp.plan import COUNTER, LayerPlan
+from kvcomp.stages import Chunk, PageShape
+
+
+class LayerStore:
+    """Keys and values of one layer, compressed.
+
+    `start` fixes the shapes, `append` and `write` add tokens, `attend` reads, `settle` moves what overflows the window
+    into pages and evicts. All tokens held lie in the past of the queries that `attend` is given.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.started = False
+        self.history = History()
+        self.read: dict[str, int] = {}  # bytes that the last decode step loaded, by part
+        self.dense_read = 0  # what the same step would have loaded without compression
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def start(self, keys: Tensor, values: Tensor) -> None:
+        """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv]."""
+        plan = self.plan
+        self.rows, self.heads, _, self.k_dim = keys.shape
+        self.v_dim = values.shape[-1]
+        self.dtype, self.device = keys.dtype, keys.device
+        shape = PageShape(plan.page_size, self.k_dim, self.v_dim, self.heads, self.dtype, self.device, plan.layer)
+        self.codec, self.layout = plan.build(shape)
+        streams = self.rows * self.heads
+        self.k_exact = keys.new_zeros(streams, plan.slots, self.k_dim)
+        self.v_exact = values.new_zeros(streams, plan.slots, self.v_dim)
+        self.exact = torch.zeros(streams, dtype=COUNTER)  # tokens in the buffer, sinks included
+        self.pool = PagePool(self.layout, self.device)
+        self.table = PageTable(streams, self.device)
+        self.history.start(self.rows)
+        self.tail: int | None = None  # most recent tokens that are surely held; None: all of them
+        self.started = True
+
+    @property
+    def kept(self) -> Tensor:
+        """int64 [S]: tokens that each stream holds."""
+        return self.exact + self.table.counts * self.plan.page_size
+
+    # -- write ----------------------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add one token to every row: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]. The buffer has room after
+        `settle`."""
+        self.history.append(1, None)
+        first = int(self.exact[0])
+        if bool((self.exact == first).all()):
+            self.k_exact[:, first] = keys.flatten(0, 1)[:, 0]
+            self.v_exact[:, first] = values.flatten(0, 1)[:, 0]
+        else:
+            every = torch.arange(len(self.exact), device=self.device)
+            slot = self.exact.to(self.device)
+            self.k_exact[every, slot] = keys.flatten(0, 1)[:, 0]
+            self.v_exact[every, slot] = values.flatten(0, 1)[:, 0]
+        self.exact += 1
+        if self.tail is not None:
+            self.tail += 1
+
+    def settle(self) -> None:
+        """Move what overflows the windows into pages, then let the policies expire old pages."""
+        full = self.exact == self.plan.slots
+        if bool(full.any()):
+            streams = full.nonzero().flatten()
+            where = streams.to(self.device)
+            sinks, size = self.plan.sinks, self.plan.page_size
+            oldest, rest = slice(sinks, sinks + size), slice(sinks + size, None)
+            self._encode(streams, self.k_exact[where, oldest], self.v_exact[where, oldest])
+            for exact in (self.k_exact, self.v_exact):
+                exact[where, sinks : sinks + self.plan.recent] = exact[where, rest]
+            self.exact[streams] -= size
+            self._expire()
+
+    def _expire(self) -> None:
+        for policy in self.plan.policies:
+            kept = (self.kept - self.plan.sinks).clamp_min(0)
+            amount = policy.expired(kept, self.table.counts, self.plan.page_size)
+            if amount is not None and bool(amount.any()):
+                self.table.drop_oldest(amount)
+                reclaim(self.pool, self.table)
+                self._limit_tail(int(self.kept.min()) - self.plan.sinks)
+
+    def _limit_tail(self, tokens: int) -> None:
+        self.tail = tokens if self.tail is None else min(self.tail, tokens)
+
+    def write(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        queries: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Add a chunk: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; `valid` bool [B, n] marks tokens that are no
+        padding.
+
+        The policies choose what is kept, with queries [B, Hq, n, Dk] where they need them. Only that is encoded.
+        """
+        n = keys.shape[2]
+        if valid is not None and bool(valid.all()):
+            valid = None
+        past = self.history.counts.clone()
+        self.history.append(n, valid)
+        if valid is None and bool((past == past[0]).all()):
+            tails = [self._write_rows(torch.arange(self.rows), keys, values, queries, int(past[0]), scale)]
+        else:
+            tails = []
+            for b in range(self.rows):
+                tokens = slice(None) if valid is None else valid[b].nonzero().flatten()
+                row = (slice(b, b + 1), slice(None), tokens)
+                q = None if queries is None else queries[row]
+                tails.append(self._write_rows(torch.tensor([b]), keys[row], values[row], q, int(past[b]), scale))
+        self.tail = min((t for t in tails if t is not None), default=None)
+        self._expire()
+
+    def _write_rows(self, rows: Tensor, k: Tensor, v: Tensor, q: Tensor | None, past: int, scale: float) -> int | None:
+        """Write a chunk of rows with the same past and without padding: k [b, H, n, Dk], v [b, H, n, Dv].
+
+        Returns how many of the newest tokens these rows surely hold (None: all).
+        """
+        n = k.shape[2]
+        streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
+        tail = None if self.tail is None else self.tail + n
+        if not self.plan.policies or n == 0:
+            if n:
+                self._extend(streams, k.flatten(0, 1), v.flatten(0, 1))
+            return tail
+        kept = self._select(k, v, q, past, scale).flatten(0, 1)  # [s, n]
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        lost = (~kept).any(0).nonzero().flatten()
+        if len(lost):
+            tail = n - 1 - int(lost[-1])
+        counts = kept.sum(-1).cpu()
+        for count in counts.unique().tolist():
+            same = (counts == count).nonzero().flatten()
+            on = same.to(k.device)
+            index = kept[on].nonzero()[:, 1].view(len(same), count, 1)
+            self._extend(streams[same], k[on].take_along_dim(index, 1), v[on].take_along_dim(index, 1))
+        return tail
+
+    def _select(self, k: Tensor, v: Tensor, q: Tensor | None, past: int, scale: float) -> Tensor:
+        """bool [b, H, n]: what the policies keep of a chunk."""
+        plan, n = self.plan, k.shape[2]
+        alive = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        sinks = min(max(plan.sinks - past, 0), n)
+        recent = min(plan.recent, n - sinks)
+        for policy in plan.policies:
+            if policy.needs_queries and q is None:
+                raise UnsupportedError(
+                    f"{policy.name} scores tokens with the prompt's queries, which are not at hand here: "
+                    "pass queries=, or use a policy that needs none (streaming)"
+                )
+            alive = policy.select(Chunk(q, k, v, alive, past, sinks, recent, scale, plan.layer, plan.layers))
+        return alive
+
+    def _extend(self, streams: Tensor, k: Tensor, v: Tensor) -> None:
+        """Add kept tokens k [s, n, Dk], v [s, n, Dv] behind those of `streams`: sinks first, then pages, then the
+        window."""
+        held = self.exact[streams]
+        if not bool((held == held[0]).all()):
+            for amount in held.unique().tolist():
+                same = (held == amount).nonzero().flatten()
+                on = same.to(k.device)
+                self._extend(streams[same], k[on], v[on])
+            return
+        plan, count, where = self.plan, int(held[0]), streams.to(self.device)
+        taken = min(max(plan.sinks - count, 0), k.shape[1])
+        if taken:
+            self.k_exact[where, count : count + taken] = k[:, :taken]
+            self.v_exact[where, count : count + taken] = v[:, :taken]
+            k, v, count = k[:, taken:], v[:, taken:], count + taken
+        if count > plan.sinks:  # at most one page more than the window comes back out of the buffer
+            k = torch.cat([self.k_exact[where, plan.sinks : count], k], 1)
+            v = torch.cat([self.v_exact[where, plan.sinks : count], v], 1)
+            count = plan.sinks
+        paged = max(k.shape[1] - plan.recent, 0) // plan.page_size * plan.page_size
+        if paged:
+            self._encode(streams, k[:, :paged], v[:, :paged])
+        rest = k.shape[1] - paged
+        self.k_exact[where, count : count + rest] = k[:, paged:]
+        self.v_exact[where, count : count + rest] = v[:, paged:]
+        self.exact[streams] = count + rest
+
+    def _encode(self, streams: Tensor, k: Tensor, v: Tensor) -> None:
+        """Turn tokens k [s, m * P, Dk], v [s, m * P, Dv] into m pages for each of the streams."""
+        size = self.plan.page_size
+        m = k.shape[1] // size
+        k, v = (
+            k.unflatten(1, (m, size)).flatten(0, 1),
+            v.unflatten(1, (m, size)).flatten(0, 1),
+        )  # [s * m, P, D]
+        fields = self.codec.encode(k, v, streams.repeat_interleave(m).to(k.device))
+        if self.plan.selector is not None:
+            fields |= self.plan.selector.summarize(k)
+        ids = self.pool.allocate(len(k))
+        self.pool.write(ids, fields)
+        self.table.append(streams, ids.view(len(streams), m))
+
+    # -- read -----------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        queries: Tensor,
+        scale: float,
+        softcap: float | None = None,
+        chunk: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Part:
+        """Attention of queries [B, Hq, n, Dk] over everything held: out [B, Hq, n, Dv] and lse [B, Hq, n], float32.
+
+        `chunk` adds tokens that are not written yet: keys [B, Hkv, c, Dk], values [B, Hkv, c, Dv] and which of them
+        each
+        query sees, bool, broadcastable to [B, n, c]. Selectors act on single queries only (n = 1); more read every
+        page.
+        """
+        n = queries.shape[2]
+        grouped = queries.unflatten(1, (self.heads, -1))  # [B, Hkv, G, n, Dk]
+        group = grouped.shape[2]
+        q = grouped.flatten(2, 3).flatten(0, 1)  # [S, G * n, Dk]
+        self.read = {}
+        parts = [
+            part for part in (self._attend_pages(q, n, scale, softcap), self._attend_exact(q, scale, softcap)) if part
+        ]
+        if chunk is not None:
+            k, v, visible = chunk
+            seen = visible.expand(self.rows, n, k.shape[2])[:, None, None]  # [B, 1, 1, n, c]
+            seen = seen.expand(-1, self.heads, group, -1, -1).flatten(2, 3).flatten(0, 1)
+            parts.append(attend(q, k.flatten(0, 1), v.flatten(0, 1), scale, seen, softcap))
+            self.read["chunk"] = k.nbytes + v.nbytes
+        token = (self.k_dim + self.v_dim) * self.dtype.itemsize
+        self.dense_read = self.heads * token * int(self.history.counts.sum()) + self.read.get("chunk", 0)
+        part = merge(parts)
+        out = part.out.unflatten(0, (self.rows, self.heads)).unflatten(2, (group, n)).flatten(1, 2)
+        return Part(out, part.lse.unflatten(0, (self.rows, self.heads)).unflatten(2, (group, n)).flatten(1, 2))
+
+    def _attend_exact(self, q: Tensor, scale: float, softcap: float | None) -> Part | None:
+        """Attention over sinks and window, up to the fullest stream's count."""
+        longest, shortest = int(self.exact.max()), int(self.exact.min())
+        if longest == 0:
+            return None
+        k, v = self.k_exact[:, :longest], self.v_exact[:, :longest]
+        visible = None
+        if shortest < longest:
+            visible = (torch.arange(longest) < self.exact[:, None])[:, None].to(self.device)
+        sinks = min(self.plan.sinks, longest)
+        token = (self.k_dim + self.v_dim) * self.dtype.itemsize * len(self.exact)
+        self.read["sinks"], self.read["window"] = sinks * token, (longest - sinks) * token
+        return attend(q, k, v, scale, visible, softcap)
+
+    def _attend_pages(self, q: Tensor, n: int, scale: float, softcap: float | None) -> Part | None:
+        """Attention over the pages that the selector chooses, or all of them."""
+        if self.table.longest == 0:
+            return None
+        ids, counts, total = self.table.ids(), self.table.counts.to(self.device), self.table.total
+        self.read["table"] = ids.nbytes
+        selector = self.plan.selector
+        if selector is not None and n == 1:
+            summary = {name: field[ids] for name, field in self.layout.views(self.pool.data, summary=True).items()}
+            self.read["summaries"] = total * self.layout.summary_bytes
+            chosen, counts = selector.select(q, summary, counts, scale)
+            ids, total = ids.gather(1, chosen), int(counts.sum())
+        self.read["pages"] = total * self.layout.body_bytes
+        return attend_pages(q, self.pool.data, ids, counts, self.layout, self.codec, scale, softcap)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Everything held, decoded: keys [B, Hkv, N', Dk] and values [B, Hkv, N', Dv] in the model's dtype, oldest
+        first.
+
+        For round trips; never on the way of attention.
+
+        Raises:
+            UnsupportedError: rows or heads hold different numbers of tokens.
+        """
+        kept = self.kept
+        if not bool((kept == kept[0]).all()):
+            raise UnsupportedError(f"streams hold different numbers of tokens ({int(kept.min())} to {int(kept.max())})")
+        streams = [self._tokens(s) for s in range(len(kept))]
+        k, v = (torch.stack([s[i] for s in streams]).unflatten(0, (self.rows, self.heads)) for i in (0, 1))
+        return k, v
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Everything seen, decoded into its logical place: keys [B, Hkv, length, Dk], values [B, Hkv, length, Dv];
+        padding is 0.
+
+        For models that insist on tensors.
+
+        Raises:
+            UnsupportedError: some tokens were evicted.
+        """
+        if bool((self.kept != self.history.counts.repeat_interleave(self.heads)).any()):
+            raise UnsupportedError(
+                "the model asks for all keys and values as a tensor, but the stack evicted some of them; "
+                "use a stack without eviction policy for this model"
+            )
+        valid = self.history.valid()
+        shape = (self.rows * self.heads, self.history.length)
+        k, v = self.k_exact.new_zeros(*shape, self.k_dim), self.v_exact.new_zeros(*shape, self.v_dim)
+        for s in range(shape[0]):
+            where = slice(None) if valid is None else valid[s // self.heads].to(self.device)
+            k[s, where], v[s, where] = self._tokens(s)
+        return k.unflatten(0, (self.rows, self.heads)), v.unflatten(0, (self.rows, self.heads))
+
+    def _tokens(self, stream: int) -> tuple[Tensor, Tensor]:
+        """One stream's tokens, oldest first: [N', Dk], [N', Dv]."""
+        count = int(self.exact[stream])
+        sinks = min(self.plan.sinks, count)
+        ids = self.table.ids()[stream, : int(self.table.counts[stream])]
+        k, v = self._decode(ids)
+        return (
+            torch.cat([self.k_exact[stream, :sinks], k, self.k_exact[stream, sinks:count]]),
+            torch.cat([self.v_exact[stream, :sinks], v, self.v_exact[stream, sinks:count]]),
+        )
+
+    def _decode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages ids [m] as tokens [m * P, Dk], [m * P, Dv] in original coordinates and the model's dtype."""
+        body = {name: field[ids] for name, field in self.layout.views(self.pool.data).items()}
+        k, v = self.codec.inverse(*self.codec.decode(body))
+        return k.to(self.dtype).flatten(0, 1), v.to(self.dtype).flatten(0, 1)
+
+    # -- surgery --------------------------------------------------------------------------------------------------
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest `tokens` tokens of every row.
+
+        Exact or refused: what is to go must be held by all streams, in the window or in pages that decode exactly.
+
+        Raises:
+            UnsupportedError: it would reach into lossy pages or past evicted tokens.
+        """
+        gone = self.history.newest(tokens)  # [B]: without padding
+        remove = gone.repeat_interleave(self.heads)
+        window = (self.exact - self.plan.sinks).clamp_min(0)
+        deep = remove > torch.where(self.table.counts > 0, window, self.exact)
+        if self.tail is not None and int(gone.max()) > self.tail:
+            raise UnsupportedError(
+                f"crop({-tokens}): only the last {self.tail} tokens are held without gaps, older ones were evicted; "
+                "crop less, or keep a copy of the cache from before"
+            )
+        if bool(deep.any()) and not self.codec.lossless:
+            raise UnsupportedError(
+                f"crop({-tokens}) reaches into quantized pages: only the last {int(window[deep].min())} tokens are "
+                f"still exact. Use a stack with window(recent={tokens}) or more, or copy the cache before"
+            )
+        for stream in deep.nonzero().flatten().tolist():
+            self._unpage(stream, int(remove[stream]))
+        self.exact -= remove
+        self.history.crop(tokens)
+        if self.tail is not None:
+            self.tail -= int(gone.max())
+        if bool(deep.any()):
+            reclaim(self.pool, self.table)
+
+    def _unpage(self, stream: int, remove: int) -> None:
+        """Bring a stream's newest pages back into its buffer, so that `remove` tokens can be taken off its end."""
+        plan, count = self.plan, int(self.exact[stream])
+        pages = -(-(remove - (count - plan.sinks)) // plan.page_size)
+        pages = min(pages, int(self.table.counts[stream]))
+        at = int(self.table.counts[stream])
+        k, v = self._decode(self.table.ids()[stream, at - pages : at])
+        left = count - plan.sinks + pages * plan.page_size - remove  # tokens that stay behind the sinks
+        back = max(left, 0)
+        self.k_exact[stream, plan.sinks : plan.sinks + back] = k[:back]
+        self.v_exact[stream, plan.sinks : plan.sinks + back] = v[:back]
+        self.exact[stream] = plan.sinks + left + remove
+        amount = torch.zeros_like(self.table.counts)
+        amount[stream] = pages
+        self.table.drop_newest(amount)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep, repeat and order rows (beams): int64 [B']. Pages are shared, never copied."""
+        rows = rows.cpu()
+        streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
+        on = streams.to(self.device)
+        self.k_exact, self.v_exact = self.k_exact[on], self.v_exact[on]
+        self.exact = self.exact[streams]
+        self.table.select(streams)
+        self.history.select(rows)
+        self.rows = len(rows)
+        reclaim(self.pool, self.table)
+
+    # -- accounting -----------------------------------------------------------------------------------------------
+
+    def held(self, seen: set[int]) -> dict[str, int]:
+        """Bytes of live storages by part; storages whose address is in `seen` are skipped, the others added to it."""
+        if not self.started:
+            return {}
+        exact = storage_bytes([self.k_exact, self.v_exact], seen)
+        sinks = exact * self.plan.sinks // self.plan.slots
+        pool = storage_bytes([self.pool.data], seen)
+        used = (self.pool.capacity - len(self.pool.free)) if pool else 0
+        return {
+            "pages": used * self.layout.body_bytes,
+            "summaries": used * self.layout.summary_bytes,
+            "slack": pool - used * self.layout.bytes_per_page,
+            "sinks": sinks,
+            "window": exact - sinks,
+            "table": storage_bytes([*self.table.tensors(), self.exact], seen),
+            "constants": storage_bytes(self.codec.constants(), seen),
+            "history": storage_bytes(self.history.tensors(), seen),
+        }
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of full-precision K and V for all tokens seen, padding excluded."""
+        if not self.started:
+            return 0
+        return int(self.history.counts.sum()) * self.heads * (self.k_dim + self.v_dim) * self.dtype.itemsize

@@ -1,0 +1,64 @@
+"""Bytes held and bytes read. Held is what the allocator holds: storages, not the elements a view happens to show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a cache holds, in bytes.
+
+    held: all live bytes. dense: what K and V of all tokens seen (padding excluded) take in the model's dtype.
+    effective_bits: held bits per stored element of K and V. parts: held by part; they sum to held.
+    """
+
+    held: int
+    dense: int
+    effective_bits: float
+    parts: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than dense."""
+        return self.dense / self.held if self.held else float("nan")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the last decode step loaded of the cache, in bytes; dense is what full-precision K and V would have cost."""
+
+    read: int
+    dense: int
+    parts: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """How many times less than dense."""
+        return self.dense / self.read if self.read else float("nan")
+
+
+def storage_bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
+    """Bytes of the distinct storages behind `tensors`; those in `seen` (addresses) are skipped and new ones added."""
+    seen = set() if seen is None else seen
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def add_parts(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sum of several breakdowns, without empty entries."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return {name: value for name, value in total.items() if value}

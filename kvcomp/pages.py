@@ -1,0 +1,204 @@
+"""The page: its layout in bytes, the pool that holds pages, and the table that says which stream owns which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+ALIGN = 16
+SUMMARY = "summary."
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Field:
+    """One named array of a page record. Names that start with `summary.` are read by selectors, the rest by
+    attention."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """A page record: P tokens of one stream as named fields at 16-byte-aligned offsets."""
+
+    page_size: int
+    fields: tuple[Field, ...]
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Byte offset of each field in the record."""
+        offsets, at = {}, 0
+        for f in self.fields:
+            offsets[f.name] = at
+            at = round_up(at + f.nbytes, ALIGN)
+        return offsets
+
+    @cached_property
+    def bytes_per_page(self) -> int:
+        return sum(round_up(f.nbytes, ALIGN) for f in self.fields)
+
+    @cached_property
+    def summary_bytes(self) -> int:
+        """Bytes of a page that selectors read; attention reads the rest."""
+        return sum(round_up(f.nbytes, ALIGN) for f in self.fields if f.name.startswith(SUMMARY))
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of a page that attention reads."""
+        return self.bytes_per_page - self.summary_bytes
+
+    def views(self, records: Tensor, summary: bool = False) -> dict[str, Tensor]:
+        """Fields of page records [..., bytes_per_page] uint8 as strided views [..., *shape], without a copy.
+
+        Gives the fields that attention reads, or those that selectors read where `summary` is set.
+        """
+        out = {}
+        for f in self.fields:
+            if f.name.startswith(SUMMARY) is summary:
+                at = self.offsets[f.name]
+                flat = records[..., at : at + f.nbytes].view(f.dtype)
+                out[f.name] = flat.unflatten(-1, f.shape)
+        return out
+
+
+class PagePool:
+    """Pages of one layer: a uint8 tensor [capacity, bytes_per_page] that grows by a sixteenth, and its free list."""
+
+    def __init__(self, layout: PageLayout, device: torch.device) -> None:
+        self.layout = layout
+        self.data = torch.empty(0, layout.bytes_per_page, dtype=torch.uint8, device=device)
+        self.free: list[int] = []
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[0]
+
+    def allocate(self, n: int) -> Tensor:
+        """int64 [n] page ids (host). Their bytes are undefined until written.
+
+        The first allocation is exact (a prefill knows what it needs), later ones grow by at least a sixteenth, so that
+        a token costs O(1) copied bytes and slack stays under 7 %.
+        """
+        missing = n - len(self.free)
+        if missing > 0:
+            old = self.capacity
+            data = self.data.new_empty(old + max(missing, old // 16), self.layout.bytes_per_page)
+            data[:old] = self.data
+            self.data = data
+            self.free.extend(range(self.capacity - 1, old - 1, -1))
+        ids = self.free[-n:][::-1] if n else []
+        del self.free[len(self.free) - n :]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def write(self, ids: Tensor, fields: dict[str, Tensor]) -> None:
+        """Store encoded fields [M, *shape] in the pages `ids` [M]."""
+        records = self.data.new_zeros(len(ids), self.layout.bytes_per_page)
+        for summary in (False, True):
+            for name, view in self.layout.views(records, summary).items():
+                view.copy_(fields[name])
+        self.data[ids.to(self.data.device)] = records
+
+
+class PageTable:
+    """Which pages each stream owns, oldest first: int32 [S, capacity] with a count per stream.
+
+    Kept on the host, where allocation happens; `ids` hands out a copy on the pages' device that is renewed on change.
+    A page may belong to several streams (beams, repeated rows): pages are never changed once written.
+    """
+
+    def __init__(self, streams: int, device: torch.device) -> None:
+        self.device = device
+        self.rows = torch.zeros(streams, 0, dtype=torch.int32)
+        self.counts = torch.zeros(streams, dtype=torch.int64)
+        self._mirror: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        return int(self.counts.max()) if self.counts.numel() else 0
+
+    @property
+    def total(self) -> int:
+        """Pages over all streams, shared ones counted once per stream."""
+        return int(self.counts.sum())
+
+    def ids(self) -> Tensor:
+        """int32 [S, longest] page ids on the pages' device; entries past a stream's count are 0."""
+        if self.device.type == "cpu":
+            return self.rows[:, : self.longest]
+        if self._mirror is None:
+            self._mirror = self.rows[:, : self.longest].to(self.device)
+        return self._mirror
+
+    def append(self, streams: Tensor, ids: Tensor) -> None:
+        """Give pages ids [s, m] to the s `streams` (host int64), behind those they have."""
+        if ids.numel() == 0:
+            return
+        m = ids.shape[1]
+        need = int((self.counts[streams] + m).max())
+        if need > self.rows.shape[1]:
+            wider = max(need, self.rows.shape[1] + self.rows.shape[1] // 16 + 1)
+            rows = self.rows.new_zeros(self.rows.shape[0], wider)
+            rows[:, : self.rows.shape[1]] = self.rows
+            self.rows = rows
+        columns = self.counts[streams, None] + torch.arange(m)
+        self.rows[streams[:, None], columns] = ids.to(torch.int32)
+        self.counts[streams] += m
+        self._mirror = None
+
+    def drop_oldest(self, amount: Tensor) -> None:
+        """Forget each stream's `amount` [S] oldest pages."""
+        column = torch.arange(self.rows.shape[1]) + amount[:, None]
+        inside = column < self.counts[:, None]
+        self.rows = self.rows.gather(1, column.clamp_max(max(self.rows.shape[1] - 1, 0))) * inside
+        self.rows = self.rows.to(torch.int32)
+        self.counts = self.counts - amount
+        self._mirror = None
+
+    def drop_newest(self, amount: Tensor) -> None:
+        """Forget each stream's `amount` [S] newest pages."""
+        self.counts = self.counts - amount
+        self.rows *= torch.arange(self.rows.shape[1]) < self.counts[:, None]
+        self._mirror = None
+
+    def select(self, streams: Tensor) -> None:
+        """Keep (and repeat, and order) the given streams."""
+        self.rows, self.counts, self._mirror = self.rows[streams], self.counts[streams], None
+
+    def owned(self) -> Tensor:
+        """Sorted ids of all pages that some stream owns."""
+        return self.rows[torch.arange(self.rows.shape[1]) < self.counts[:, None]].unique().long()
+
+    def tensors(self) -> Iterable[Tensor]:
+        return [self.rows, self.counts] + ([] if self._mirror is None else [self._mirror])
+
+
+def reclaim(pool: PagePool, table: PageTable) -> None:
+    """Free the pages that no stream owns; give the memory back where more than a quarter of the pool would lie idle."""
+    owned = table.owned()
+    if (pool.capacity - len(owned)) * 4 > pool.capacity:
+        remap = torch.zeros(pool.capacity, dtype=torch.int32)
+        remap[owned] = torch.arange(len(owned), dtype=torch.int32)
+        pool.data = pool.data[owned.to(pool.data.device)]
+        inside = torch.arange(table.rows.shape[1]) < table.counts[:, None]
+        table.rows = remap[table.rows.long()] * inside
+        table._mirror = None
+        pool.free = []
+    else:
+        unused = torch.ones(pool.capacity, dtype=torch.bool)
+        unused[owned] = False
+        pool.free = unused.nonzero().flatten().flip(0).tolist()

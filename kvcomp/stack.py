@@ -1,0 +1,239 @@
+"""A stack: independent stages composed in one line, `name(arg=value, ...) + name(...)`."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import types
+import typing
+import warnings
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cached_property
+from math import lcm
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import KvcompWarning, SpecError
+from kvcomp.layer import LayerStore
+from kvcomp.plan import LayerPlan, held_by_stream
+from kvcomp.registry import find
+from kvcomp.stages import Policy, Quantizer, Selector, Stage
+from kvcomp.window import Window
+
+EXAMPLE = "'snapkv(keep=0.25) + kivi(bits=2)'"
+FREE_PAGE = 64  # page size where no stage cares
+PAGE_UNIT = 16
+
+
+@dataclass(frozen=True)
+class Stack:
+    """At most one quantizer, one selector and one window, and any number of eviction policies applied in order.
+
+    Build it with `Stack.parse`. `str(stack)` gives a spec that parses back to an equal stack.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        for kind in (Quantizer, Selector, Window):
+            same = [s for s in self.stages if isinstance(s, kind)]
+            if len(same) > 1:
+                names = " and ".join(_format(s, full=False) for s in same)
+                raise SpecError(f"a stack takes at most one {same[0].family}, got {names}: remove one")
+        chosen = next((s for s in self.stages if isinstance(s, Window)), None)
+        for stage in self.stages:
+            if chosen is not None and chosen.sinks < stage.required_sinks:
+                raise SpecError(
+                    f"window(sinks={chosen.sinks}) contradicts {stage.name}, which keeps {stage.required_sinks} sinks: "
+                    f"use window(sinks={stage.required_sinks}, recent={chosen.recent})"
+                )
+        if self.policies and self.selector:
+            warnings.warn(
+                f"{self.policies[0].name} drops tokens and {self.selector.name} reads fewer of them: both bet on the "
+                "same redundancy, so measure the accuracy of the two together",
+                KvcompWarning,
+                stacklevel=3,
+            )
+
+    @classmethod
+    def parse(cls, spec: str | Stack) -> Stack:
+        """The stack that `spec` describes; a Stack is returned as it is.
+
+        Raises:
+            SpecError: bad syntax, unknown stage or argument (with the nearest valid names), a value of the wrong type
+                or range, or a combination that cannot work.
+        """
+        if isinstance(spec, Stack):
+            return spec
+        if not isinstance(spec, str) or not spec.strip():
+            raise SpecError(f"stack spec {spec!r} is empty: expected something like {EXAMPLE}, or 'none'")
+        try:
+            tree = ast.parse(spec.strip(), mode="eval").body
+        except SyntaxError as error:
+            where = f" at column {error.offset}" if error.offset else ""
+            raise SpecError(f"stack spec {spec!r} does not parse{where}: expected something like {EXAMPLE}") from None
+        return cls(tuple(_stage(node, spec) for node in _summands(tree)))
+
+    def __str__(self) -> str:
+        return " + ".join(_format(s, full=False) for s in self.stages)
+
+    @cached_property
+    def hash(self) -> str:
+        """Twelve hex digits that identify the stack with every argument spelled out."""
+        full = " + ".join(_format(s, full=True) for s in self.stages)
+        return hashlib.sha256(full.encode()).hexdigest()[:12]
+
+    @cached_property
+    def quantizer(self) -> Quantizer:
+        """The quantizer, `none` where the stack names none."""
+        own: Stage = next((s for s in self.stages if isinstance(s, Quantizer)), None) or find("none")()
+        assert isinstance(own, Quantizer)
+        return own
+
+    @cached_property
+    def policies(self) -> tuple[Policy, ...]:
+        return tuple(s for s in self.stages if isinstance(s, Policy))
+
+    @cached_property
+    def selector(self) -> Selector | None:
+        return next((s for s in self.stages if isinstance(s, Selector)), None)
+
+    @cached_property
+    def window(self) -> Window:
+        """The stack's own `window(...)`, or the largest one that its methods publish."""
+        own = next((s for s in self.stages if isinstance(s, Window)), None)
+        if own is not None:
+            return own
+        published = [s.default_window for s in self.stages]
+        return Window(sinks=max(w[0] for w in published), recent=max(w[1] for w in published))
+
+    @cached_property
+    def page_size(self) -> int:
+        """Tokens per page: the smallest size that all stages accept, 64 where none cares, a multiple of 16 always."""
+        wanted = [s.page_multiple for s in self.stages if s.page_multiple > 1]
+        return lcm(PAGE_UNIT, *wanted) if wanted else FREE_PAGE
+
+    def plan(self, layer: int, layers: int) -> LayerPlan:
+        """What one of `layers` layers does."""
+        selector = self.selector if self.selector is not None and self.selector.active(layer) else None
+        return LayerPlan(
+            self.quantizer,
+            self.policies,
+            selector,
+            self.window.sinks,
+            self.window.recent,
+            self.page_size,
+            layer,
+            layers,
+        )
+
+    def effective_bits(
+        self, head_dim: int, tokens: int, dtype: torch.dtype = torch.bfloat16, layers: int = 32
+    ) -> float:
+        """Bits held per element of K and V after prefilling `tokens` tokens, everything included.
+
+        Codes, scales, zeros, summaries, the exact window in `dtype`, page tables and the tokens that were dropped; the
+        mean over `layers` layers, for K and V of `head_dim` channels. Constants that all layers share (a Hadamard
+        matrix) are left out. A cache reports the same figure for what it really holds, `memory().effective_bits`.
+
+        Raises:
+            SpecError: tokens or head_dim not positive.
+        """
+        for name, value in (("head_dim", head_dim), ("tokens", tokens), ("layers", layers)):
+            if not isinstance(value, int) or value < 1:
+                raise SpecError(f"effective_bits({name}={value!r}): expected a positive integer")
+        held = sum(held_by_stream(self.plan(i, layers), head_dim, head_dim, tokens, dtype) for i in range(layers))
+        return 8 * held / (layers * 2 * head_dim * tokens)
+
+    def roundtrip(
+        self, keys: Tensor, values: Tensor, queries: Tensor | None = None, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What attention would see of keys [B, Hkv, N, Dk] and values [B, Hkv, N, Dv] once they went through the stack.
+
+        Evicted tokens are missing, [B, Hkv, N', D]; tokens of the exact window come back unchanged, the others as
+        their pages decode, in the original coordinates and dtype. queries [B, Hq, N, Dk] (post-RoPE) are needed by
+        policies that score with them; scale is the softmax scale, Dk^-0.5 by default.
+
+        Raises:
+            SpecError: shapes that do not match, or a policy that needs queries and gets none.
+        """
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise SpecError(
+                f"roundtrip: keys {tuple(keys.shape)} and values {tuple(values.shape)} must be [B, Hkv, N, D] "
+                "with equal B, Hkv and N"
+            )
+        store = LayerStore(self.plan(layer=0, layers=1))
+        store.start(keys, values)
+        store.write(keys, values, None, queries, keys.shape[-1] ** -0.5 if scale is None else scale)
+        return store.dense()
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _summands(node.left) + _summands(node.right)
+    return [node]
+
+
+def _stage(node: ast.expr, spec: str) -> Stage:
+    """The stage that one summand of a spec describes."""
+    text = ast.unparse(node)
+    if isinstance(node, ast.Name):
+        name, keywords = node.id, []
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        name, keywords = node.func.id, node.keywords
+        if node.args:
+            first = next(iter(fields(find(name))), None)
+            advice = (
+                f"write {name}({first.name}={ast.unparse(node.args[0])})" if first else f"{name} takes no arguments"
+            )
+            raise SpecError(f"{text!r} in {spec!r}: arguments are given by name: {advice}")
+    else:
+        raise SpecError(f"{text!r} in {spec!r} is no stage: expected name(arg=value, ...), as in {EXAMPLE}")
+    cls = find(name)
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    arguments: dict[str, Any] = {}
+    for keyword in keywords:
+        if keyword.arg not in known:
+            near = get_close_matches(keyword.arg or "", known, n=1, cutoff=0.4)
+            accepted = ", ".join(known) or "none"
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise SpecError(f"{name} has no argument {keyword.arg!r}: {hint}It accepts: {accepted}")
+        if keyword.arg in arguments:
+            raise SpecError(f"{name}({keyword.arg}=...) is given twice in {spec!r}")
+        arguments[keyword.arg] = _value(keyword.value, hints[keyword.arg], name, keyword.arg)
+    return cls(**arguments)
+
+
+def _value(node: ast.expr, hint: Any, stage: str, argument: str) -> Any:
+    """A literal, or a bare word as a string, checked against the argument's type."""
+    if isinstance(node, ast.Name):
+        value: Any = {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
+    else:
+        try:
+            value = ast.literal_eval(node)
+        except ValueError:
+            raise SpecError(f"{stage}({argument}={ast.unparse(node)}): expected a number, a word or a string") from None
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    accepted = typing.get_args(hint) if union else (hint,)
+    if type(value) is int and float in accepted and int not in accepted:
+        return float(value)
+    if type(value) not in accepted:
+        names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
+        raise SpecError(f"{stage}({argument}={value!r}): expected {names}, got {type(value).__name__}")
+    return value
+
+
+def _format(stage: Stage, full: bool) -> str:
+    """A stage as spec text: every argument, or the first one and those that differ from their defaults."""
+    shown = []
+    for i, f in enumerate(fields(stage)):
+        value = getattr(stage, f.name)
+        if full or value != f.default or (i == 0 and value is not None):
+            shown.append(
+                f"{f.name}={value}" if isinstance(value, str) and value.isidentifier() else f"{f.name}={value!r}"
+            )
+    return f"{stage.name}({', '.join(shown)})" if shown else stage.name

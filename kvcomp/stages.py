@@ -1,0 +1,175 @@
+"""The three stage families and what each has to provide.
+
+A stage is a frozen dataclass: its fields are the arguments of its spec, `metadata={"help": ...}` documents them. It
+configures; the objects that hold tensors (`Codec`) are made from it once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import SpecError
+from kvcomp.pages import Field
+
+
+def arg(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the one-line help that `kvcomp stacks` prints."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Base of every stage."""
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    @property
+    def page_multiple(self) -> int:
+        """The page size must be a multiple of this many tokens; 1 when the stage does not care."""
+        return 1
+
+    @property
+    def default_window(self) -> tuple[int, int]:
+        """(sinks, recent) that the method publishes; used where the stack has no `window(...)` of its own."""
+        return 0, 0
+
+    @property
+    def required_sinks(self) -> int:
+        """Sinks without which the method is wrong; a smaller explicit `window(sinks=)` is refused."""
+        return 0
+
+    def check(self, ok: bool, argument: str, accepted: str) -> None:
+        """Raise a SpecError naming the argument, its value and what is accepted, unless `ok`."""
+        if not ok:
+            value = getattr(self, argument)
+            raise SpecError(f"{self.name}({argument}={value!r}): {argument} must be {accepted}")
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """What a codec is made for: one layer's pages. `heads` is the number of KV heads."""
+
+    page_size: int
+    k_dim: int
+    v_dim: int
+    heads: int
+    dtype: torch.dtype
+    device: torch.device
+    layer: int
+
+
+class Codec(Protocol):
+    """One layer's quantizer: from K and V to the fields of a page and back.
+
+    `encode` gets post-RoPE keys `[M, P, Dk]` and values `[M, P, Dv]` of M pages and the stream (row * heads + head) of
+    each; `decode` gives them back *in basis coordinates*, float32. `read_query` and `read_output` are the basis on
+    the read
+    side, so that `decode`d keys never need rotating back: q . k = read_query(q) . decode(k), and the attention output
+    over decoded values is mapped once by `read_output`. `inverse` maps decoded K and V to the original coordinates;
+    only
+    round trips and dense reconstruction use it.
+    """
+
+    @property
+    def fields(self) -> tuple[Field, ...]: ...
+    @property
+    def lossless(self) -> bool: ...
+    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]: ...
+    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
+    def read_query(self, queries: Tensor) -> Tensor: ...
+    def read_output(self, output: Tensor) -> Tensor: ...
+    def inverse(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+    def constants(self) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Quantizer(Stage):
+    """Decides the bytes of a page."""
+
+    family: ClassVar[str] = "quantizer"
+
+    def codec(self, shape: PageShape) -> Codec:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that arrive together in rows without padding, as an eviction policy sees them.
+
+    queries [b, Hq, n, Dk] (None where the engine cannot give them), keys [b, Hkv, n, Dk], values [b, Hkv, n, Dv], all
+    post-RoPE; alive [b, Hkv, n] bool: what earlier policies of the stack kept. `past` tokens came before; of this
+    chunk the first `sinks` and the last `recent` tokens are the exact window's and must be kept.
+    """
+
+    queries: Tensor | None
+    keys: Tensor
+    values: Tensor
+    alive: Tensor
+    past: int
+    sinks: int
+    recent: int
+    scale: float
+    layer: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Policy(Stage):
+    """Decides which tokens enter pages, and which pages leave."""
+
+    family: ClassVar[str] = "policy"
+    needs_queries: ClassVar[bool] = False
+
+    def select(self, chunk: Chunk) -> Tensor:
+        """bool [b, Hkv, n]: the tokens of a chunk to keep, a subset of `chunk.alive`."""
+        raise NotImplementedError
+
+    def kept(self, tokens: int, sinks: int, recent: int) -> int:
+        """How many of `tokens` prefilled tokens a stream keeps on average; what `effective_bits` is computed from."""
+        raise NotImplementedError
+
+    def expired(self, kept: Tensor, pages: Tensor, page_size: int) -> Tensor | None:
+        """int64 [S]: how many of each stream's oldest pages to free (None: none).
+
+        kept [S] tokens that it holds behind the sinks, pages [S] how many of them are full pages of `page_size`.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class Selector(Stage):
+    """Decides which pages a decode query reads."""
+
+    family: ClassVar[str] = "selector"
+
+    def active(self, layer: int) -> bool:
+        """Whether that layer reads selectively; an inactive layer stores no summaries."""
+        return True
+
+    def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
+        raise NotImplementedError
+
+    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
+        """Summary fields [M, ...] of M pages from their keys [M, P, Dk] before quantization, post-RoPE."""
+        raise NotImplementedError
+
+    def select(
+        self, queries: Tensor, summary: Mapping[str, Tensor], counts: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Which pages each stream reads.
+
+        queries [S, G, Dk], summary fields [S, n, ...], counts [S] pages that exist (the rest of n is padding) ->
+        (positions [S, k] int64 into the stream's page list, valid ones first and ascending; how many are valid [S]).
+        """
+        raise NotImplementedError
+
+    def reads(self, pages: int) -> int:
+        """How many of `pages` pages a step reads; what a plan is computed from."""
+        raise NotImplementedError

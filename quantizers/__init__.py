@@ -1,0 +1,1 @@
+"""Quantizers: the bytes of a page. One file a method, over shared bases and grids."""

@@ -1,0 +1,81 @@
+"""Codecs: a basis and a grid for K, a basis and a grid for V."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcomp.pages import Field
+from kvcomp.stages import PageShape
+
+from .basis import IDENTITY, Basis
+from .grid import UniformSide
+
+
+@dataclass(frozen=True)
+class GridCodec:
+    """Uniform grids over bases; see `kvcomp.stages.Codec`."""
+
+    k_side: UniformSide
+    v_side: UniformSide
+    k_basis: Basis = IDENTITY
+    v_basis: Basis = IDENTITY
+    lossless: bool = False
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return self.k_side.fields + self.v_side.fields
+
+    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        return self.k_side.encode(self.k_basis.forward(keys)) | self.v_side.encode(self.v_basis.forward(values))
+
+    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.k_side.decode(page), self.v_side.decode(page)
+
+    def read_query(self, queries: Tensor) -> Tensor:
+        return self.k_basis.forward(queries)
+
+    def read_output(self, output: Tensor) -> Tensor:
+        return self.v_basis.backward(output)
+
+    def inverse(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k_basis.backward(keys), self.v_basis.backward(values)
+
+    def constants(self) -> list[Tensor]:
+        return [b.matrix for b in (self.k_basis, self.v_basis) if b.matrix is not None]
+
+
+@dataclass(frozen=True)
+class RawCodec:
+    """K and V as they are, in the model's dtype: the dense baseline through the same pages."""
+
+    shape: PageShape
+    lossless: bool = True
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        s = self.shape
+        return (
+            Field("k", (s.page_size, s.k_dim), s.dtype),
+            Field("v", (s.page_size, s.v_dim), s.dtype),
+        )
+
+    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        return {"k": keys, "v": values}
+
+    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return page["k"].float(), page["v"].float()
+
+    def read_query(self, queries: Tensor) -> Tensor:
+        return queries
+
+    def read_output(self, output: Tensor) -> Tensor:
+        return output
+
+    def inverse(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    def constants(self) -> list[Tensor]:
+        return []

@@ -1,0 +1,22 @@
+"""The dense baseline: pages that hold K and V unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvcomp.registry import register
+from kvcomp.stages import PageShape, Quantizer
+
+from .codecs import RawCodec
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoQuantizer(Quantizer):
+    """Full precision: K and V in the model's dtype, through the same pages and code as every other stack."""
+
+    paper: ClassVar[str] = "-"
+
+    def codec(self, shape: PageShape) -> RawCodec:
+        return RawCodec(shape)

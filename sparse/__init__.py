@@ -1,0 +1,1 @@
+"""Selectors: which pages a decode query reads. One file a method."""
