@@ -1,0 +1,1 @@
+"""Thin translations between kvcomp's core and inference engines."""

@@ -1,0 +1,174 @@
+"""`CompressedCache`: a stack as a transformers cache."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
+from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
+from kvcomp.stack import Stack
+
+from .hook import PREFIX, hook
+from .layer import CompressedLayer
+
+
+class CompressedCache(Cache):
+    """A stack as `past_key_values` of any decoder model whose attention goes through transformers' attention interface.
+
+    Full-attention layers are compressed; sliding, linear and convolutional layers stay the library's own. The model is
+    hooked on construction (its config names kvcomp's attention function) and keeps working with every other cache;
+    `detach` undoes that.
+
+    Args:
+        stack: a spec such as "snapkv(keep=0.25) + kivi(bits=2)", or a Stack.
+        model_or_config: the model, or the very config object that it was built from.
+        max_tokens: refuse to grow beyond this many tokens per row; default max_position_embeddings of the config.
+
+    Raises:
+        SpecError: a bad spec.
+        UnsupportedError: a model whose attention cannot be hooked, or a stack that cannot serve it.
+    """
+
+    def __init__(
+        self,
+        stack: str | Stack,
+        model_or_config: PreTrainedModel | PreTrainedConfig,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.stack = Stack.parse(stack)
+        config = self._check(model_or_config)
+        if max_tokens is None:
+            max_tokens = getattr(config, "max_position_embeddings", None)
+        types, kwargs = get_layer_types_and_kwargs(config)
+        layers: list[Any] = []
+        for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
+            if kind == "full_attention":
+                layers.append(CompressedLayer(self.stack.plan(i, len(types)), max_tokens))
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+        if not any(isinstance(layer, CompressedLayer) for layer in layers):
+            warnings.warn(
+                f"no layer of this {config.model_type} is full attention ({', '.join(sorted(set(types)))}): "
+                "nothing is compressed",
+                KvcompWarning,
+                stacklevel=2,
+            )
+        self._base = hook(config)
+        self._config = weakref.ref(config)
+        super().__init__(layers=layers)
+
+    def _check(self, model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
+        """The decoder's config, if this stack can serve it."""
+        config = getattr(model_or_config, "config", model_or_config)
+        if not isinstance(config, PreTrainedConfig):
+            raise KvcompError(
+                f"CompressedCache(model_or_config={model_or_config!r}): expected a transformers model or its config"
+            )
+        if config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{config.model_type} is an encoder-decoder, which CompressedCache does not serve: use a decoder model"
+            )
+        if isinstance(model_or_config, torch.nn.Module):
+            for module in model_or_config.modules():
+                own = "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+                if own and not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+                    raise UnsupportedError(
+                        f"{type(module).__name__} does not go through transformers' attention interface, so "
+                        f"{type(model_or_config).__name__} cannot be hooked"
+                    )
+        config = config.get_text_config(decoder=True)
+        if getattr(config, "kv_lora_rank", None) and (self.stack.policies or self.stack.selector):
+            names = " and ".join(s.name for s in (*self.stack.policies, self.stack.selector) if s is not None)
+            raise UnsupportedError(
+                f"{config.model_type} caches latents (MLA), which {names} cannot score yet: use a stack of a quantizer "
+                "alone"
+            )
+        return config
+
+    def detach(self) -> None:
+        """Give the model its own attention back. Caches that are still in use with it stop working."""
+        config = self._config()
+        if config is not None and (config._attn_implementation or "").startswith(PREFIX):
+            config._attn_implementation = self._base
+
+    def _compressed(self) -> list[CompressedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    def _library(self) -> list[Tensor]:
+        """Tensors of the layers that are the library's own."""
+        return [t for layer in self.layers if not isinstance(layer, CompressedLayer) for t in _tensors(vars(layer))]
+
+    def memory(self) -> Memory:
+        """Bytes held, dense equivalent, effective bits and breakdown of the whole cache as it is now."""
+        seen: set[int] = set()
+        parts = [layer.held(seen) for layer in self._compressed()]
+        compressed = sum(sum(p.values()) for p in parts)
+        dense = sum(layer.store.dense_bytes + _pending_bytes(layer) for layer in self._compressed())
+        library = storage_bytes(self._library(), seen)
+        elements = sum(
+            (layer.store.dense_bytes + _pending_bytes(layer)) // layer.dtype.itemsize
+            for layer in self._compressed()
+            if layer.is_initialized
+        )
+        return Memory(
+            held=compressed + library,
+            dense=dense + library,
+            effective_bits=8 * compressed / elements if elements else 0.0,
+            parts=add_parts([*parts, {"library": library}]),
+        )
+
+    def traffic(self) -> Traffic:
+        """Bytes of the cache that the last forward over it loaded, beside what a dense cache would have loaded.
+
+        Raises:
+            KvcompError: nothing was decoded from this cache yet.
+        """
+        layers = self._compressed()
+        if not any(layer.store.read for layer in layers):
+            raise KvcompError("no decode step has read this cache yet: generate at least one token from it first")
+        library = storage_bytes(self._library())
+        parts = add_parts([*(layer.store.read for layer in layers), {"library": library}])
+        return Traffic(read=sum(parts.values()), dense=sum(x.store.dense_read for x in layers) + library, parts=parts)
+
+    def report(self) -> str:
+        """The figures of `memory` and `traffic` as a few lines of text."""
+        memory, ours = self.memory(), self._compressed()
+        lines = [
+            f"{self.stack}",
+            f"  tokens  {self.get_seq_length()} x {max(self.batch_size, 0)} rows, "
+            f"{len(ours)} of {len(self.layers)} layers compressed",
+            f"  held    {memory.held / MIB:9.2f} MiB  {memory.ratio:5.2f}x smaller than dense, "
+            f"{memory.effective_bits:.2f} effective bits",
+            "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in memory.parts.items()),
+        ]
+        if any(layer.store.read for layer in ours):
+            traffic = self.traffic()
+            lines += [
+                f"  read    {traffic.read / MIB:9.2f} MiB  {traffic.ratio:5.2f}x less than dense in the last step",
+                "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in traffic.parts.items()),
+            ]
+        return "\n".join(lines)
+
+
+def _pending_bytes(layer: CompressedLayer) -> int:
+    return 0 if layer.pending is None else layer.pending.keys.nbytes + layer.pending.values.nbytes
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from _tensors(value)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _tensors(value)

@@ -1,0 +1,83 @@
+"""Routing a model's attention through kvcomp: one registered attention and mask function per base implementation."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface
+
+from kvcomp.errors import UnsupportedError
+
+from .layer import Attention, Handle
+from .masks import mask_function
+
+PREFIX = "kvcomp_"
+BASES = ("sdpa", "eager")
+
+
+def _base_attention(base: str, module: torch.nn.Module) -> Attention:
+    if base == "eager":
+        function: Attention = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = AttentionInterface._global_mapping[base]
+    return function
+
+
+def _attention_function(base: str) -> Attention:
+    @torch.compiler.disable
+    def kvcomp_attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Any,
+        value: Any,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = _base_attention(base, module)
+        if isinstance(key, Handle):
+            return key.layer.attention(function, module, query, attention_mask, scaling, kwargs)
+        n, length = query.shape[2], key.shape[2]
+        if (
+            n > 1
+            and length > n
+            and (attention_mask is None or attention_mask.dim() == 2)
+            and getattr(module, "is_causal", True)
+        ):
+            # a plain cache behind our mask function, which leaves plain causal chunks to the attention
+            build: Any = AttentionMaskInterface._global_mapping[base]
+            attention_mask = build(
+                batch_size=query.shape[0],
+                q_length=n,
+                kv_length=length,
+                q_offset=length - n,
+                attention_mask=attention_mask,
+                dtype=query.dtype,
+                device=query.device,
+            )
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    return kvcomp_attention
+
+
+def hook(config: PreTrainedConfig) -> str:
+    """Route the config's attention through kvcomp; returns the implementation it had."""
+    current = config._attn_implementation or "sdpa"
+    if current.startswith(PREFIX):
+        return current.removeprefix(PREFIX)
+    if current not in BASES:
+        raise UnsupportedError(
+            f"attn_implementation={current!r} cannot be hooked: "
+            "load the model with attn_implementation='sdpa' (or 'eager')"
+        )
+    name = PREFIX + current
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, _attention_function(current))
+        # without a mask function of the same name transformers would drop the padding silently
+        AttentionMaskInterface.register(name, mask_function(current))
+    config._attn_implementation = name
+    return current

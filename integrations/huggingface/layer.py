@@ -1,0 +1,315 @@
+"""One full-attention layer of the cache, and the handles that stand in for its keys and values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers.cache_utils import CacheLayerMixin
+
+from kvcomp.attention import Part, sink_logit
+from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
+from kvcomp.layer import LayerStore
+from kvcomp.ledger import storage_bytes
+from kvcomp.plan import LayerPlan
+
+from .masks import causal, read_mask
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class HandleLayer(Protocol):
+    """What a handle asks of the layer behind it."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def dense(self, which: int) -> Tensor: ...
+    def attention(
+        self,
+        base: Attention,
+        module: torch.nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Handle:
+    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes the layer, with a
+    warning."""
+
+    def __init__(self, layer: HandleLayer, which: int, shape: torch.Size) -> None:
+        self.layer, self.which, self.shape = layer, which, shape
+
+    ndim = 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.device
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 4
+
+    def dense(self) -> Tensor:
+        return self.layer.dense(self.which)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.dense()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, Handle) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Pending(NamedTuple):
+    """A chunk that was handed to `update` and is not committed yet; valid, queries and scale are known after
+    attention."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor | None = None
+    queries: Tensor | None = None
+    scale: float | None = None
+
+    def rows(self, index: Tensor) -> Pending:
+        on = index.to(self.keys.device)
+        valid = None if self.valid is None else self.valid[on]
+        queries = None if self.queries is None else self.queries[on]
+        return Pending(self.keys[on], self.values[on], valid, queries, self.scale)
+
+    def without_last(self, n: int) -> Pending:
+        end = self.keys.shape[2] - n
+        valid = None if self.valid is None else self.valid[:, :end]
+        queries = None if self.queries is None else self.queries[:, :, :end]
+        return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale)
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One full-attention layer: translates between transformers and the core's `LayerStore`."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, plan: LayerPlan, max_tokens: int | None) -> None:
+        super().__init__()
+        self.plan, self.max_tokens = plan, max_tokens
+        self.record_past = False
+        self.warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.store = LayerStore(self.plan)
+        self.pending: Pending | None = None
+        self.is_initialized = False
+
+    @property
+    def batch_size(self) -> int:
+        return self.store.rows if self.is_initialized else -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.store.start(key_states, value_states)
+        self.is_initialized = True
+
+    def activate_past_recording(self) -> None:
+        """From now on a chunk is committed at the following `crop` (or the next update), so that a crop is exact."""
+        self.record_past = True
+
+    # Lengths are logical: transformers derives positions and the tokens still to be fed from them.
+    def get_seq_length(self) -> int:
+        return self.store.history.length + (self.pending.keys.shape[2] if self.pending else 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:
+        """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
+        self.commit()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, _, n, _ = key_states.shape
+        if n == 0:
+            raise KvcompError("the cache was given 0 new tokens: the prompt is empty, or all of it is cached already")
+        if rows != self.store.rows:
+            raise KvcompError(
+                f"the cache holds {self.store.rows} rows, but the batch has {rows}: use a new cache, reset() this one, "
+                "or batch_repeat_interleave / batch_select_indices"
+            )
+        seen = int(self.store.history.counts.max()) + n
+        if self.max_tokens is not None and seen > self.max_tokens:
+            raise KvcompError(
+                f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt or "
+                "the generation, or pass max_tokens= to CompressedCache if the model's positions do reach further"
+            )
+        self.pending = Pending(key_states, value_states)
+        length = self.get_seq_length()
+        shapes = (torch.Size((*x.shape[:2], length, x.shape[3])) for x in (key_states, value_states))
+        k, v = (Handle(self, which, shape) for which, shape in enumerate(shapes))
+        return k, v
+
+    def attention(
+        self,
+        base: Callable[..., Any],
+        module: torch.nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of query [B, Hq, n, Dk] over everything cached and the pending chunk, which is committed
+        afterwards."""
+        assert self.pending is not None
+        store, (keys, values, *_) = self.store, self.pending
+        n, past = keys.shape[2], store.history.length
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        seen = None if mask is None and n == 1 else read_mask(mask, past, n)
+        valid = seen.valid if seen is not None else None
+        if valid is not None:
+            valid = valid.expand(store.rows, n)
+            if bool(valid.all()):
+                valid = None
+        weights = None
+        if past == 0 and n > 1:
+            out, weights = base(module, query, keys, values, mask, scaling=scaling, **kwargs)
+            self._hold(valid, query, scale)
+            return out, weights
+        if (
+            seen is not None
+            and seen.past is not None
+            and bool((seen.past.cpu() != store.history.counts[:, None]).any())
+        ):
+            raise UnsupportedError(
+                "the attention mask hides or shows other cached tokens than those that were written as no padding; "
+                "compressed pages cannot follow a mask that changes later"
+            )
+        softcap = kwargs.get("softcap")
+        if n == 1 and valid is None and not self.record_past:
+            store.append(keys, values)
+            part = store.attend(query, scale, softcap)
+            store.settle()
+            self.pending = None
+        else:
+            visible = seen.visible if seen is not None else causal(n, query.device)
+            part = store.attend(query, scale, softcap, (keys, values, visible.to(query.device)))
+            self._hold(valid, query, scale)
+        if kwargs.get("s_aux") is not None:
+            part = sink_logit(part, kwargs["s_aux"].view(1, -1, 1).expand_as(part.lse))
+        return _to_model(part, query), None
+
+    def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
+        """Complete the pending chunk and commit it, unless a crop is announced."""
+        assert self.pending is not None
+        queries = query if self.plan.needs_queries else None
+        self.pending = Pending(self.pending.keys, self.pending.values, valid, queries, scale)
+        if not self.record_past:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write the pending chunk to the store."""
+        if self.pending is not None:
+            chunk, self.pending = self.pending, None
+            if chunk.keys.shape[2]:
+                scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
+                self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale)
+
+    def dense(self, which: int) -> Tensor:
+        """All K (0) or V (1) as a tensor, for models that do not attend through the attention interface."""
+        assert self.pending is not None
+        new = (self.pending.keys, self.pending.values)[which]
+        if self.plan.policies or self.plan.selector:
+            raise UnsupportedError(
+                "this model reads keys and values as tensors instead of through its attention function, which an "
+                "eviction policy or a selector cannot serve: use a stack of a quantizer alone"
+            )
+        if self.store.history.length == 0:
+            return new
+        if not self.warned:
+            warnings.warn(
+                "the model reads the cache as dense tensors: every step decodes all of it, so memory held is "
+                "compressed but traffic is not",
+                KvcompWarning,
+                stacklevel=2,
+            )
+            self.warned = True
+        past = self.store.padded()[which]
+        self.store.read = {
+            "pages": sum(self.store.held(set()).values()),
+            "dense copy": 2 * self.store.dense_bytes,
+        }
+        self.store.dense_read = self.store.dense_bytes
+        return torch.cat([past, new], 2)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; `tokens_to_remove` is negative, as in transformers. Exact, or refused."""
+        if tokens_to_remove > 0:
+            raise KvcompError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove from the end")
+        remove = -tokens_to_remove
+        if remove > self.get_seq_length():
+            raise KvcompError(f"crop({tokens_to_remove}): the cache holds {self.get_seq_length()} tokens")
+        if self.pending is not None:
+            here = min(remove, self.pending.keys.shape[2])
+            self.pending = self.pending.without_last(here)
+            remove -= here
+            if remove:
+                self.pending = None
+            else:
+                self.commit()
+        if remove:
+            self.store.crop(remove)
+
+    def select_rows(self, rows: Tensor) -> None:
+        if self.is_initialized:
+            self.store.select_rows(rows)
+            self.pending = None if self.pending is None else self.pending.rows(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select_rows(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select_rows(torch.arange(max(self.batch_size, 0))[indices.cpu()])
+
+    def offload(self) -> None:
+        raise UnsupportedError(
+            "a compressed cache cannot be offloaded: it is small enough to stay; drop the offloading option"
+        )
+
+    prefetch = offload
+
+    def held(self, seen: set[int]) -> dict[str, int]:
+        parts = self.store.held(seen)
+        if self.pending is not None:
+            parts["pending"] = storage_bytes([x for x in self.pending if isinstance(x, Tensor)], seen)
+        return parts
+
+
+def _to_model(part: Part, query: Tensor) -> Tensor:
+    """[B, Hq, n, Dv] float32 -> what attention functions return: [B, n, Hq, Dv] in the model's dtype."""
+    return part.out.transpose(1, 2).to(query.dtype).contiguous()

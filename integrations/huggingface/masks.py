@@ -1,0 +1,94 @@
+"""Attention masks: what they say of new and of cached tokens, and how not to build the large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from kvcomp.errors import UnsupportedError
+
+
+class Seen(NamedTuple):
+    """What a forward's mask says: which new tokens are no padding, bool [B, n] or None for all; which of them each
+    query
+    sees, bool [B or 1, n, n]; how many earlier tokens each query sees, int64 [B or 1, n or 1], or None for all."""
+
+    valid: Tensor | None
+    visible: Tensor
+    past: Tensor | None
+
+
+_read_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward hands the same mask to every layer
+
+
+def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
+    """Interpret the mask of n queries behind `past` cached columns: None, padding [B, past + n], or [B, 1, n, past +
+    n].
+
+    Raises:
+        UnsupportedError: an additive bias, or a mask that differs between heads.
+    """
+    if mask is None:
+        return Seen(None, causal(n, torch.device("cpu")), None)
+    known = _read_masks.get(mask)
+    if known is not None and known[0] == (past, n):
+        return known[1]
+    if mask.shape[-1] != past + n:
+        raise UnsupportedError(f"attention mask of length {mask.shape[-1]} for {past} cached and {n} new tokens")
+    if mask.dtype == torch.bool or mask.dim() == 2:
+        allowed = mask.bool()
+    else:
+        low = torch.finfo(mask.dtype).min / 2
+        allowed = mask > low
+        if bool((allowed & (mask != 0)).any()):
+            raise UnsupportedError("the attention mask adds a position bias to the logits, which compressed pages lack")
+    if allowed.dim() == 2:
+        valid = allowed[:, past:]
+        seen = Seen(valid, causal(n, mask.device) & valid[:, None], allowed[:, :past].sum(-1, keepdim=True))
+    elif allowed.shape[1] == 1:
+        rows = allowed[:, 0]  # [B, n, past + n]
+        seen = Seen(rows[:, -1, past:], rows[:, :, past:], rows[:, :, :past].sum(-1))
+    else:
+        raise UnsupportedError(f"attention mask {tuple(mask.shape)} differs between heads")
+    _read_masks[mask] = ((past, n), seen)
+    return seen
+
+
+def causal(n: int, device: torch.device) -> Tensor:
+    return torch.ones(1, n, n, dtype=torch.bool, device=device).tril()
+
+
+def mask_function(base: str) -> Callable[..., Any]:
+    own: Any = AttentionMaskInterface._global_mapping[base]
+
+    def kvcomp_mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on. Everything else as the
+        base does."""
+        if mask_function is causal_mask_function and q_length > 1 and q_offset > 0 and kv_offset == 0:
+            return attention_mask
+        return own(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    return kvcomp_mask
