@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ class Basis:
 IDENTITY = Basis()
 
 
+@cache
 def hadamard(dim: int, device: torch.device) -> Basis:
     """Orthonormal block-diagonal Hadamard: blocks of the largest power of two that divides `dim` (QuaRot, 2404.00456).
 
-    Spreads outlier channels over a block, so that one scale per token wastes fewer codes.
+    Spreads outlier channels over a block, so that one scale per token wastes fewer codes. All layers share the matrix.
     """
     size = dim & -dim
     block = torch.ones(1, 1, device=device)

@@ -43,7 +43,7 @@ class Kivi(Quantizer):
     def codec(self, shape: PageShape) -> GridCodec:
         channels = min(self.group, shape.v_dim)
         if shape.v_dim % channels:
-            fits = [g for g in range(16, shape.v_dim + 1, 16) if shape.v_dim % g == 0]
+            fits = [g for g in range(16, shape.v_dim + 16, 16) if shape.v_dim % min(g, shape.v_dim) == 0]
             raise SpecError(
                 f"kivi(group={self.group}): values have {shape.v_dim} channels, which {self.group} does not divide; "
                 f"use a group of {' or '.join(map(str, fits))}"

@@ -141,6 +141,7 @@ class CompressedLayer(CacheLayerMixin):
         return self.store.history.length + (self.pending.keys.shape[2] if self.pending else 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        _refuse_nothing(query_length)
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -153,8 +154,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, _, n, _ = key_states.shape
-        if n == 0:
-            raise KvcompError("the cache was given 0 new tokens: the prompt is empty, or all of it is cached already")
+        _refuse_nothing(n)
         if rows != self.store.rows:
             raise KvcompError(
                 f"the cache holds {self.store.rows} rows, but the batch has {rows}: use a new cache, reset() this one, "
@@ -308,6 +308,11 @@ class CompressedLayer(CacheLayerMixin):
         if self.pending is not None:
             parts["pending"] = storage_bytes([x for x in self.pending if isinstance(x, Tensor)], seen)
         return parts
+
+
+def _refuse_nothing(tokens: int) -> None:
+    if tokens == 0:
+        raise KvcompError("the cache was given 0 new tokens: the prompt is empty, or all of it is cached already")
 
 
 def _to_model(part: Part, query: Tensor) -> Tensor:

@@ -1,0 +1,171 @@
+"""Held bytes are the allocator's, read bytes are what attention was handed."""
+
+from __future__ import annotations
+
+import gc
+import types
+from typing import Any
+
+import pytest
+import tiny_models as models
+import torch
+from generation import greedy, left_padded, tokens
+from torch import Tensor
+
+import kvcomp.layer
+from kvcomp import CompressedCache, KvcompError, Stack
+from kvcomp.pages import SUMMARY, round_up
+
+STACKS = (
+    "none",
+    "kivi(bits=2)",
+    "int(bits=4, basis=hadamard)",
+    "window(sinks=4, recent=32) + snapkv(keep=0.5) + kivi(bits=4) + quest(pages=4)",
+    "streaming(recent=256) + int(bits=8)",
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.*same redundancy")
+
+
+def reachable_bytes(root: Any) -> int:
+    """Bytes of all distinct tensor storages that can be reached from an object, whatever it declares."""
+    skip = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)
+    seen, storages, todo = {id(root)}, {}, [root]
+    while todo:
+        thing = todo.pop()
+        if isinstance(thing, Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            continue
+        for child in gc.get_referents(thing):
+            if id(child) not in seen and not isinstance(child, skip):
+                seen.add(id(child))
+                todo.append(child)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3next"])
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("length", [1, 100, 5000])
+def test_held_is_what_the_allocator_holds(name: str, stack: str, length: int) -> None:
+    model = models.make(name, num_hidden_layers=2, layer_types=None if name == "llama" else _mixed(name))
+    cache = CompressedCache(stack, model)
+    ids = tokens(1, length)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        assert cache.memory().held == reachable_bytes(cache)
+        for i in range(70):
+            model(tokens(1, 1, seed=i), past_key_values=cache)
+    memory = cache.memory()
+    assert memory.held == reachable_bytes(cache)
+    assert memory.held == sum(memory.parts.values())
+    assert "pending" not in memory.parts
+
+
+def _mixed(name: str) -> list[str]:
+    return ["linear_attention" if name == "qwen3next" else "sliding_attention", "full_attention"]
+
+
+def test_held_counts_padded_batches_and_copies() -> None:
+    model = models.make("llama")
+    cache = CompressedCache("kivi(bits=4, group=16) + window(recent=16)", model)
+    ids, mask = left_padded([65, 80, 41])
+    greedy(model, ids, cache, new=5, attention_mask=mask)
+    assert cache.memory().held == reachable_bytes(cache)
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    assert cache.memory().held == reachable_bytes(cache)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("length", [40, 700])
+def test_effective_bits_foretell_the_held_bytes(stack: str, length: int) -> None:
+    model = models.make("llama")
+    cache = CompressedCache(stack, model)
+    with torch.no_grad():
+        model(tokens(1, length), past_key_values=cache)
+    told = Stack.parse(stack).effective_bits(head_dim=16, tokens=length, dtype=torch.float32, layers=4)
+    constants = 8 * cache.memory().parts.get("constants", 0) / (4 * 2 * 2 * 16 * length)
+    assert cache.memory().effective_bits - constants == pytest.approx(told, rel=2e-3)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.make("llama")
+    cache = CompressedCache(stack, model)
+    with torch.no_grad():
+        model(tokens(1, 700), past_key_values=cache)
+    handed = {"pages": 0, "exact": 0, "summaries": 0}
+    real_pages, real_attend = kvcomp.layer.attend_pages, kvcomp.layer.attend
+
+    def pages(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: Any, *rest: Any) -> Any:
+        body = sum(round_up(f.nbytes, 16) for f in layout.fields if not f.name.startswith(SUMMARY))
+        handed["pages"] += int(counts.sum()) * body
+        return real_pages(q, pool, ids, counts, layout, *rest)
+
+    def exact(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        handed["exact"] += k.nbytes + v.nbytes
+        return real_attend(q, k, v, *rest)
+
+    monkeypatch.setattr(kvcomp.layer, "attend_pages", pages)
+    monkeypatch.setattr(kvcomp.layer, "attend", exact)
+    for layer in cache._compressed():
+        selector = layer.plan.selector
+        if selector is not None:
+            monkeypatch.setattr(
+                type(selector),
+                "select",
+                _counting(type(selector).select, handed),
+            )
+    with torch.no_grad():
+        model(tokens(1, 1), past_key_values=cache)
+    parts = cache.traffic().parts
+    assert parts.get("pages", 0) == handed["pages"]
+    assert parts.get("sinks", 0) + parts.get("window", 0) == handed["exact"]
+    assert parts.get("summaries", 0) == handed["summaries"]
+    tables = sum(layer.store.table.ids().nbytes for layer in cache._compressed())
+    assert parts.get("table", 0) == tables
+    assert cache.traffic().read == sum(handed.values()) + tables
+    assert cache.traffic().dense == 701 * 4 * 2 * 2 * 16 * 4
+
+
+def _counting(select: Any, handed: dict[str, int]) -> Any:
+    if hasattr(select, "counted"):
+        return select
+
+    def wrapped(self: Any, q: Tensor, summary: dict[str, Tensor], *rest: Any) -> Any:
+        handed["summaries"] += sum(field.nbytes for field in summary.values())
+        return select(self, q, summary, *rest)
+
+    wrapped.counted = True
+    return wrapped
+
+
+def test_quest_reads_less_than_it_holds() -> None:
+    model = models.make("llama")
+    some, all_ = (CompressedCache(f"int(bits=8) + quest(pages={n}, dense_layers=1)", model) for n in (4, 1000))
+    ids = tokens(1, 1000)
+    for cache in (some, all_):
+        greedy(model, ids, cache, new=2)
+    assert some.memory() == all_.memory()
+    assert some.traffic().read < 0.5 * all_.traffic().read
+
+
+def test_report_tells_the_figures() -> None:
+    model = models.make("llama")
+    cache = CompressedCache("kivi(bits=2)", model)
+    with pytest.raises(KvcompError, match="no decode step"):
+        cache.traffic()
+    greedy(model, tokens(1, 600), cache, new=2)
+    report = cache.report()
+    assert "kivi(bits=2)" in report
+    assert f"{cache.memory().ratio:.2f}x" in report
+    assert f"{cache.traffic().ratio:.2f}x" in report
+
+
+def test_little_context_is_told_honestly() -> None:
+    """A window larger than the context saves nothing, and the figures say so."""
+    model = models.make("llama")
+    cache = CompressedCache("kivi(bits=2)", model)
+    with torch.no_grad():
+        model(tokens(1, 20), past_key_values=cache)
+    assert cache.memory().ratio < 1
+    assert cache.memory().effective_bits > 32
