@@ -12,7 +12,7 @@ from kvcomp.attention import Part, attend, merge
 from kvcomp.pages import PageLayout
 from kvcomp.stages import Codec
 
-MAX_DECODED = 1 << 22  # decoded elements of K (and of V) at once: 16 MiB of float32
+MAX_DECODED = 1 << 19  # decoded elements of K (and of V) at once: 2 MiB of float32, which caches hold
 
 
 def attend_pages(
@@ -39,10 +39,9 @@ def attend_pages(
     for at in range(0, n, block):
         piece = ids[:, at : at + block]
         m = piece.shape[1]
-        body = {name: field[piece.flatten()] for name, field in layout.views(pool).items()}
-        keys, values = codec.decode(body)
-        keys = keys.view(streams, m * size, -1)
-        values = values.view(streams, m * size, -1)
+        keys, values = codec.decode(layout.gather(pool, piece.flatten()))
+        keys = keys.reshape(streams, m * size, -1)
+        values = values.reshape(streams, m * size, -1)
         visible = None
         if ragged:
             exists = (torch.arange(at, at + m, device=ids.device) < counts[:, None]).repeat_interleave(size, 1)

@@ -7,15 +7,16 @@ print(cache.report())
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from kvcomp.errors import KvcompError, KvcompWarning, SpecError, UnsupportedError
-from kvcomp.ledger import Memory, Traffic
-from kvcomp.stack import Stack
 
 if TYPE_CHECKING:
     from kvcomp.integrations.huggingface import CompressedCache, prefill
+    from kvcomp.ledger import Memory, Traffic
+    from kvcomp.stack import Stack
 
 try:
     __version__ = version("kvcomp")
@@ -34,11 +35,21 @@ __all__ = [
     "prefill",
 ]
 
+# imported on first use: `kvcomp --help` needs no torch, and the core no transformers
+_HOMES = {
+    "CompressedCache": "kvcomp.integrations.huggingface",
+    "Memory": "kvcomp.ledger",
+    "Stack": "kvcomp.stack",
+    "Traffic": "kvcomp.ledger",
+    "prefill": "kvcomp.integrations.huggingface",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """`CompressedCache` and `prefill` bring transformers in only when they are asked for."""
-    if name in ("CompressedCache", "prefill"):
-        from kvcomp.integrations import huggingface
-
-        return getattr(huggingface, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvcomp.attention import Part, attend, merge
 from kvcomp.errors import UnsupportedError
@@ -45,8 +46,8 @@ class LayerStore:
         shape = PageShape(plan.page_size, self.k_dim, self.v_dim, self.heads, self.dtype, self.device, plan.layer)
         self.codec, self.layout = plan.build(shape)
         streams = self.rows * self.heads
-        self.k_exact = keys.new_zeros(streams, plan.slots, self.k_dim)
-        self.v_exact = values.new_zeros(streams, plan.slots, self.v_dim)
+        self.k_exact = keys.new_zeros(streams, 0, self.k_dim)
+        self.v_exact = values.new_zeros(streams, 0, self.v_dim)
         self.exact = torch.zeros(streams, dtype=COUNTER)  # tokens in the buffer, sinks included
         self.pool = PagePool(self.layout, self.device)
         self.table = PageTable(streams, self.device)
@@ -65,6 +66,7 @@ class LayerStore:
         """Add one token to every row: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]. The buffer has room after
         `settle`."""
         self.history.append(1, None)
+        self._reserve(int(self.exact.max()) + 1)
         first = int(self.exact[0])
         if bool((self.exact == first).all()):
             self.k_exact[:, first] = keys.flatten(0, 1)[:, 0]
@@ -78,6 +80,12 @@ class LayerStore:
         if self.tail is not None:
             self.tail += 1
 
+    def _reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in the exact buffer of every stream."""
+        more = self.plan.room(tokens) - self.k_exact.shape[1]
+        if more > 0:
+            self.k_exact, self.v_exact = (F.pad(x, (0, 0, 0, more)) for x in (self.k_exact, self.v_exact))
+
     def settle(self) -> None:
         """Move what overflows the windows into pages, then let the policies expire old pages."""
         full = self.exact == self.plan.slots
@@ -90,7 +98,7 @@ class LayerStore:
             for exact in (self.k_exact, self.v_exact):
                 exact[where, sinks : sinks + self.plan.recent] = exact[where, rest]
             self.exact[streams] -= size
-            self._expire()
+        self._expire()
 
     def _expire(self) -> None:
         for policy in self.plan.policies:
@@ -99,7 +107,7 @@ class LayerStore:
             if amount is not None and bool(amount.any()):
                 self.table.drop_oldest(amount)
                 reclaim(self.pool, self.table)
-                self._limit_tail(int(self.kept.min()) - self.plan.sinks)
+                self._limit_tail(int(self.kept[amount > 0].min()) - self.plan.sinks)
 
     def _limit_tail(self, tokens: int) -> None:
         self.tail = tokens if self.tail is None else min(self.tail, tokens)
@@ -187,6 +195,7 @@ class LayerStore:
         plan, count, where = self.plan, int(held[0]), streams.to(self.device)
         taken = min(max(plan.sinks - count, 0), k.shape[1])
         if taken:
+            self._reserve(count + taken)
             self.k_exact[where, count : count + taken] = k[:, :taken]
             self.v_exact[where, count : count + taken] = v[:, :taken]
             k, v, count = k[:, taken:], v[:, taken:], count + taken
@@ -198,6 +207,7 @@ class LayerStore:
         if paged:
             self._encode(streams, k[:, :paged], v[:, :paged])
         rest = k.shape[1] - paged
+        self._reserve(count + rest)
         self.k_exact[where, count : count + rest] = k[:, paged:]
         self.v_exact[where, count : count + rest] = v[:, paged:]
         self.exact[streams] = count + rest
@@ -275,7 +285,7 @@ class LayerStore:
         self.read["table"] = ids.nbytes
         selector = self.plan.selector
         if selector is not None and n == 1:
-            summary = {name: field[ids] for name, field in self.layout.views(self.pool.data, summary=True).items()}
+            summary = self.layout.gather(self.pool.data, ids, summary=True)
             self.read["summaries"] = total * self.layout.summary_bytes
             chosen, counts = selector.select(q, summary, counts, scale)
             ids, total = ids.gather(1, chosen), int(counts.sum())
@@ -333,8 +343,7 @@ class LayerStore:
 
     def _decode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Pages ids [m] as tokens [m * P, Dk], [m * P, Dv] in original coordinates and the model's dtype."""
-        body = {name: field[ids] for name, field in self.layout.views(self.pool.data).items()}
-        k, v = self.codec.inverse(*self.codec.decode(body))
+        k, v = self.codec.inverse(*self.codec.decode(self.layout.gather(self.pool.data, ids)))
         return k.to(self.dtype).flatten(0, 1), v.to(self.dtype).flatten(0, 1)
 
     # -- surgery --------------------------------------------------------------------------------------------------
@@ -379,6 +388,7 @@ class LayerStore:
         k, v = self._decode(self.table.ids()[stream, at - pages : at])
         left = count - plan.sinks + pages * plan.page_size - remove  # tokens that stay behind the sinks
         back = max(left, 0)
+        self._reserve(plan.sinks + back)
         self.k_exact[stream, plan.sinks : plan.sinks + back] = k[:back]
         self.v_exact[stream, plan.sinks : plan.sinks + back] = v[:back]
         self.exact[stream] = plan.sinks + left + remove
@@ -405,7 +415,8 @@ class LayerStore:
         if not self.started:
             return {}
         exact = storage_bytes([self.k_exact, self.v_exact], seen)
-        sinks = exact * self.plan.sinks // self.plan.slots
+        slots = max(self.k_exact.shape[1], 1)
+        sinks = exact * min(self.plan.sinks, slots) // slots
         pool = storage_bytes([self.pool.data], seen)
         used = (self.pool.capacity - len(self.pool.free)) if pool else 0
         return {

@@ -62,18 +62,30 @@ class PageLayout:
         """Bytes of a page that attention reads."""
         return self.bytes_per_page - self.summary_bytes
 
-    def views(self, records: Tensor, summary: bool = False) -> dict[str, Tensor]:
-        """Fields of page records [..., bytes_per_page] uint8 as strided views [..., *shape], without a copy.
+    def __post_init__(self) -> None:
+        kinds = [f.name.startswith(SUMMARY) for f in self.fields]
+        assert kinds == sorted(kinds), "summaries come last, so that attention and selectors each read one run of bytes"
 
-        Gives the fields that attention reads, or those that selectors read where `summary` is set.
+    def views(self, records: Tensor, summary: bool = False, start: int = 0) -> dict[str, Tensor]:
+        """Fields of page records [..., bytes] uint8 as strided views [..., *shape], without a copy.
+
+        Gives the fields that attention reads, or those that selectors read where `summary` is set; `start` is the
+        offset of the records' first byte in a page.
         """
         out = {}
         for f in self.fields:
             if f.name.startswith(SUMMARY) is summary:
-                at = self.offsets[f.name]
-                flat = records[..., at : at + f.nbytes].view(f.dtype)
-                out[f.name] = flat.unflatten(-1, f.shape)
+                at = self.offsets[f.name] - start
+                out[f.name] = records[..., at : at + f.nbytes].view(f.dtype).unflatten(-1, f.shape)
         return out
+
+    def gather(self, pool: Tensor, ids: Tensor, summary: bool = False) -> dict[str, Tensor]:
+        """Copies of the fields [..., *shape] of pages ids [...] out of a pool [pages, bytes_per_page]; nothing else
+        is read."""
+        start, end = (self.body_bytes, self.bytes_per_page) if summary else (0, self.body_bytes)
+        words = pool.view(torch.int64)[:, start // 8 : end // 8]  # eight bytes at a time: fields are 16-byte aligned
+        records = words.index_select(0, ids.flatten()).view(torch.uint8).unflatten(0, ids.shape)
+        return self.views(records, summary, start)
 
 
 class PagePool:

@@ -34,6 +34,10 @@ class LayerPlan:
         """Tokens that the exact buffer of a stream has room for."""
         return self.sinks + self.recent + self.page_size
 
+    def room(self, tokens: int) -> int:
+        """Slots that a stream's exact buffer has once it held `tokens` tokens: a power of two until it is whole."""
+        return min(self.slots, max(16, 1 << (tokens - 1).bit_length())) if tokens else 0
+
     def pages_of(self, tokens: int) -> int:
         """Full pages of a stream that keeps `tokens` tokens after a prefill."""
         return max(tokens - self.sinks - self.recent, 0) // self.page_size
@@ -48,9 +52,8 @@ def held_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: 
     """Bytes that one stream of the layer holds after prefilling `tokens` tokens, without shared constants."""
     shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
     _, layout = plan.build(shape)
-    kept = tokens
-    for policy in plan.policies:
-        kept = policy.kept(kept, plan.sinks, plan.recent)
+    # every policy counts from the prompt, not from what the one before left: the strictest decides
+    kept = min([tokens, *(policy.kept(tokens, plan.sinks, plan.recent) for policy in plan.policies)])
     pages = plan.pages_of(kept)
-    exact = plan.slots * (k_dim + v_dim) * dtype.itemsize
+    exact = plan.room(kept - pages * plan.page_size) * (k_dim + v_dim) * dtype.itemsize
     return pages * (layout.bytes_per_page + torch.int32.itemsize) + exact + 2 * COUNTER.itemsize

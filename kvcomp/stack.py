@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import keyword
 import types
 import typing
 import warnings
@@ -26,6 +27,7 @@ from kvcomp.window import Window
 EXAMPLE = "'snapkv(keep=0.25) + kivi(bits=2)'"
 FREE_PAGE = 64  # page size where no stage cares
 PAGE_UNIT = 16
+LITERALS = {"true": True, "false": False, "none": None}  # words that are values, in any case
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Stack:
             raise SpecError(f"stack spec {spec!r} is empty: expected something like {EXAMPLE}, or 'none'")
         try:
             tree = ast.parse(spec.strip(), mode="eval").body
-        except SyntaxError as error:
-            where = f" at column {error.offset}" if error.offset else ""
+        except (SyntaxError, ValueError) as error:  # ValueError: characters that no source text can hold
+            offset = getattr(error, "offset", None)
+            where = f" at column {offset}" if offset else ""
             raise SpecError(f"stack spec {spec!r} does not parse{where}: expected something like {EXAMPLE}") from None
         return cls(tuple(_stage(node, spec) for node in _summands(tree)))
 
@@ -196,22 +199,22 @@ def _stage(node: ast.expr, spec: str) -> Stage:
     hints = typing.get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     arguments: dict[str, Any] = {}
-    for keyword in keywords:
-        if keyword.arg not in known:
-            near = get_close_matches(keyword.arg or "", known, n=1, cutoff=0.4)
+    for given in keywords:
+        if given.arg not in known:
+            near = get_close_matches(given.arg or "", known, n=1, cutoff=0.4)
             accepted = ", ".join(known) or "none"
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SpecError(f"{name} has no argument {keyword.arg!r}: {hint}It accepts: {accepted}")
-        if keyword.arg in arguments:
-            raise SpecError(f"{name}({keyword.arg}=...) is given twice in {spec!r}")
-        arguments[keyword.arg] = _value(keyword.value, hints[keyword.arg], name, keyword.arg)
+            raise SpecError(f"{name} has no argument {given.arg!r}: {hint}It accepts: {accepted}")
+        if given.arg in arguments:
+            raise SpecError(f"{name}({given.arg}=...) is given twice in {spec!r}")
+        arguments[given.arg] = _value(given.value, hints[given.arg], name, given.arg)
     return cls(**arguments)
 
 
 def _value(node: ast.expr, hint: Any, stage: str, argument: str) -> Any:
     """A literal, or a bare word as a string, checked against the argument's type."""
     if isinstance(node, ast.Name):
-        value: Any = {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
+        value: Any = LITERALS.get(node.id.lower(), node.id)
     else:
         try:
             value = ast.literal_eval(node)
@@ -227,13 +230,17 @@ def _value(node: ast.expr, hint: Any, stage: str, argument: str) -> Any:
     return value
 
 
+def _is_word(value: Any) -> bool:
+    """Whether a value can stand in a spec without quotation marks and still be read as a string."""
+    bare = isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
+    return bare and value.lower() not in LITERALS
+
+
 def _format(stage: Stage, full: bool) -> str:
     """A stage as spec text: every argument, or the first one and those that differ from their defaults."""
     shown = []
     for i, f in enumerate(fields(stage)):
         value = getattr(stage, f.name)
         if full or value != f.default or (i == 0 and value is not None):
-            shown.append(
-                f"{f.name}={value}" if isinstance(value, str) and value.isidentifier() else f"{f.name}={value!r}"
-            )
+            shown.append(f"{f.name}={value if _is_word(value) else repr(value)}")
     return f"{stage.name}({', '.join(shown)})" if shown else stage.name

@@ -1,0 +1,60 @@
+"""The registry: every stage can be found, is documented, and owns its name."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+
+import pytest
+
+from kvcomp import SpecError
+from kvcomp import registry as reg
+from kvcomp.registry import find, register, stages
+from kvcomp.stages import Policy, Quantizer, Selector
+from kvcomp.window import Window
+
+
+def test_the_methods_that_ship_are_known() -> None:
+    known = stages()
+    assert {"none", "kivi", "int", "snapkv", "streaming", "quest", "window"} <= set(known)
+    assert list(known) == sorted(known)
+    assert find("window") is Window
+
+
+@pytest.mark.parametrize("name", sorted(stages()))
+def test_every_stage_is_a_documented_frozen_dataclass_with_defaults(name: str) -> None:
+    cls = find(name)
+    assert cls.name == name
+    assert issubclass(cls, (Quantizer, Policy, Selector, Window))
+    assert is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}(")  # the dataclass's own
+    assert cls.paper
+    for f in fields(cls):
+        assert f.default is not MISSING
+        assert f.metadata["help"]
+    assert cls() == cls()
+    assert hash(cls()) == hash(cls())
+
+
+def test_an_unknown_name_gets_the_nearest_or_all() -> None:
+    with pytest.raises(SpecError, match=r"'streamin'.*'streaming'"):
+        find("streamin")
+    with pytest.raises(SpecError, match=r"int, kivi, none"):
+        find("xyzzy")
+
+
+def test_a_name_has_one_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = find("kivi")
+    monkeypatch.setattr(reg, "_stages", dict(stages()))
+
+    @dataclass(frozen=True)
+    class Other(Quantizer):
+        """Somebody else's."""
+
+    with pytest.raises(SpecError, match=r"'kivi'.*quantizers\.kivi\.Kivi"):
+        register("kivi")(Other)
+    assert find("kivi") is owner
+    assert register("kivi")(owner) is owner  # a module that is loaded twice
+    register("kivi2")(Other)
+    assert find("kivi2") is Other

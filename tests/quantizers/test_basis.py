@@ -1,0 +1,58 @@
+"""Bases: orthogonal, cheap, and the same on the read side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvcomp.quantizers.basis import IDENTITY, hadamard, make_basis
+
+CPU = torch.device("cpu")
+DIMS = [1, 2, 16, 64, 72, 80, 96, 100, 112, 128, 192, 256, 576]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_hadamard_is_orthonormal_with_entries_of_one_size(dim: int) -> None:
+    matrix = hadamard(dim, CPU).matrix
+    assert matrix.shape == (dim, dim)
+    assert matrix.dtype == torch.float32
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim), rtol=1e-5, atol=1e-5)
+    size = max(2**i for i in range(10) if dim % 2**i == 0)
+    for i in range(0, dim, size):
+        block = matrix[i : i + size, i : i + size]
+        torch.testing.assert_close(block.abs(), torch.full((size, size), size**-0.5), rtol=1e-6, atol=0)
+        rest = matrix[i : i + size].clone()
+        rest[:, i : i + size] = 0
+        assert not bool(rest.any())  # block-diagonal
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_hadamard_is_sylvesters(dim: int) -> None:
+    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)])
+    torch.testing.assert_close(hadamard(dim, CPU).matrix, signs / dim**0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["identity", "hadamard"])
+@pytest.mark.parametrize("dim", DIMS)
+def test_round_trip_and_inner_products(name: str, dim: int) -> None:
+    torch.manual_seed(0)
+    basis = make_basis(name, dim, CPU)
+    x, y = torch.randn(2, 7, dim, dtype=torch.bfloat16).unbind()
+    assert basis.forward(x).dtype == torch.float32
+    torch.testing.assert_close(basis.backward(basis.forward(x)), x.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(basis.forward(x) @ basis.forward(y).T, x.float() @ y.float().T, rtol=1e-4, atol=1e-4)
+
+
+def test_hadamard_spreads_an_outlier_over_its_block() -> None:
+    x = torch.zeros(1, 96)
+    x[0, 40] = 1.0
+    out = hadamard(96, CPU).forward(x)
+    torch.testing.assert_close(out[0, 32:64].abs(), torch.full((32,), 32**-0.5))
+    assert not bool(out[0, :32].any())
+    assert not bool(out[0, 64:].any())
+
+
+def test_layers_share_the_matrix() -> None:
+    assert make_basis("hadamard", 64, CPU).matrix is make_basis("hadamard", 64, CPU).matrix
+    assert make_basis("identity", 64, CPU) is IDENTITY
+    assert IDENTITY.matrix is None
