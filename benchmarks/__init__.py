@@ -1,0 +1,1 @@
+"""Tasks, the paired run over stacks, and its report."""

@@ -1,0 +1,227 @@
+"""The paired run: every prompt is prefilled once, densely, and then answered from the cache of each stack."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvcomp import CompressedCache, Stack
+from kvcomp.benchmarks.report import require_libraries, write_report
+from kvcomp.benchmarks.results import Record, Results, Row, RunError, summarize, write_csv
+from kvcomp.benchmarks.ruler import TASKS, Sample, find_task, generate
+from kvcomp.integrations.huggingface import prefill
+from kvcomp.integrations.models import load_model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. `max_new_tokens` caps the new tokens of every task; None leaves each task its own."""
+
+    model: str
+    tasks: tuple[str, ...]
+    contexts: tuple[int, ...]
+    samples: int
+    stacks: tuple[str, ...]
+    seed: int = 0
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        tasks = [name for task in self.tasks for name in (TASKS if task == "ruler" else (task,))]
+        for name in tasks:
+            find_task(name)
+        for argument, value in (("samples", self.samples), ("max-new-tokens", self.max_new_tokens)):
+            if value is not None and value < 1:
+                raise RunError(f"{argument}: {value} is less than 1.")
+        for argument, values in (("task", tasks), ("context", self.contexts), ("stack", self.stacks)):
+            if not values:
+                raise RunError(f"{argument}: at least one is needed.")
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(tasks)))
+        object.__setattr__(self, "contexts", tuple(sorted(set(self.contexts))))
+        object.__setattr__(self, "stacks", tuple(dict.fromkeys(str(Stack.parse(stack)) for stack in self.stacks)))
+
+
+def run(settings: Settings, out: Path, console: Console, command: str) -> list[Row]:
+    """Measure what `out` does not hold yet, and write `summary.csv` and `report.html` beside the samples.
+
+    Raises RunError when `out` holds another run, or when a context is longer than the model's.
+    """
+    require_libraries()
+    stacks = [Stack.parse(stack) for stack in settings.stacks]
+    config = {
+        "command": command,
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()},
+        "versions": _versions(),
+        "machine": _machine(),
+    }
+    results = Results(out, config)
+    done = {record.key for record in results.records}
+    missing = {
+        (task, context): wanted
+        for context in settings.contexts
+        for task in settings.tasks
+        if (
+            wanted := {
+                index: todo
+                for index in range(settings.samples)
+                if (todo := [s for s in stacks if (task, context, index, s.hash) not in done])
+            }
+        )
+    }
+    if done:
+        console.print(f"{out} already holds {len(done)} answers; they are kept.")
+    if missing:
+        _measure(settings, missing, results, console)
+    rows = summarize(results.records)
+    write_csv(rows, out / "summary.csv")
+    write_report(rows, results.config, out / "report.html")
+    return rows
+
+
+def _measure(
+    settings: Settings,
+    missing: dict[tuple[str, int], dict[int, list[Stack]]],
+    results: Results,
+    console: Console,
+) -> None:
+    console.print(f"Loading {settings.model} ...")
+    model, tokenizer = load_model(settings.model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max(settings.contexts) > limit:
+        raise RunError(f"context: {max(settings.contexts)} is more than the {limit} tokens of {settings.model}.")
+    total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("writing prompts", total=total)
+        for (task, context), wanted in missing.items():
+            samples = generate(task, tokenizer, context, settings.samples, settings.seed)
+            for index, stacks in wanted.items():
+                progress.update(bar, description=f"{task} {context}, sample {index + 1} of {settings.samples}")
+                scores = []
+                for record in answer(model, tokenizer, samples[index], context, stacks, settings.max_new_tokens):
+                    results.append(record)
+                    scores.append(f"{record.score:.0%}")
+                    progress.advance(bar)
+                console.print(
+                    f"{task} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
+                    f"prefill {record.prefill_s:.1f} s, right: {' '.join(scores)}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+
+@torch.inference_mode()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    sample: Sample,
+    context: int,
+    stacks: Sequence[Stack],
+    max_new_tokens: int | None,
+) -> Iterator[Record]:
+    """Yield a record per stack.
+
+    One dense prefill of all tokens but the last fills every cache; the last prompt token is then the first
+    one that each stack decodes, so that every token of the answer comes from its compressed pages.
+    """
+    task = find_task(sample.task)
+    ids = tokenizer(sample.prompt, return_tensors="pt").input_ids.to(model.device)  # [1, L]
+    caches = [CompressedCache(stack, model) for stack in stacks]
+    start = _clock(model.device)
+    prefill(model, ids[:, :-1], caches)
+    prefill_s = _clock(model.device) - start
+    limit = min(sample.max_new_tokens, max_new_tokens or sample.max_new_tokens)
+    ends = _end_tokens(model, tokenizer)
+
+    def finished(tokens: list[int]) -> bool:
+        if tokens[-1] in ends:
+            return True
+        return task.stop is not None and task.stop in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+
+    for stack in stacks:
+        cache = caches.pop(0)
+        tokens, seconds = decode(model, ids[:, -1:], cache, limit, finished)
+        memory, traffic = cache.memory(), cache.traffic()
+        del cache  # its pages are free before the next stack decodes
+        prediction = tokenizer.decode(tokens, skip_special_tokens=True)
+        yield Record(
+            task=sample.task,
+            context=context,
+            index=sample.index,
+            stack=str(stack),
+            hash=stack.hash,
+            score=task.metric(prediction, sample.references),
+            prediction=prediction,
+            references=list(sample.references),
+            depth=sample.depth,
+            prompt_tokens=ids.shape[1],
+            new_tokens=len(tokens),
+            effective_bits=memory.effective_bits,
+            held=memory.held,
+            held_dense=memory.dense,
+            read=traffic.read,
+            read_dense=traffic.dense,
+            ms_per_token=1000 * statistics.median(seconds),
+            prefill_s=prefill_s,
+        )
+
+
+def decode(
+    model: Any, token: torch.Tensor, cache: Any, limit: int, finished: Callable[[list[int]], bool]
+) -> tuple[list[int], list[float]]:
+    """Decode greedily from `token [1, 1]`; return the new tokens and the seconds that each step took."""
+    tokens: list[int] = []
+    seconds: list[float] = []
+    while len(tokens) < limit and not (tokens and finished(tokens)):
+        start = _clock(model.device)
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits  # [1, 1, V]
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        tokens.append(int(token))
+        seconds.append(_clock(model.device) - start)
+    return tokens, seconds
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return ends - {None}
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("kvcomp", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

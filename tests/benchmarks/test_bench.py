@@ -1,0 +1,119 @@
+"""The paired run answers as the model itself would, and its sums are right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import tiny_folder
+from rich.console import Console
+
+from kvcomp import Stack
+from kvcomp.benchmarks.bench import Settings, answer, run
+from kvcomp.benchmarks.results import Record, Results, RunError, interval, paired_interval, summarize
+from kvcomp.benchmarks.ruler import generate
+from kvcomp.integrations.models import load_model
+
+RECORD = Record(
+    task="a",
+    context=64,
+    index=0,
+    stack="none",
+    hash="0",
+    score=1.0,
+    prediction="x",
+    references=["x"],
+    depth=0.5,
+    prompt_tokens=60,
+    new_tokens=4,
+    effective_bits=16.0,
+    held=2**20,
+    held_dense=2**20,
+    read=2**20,
+    read_dense=2**20,
+    ms_per_token=5.0,
+    prefill_s=0.1,
+)
+CONFIG = {"settings": {"seed": 0}, "versions": {}, "machine": {}}
+
+
+def test_none_answers_as_generate_does(tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(tiny_folder.save(tmp_path)), device="cpu")
+    (sample,) = generate("niah_single_1", tokenizer, 500, samples=1, seed=0)
+    (record,) = answer(model, tokenizer, sample, 500, [Stack.parse("none")], max_new_tokens=12)
+    inputs = tokenizer(sample.prompt, return_tensors="pt")
+    whole = model.generate(**inputs, max_new_tokens=record.new_tokens, do_sample=False)
+    new = whole[0, inputs.input_ids.shape[1] :]
+    assert record.prediction == tokenizer.decode(new, skip_special_tokens=True)
+    assert record.prompt_tokens == inputs.input_ids.shape[1]
+    assert record.held >= record.held_dense
+    cached = record.prompt_tokens + record.new_tokens - 1  # the last token is never fed back
+    assert record.held_dense == 2 * 2 * 2 * cached * 16 * 4  # K and V, layers, heads, tokens, dimension, bytes
+
+
+def test_stacks_do_not_disturb_each_other(tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(tiny_folder.save(tmp_path)), device="cpu")
+    (sample,) = generate("niah_multikey_1", tokenizer, 500, samples=1, seed=1)
+    stacks = [Stack.parse(spec) for spec in ("none", "kivi(bits=2)", "snapkv(keep=0.5)", "none")]
+    together = list(answer(model, tokenizer, sample, 500, stacks, max_new_tokens=4))
+    for stack, record in zip(stacks, together, strict=True):
+        (alone,) = answer(model, tokenizer, sample, 500, [stack], max_new_tokens=4)
+        assert replace(record, ms_per_token=0.0, prefill_s=0.0) == replace(alone, ms_per_token=0.0, prefill_s=0.0)
+
+
+def test_rows_pair_each_stack_with_none() -> None:
+    small = replace(RECORD, stack="small", hash="1", held=2**18, read=2**19)
+    records = [
+        RECORD,
+        replace(RECORD, index=1),
+        small,
+        replace(small, index=1, score=0.0),
+        replace(small, context=128, score=0.0),
+    ]
+    none, paired, alone = summarize(records)
+    assert (none.change, alone.change) == (None, None)
+    assert (paired.accuracy, paired.change, paired.held_ratio, paired.read_ratio) == (0.5, -0.5, 4.0, 2.0)
+    assert paired.held_mib == 0.25
+    assert paired.by_task == {"a": 0.5}
+    assert alone.context == 128
+
+
+def test_intervals() -> None:
+    low, high = interval([1.0] * 10)
+    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)  # Wilson, 10 of 10
+    low, high = interval([1.0, 0.0])
+    assert low == pytest.approx(1 - high)
+    mean, low, high = paired_interval([0.0] * 10)
+    assert mean == 0
+    assert low == pytest.approx(-high)
+    assert high > 0
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    results = Results(tmp_path, CONFIG)
+    assert list(tmp_path.iterdir()) == []
+    for index in range(3):
+        results.append(replace(RECORD, index=index))
+    assert Results(tmp_path, CONFIG).records == results.records
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    (tmp_path / "samples.jsonl").write_text("\n".join([lines[0], "{", lines[2]]) + "\n")
+    with pytest.raises(RunError, match="line 2"):
+        Results(tmp_path, CONFIG)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(RunError, match="config"):
+        Results(tmp_path, CONFIG)
+
+
+def test_settings_are_canonical(tmp_path: Path) -> None:
+    settings = Settings("m", ("ruler", "niah_single_1"), (64, 32, 64), 1, ("none", "kivi( bits = 2 )", "kivi(bits=2)"))
+    assert settings.tasks == ("niah_single_1", "niah_multikey_1")
+    assert settings.contexts == (32, 64)
+    assert settings.stacks == ("none", str(Stack.parse("kivi(bits=2)")))
+    assert json.loads(json.dumps(asdict(settings)))["seed"] == 0
+    with pytest.raises(RunError, match="samples"):
+        replace(settings, samples=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="out"):
+        run(settings, tmp_path / "file", Console(stderr=True), "kvcomp bench")
