@@ -220,6 +220,7 @@ def test_reclaim_keeps_every_owned_page_and_frees_every_other(data: st.DataObjec
     pool, table = PagePool(PLAIN, CPU), PageTable(2, CPU)
     n = data.draw(st.integers(1, 30))
     ids = pool.allocate(2 * n).view(2, n)
+    pool.free = pool.allocate(data.draw(st.integers(0, 3))).tolist()  # pages that were never given out
     pool.write(ids.flatten(), {"x": torch.arange(2 * n, dtype=torch.uint8)[:, None].expand(-1, 16)})
     table.append(torch.tensor([0, 1]), ids)
     if data.draw(st.booleans()):

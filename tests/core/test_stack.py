@@ -103,6 +103,32 @@ def test_words_that_mean_something_to_the_parser_survive_a_round_trip(monkeypatc
         assert parse(str(stack)) == stack
 
 
+def test_a_spec_says_what_it_is_without_its_defaults() -> None:
+    for spec, shown in {
+        "kivi": "kivi(bits=2)",
+        "int(basis='hadamard', group=None)": "int(bits=4, basis=hadamard)",
+        "snapkv": "snapkv(budget=320)",
+        "none+window(sinks=0)": "none + window(sinks=0)",
+    }.items():
+        assert str(parse(spec)) == shown
+
+
+def test_a_default_that_changes_between_versions_changes_the_hash() -> None:
+    @dataclass(frozen=True)
+    class Before(Quantizer):
+        bits: int = arg(4, "the first argument")
+        clip: float = arg(0.9, "another")
+
+    @dataclass(frozen=True)
+    class After(Quantizer):
+        bits: int = arg(4, "the first argument")
+        clip: float = arg(0.95, "another")
+
+    Before.name = After.name = "same"
+    assert str(Stack((Before(),))) == str(Stack((After(),)))
+    assert Stack((Before(),)).hash != Stack((After(),)).hash
+
+
 @pytest.mark.parametrize(
     ("short", "long"),
     [
