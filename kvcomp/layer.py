@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.attention import Part, attend, merge
-from kvcomp.errors import UnsupportedError
+from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.history import History
 from kvcomp.kernels.reference import attend_pages
 from kvcomp.ledger import storage_bytes
@@ -354,8 +354,11 @@ class LayerStore:
         Exact or refused: what is to go must be held by all streams, in the window or in pages that decode exactly.
 
         Raises:
+            KvcompError: more tokens than there are.
             UnsupportedError: it would reach into lossy pages or past evicted tokens.
         """
+        if tokens > self.history.length:
+            raise KvcompError(f"crop({-tokens}): the cache holds {self.history.length} tokens")
         gone = self.history.newest(tokens)  # [B]: without padding
         remove = gone.repeat_interleave(self.heads)
         window = (self.exact - self.plan.sinks).clamp_min(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
-from kvcomp.errors import SpecError
+from kvcomp.errors import KvcompWarning, SpecError
 from kvcomp.stages import Stage
 
 GROUP = "kvcomp.stages"
@@ -45,7 +46,14 @@ def _load_all() -> None:
         for module in pkgutil.iter_modules(root.__path__):
             importlib.import_module(f"{package}.{module.name}")
     for point in entry_points(group=GROUP):
-        register(point.name)(point.load())
+        try:
+            stage = point.load()
+        except Exception as error:  # another package's fault must not take every stack down
+            warnings.warn(
+                f"stage {point.name!r} of {point.value} cannot be loaded: {error}", KvcompWarning, stacklevel=2
+            )
+        else:
+            register(point.name)(stage)
 
 
 def stages() -> dict[str, type[Stage]]:

@@ -40,6 +40,8 @@ class Stack:
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
+        if not self.stages:
+            raise SpecError("a stack needs at least one stage: Stack.parse('none') is the dense one")
         for kind in (Quantizer, Selector, Window):
             same = [s for s in self.stages if isinstance(s, kind)]
             if len(same) > 1:
@@ -73,7 +75,7 @@ class Stack:
         if not isinstance(spec, str) or not spec.strip():
             raise SpecError(f"stack spec {spec!r} is empty: expected something like {EXAMPLE}, or 'none'")
         try:
-            tree = ast.parse(spec.strip(), mode="eval").body
+            tree = ast.parse(" ".join(spec.split()), mode="eval").body
         except (SyntaxError, ValueError) as error:  # ValueError: characters that no source text can hold
             offset = getattr(error, "offset", None)
             where = f" at column {offset}" if offset else ""

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcomp.errors import SpecError
 from kvcomp.pages import Field
 
 SCALE = torch.float16
 TINY = 2.0**-24  # smallest positive float16: a scale below it would read back as zero
+HUGE = torch.finfo(SCALE).max  # larger keys and values saturate
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -52,6 +54,14 @@ class UniformSide:
     token_group: int
     channel_group: int
 
+    def __post_init__(self) -> None:
+        if self.dim % self.channel_group or self.page_size % self.token_group or self.dim * self.bits % 8:
+            raise SpecError(
+                f"{self.name} has {self.dim} channels in pages of {self.page_size} tokens, which {self.bits} bits with "
+                f"a scale per {self.token_group} tokens x {self.channel_group} channels do not fill: choose another "
+                "group or bits"
+            )
+
     @property
     def fields(self) -> tuple[Field, ...]:
         blocks = (self.page_size // self.token_group, self.dim // self.channel_group)
@@ -71,8 +81,8 @@ class UniformSide:
         low, high = torch.aminmax(blocks, dim=4)
         low, high = low.amin(2), high.amax(2)  # [M, P / tg, D / cg]
         levels = (1 << self.bits) - 1
-        zero = low.to(SCALE)
-        scale = ((high - zero.float()) / levels).clamp_min(TINY).to(SCALE)
+        zero = low.clamp(-HUGE, HUGE).to(SCALE)
+        scale = ((high - zero.float()) / levels).clamp(TINY, HUGE).to(SCALE)
         spread = (slice(None), slice(None), None, slice(None), None)
         codes = ((blocks - zero.float()[spread]) / scale.float()[spread]).round_().clamp_(0, levels)
         packed = pack(codes.to(torch.uint8).flatten(3).flatten(1, 2), self.bits)

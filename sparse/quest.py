@@ -62,7 +62,8 @@ class Quest(Selector):
         # float16 rounds by at most 2^-11 relative, 2^-25 absolute
         low = low - low.abs() * 2**-10 - 2**-24
         high = high + high.abs() * 2**-10 + 2**-24
-        return {MIN: low.to(torch.float16), MAX: high.to(torch.float16)}
+        huge = torch.finfo(torch.float16).max
+        return {MIN: low.clamp(-huge, huge).to(torch.float16), MAX: high.clamp(-huge, huge).to(torch.float16)}
 
     def reads(self, pages: int) -> int:
         return min(pages, max(self.pages, self.min_pages))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvcomp import KvcompWarning, Stack, UnsupportedError
+from kvcomp import KvcompError, KvcompWarning, Stack, UnsupportedError
 from kvcomp import layer as layer_module
 from kvcomp.layer import LayerStore
 from kvcomp.sparse.quest import Quest
@@ -606,3 +606,11 @@ def test_a_copy_lives_its_own_life() -> None:
     assert torch.equal(store.dense()[0], before)
     assert store.history.length == 300
     assert copy.history.length == 595
+
+
+def test_a_crop_of_more_than_there_is() -> None:
+    store = started("none", dim=64)
+    x = torch.randn(1, 1, 10, 64)
+    store.write(x, x, None)
+    with pytest.raises(KvcompError, match="holds 10 tokens"):
+        store.crop(11)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib.metadata import EntryPoint
 
 import pytest
 
-from kvcomp import SpecError
+from kvcomp import KvcompWarning, SpecError
 from kvcomp import registry as reg
 from kvcomp.registry import find, register, stages
 from kvcomp.stages import Policy, Quantizer, Selector
@@ -58,3 +59,11 @@ def test_a_name_has_one_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     assert register("kivi")(owner) is owner  # a module that is loaded twice
     register("kivi2")(Other)
     assert find("kivi2") is Other
+
+
+def test_a_package_that_does_not_load_takes_no_other_stage_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint(name="broken", value="no_such_package:Stage", group=reg.GROUP)
+    monkeypatch.setattr(reg, "entry_points", lambda group: [broken])
+    reg._load_all.cache_clear()
+    with pytest.warns(KvcompWarning, match="'broken' of no_such_package:Stage cannot be loaded"):
+        assert "kivi" in reg.stages()

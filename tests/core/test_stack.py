@@ -431,3 +431,12 @@ def test_roundtrip_keeps_the_window_and_says_what_is_missing() -> None:
         parse("kivi").roundtrip(k, v[:, :, :-1])
     with pytest.raises(kvcomp.KvcompError, match=r"snapkv.*queries"):
         parse("snapkv").roundtrip(k, v)
+
+
+def test_a_spec_may_span_lines() -> None:
+    assert parse("snapkv(keep=0.5)\n  + kivi(bits=4)\n") == parse("snapkv(keep=0.5) + kivi(bits=4)")
+
+
+def test_no_stage_at_all_is_refused() -> None:
+    with pytest.raises(SpecError, match="at least one stage"):
+        Stack(())

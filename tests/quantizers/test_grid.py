@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcomp import SpecError
 from kvcomp.quantizers.grid import UniformSide, pack, unpack
 
 
@@ -103,3 +104,15 @@ def test_pages_do_not_know_each_other() -> None:
     whole = side.decode(side.encode(x))
     for i in range(5):
         assert torch.equal(side.decode(side.encode(x[i : i + 1])), whole[i : i + 1])
+
+
+def test_codes_that_do_not_fill_bytes_are_refused() -> None:
+    with pytest.raises(SpecError, match="75 channels"):
+        UniformSide("k", 16, 75, 4, 1, 75)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_values_beyond_float16_saturate(bits: int) -> None:
+    side = UniformSide("k", 16, 16, bits, 1, 16)
+    x = torch.linspace(-7e4, 7e4, 256).view(1, 16, 16)
+    assert side.decode(side.encode(x)).isfinite().all()
