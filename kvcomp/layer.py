@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kvcomp.attention import Part, attend, merge
 from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.exact import ExactBuffer
 from kvcomp.history import History
 from kvcomp.kernels.reference import attend_pages
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, reclaim
-from kvcomp.plan import COUNTER, LayerPlan
+from kvcomp.plan import LayerPlan
 from kvcomp.stages import Chunk, PageShape
 
 
@@ -45,12 +45,9 @@ class LayerStore:
         self.dtype, self.device = keys.dtype, keys.device
         shape = PageShape(plan.page_size, self.k_dim, self.v_dim, self.heads, self.dtype, self.device, plan.layer)
         self.codec, self.layout = plan.build(shape)
-        streams = self.rows * self.heads
-        self.k_exact = keys.new_zeros(streams, 0, self.k_dim)
-        self.v_exact = values.new_zeros(streams, 0, self.v_dim)
-        self.exact = torch.zeros(streams, dtype=COUNTER)  # tokens in the buffer, sinks included
+        self.exact = ExactBuffer(plan, keys, values)
         self.pool = PagePool(self.layout, self.device)
-        self.table = PageTable(streams, self.device)
+        self.table = PageTable(self.rows * self.heads, self.device)
         self.history.start(self.rows)
         self.tail: int | None = None  # most recent tokens that are surely held; None: all of them
         self.started = True
@@ -58,7 +55,7 @@ class LayerStore:
     @property
     def kept(self) -> Tensor:
         """int64 [S]: tokens that each stream holds."""
-        return self.exact + self.table.counts * self.plan.page_size
+        return self.exact.counts + self.table.counts * self.plan.page_size
 
     # -- write ----------------------------------------------------------------------------------------------------
 
@@ -66,38 +63,15 @@ class LayerStore:
         """Add one token to every row: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]. The buffer has room after
         `settle`."""
         self.history.append(1, None)
-        self._reserve(int(self.exact.max()) + 1)
-        first = int(self.exact[0])
-        if bool((self.exact == first).all()):
-            self.k_exact[:, first] = keys.flatten(0, 1)[:, 0]
-            self.v_exact[:, first] = values.flatten(0, 1)[:, 0]
-        else:
-            every = torch.arange(len(self.exact), device=self.device)
-            slot = self.exact.to(self.device)
-            self.k_exact[every, slot] = keys.flatten(0, 1)[:, 0]
-            self.v_exact[every, slot] = values.flatten(0, 1)[:, 0]
-        self.exact += 1
+        self.exact.append(keys.flatten(0, 1)[:, 0], values.flatten(0, 1)[:, 0])
         if self.tail is not None:
             self.tail += 1
 
-    def _reserve(self, tokens: int) -> None:
-        """Make room for `tokens` tokens in the exact buffer of every stream."""
-        more = self.plan.room(tokens) - self.k_exact.shape[1]
-        if more > 0:
-            self.k_exact, self.v_exact = (F.pad(x, (0, 0, 0, more)) for x in (self.k_exact, self.v_exact))
-
     def settle(self) -> None:
         """Move what overflows the windows into pages, then let the policies expire old pages."""
-        full = self.exact == self.plan.slots
-        if bool(full.any()):
-            streams = full.nonzero().flatten()
-            where = streams.to(self.device)
-            sinks, size = self.plan.sinks, self.plan.page_size
-            oldest, rest = slice(sinks, sinks + size), slice(sinks + size, None)
-            self._encode(streams, self.k_exact[where, oldest], self.v_exact[where, oldest])
-            for exact in (self.k_exact, self.v_exact):
-                exact[where, sinks : sinks + self.plan.recent] = exact[where, rest]
-            self.exact[streams] -= size
+        full = (self.exact.counts == self.plan.slots).nonzero().flatten()
+        if len(full):
+            self._encode(full, *self.exact.shift(full))
         self._expire()
 
     def _expire(self) -> None:
@@ -185,41 +159,31 @@ class LayerStore:
     def _extend(self, streams: Tensor, k: Tensor, v: Tensor) -> None:
         """Add kept tokens k [s, n, Dk], v [s, n, Dv] behind those of `streams`: sinks first, then pages, then the
         window."""
-        held = self.exact[streams]
+        held = self.exact.counts[streams]
         if not bool((held == held[0]).all()):
             for amount in held.unique().tolist():
                 same = (held == amount).nonzero().flatten()
                 on = same.to(k.device)
                 self._extend(streams[same], k[on], v[on])
             return
-        plan, count, where = self.plan, int(held[0]), streams.to(self.device)
+        plan, count = self.plan, int(held[0])
         taken = min(max(plan.sinks - count, 0), k.shape[1])
         if taken:
-            self._reserve(count + taken)
-            self.k_exact[where, count : count + taken] = k[:, :taken]
-            self.v_exact[where, count : count + taken] = v[:, :taken]
+            self.exact.put(streams, count, k[:, :taken], v[:, :taken])
             k, v, count = k[:, taken:], v[:, taken:], count + taken
-        if count > plan.sinks:  # at most one page more than the window comes back out of the buffer
-            k = torch.cat([self.k_exact[where, plan.sinks : count], k], 1)
-            v = torch.cat([self.v_exact[where, plan.sinks : count], v], 1)
-            count = plan.sinks
+        if count > plan.sinks:  # less than the window and a page comes back out of the buffer
+            old_k, old_v = self.exact.window(streams, count)
+            k, v, count = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), plan.sinks
         paged = max(k.shape[1] - plan.recent, 0) // plan.page_size * plan.page_size
         if paged:
             self._encode(streams, k[:, :paged], v[:, :paged])
-        rest = k.shape[1] - paged
-        self._reserve(count + rest)
-        self.k_exact[where, count : count + rest] = k[:, paged:]
-        self.v_exact[where, count : count + rest] = v[:, paged:]
-        self.exact[streams] = count + rest
+        self.exact.put(streams, count, k[:, paged:], v[:, paged:])
 
     def _encode(self, streams: Tensor, k: Tensor, v: Tensor) -> None:
         """Turn tokens k [s, m * P, Dk], v [s, m * P, Dv] into m pages for each of the streams."""
         size = self.plan.page_size
         m = k.shape[1] // size
-        k, v = (
-            k.unflatten(1, (m, size)).flatten(0, 1),
-            v.unflatten(1, (m, size)).flatten(0, 1),
-        )  # [s * m, P, D]
+        k, v = (x.unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
         fields = self.codec.encode(k, v, streams.repeat_interleave(m).to(k.device))
         if self.plan.selector is not None:
             fields |= self.plan.selector.summarize(k)
@@ -239,43 +203,25 @@ class LayerStore:
         """Attention of queries [B, Hq, n, Dk] over everything held: out [B, Hq, n, Dv] and lse [B, Hq, n], float32.
 
         `chunk` adds tokens that are not written yet: keys [B, Hkv, c, Dk], values [B, Hkv, c, Dv] and which of them
-        each
-        query sees, bool, broadcastable to [B, n, c]. Selectors act on single queries only (n = 1); more read every
-        page.
+        each query sees, bool, broadcastable to [B, n, c]. Selectors act on single queries only (n = 1); more read
+        every page.
         """
         n = queries.shape[2]
         grouped = queries.unflatten(1, (self.heads, -1))  # [B, Hkv, G, n, Dk]
         group = grouped.shape[2]
         q = grouped.flatten(2, 3).flatten(0, 1)  # [S, G * n, Dk]
-        self.read = {}
-        parts = [
-            part for part in (self._attend_pages(q, n, scale, softcap), self._attend_exact(q, scale, softcap)) if part
-        ]
+        exact, self.read = self.exact.attend(q, scale, softcap)
+        parts = [part for part in (self._attend_pages(q, n, scale, softcap), exact) if part]
         if chunk is not None:
             k, v, visible = chunk
             seen = visible.expand(self.rows, n, k.shape[2])[:, None, None]  # [B, 1, 1, n, c]
             seen = seen.expand(-1, self.heads, group, -1, -1).flatten(2, 3).flatten(0, 1)
             parts.append(attend(q, k.flatten(0, 1), v.flatten(0, 1), scale, seen, softcap))
             self.read["chunk"] = k.nbytes + v.nbytes
-        token = (self.k_dim + self.v_dim) * self.dtype.itemsize
-        self.dense_read = self.heads * token * int(self.history.counts.sum()) + self.read.get("chunk", 0)
+        self.dense_read = self.dense_bytes + self.read.get("chunk", 0)
         part = merge(parts)
         out = part.out.unflatten(0, (self.rows, self.heads)).unflatten(2, (group, n)).flatten(1, 2)
         return Part(out, part.lse.unflatten(0, (self.rows, self.heads)).unflatten(2, (group, n)).flatten(1, 2))
-
-    def _attend_exact(self, q: Tensor, scale: float, softcap: float | None) -> Part | None:
-        """Attention over sinks and window, up to the fullest stream's count."""
-        longest, shortest = int(self.exact.max()), int(self.exact.min())
-        if longest == 0:
-            return None
-        k, v = self.k_exact[:, :longest], self.v_exact[:, :longest]
-        visible = None
-        if shortest < longest:
-            visible = (torch.arange(longest) < self.exact[:, None])[:, None].to(self.device)
-        sinks = min(self.plan.sinks, longest)
-        token = (self.k_dim + self.v_dim) * self.dtype.itemsize * len(self.exact)
-        self.read["sinks"], self.read["window"] = sinks * token, (longest - sinks) * token
-        return attend(q, k, v, scale, visible, softcap)
 
     def _attend_pages(self, q: Tensor, n: int, scale: float, softcap: float | None) -> Part | None:
         """Attention over the pages that the selector chooses, or all of them."""
@@ -324,7 +270,7 @@ class LayerStore:
             )
         valid = self.history.valid()
         shape = (self.rows * self.heads, self.history.length)
-        k, v = self.k_exact.new_zeros(*shape, self.k_dim), self.v_exact.new_zeros(*shape, self.v_dim)
+        k, v = (torch.zeros(*shape, dim, dtype=self.dtype, device=self.device) for dim in (self.k_dim, self.v_dim))
         for s in range(shape[0]):
             where = slice(None) if valid is None else valid[s // self.heads].to(self.device)
             k[s, where], v[s, where] = self._tokens(s)
@@ -332,14 +278,10 @@ class LayerStore:
 
     def _tokens(self, stream: int) -> tuple[Tensor, Tensor]:
         """One stream's tokens, oldest first: [N', Dk], [N', Dv]."""
-        count = int(self.exact[stream])
-        sinks = min(self.plan.sinks, count)
         ids = self.table.ids()[stream, : int(self.table.counts[stream])]
-        k, v = self._decode(ids)
-        return (
-            torch.cat([self.k_exact[stream, :sinks], k, self.k_exact[stream, sinks:count]]),
-            torch.cat([self.v_exact[stream, :sinks], v, self.v_exact[stream, sinks:count]]),
-        )
+        parts = [*self.exact.of(stream)]
+        parts.insert(1, self._decode(ids))
+        return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
 
     def _decode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Pages ids [m] as tokens [m * P, Dk], [m * P, Dv] in original coordinates and the model's dtype."""
@@ -361,8 +303,8 @@ class LayerStore:
             raise KvcompError(f"crop({-tokens}): the cache holds {self.history.length} tokens")
         gone = self.history.newest(tokens)  # [B]: without padding
         remove = gone.repeat_interleave(self.heads)
-        window = (self.exact - self.plan.sinks).clamp_min(0)
-        deep = remove > torch.where(self.table.counts > 0, window, self.exact)
+        window = (self.exact.counts - self.plan.sinks).clamp_min(0)
+        deep = remove > torch.where(self.table.counts > 0, window, self.exact.counts)
         if self.tail is not None and int(gone.max()) > self.tail:
             raise UnsupportedError(
                 f"crop({-tokens}): only the last {self.tail} tokens are held without gaps, older ones were evicted; "
@@ -375,7 +317,7 @@ class LayerStore:
             )
         for stream in deep.nonzero().flatten().tolist():
             self._unpage(stream, int(remove[stream]))
-        self.exact -= remove
+        self.exact.counts -= remove
         self.history.crop(tokens)
         if self.tail is not None:
             self.tail -= int(gone.max())
@@ -384,17 +326,14 @@ class LayerStore:
 
     def _unpage(self, stream: int, remove: int) -> None:
         """Bring a stream's newest pages back into its buffer, so that `remove` tokens can be taken off its end."""
-        plan, count = self.plan, int(self.exact[stream])
-        pages = -(-(remove - (count - plan.sinks)) // plan.page_size)
-        pages = min(pages, int(self.table.counts[stream]))
-        at = int(self.table.counts[stream])
+        plan, at = self.plan, int(self.table.counts[stream])
+        window = int(self.exact.counts[stream]) - plan.sinks
+        pages = min(-(-(remove - window) // plan.page_size), at)
         k, v = self._decode(self.table.ids()[stream, at - pages : at])
-        left = count - plan.sinks + pages * plan.page_size - remove  # tokens that stay behind the sinks
+        left = window + pages * plan.page_size - remove  # tokens that stay behind the sinks
         back = max(left, 0)
-        self._reserve(plan.sinks + back)
-        self.k_exact[stream, plan.sinks : plan.sinks + back] = k[:back]
-        self.v_exact[stream, plan.sinks : plan.sinks + back] = v[:back]
-        self.exact[stream] = plan.sinks + left + remove
+        self.exact.put(torch.tensor([stream]), plan.sinks, k[None, :back], v[None, :back])
+        self.exact.counts[stream] = plan.sinks + left + remove
         amount = torch.zeros_like(self.table.counts)
         amount[stream] = pages
         self.table.drop_newest(amount)
@@ -403,9 +342,7 @@ class LayerStore:
         """Keep, repeat and order rows (beams): int64 [B']. Pages are shared, never copied."""
         rows = rows.cpu()
         streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
-        on = streams.to(self.device)
-        self.k_exact, self.v_exact = self.k_exact[on], self.v_exact[on]
-        self.exact = self.exact[streams]
+        self.exact.select(streams)
         self.table.select(streams)
         self.history.select(rows)
         self.rows = len(rows)
@@ -417,8 +354,8 @@ class LayerStore:
         """Bytes of live storages by part; storages whose address is in `seen` are skipped, the others added to it."""
         if not self.started:
             return {}
-        exact = storage_bytes([self.k_exact, self.v_exact], seen)
-        slots = max(self.k_exact.shape[1], 1)
+        exact = storage_bytes(self.exact.tensors, seen)
+        slots = max(self.exact.k.shape[1], 1)
         sinks = exact * min(self.plan.sinks, slots) // slots
         pool = storage_bytes([self.pool.data], seen)
         used = (self.pool.capacity - len(self.pool.free)) if pool else 0
@@ -428,7 +365,7 @@ class LayerStore:
             "slack": pool - used * self.layout.bytes_per_page,
             "sinks": sinks,
             "window": exact - sinks,
-            "table": storage_bytes([*self.table.tensors(), self.exact], seen),
+            "table": storage_bytes([*self.table.tensors(), self.exact.counts], seen),
             "constants": storage_bytes(self.codec.constants(), seen),
             "history": storage_bytes(self.history.tensors(), seen),
         }

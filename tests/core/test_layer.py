@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, KvcompWarning, Stack, UnsupportedError
+from kvcomp import exact as exact_module
 from kvcomp import layer as layer_module
 from kvcomp.layer import LayerStore
 from kvcomp.sparse.quest import Quest
@@ -120,7 +121,7 @@ def assert_holds(store: LayerStore, model: Rows) -> None:
     for stream, pages in enumerate(store.table.counts.tolist()):
         real = len(model.tokens(stream // store.heads))
         assert pages <= max(real - sinks, 0) // size  # padding is in no page
-        assert pages * size + int(store.exact[stream]) == real
+        assert pages * size + int(store.exact.counts[stream]) == real
     used = store.pool.capacity - len(store.pool.free)
     assert used <= store.table.total
 
@@ -538,7 +539,8 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
         return select(self, queries, summary, counts, scale)
 
     monkeypatch.setattr(layer_module, "attend_pages", watched_pages)
-    monkeypatch.setattr(layer_module, "attend", watched_exact)
+    for module in (exact_module, layer_module):  # the exact buffer, and chunks that are not written yet
+        monkeypatch.setattr(module, "attend", watched_exact)
     monkeypatch.setattr(Quest, "select", watched_select)
     store.attend(torch.randn(rows, 2 * heads, 1, dim, dtype=torch.bfloat16), 0.125)
     read = store.read

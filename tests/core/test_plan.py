@@ -25,8 +25,8 @@ def test_pages_of_a_prefill(sinks: int, recent: int, tokens: int, quest: bool) -
     assert store.pool.capacity == plan.pages_of(tokens)
     assert store.kept.tolist() == [tokens]
     # the window holds at least what it promises, and less than a page more
-    assert min(tokens, sinks + recent) <= int(store.exact) < max(sinks + recent, 1) + plan.page_size
-    assert int(store.exact) <= plan.slots
+    assert min(tokens, sinks + recent) <= int(store.exact.counts) < max(sinks + recent, 1) + plan.page_size
+    assert int(store.exact.counts) <= plan.slots
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 64), (96, 128)])
@@ -49,7 +49,7 @@ def test_a_plan_of_several_policies_never_promises_less_than_is_held(first: str,
     store = LayerStore(plan)
     store.start(k, v)
     store.write(k, v, None, q, 32**-0.5)
-    held = sum(t.untyped_storage().nbytes() for t in (store.k_exact, store.v_exact, store.pool.data, store.table.rows))
+    held = sum(t.untyped_storage().nbytes() for t in (store.exact.k, store.exact.v, store.pool.data, store.table.rows))
     assert held <= held_by_stream(plan, 32, 32, 1000, torch.float32)
 
 

@@ -337,7 +337,7 @@ def test_a_stage_of_another_package_comes_in_through_its_entry_point(monkeypatch
 def storages(store: LayerStore) -> int:
     """Bytes of the tensors that hold tokens and say where they are, listed by hand; constants shared by layers are
     not the stream's."""
-    held = [store.k_exact, store.v_exact, store.pool.data, store.table.rows, store.table.counts, store.exact]
+    held = [store.exact.k, store.exact.v, store.pool.data, store.table.rows, store.table.counts, store.exact.counts]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t.numel()}.values())
 
 

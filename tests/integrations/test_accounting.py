@@ -12,6 +12,7 @@ import torch
 from generation import greedy, left_padded, tokens
 from torch import Tensor
 
+import kvcomp.exact
 import kvcomp.layer
 from kvcomp import CompressedCache, KvcompError, Stack
 from kvcomp.pages import SUMMARY, round_up
@@ -94,7 +95,7 @@ def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.Monke
     with torch.no_grad():
         model(tokens(1, 700), past_key_values=cache)
     handed = {"pages": 0, "exact": 0, "summaries": 0}
-    real_pages, real_attend = kvcomp.layer.attend_pages, kvcomp.layer.attend
+    real_pages, real_attend = kvcomp.layer.attend_pages, kvcomp.exact.attend
 
     def pages(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: Any, *rest: Any) -> Any:
         body = sum(round_up(f.nbytes, 16) for f in layout.fields if not f.name.startswith(SUMMARY))
@@ -106,7 +107,7 @@ def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.Monke
         return real_attend(q, k, v, *rest)
 
     monkeypatch.setattr(kvcomp.layer, "attend_pages", pages)
-    monkeypatch.setattr(kvcomp.layer, "attend", exact)
+    monkeypatch.setattr(kvcomp.exact, "attend", exact)
     for layer in cache._compressed():
         selector = layer.plan.selector
         if selector is not None:

@@ -1,0 +1,98 @@
+"""The exact buffer: the sinks and the recent window of every stream, in the model's dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvcomp.attention import Part, attend
+from kvcomp.plan import COUNTER, LayerPlan
+
+
+class ExactBuffer:
+    """Sinks and window of S streams: k [S, room, Dk], v [S, room, Dv], of which a stream's first counts [S] are tokens.
+
+    A stream's first `plan.sinks` tokens stay where they are. When it is full (sinks + recent + one page), `shift` takes
+    the oldest page out behind the sinks and moves the window up: a copy of the window every P tokens, never of the
+    cache.
+    """
+
+    def __init__(self, plan: LayerPlan, keys: Tensor, values: Tensor) -> None:
+        """Empty, for streams, dimensions, dtype and device of keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv]."""
+        self.plan = plan
+        streams = keys.shape[0] * keys.shape[1]
+        self.k = keys.new_zeros(streams, 0, keys.shape[-1])
+        self.v = values.new_zeros(streams, 0, values.shape[-1])
+        self.counts = torch.zeros(streams, dtype=COUNTER)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one stream."""
+        return (self.k.shape[-1] + self.v.shape[-1]) * self.k.itemsize
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.k, self.v]
+
+    def put(self, streams: Tensor, at: int, k: Tensor, v: Tensor) -> None:
+        """Write k [s, n, Dk], v [s, n, Dv] from slot `at` on; the count of these streams then ends there."""
+        end = at + k.shape[1]
+        self._reserve(end)
+        where = streams.to(self.k.device)
+        self.k[where, at:end], self.v[where, at:end] = k, v
+        self.counts[streams] = end
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """One more token for every stream: k [S, Dk], v [S, Dv]."""
+        self._reserve(int(self.counts.max()) + 1)
+        first = int(self.counts[0])
+        if bool((self.counts == first).all()):
+            self.k[:, first], self.v[:, first] = k, v
+        else:
+            every, slot = torch.arange(len(self.counts), device=k.device), self.counts.to(k.device)
+            self.k[every, slot], self.v[every, slot] = k, v
+        self.counts += 1
+
+    def window(self, streams: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Copies of what streams that hold `count` tokens have behind their sinks: [s, count - sinks, D]."""
+        where, behind = streams.to(self.k.device), slice(self.plan.sinks, count)
+        return self.k[where, behind], self.v[where, behind]
+
+    def shift(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the oldest page behind the sinks out of full streams: k [s, P, Dk], v [s, P, Dv]."""
+        k, v = self.window(streams, self.plan.slots)
+        size = self.plan.page_size
+        self.put(streams, self.plan.sinks, k[:, size:], v[:, size:])
+        return k[:, :size], v[:, :size]
+
+    def of(self, stream: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """One stream's sinks and window, each as keys [n, Dk] and values [n, Dv]."""
+        count = int(self.counts[stream])
+        sinks = min(self.plan.sinks, count)
+        k, v = self.k[stream], self.v[stream]
+        return (k[:sinks], v[:sinks]), (k[sinks:count], v[sinks:count])
+
+    def attend(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Part | None, dict[str, int]]:
+        """Attention of q [S, R, Dk] over all that is held, and the bytes it is handed: up to the fullest stream's
+        count."""
+        longest, shortest = int(self.counts.max()), int(self.counts.min())
+        if longest == 0:
+            return None, {}
+        visible = None
+        if shortest < longest:
+            visible = (torch.arange(longest) < self.counts[:, None])[:, None].to(q.device)
+        sinks = min(self.plan.sinks, longest)
+        column = self.token_bytes * len(self.counts)
+        read = {"sinks": sinks * column, "window": (longest - sinks) * column}
+        return attend(q, self.k[:, :longest], self.v[:, :longest], scale, visible, softcap), read
+
+    def select(self, streams: Tensor) -> None:
+        """Keep, repeat and order streams."""
+        on = streams.to(self.k.device)
+        self.k, self.v, self.counts = self.k[on], self.v[on], self.counts[streams]
+
+    def _reserve(self, tokens: int) -> None:
+        more = self.plan.room(tokens) - self.k.shape[1]
+        if more > 0:
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
