@@ -55,39 +55,54 @@ def load_model(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    path = Path(name).expanduser()
-    if name in ALIASES:
-        source, options = converted(name), {}
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model: no file {name!r}.")
-        _require_gguf(name)
-        source, options = path.parent, {"gguf_file": path.name}
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"model: the folder {name!r} has no config.json. "
-                "Give a folder that save_pretrained wrote, or the .gguf file itself."
-            )
-        source, options = path, {}
-    elif name.count("/") <= 1 and not name.startswith((".", "/", "~")):
-        source, options = Path(name), {}
-    else:
-        raise ModelError(f"model: no folder {name!r}.")
+    source, options = locate(name)
     model, tokenizer = _from_pretrained(
         name, source, {"dtype": dtype, "attn_implementation": attn_implementation, **options}
     )
     return model.to(device).eval(), tokenizer
 
 
+def locate(name: str) -> tuple[Path, dict[str, Any]]:
+    """Where a model's files are, and what transformers needs to find them there. A hub id stays what it is.
+
+    Raises ModelError when a file or folder is named that is not there.
+    """
+    path = Path(name).expanduser()
+    if name in ALIASES:
+        return converted(name), {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model: no file {name!r}.")
+        _require_gguf(name)
+        return path.parent, {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"model: the folder {name!r} has no config.json. "
+                "Give a folder that save_pretrained wrote, or the .gguf file itself."
+            )
+        return path, {}
+    if name.count("/") <= 1 and not name.startswith((".", "/", "~")):
+        return Path(name), {}
+    raise ModelError(f"model: no folder {name!r}.")
+
+
 def _from_pretrained(name: str, source: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+    with explained(name, source):
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **gguf)
+        model = AutoModelForCausalLM.from_pretrained(str(source), **options)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def explained(name: str, source: Path) -> Iterator[None]:
+    """Quiet, and turns what transformers raises for a model that it cannot load into one ModelError."""
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **gguf)
-            model = AutoModelForCausalLM.from_pretrained(str(source), **options)
+            yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         if source.exists():
             raise ModelError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
@@ -96,7 +111,6 @@ def _from_pretrained(name: str, source: Path, options: dict[str, Any]) -> tuple[
             f"Hugging Face hub did not give it: {_first_line(error)} Check the spelling and the network (or "
             "HF_TOKEN for a gated model), or give a local folder or a .gguf file."
         ) from error
-    return model, tokenizer
 
 
 def converted(alias: str) -> Path:

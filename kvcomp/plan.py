@@ -10,6 +10,7 @@ from kvcomp.pages import PageLayout
 from kvcomp.stages import Codec, PageShape, Policy, Quantizer, Selector
 
 COUNTER = torch.int64
+TABLE_ENTRY = torch.int32
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,80 @@ class LayerPlan:
         """Full pages of a stream that keeps `tokens` tokens after a prefill."""
         return max(tokens - self.sinks - self.recent, 0) // self.page_size
 
+    def stored(self, tokens: int) -> tuple[int, int]:
+        """(pages, tokens in the exact buffer) of a stream after prefilling `tokens` tokens."""
+        # every policy counts from the prompt, not from what the one before left: the strictest decides
+        kept = min([tokens, *(policy.kept(tokens, self.sinks, self.recent) for policy in self.policies)])
+        pages = self.pages_of(kept)
+        return pages, kept - pages * self.page_size
+
+    def chosen(self, pages: int) -> int:
+        """How many of a stream's pages a decode query reads."""
+        return pages if self.selector is None else self.selector.reads(pages)
+
+    def attended(self, tokens: int) -> int:
+        """Tokens that the query of a decode step after prefilling `tokens` tokens attends to, its own included."""
+        pages, exact = self.stored(tokens)
+        return self.chosen(pages) * self.page_size + exact + 1
+
     def build(self, shape: PageShape) -> tuple[Codec, PageLayout]:
         codec = self.quantizer.codec(shape)
         summary = self.selector.summary_fields(shape) if self.selector is not None else ()
         return codec, PageLayout(self.page_size, codec.fields + summary)
 
 
+def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that one stream of the layer holds after prefilling `tokens` tokens, by part as in `LayerStore.held`.
+
+    Constants that streams share (a Hadamard matrix) and the log of padding are left out.
+    """
+    layout = _layout(plan, k_dim, v_dim, dtype)
+    pages, exact = plan.stored(tokens)
+    slots = plan.room(exact)
+    token = (k_dim + v_dim) * dtype.itemsize
+    sinks = min(plan.sinks, slots) * token
+    return _present(
+        pages=pages * layout.body_bytes,
+        summaries=pages * layout.summary_bytes,
+        sinks=sinks,
+        window=slots * token - sinks,
+        table=pages * TABLE_ENTRY.itemsize + 2 * COUNTER.itemsize,
+    )
+
+
+def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of one stream that a decode step after prefilling `tokens` tokens loads, by part as in `LayerStore.read`.
+
+    The step's own token is in the window by then. A step reads the stream's whole table, all its summaries where it
+    selects, the pages chosen, and the exact buffer.
+    """
+    layout = _layout(plan, k_dim, v_dim, dtype)
+    pages, exact = plan.stored(tokens)
+    token = (k_dim + v_dim) * dtype.itemsize
+    sinks = min(plan.sinks, exact + 1)
+    return _present(
+        pages=plan.chosen(pages) * layout.body_bytes,
+        summaries=pages * layout.summary_bytes,
+        sinks=sinks * token,
+        window=(exact + 1 - sinks) * token,
+        table=pages * TABLE_ENTRY.itemsize,
+    )
+
+
 def held_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that one stream of the layer holds after prefilling `tokens` tokens, without shared constants."""
+    """Bytes that one stream of the layer holds after prefilling `tokens` tokens: the sum of `held_parts`."""
+    return sum(held_parts(plan, k_dim, v_dim, tokens, dtype).values())
+
+
+def read_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one stream that a decode step after prefilling `tokens` tokens loads: the sum of `read_parts`."""
+    return sum(read_parts(plan, k_dim, v_dim, tokens, dtype).values())
+
+
+def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> PageLayout:
     shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
-    _, layout = plan.build(shape)
-    # every policy counts from the prompt, not from what the one before left: the strictest decides
-    kept = min([tokens, *(policy.kept(tokens, plan.sinks, plan.recent) for policy in plan.policies)])
-    pages = plan.pages_of(kept)
-    exact = plan.room(kept - pages * plan.page_size) * (k_dim + v_dim) * dtype.itemsize
-    return pages * (layout.bytes_per_page + torch.int32.itemsize) + exact + 2 * COUNTER.itemsize
+    return plan.build(shape)[1]
+
+
+def _present(**parts: int) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size}
