@@ -19,14 +19,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.report import require_libraries, write_report
 from kvcomp.benchmarks.results import Record, Results, Row, RunError, summarize, write_csv
-from kvcomp.benchmarks.ruler import TASKS, Sample, find_task, generate
+from kvcomp.benchmarks.samples import Sample
+from kvcomp.benchmarks.tasks import expand, find_task, origins
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.models import load_model
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. `max_new_tokens` caps the new tokens of every task; None leaves each task its own."""
+    """What is measured.
+
+    max_new_tokens: caps the new tokens of every task; None leaves each task its own.
+    data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
+    chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -35,18 +41,18 @@ class Settings:
     stacks: tuple[str, ...]
     seed: int = 0
     max_new_tokens: int | None = None
+    data: str | None = None
+    chat: bool = False
 
     def __post_init__(self) -> None:
-        tasks = [name for task in self.tasks for name in (TASKS if task == "ruler" else (task,))]
-        for name in tasks:
-            find_task(name)
+        tasks = expand(self.tasks, self.data)
         for argument, value in (("samples", self.samples), ("max-new-tokens", self.max_new_tokens)):
             if value is not None and value < 1:
                 raise RunError(f"{argument}: {value} is less than 1.")
         for argument, values in (("task", tasks), ("context", self.contexts), ("stack", self.stacks)):
             if not values:
                 raise RunError(f"{argument}: at least one is needed.")
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(tasks)))
+        object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "contexts", tuple(sorted(set(self.contexts))))
         object.__setattr__(self, "stacks", tuple(dict.fromkeys(str(Stack.parse(stack)) for stack in self.stacks)))
 
@@ -60,12 +66,14 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> list[R
     stacks = [Stack.parse(stack) for stack in settings.stacks]
     config = {
         "command": command,
-        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()},
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k != "data"},
+        "data": origins(settings.tasks, settings.data),  # the texts themselves, wherever they lie
         "versions": _versions(),
         "machine": _machine(),
     }
     results = Results(out, config)
     done = {record.key for record in results.records}
+    counts = {task: find_task(task).count(settings.samples, settings.data) for task in settings.tasks}
     missing = {
         (task, context): wanted
         for context in settings.contexts
@@ -73,7 +81,7 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> list[R
         if (
             wanted := {
                 index: todo
-                for index in range(settings.samples)
+                for index in range(counts[task])
                 if (todo := [s for s in stacks if (task, context, index, s.hash) not in done])
             }
         )
@@ -99,21 +107,24 @@ def _measure(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max(settings.contexts) > limit:
         raise RunError(f"context: {max(settings.contexts)} is more than the {limit} tokens of {settings.model}.")
+    for name, context in missing:  # what cannot be written is better known before hours of measuring
+        find_task(name, settings.chat).generate(tokenizer, context, 1, settings.seed, settings.data)
     total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("writing prompts", total=total)
-        for (task, context), wanted in missing.items():
-            samples = generate(task, tokenizer, context, settings.samples, settings.seed)
+        for (name, context), wanted in missing.items():
+            task = find_task(name, settings.chat)
+            samples = task.generate(tokenizer, context, settings.samples, settings.seed, settings.data)
             for index, stacks in wanted.items():
-                progress.update(bar, description=f"{task} {context}, sample {index + 1} of {settings.samples}")
+                progress.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
                 scores = []
                 for record in answer(model, tokenizer, samples[index], context, stacks, settings.max_new_tokens):
                     results.append(record)
                     scores.append(f"{record.score:.0%}")
                     progress.advance(bar)
                 console.print(
-                    f"{task} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
+                    f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
                     f"prefill {record.prefill_s:.1f} s, right: {' '.join(scores)}",
                     highlight=False,
                     soft_wrap=True,
@@ -146,7 +157,7 @@ def answer(
     def finished(tokens: list[int]) -> bool:
         if tokens[-1] in ends:
             return True
-        return task.stop is not None and task.stop in tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+        return task.stop(tokenizer.decode(tokens, skip_special_tokens=True), sample)
 
     for stack in stacks:
         cache = caches.pop(0)
@@ -160,10 +171,12 @@ def answer(
             index=sample.index,
             stack=str(stack),
             hash=stack.hash,
-            score=task.metric(prediction, sample.references),
+            score=task.score(prediction, sample),
             prediction=prediction,
             references=list(sample.references),
             depth=sample.depth,
+            tags=list(sample.tags),
+            origin=sample.origin,
             prompt_tokens=ids.shape[1],
             new_tokens=len(tokens),
             effective_bits=memory.effective_bits,

@@ -34,7 +34,9 @@ class Record:
     score: float
     prediction: str
     references: list[str]
-    depth: float
+    depth: float | None
+    tags: list[str]  # groups of its task that the sample belongs to
+    origin: str  # the texts that the prompt was made of
     prompt_tokens: int
     new_tokens: int
     effective_bits: float
@@ -94,10 +96,10 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     differences = [
-        f"{name}: {old.get(part, {}).get(name)!r} there, {new[part].get(name)!r} now"
-        for part in ("settings", "versions", "machine")
-        for name in dict.fromkeys([*old.get(part, {}), *new[part]])
-        if old.get(part, {}).get(name) != new[part].get(name)
+        f"{name}: {old.get(part, {}).get(name)!r} there, {new.get(part, {}).get(name)!r} now"
+        for part in ("settings", "data", "versions", "machine")
+        for name in dict.fromkeys([*old.get(part, {}), *new.get(part, {})])
+        if old.get(part, {}).get(name) != new.get(part, {}).get(name)
     ]
     if differences:
         raise RunError(
@@ -147,7 +149,7 @@ class Row:
     change_low: float | None
     change_high: float | None
     ms_per_token: float
-    by_task: dict[str, float]
+    by_task: dict[str, float]  # and by "task tag" where samples have tags
 
 
 def summarize(records: Sequence[Record]) -> list[Row]:
@@ -162,7 +164,10 @@ def summarize(records: Sequence[Record]) -> list[Row]:
         dense = {(r.task, r.index): r.score for r in groups.get((context, "none"), [])}
         paired = [r.score - dense[r.task, r.index] for r in group if (r.task, r.index) in dense]
         change = paired_interval(paired) if paired and stack != "none" else (None, None, None)
-        tasks = dict.fromkeys(record.task for record in group)
+        by_task: dict[str, list[float]] = {}
+        for record in group:
+            for part in (record.task, *(f"{record.task} {tag}" for tag in record.tags)):
+                by_task.setdefault(part, []).append(record.score)
         held, read = sum(r.held for r in group), sum(r.read for r in group)
         rows.append(
             Row(
@@ -181,7 +186,7 @@ def summarize(records: Sequence[Record]) -> list[Row]:
                 change_low=change[1],
                 change_high=change[2],
                 ms_per_token=statistics.median(r.ms_per_token for r in group),
-                by_task={t: statistics.fmean(r.score for r in group if r.task == t) for t in tasks},
+                by_task={part: statistics.fmean(scores) for part, scores in by_task.items()},
             )
         )
     return rows

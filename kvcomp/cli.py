@@ -17,7 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from kvcomp import cli_data, cli_plan
 from kvcomp.errors import KvcompError
+from kvcomp.options import whole_numbers
 
 if TYPE_CHECKING:
     from kvcomp.stages import Stage
@@ -203,7 +205,9 @@ def _size(size: int) -> str:
 def bench(
     stack: Annotated[list[str], typer.Option(help="A stack to measure; repeat it. Include none to compare with.")],
     model: Model = "smollm2-135m",
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks, or ruler for all of them.")] = "ruler",
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated tasks; ruler, longbench and longbench_e stand for all of theirs.")
+    ] = "ruler",
     context: Annotated[
         list[str] | None,
         typer.Option(help="Tokens of prompt and answer: repeat it or separate by commas.  \\[default: 2048]"),
@@ -216,6 +220,13 @@ def bench(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Cap on the answer.  \\[default: the task's own]")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder with the texts of tasks, or hub.  \\[default: what comes with kvcomp]"),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="LongBench in the model's chat template, save few-shot and code.")
+    ] = False,
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
@@ -223,11 +234,14 @@ def bench(
     Writes samples.jsonl, summary.csv and report.html to --out.
     """
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
-    contexts = _contexts(context or ["2048"])
+    contexts = whole_numbers("context", context or ["2048"], "tokens")
     from kvcomp.benchmarks.bench import Settings, run
     from kvcomp.benchmarks.report import tables
+    from kvcomp.benchmarks.tasks import choose
 
-    settings = Settings(model, names, contexts, samples, tuple(stack), seed, max_new_tokens)
+    for reason in choose(names, data)[1]:
+        _notes().print(f"[yellow]left out:[/] {escape(reason)}", soft_wrap=True, highlight=False)
+    settings = Settings(model, names, contexts, samples, tuple(stack), seed, max_new_tokens, data, chat)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     rows = run(settings, out, _notes(), command)
     console = Console()
@@ -238,9 +252,5 @@ def bench(
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True, highlight=False)
 
 
-def _contexts(given: list[str]) -> tuple[int, ...]:
-    parts = [part.strip() for text in given for part in text.split(",") if part.strip()]
-    for part in parts:
-        if not part.isdecimal() or int(part) < 1:
-            raise KvcompError(f"context: {part!r} is not a positive whole number of tokens.")
-    return tuple(map(int, parts))
+app.command(epilog=cli_plan.EXAMPLES)(cli_plan.plan)
+app.add_typer(cli_data.app, name="data")

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvcomp.benchmarks import ruler
+from kvcomp.benchmarks.ruler import niah, texts
 
 
 def save(folder: Path) -> Path:
@@ -19,7 +19,7 @@ def save(folder: Path) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    backend.train_from_iterator([ruler.PROMPT, ruler.NOISE, ruler.NEEDLE, "0123456789"] * 4, trainer)
+    backend.train_from_iterator([niah.ONE.replace("{value}", "number"), texts.NOISE, niah.NEEDLE] * 4, trainer)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,0 +1,159 @@
+"""What RULER's tasks share: prompts that fill their context, and scores that count the references found."""
+
+from __future__ import annotations
+
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from kvcomp.benchmarks.data import Data, Source, load, origin
+from kvcomp.benchmarks.samples import Sample, TaskError
+
+ENDLESS = 10**9
+CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+class Draft(NamedTuple):
+    """A prompt, its references, and the character where what the answer needs begins; None where it is all over."""
+
+    prompt: str
+    references: tuple[str, ...]
+    place: int | None
+
+
+class Setting(NamedTuple):
+    """What prompts are written for: `tokens` counts those of a text, `context` is the room for prompt and answer."""
+
+    tokens: Callable[[str], int]
+    context: int
+    seed: int
+    data: Data
+
+
+class Writer(NamedTuple):
+    """Writes the prompt of a sample with `fewest` to `most` units of haystack; its length grows with the units."""
+
+    write: Callable[[int, int, random.Random], Draft]  # units, index of the sample, its randomness
+    fewest: int
+    most: int = ENDLESS
+
+
+@dataclass(frozen=True)
+class RulerTask(ABC):
+    """A task that can be written to any length. Every reference that an answer contains counts the same."""
+
+    name: str
+
+    max_new_tokens: ClassVar[int]
+
+    @property
+    def sources(self) -> tuple[Source[Any], ...]:
+        """The texts that prompts are made of."""
+        return ()
+
+    @abstractmethod
+    def prepare(self, setting: Setting) -> Writer:
+        """Return what writes the prompts; DataError where its data is missing."""
+
+    def count(self, samples: int, data: Data) -> int:
+        """Return `samples`, the prompts being endless; DataError where the data is missing."""
+        for source in self.sources:
+            load(source, data)
+        return samples
+
+    def generate(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> list[Sample]:
+        """Return prompts whose tokens, with the task's new tokens, fill `context` as far as they fit.
+
+        A sample depends on the task, the seed, its index, the data and the context, not on how many are asked
+        for. Raises TaskError for a context too small for the task, and DataError where its data is missing.
+        """
+
+        def tokens(text: str) -> int:
+            return len(tokenizer(text).input_ids)
+
+        setting = Setting(tokens, context, seed, data)
+        writer = self.prepare(setting)
+        # The word lists are the same everywhere; what a hub has to offer is a text of its own.
+        made_of = "; ".join(f"{source.name}: {origin(source, data)}" for source in self.sources if source.hub)
+        return [self._sample(index, writer, setting, made_of) for index in range(samples)]
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """Return the fraction of the references that appear in the prediction."""
+        return string_match_all(prediction, sample.references)
+
+    def stop(self, text: str, sample: Sample) -> bool:
+        """Return whether `text` scores 1: what follows cannot take a reference away."""
+        return self.score(text, sample) == 1
+
+    def _sample(self, index: int, writer: Writer, setting: Setting, made_of: str) -> Sample:
+        def write(units: int) -> Draft:
+            return writer.write(units, index, random.Random(f"{setting.seed}/{self.name}/{index}"))
+
+        def used(units: int) -> int:
+            return setting.tokens(write(units).prompt) + self.max_new_tokens
+
+        try:
+            units = fit(used, setting.context, writer.fewest, writer.most)
+        except TooSmallError as error:
+            raise TaskError(
+                f"context: {setting.context} is less than the {error.args[0]} tokens that {self.name} needs, "
+                f"{self.max_new_tokens} of them for the answer."
+            ) from error
+        prompt, references, place = write(units)
+        depth = None if place is None else round(place / len(prompt), 4)
+        return Sample(self.name, index, prompt, references, depth, self.max_new_tokens, origin=made_of)
+
+
+class TooSmallError(ValueError):
+    """Not even the fewest units fit; the argument says what they use."""
+
+
+def fit(used: Callable[[int], int], room: int, fewest: int, most: int = ENDLESS) -> int:
+    """Return how many units fill `room`, within 1/512 of it or one unit; `used` grows about linearly with them.
+
+    Few calls matter more than the last unit, since each tokenizes a prompt: the guesses follow the secant.
+    Raises TooSmallError where `fewest` units do not fit.
+    """
+    low, spent = fewest, used(fewest)
+    if spent > room:
+        raise TooSmallError(spent)
+    high = most + 1  # does not fit, or is not wanted
+    guess = min(fewest + 32, most)
+    while high - low > 1 and room - spent > room // 512:
+        guess = min(max(guess, low + 1), high - 1)
+        tokens = used(guess)
+        rate = max((tokens - spent) / (guess - low), 1e-3)
+        if tokens <= room:
+            low, spent = guess, tokens
+        else:
+            high = guess
+        guess = low + int((room - spent) / rate)
+    return low
+
+
+def string_match_all(prediction: str, references: Sequence[str]) -> float:
+    """Return the fraction of the references that appear in the prediction, whatever their case."""
+    return sum(_contains(prediction, references)) / len(references)
+
+
+def string_match_part(prediction: str, references: Sequence[str]) -> float:
+    """Return 1 where any of the references appears in the prediction, whatever its case, and otherwise 0."""
+    return float(any(_contains(prediction, references)))
+
+
+def _contains(prediction: str, references: Sequence[str]) -> list[bool]:
+    text = CONTROL.sub("\n", prediction).lower()
+    return [reference.lower() in text for reference in references]
+
+
+def distinct(draw: Callable[[], str], count: int, taken: Sequence[str] = ()) -> list[str]:
+    """Return `count` drawn texts, all different, and none of them in `taken`."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        text = draw()
+        if text not in taken:
+            found[text] = None
+    return list(found)

@@ -1,0 +1,66 @@
+"""`kvcomp data check`: what a folder for --data holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from kvcomp.benchmarks.data import Finding
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="The texts that benchmarks are made of.")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="The folder that bench would get as --data.", show_default=False)],
+) -> None:
+    """Say for every task what its text would be, how much of it there is, and what to fetch where it is missing.
+
+    Leaves with code 1 where a file is there but cannot be read.
+    """
+    from kvcomp.benchmarks import data, tasks
+
+    found = {finding.source.name: finding for finding in data.check(folder)}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), highlight=False)
+    table.add_column("task", no_wrap=True)
+    table.add_column("content", justify="right", no_wrap=True)
+    table.add_column("from", overflow="fold")
+    ready, damaged = 0, False
+    for name in tasks.all_tasks():
+        findings = [found[source.name] for source in tasks.find_task(name).sources]
+        bad = [finding for finding in findings if finding.problem]
+        texts = [finding for finding in findings if finding.source.hub]  # the others are word lists
+        content, place, style = "–", "generated", "default"
+        for finding in bad or texts:
+            content, place, style = _describe(finding, folder)
+        table.add_row(name, content, f"[{style}]{escape(place)}[/]")
+        ready += not bad
+        damaged = damaged or any(finding.file for finding in bad)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # in a file, a row stays a line
+    console.print(table)
+    total = len(tasks.all_tasks())
+    console.print(f"{ready} of {total} tasks can run with --data {folder}", soft_wrap=True, highlight=False)
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _describe(finding: Finding, folder: Path) -> tuple[str, str, str]:
+    """Return how much there is of a source, where from, and in which colour to say so."""
+    source = finding.source
+    content = f"{finding.count:,} {source.unit}"
+    if finding.problem and finding.file:
+        return "–", finding.problem, "red"
+    if finding.problem:
+        return "–", finding.problem if source.fallback else f"missing: {source.fetch}", "yellow"
+    if finding.file is None:
+        return content, f"{source.fallback_name}: there is no {source.files[0]}", "yellow"
+    return content, str(finding.file.relative_to(folder.expanduser())), "green"
