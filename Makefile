@@ -20,7 +20,7 @@ DEMO := --model smollm2-135m --tasks niah_single_1,niah_multikey_1 --context 204
 	--stack "int(bits=4, basis=hadamard)" \
 	--stack "snapkv(keep=0.25) + kivi(bits=4)" \
 	--stack "snapkv(keep=0.25, kernel=31) + kivi(bits=4)" \
-	--stack "snapkv(keep=0.25, kernel=31) + kivi(bits=4) + quest(pages=8)"
+	--stack "snapkv(keep=0.25, kernel=31) + kivi(bits=4) + quest(pages=4)"
 
 help: ## what each command does
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
