@@ -74,8 +74,7 @@ class ExactBuffer:
         return (k[:sinks], v[:sinks]), (k[sinks:count], v[sinks:count])
 
     def attend(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Part | None, dict[str, int]]:
-        """Attention of q [S, R, Dk] over all that is held, and the bytes it is handed: up to the fullest stream's
-        count."""
+        """Attention of q [S, R, Dk] over all that is held, and the bytes handed to it by part."""
         longest, shortest = int(self.counts.max()), int(self.counts.min())
         if longest == 0:
             return None, {}

@@ -157,8 +157,7 @@ class LayerStore:
         return alive
 
     def _extend(self, streams: Tensor, k: Tensor, v: Tensor) -> None:
-        """Add kept tokens k [s, n, Dk], v [s, n, Dv] behind those of `streams`: sinks first, then pages, then the
-        window."""
+        """Add kept tokens k [s, n, Dk], v [s, n, Dv] to `streams`: to the sinks, then pages, then the window."""
         held = self.exact.counts[streams]
         if not bool((held == held[0]).all()):
             for amount in held.unique().tolist():

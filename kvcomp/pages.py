@@ -20,8 +20,7 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Field:
-    """One named array of a page record. Names that start with `summary.` are read by selectors, the rest by
-    attention."""
+    """One named array of a page record; selectors read those named `summary.*`, attention the others."""
 
     name: str
     shape: tuple[int, ...]

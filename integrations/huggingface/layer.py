@@ -41,8 +41,7 @@ class HandleLayer(Protocol):
 
 
 class Handle:
-    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes the layer, with a
-    warning."""
+    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning."""
 
     def __init__(self, layer: HandleLayer, which: int, shape: torch.Size) -> None:
         self.layer, self.which, self.shape = layer, which, shape
@@ -81,8 +80,11 @@ class Handle:
 
 
 class Pending(NamedTuple):
-    """A chunk that was handed to `update` and is not committed yet; valid, queries and scale are known after
-    attention."""
+    """A chunk that was handed to `update` and is not committed yet.
+
+    keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; valid bool [B, n], queries [B, Hq, n, Dk] and the softmax scale are
+    known once attention ran.
+    """
 
     keys: Tensor
     values: Tensor
@@ -181,8 +183,7 @@ class CompressedLayer(CacheLayerMixin):
         scaling: float | None,
         kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of query [B, Hq, n, Dk] over everything cached and the pending chunk, which is committed
-        afterwards."""
+        """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
         assert self.pending is not None
         store, (keys, values, *_) = self.store, self.pending
         n, past = keys.shape[2], store.history.length

@@ -14,21 +14,18 @@ from kvcomp.errors import UnsupportedError
 
 
 class Seen(NamedTuple):
-    """What a forward's mask says: which new tokens are no padding, bool [B, n] or None for all; which of them each
-    query
-    sees, bool [B or 1, n, n]; how many earlier tokens each query sees, int64 [B or 1, n or 1], or None for all."""
+    """What a forward's mask says of n new tokens and those before."""
 
-    valid: Tensor | None
-    visible: Tensor
-    past: Tensor | None
+    valid: Tensor | None  # bool [B or 1, n]: which new tokens are no padding; None for all
+    visible: Tensor  # bool [B or 1, n, n]: which new tokens each query sees
+    past: Tensor | None  # int64 [B or 1, n or 1]: how many earlier tokens each query sees; None for all
 
 
 _read_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward hands the same mask to every layer
 
 
 def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
-    """Interpret the mask of n queries behind `past` cached columns: None, padding [B, past + n], or [B, 1, n, past +
-    n].
+    """Interpret the mask of n queries behind `past` cached columns: None, [B, past + n], or [B, 1, n, past + n].
 
     Raises:
         UnsupportedError: an additive bias, or a mask that differs between heads.
@@ -48,11 +45,11 @@ def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
         if bool((allowed & (mask != 0)).any()):
             raise UnsupportedError("the attention mask adds a position bias to the logits, which compressed pages lack")
     if allowed.dim() == 2:
-        valid = allowed[:, past:]
+        valid = allowed[:, past:].clone()  # no view: what is remembered must not keep the mask alive
         seen = Seen(valid, causal(n, mask.device) & valid[:, None], allowed[:, :past].sum(-1, keepdim=True))
     elif allowed.shape[1] == 1:
         rows = allowed[:, 0]  # [B, n, past + n]
-        seen = Seen(rows[:, -1, past:], rows[:, :, past:], rows[:, :, :past].sum(-1))
+        seen = Seen(rows[:, -1, past:].clone(), rows[:, :, past:].clone(), rows[:, :, :past].sum(-1))
     else:
         raise UnsupportedError(f"attention mask {tuple(mask.shape)} differs between heads")
     _read_masks[mask] = ((past, n), seen)

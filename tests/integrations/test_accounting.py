@@ -15,6 +15,7 @@ from torch import Tensor
 import kvcomp.exact
 import kvcomp.layer
 from kvcomp import CompressedCache, KvcompError, Stack
+from kvcomp.integrations.huggingface.masks import _read_masks
 from kvcomp.pages import SUMMARY, round_up
 
 STACKS = (
@@ -170,3 +171,14 @@ def test_little_context_is_told_honestly() -> None:
         model(tokens(1, 20), past_key_values=cache)
     assert cache.memory().ratio < 1
     assert cache.memory().effective_bits > 32
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_masks_are_not_kept_alive(implementation: str) -> None:
+    """What a forward learns of its mask is shared by the layers, and gone with the mask."""
+    model = models.make("llama", implementation)
+    ids, mask = left_padded([40, 60])
+    for options in ({}, {"prefill_chunk_size": 16}):
+        greedy(model, ids, CompressedCache("none", model), new=5, attention_mask=mask, **options)
+        gc.collect()
+        assert len(_read_masks) == 0
