@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,6 +44,16 @@ def hadamard(dim: int, device: torch.device) -> Basis:
     return Basis(torch.block_diag(*[block / size**0.5] * (dim // size)))
 
 
-def make_basis(name: str, dim: int, device: torch.device) -> Basis:
-    """The basis of that name: `identity` or `hadamard`."""
-    return hadamard(dim, device) if name == "hadamard" else IDENTITY
+@cache
+def rotation(dim: int, device: torch.device) -> Basis:
+    """A uniformly random rotation, the same in every process: Q of a seeded Gaussian, R's diagonal positive."""
+    gaussian = torch.randn(dim, dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return Basis((q * r.diagonal().sign()).float().to(device))
+
+
+BASES: dict[str, Callable[[int, torch.device], Basis]] = {
+    "identity": lambda dim, device: IDENTITY,
+    "hadamard": hadamard,
+    "random": rotation,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -11,15 +12,24 @@ from kvcomp.pages import Field
 from kvcomp.stages import PageShape
 
 from .basis import IDENTITY, Basis
-from .grid import UniformSide
+
+
+class Side(Protocol):
+    """The grid of K or of V: x [M, P, D] in basis coordinates to fields of a page and back, float32."""
+
+    @property
+    def fields(self) -> tuple[Field, ...]: ...
+    def encode(self, x: Tensor) -> dict[str, Tensor]: ...
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor: ...
+    def constants(self) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
 class GridCodec:
-    """Uniform grids over bases; see `kvcomp.stages.Codec`."""
+    """Grids over bases; see `kvcomp.stages.Codec`."""
 
-    k_side: UniformSide
-    v_side: UniformSide
+    k_side: Side
+    v_side: Side
     k_basis: Basis = IDENTITY
     v_basis: Basis = IDENTITY
     lossless: bool = False
@@ -44,7 +54,8 @@ class GridCodec:
         return self.k_basis.backward(keys), self.v_basis.backward(values)
 
     def constants(self) -> list[Tensor]:
-        return [b.matrix for b in (self.k_basis, self.v_basis) if b.matrix is not None]
+        matrices = [b.matrix for b in (self.k_basis, self.v_basis) if b.matrix is not None]
+        return [*matrices, *self.k_side.constants(), *self.v_side.constants()]
 
 
 @dataclass(frozen=True)

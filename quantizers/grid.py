@@ -1,4 +1,4 @@
-"""The uniform grid: asymmetric integers with a scale and a zero per block of tokens x channels, bit-packed."""
+"""The uniform grid: asymmetric integers with a scale and a zero per block of tokens x channels."""
 
 from __future__ import annotations
 
@@ -11,31 +11,11 @@ from torch import Tensor
 from kvcomp.errors import SpecError
 from kvcomp.pages import Field
 
+from .packing import code_fields, pack_codes, unpack_codes
+
 SCALE = torch.float16
 TINY = 2.0**-24  # smallest positive float16: a scale below it would read back as zero
 HUGE = torch.finfo(SCALE).max  # larger keys and values saturate
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [..., n] of `bits` (2, 4 or 8) each -> uint8 [..., n * bits / 8], the first code in the low bits."""
-    per = 8 // bits
-    if per == 1:
-        return codes
-    lanes = codes.unflatten(-1, (-1, per))
-    packed = lanes[..., 0].clone()
-    for i in range(1, per):
-        packed |= lanes[..., i] << (bits * i)
-    return packed
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack`: [..., n] codes, int32 or uint8."""
-    if bits == 8:
-        return packed
-    # a 32-bit word at a time where rows allow it: the same order on little-endian machines, and twice as fast
-    words = packed.view(torch.int32) if packed.shape[-1] % 4 == 0 else packed
-    shifts = torch.arange(0, 8 * words.itemsize, bits, dtype=words.dtype, device=packed.device)
-    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -55,18 +35,17 @@ class UniformSide:
     channel_group: int
 
     def __post_init__(self) -> None:
-        if self.dim % self.channel_group or self.page_size % self.token_group or self.dim * self.bits % 8:
+        if self.dim % self.channel_group or self.page_size % self.token_group:
             raise SpecError(
-                f"{self.name} has {self.dim} channels in pages of {self.page_size} tokens, which {self.bits} bits with "
-                f"a scale per {self.token_group} tokens x {self.channel_group} channels do not fill: choose another "
-                "group or bits"
+                f"{self.name} has {self.dim} channels in pages of {self.page_size} tokens, which blocks of "
+                f"{self.token_group} tokens x {self.channel_group} channels do not fill: choose another group"
             )
 
     @property
     def fields(self) -> tuple[Field, ...]:
         blocks = (self.page_size // self.token_group, self.dim // self.channel_group)
         return (
-            Field(f"{self.name}.codes", (self.page_size, self.dim * self.bits // 8), torch.uint8),
+            *code_fields(self.name, self.bits, self.page_size, self.dim),
             Field(f"{self.name}.scale", blocks, SCALE),
             Field(f"{self.name}.zero", blocks, SCALE),
         )
@@ -85,12 +64,15 @@ class UniformSide:
         scale = ((high - zero.float()) / levels).clamp(TINY, HUGE).to(SCALE)
         spread = (slice(None), slice(None), None, slice(None), None)
         codes = ((blocks - zero.float()[spread]) / scale.float()[spread]).round_().clamp_(0, levels)
-        packed = pack(codes.to(torch.uint8).flatten(3).flatten(1, 2), self.bits)
-        return {f"{self.name}.codes": packed, f"{self.name}.scale": scale, f"{self.name}.zero": zero}
+        fields = pack_codes(self.name, codes.to(torch.uint8).flatten(3).flatten(1, 2), self.bits)
+        return fields | {f"{self.name}.scale": scale, f"{self.name}.zero": zero}
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
-        codes = self._blocks(unpack(page[f"{self.name}.codes"], self.bits).float())
+        codes = self._blocks(unpack_codes(self.name, page, self.bits).float())
         scale = page[f"{self.name}.scale"].float()[:, :, None, :, None]
         zero = page[f"{self.name}.zero"].float()[:, :, None, :, None]
         return torch.addcmul(zero, codes, scale).flatten(3).flatten(1, 2)
+
+    def constants(self) -> list[Tensor]:
+        return []

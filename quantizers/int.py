@@ -9,7 +9,7 @@ from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, Quantizer, arg
 
-from .basis import make_basis
+from .basis import BASES
 from .codecs import GridCodec
 from .grid import UniformSide
 
@@ -25,13 +25,15 @@ class Int(Quantizer):
 
     paper: ClassVar[str] = "arXiv:2404.00456, arXiv:2604.19157"
 
-    bits: int = arg(4, "bits per element: 4 or 8")
-    basis: str = arg("identity", "identity or hadamard (block-diagonal where D is no power of two)")
+    bits: int = arg(4, "bits per element, 2 to 8")
+    basis: str = arg(
+        "identity", "identity, hadamard (block-diagonal where D is no power of two) or random (a seeded rotation)"
+    )
     group: int | None = arg(None, "channels that share a scale and a zero; None: all of them")
 
     def __post_init__(self) -> None:
-        self.check(self.bits in (4, 8), "bits", "4 or 8")
-        self.check(self.basis in ("identity", "hadamard"), "basis", "identity or hadamard")
+        self.check(2 <= self.bits <= 8, "bits", "2 to 8")
+        self.check(self.basis in BASES, "basis", f"one of {', '.join(BASES)}")
         self.check(self.group is None or self.group > 0, "group", "None or a positive number of channels")
 
     def _side(self, name: str, shape: PageShape, dim: int) -> UniformSide:
@@ -44,6 +46,6 @@ class Int(Quantizer):
         return GridCodec(
             self._side("k", shape, shape.k_dim),
             self._side("v", shape, shape.v_dim),
-            make_basis(self.basis, shape.k_dim, shape.device),
-            make_basis(self.basis, shape.v_dim, shape.device),
+            BASES[self.basis](shape.k_dim, shape.device),
+            BASES[self.basis](shape.v_dim, shape.device),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcomp.quantizers.basis import IDENTITY, hadamard, make_basis
+from kvcomp.quantizers.basis import BASES, IDENTITY, hadamard
 
 CPU = torch.device("cpu")
 DIMS = [1, 2, 16, 64, 72, 80, 96, 100, 112, 128, 192, 256, 576]
@@ -32,11 +32,11 @@ def test_hadamard_is_sylvesters(dim: int) -> None:
     torch.testing.assert_close(hadamard(dim, CPU).matrix, signs / dim**0.5, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["identity", "hadamard"])
+@pytest.mark.parametrize("name", sorted(BASES))
 @pytest.mark.parametrize("dim", DIMS)
 def test_round_trip_and_inner_products(name: str, dim: int) -> None:
     torch.manual_seed(0)
-    basis = make_basis(name, dim, CPU)
+    basis = BASES[name](dim, CPU)
     x, y = torch.randn(2, 7, dim, dtype=torch.bfloat16).unbind()
     assert basis.forward(x).dtype == torch.float32
     torch.testing.assert_close(basis.backward(basis.forward(x)), x.float(), rtol=1e-5, atol=1e-5)
@@ -53,6 +53,6 @@ def test_hadamard_spreads_an_outlier_over_its_block() -> None:
 
 
 def test_layers_share_the_matrix() -> None:
-    assert make_basis("hadamard", 64, CPU).matrix is make_basis("hadamard", 64, CPU).matrix
-    assert make_basis("identity", 64, CPU) is IDENTITY
+    assert BASES["hadamard"](64, CPU).matrix is BASES["hadamard"](64, CPU).matrix
+    assert BASES["identity"](64, CPU) is IDENTITY
     assert IDENTITY.matrix is None

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import SpecError
-from kvcomp.quantizers.grid import UniformSide, pack, unpack
+from kvcomp.quantizers.grid import UniformSide
+from kvcomp.quantizers.packing import pack, unpack
 
 
 @given(bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 5), groups=st.integers(1, 20), seed=st.integers(0, 2**31))
@@ -108,7 +109,7 @@ def test_pages_do_not_know_each_other() -> None:
 
 def test_codes_that_do_not_fill_bytes_are_refused() -> None:
     with pytest.raises(SpecError, match="75 channels"):
-        UniformSide("k", 16, 75, 4, 1, 75)
+        _ = UniformSide("k", 16, 75, 4, 1, 75).fields
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.quantizers.grid import unpack
 from kvcomp.quantizers.kivi import Kivi
+from kvcomp.quantizers.packing import unpack_codes
 from kvcomp.stages import PageShape
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_codes_and_values_are_the_papers(seed: int, bits: int, group: int, k_dim
     page = codec.encode(k, v, torch.zeros(pages, dtype=torch.int64))
     decoded = codec.decode(page)
     for x, back, name in ((k, decoded[0], "k"), (v, decoded[1], "v")):
-        codes = unpack(page[f"{name}.codes"], bits)
+        codes = unpack_codes(name, page, bits)
         for p in range(pages):
             groups = (
                 [(slice(t, t + group), c) for t in range(0, size, group) for c in range(0, k_dim, 7)]

@@ -1,0 +1,79 @@
+"""Lloyd-Max: the scalar codebook of least squared error for coordinates of random unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvcomp.pages import Field
+
+from .grid import HUGE, SCALE, TINY
+from .packing import code_fields, pack_codes, unpack_codes
+
+POINTS = 1 << 17  # of the numeric integrals
+
+
+@cache
+def sphere_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
+    """float32 [2^bits] ascending: the optimal centroids for one coordinate of a uniformly random unit vector in R^dim.
+
+    The density is proportional to (1 - t^2)^((dim - 3) / 2) on [-1, 1]. Lloyd's iteration (boundaries halfway between
+    centroids, centroids at the means of their cells) runs in float64 until it stands still. All layers share it.
+    """
+    reach = min(1.0, 12 / dim**0.5)  # beyond twelve standard deviations there is nothing
+    t = torch.linspace(-reach, reach, POINTS, dtype=torch.float64)
+    density = (1 - t * t).clamp_min(0) ** ((dim - 3) / 2)
+    mass, moment = density.cumsum(0), (t * density).cumsum(0)
+    total = mass[-1].clone()
+    quantiles = (torch.arange(1 << bits, dtype=torch.float64) + 0.5) / (1 << bits)
+    centroids = t[torch.searchsorted(mass, quantiles * total).clamp_max(POINTS - 1)]
+    for _ in range(10_000):
+        edges = torch.searchsorted(t, (centroids[1:] + centroids[:-1]) / 2) - 1
+        ends = torch.cat([edges, torch.tensor([POINTS - 1])])
+        weight = torch.diff(mass[ends], prepend=mass.new_zeros(1))
+        updated = torch.diff(moment[ends], prepend=moment.new_zeros(1)) / weight
+        updated = (updated - updated.flip(0)) / 2  # the density is even
+        moved = (updated - centroids).abs().max()
+        centroids = updated
+        if moved < 1e-9:
+            break
+    return centroids.float().to(device)
+
+
+@dataclass(frozen=True)
+class LloydSide:
+    """K or V of a page as a norm per token and Lloyd-Max codes of the direction: x ~ |x| book[code].
+
+    Meant for coordinates in a random rotation, where each coordinate of x / |x| has the density of the codebook.
+    """
+
+    name: str
+    page_size: int
+    dim: int
+    bits: int
+    book: Tensor  # float32 [2^bits], as of `sphere_codebook`
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        codes = code_fields(self.name, self.bits, self.page_size, self.dim)
+        return (*codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE))
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """x [M, P, D] -> fields."""
+        x = x.float()
+        norm = x.norm(dim=-1, keepdim=True).clamp_max(HUGE).to(SCALE)
+        unit = x / norm.float().clamp_min(TINY)
+        codes = torch.bucketize(unit, (self.book[1:] + self.book[:-1]) / 2)
+        return pack_codes(self.name, codes.to(torch.uint8), self.bits) | {f"{self.name}.norm": norm}
+
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        """Fields [M, ...] -> x [M, P, D] float32."""
+        codes = unpack_codes(self.name, page, self.bits).int()
+        return self.book[codes] * page[f"{self.name}.norm"].float()
+
+    def constants(self) -> list[Tensor]:
+        return [self.book]
