@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -10,16 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvcomp import CompressedCache, Stack
-from kvcomp.benchmarks.report import require_libraries, write_report
-from kvcomp.benchmarks.results import Record, Results, Row, RunError, summarize, write_csv
-from kvcomp.benchmarks.samples import Sample
+from kvcomp.benchmarks.compare import Comparison
+from kvcomp.benchmarks.perplexity import Perplexity
+from kvcomp.benchmarks.report import publish, require_libraries
+from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunError
+from kvcomp.benchmarks.samples import Sample, Task
 from kvcomp.benchmarks.tasks import expand, find_task, origins
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.models import load_model
@@ -29,7 +32,7 @@ from kvcomp.integrations.models import load_model
 class Settings:
     """What is measured.
 
-    max_new_tokens: caps the new tokens of every task; None leaves each task its own.
+    max_new_tokens: caps the new tokens of every task, and the scored ones of a text; None leaves each task its own.
     data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
     chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
     """
@@ -57,10 +60,10 @@ class Settings:
         object.__setattr__(self, "stacks", tuple(dict.fromkeys(str(Stack.parse(stack)) for stack in self.stacks)))
 
 
-def run(settings: Settings, out: Path, console: Console, command: str) -> list[Row]:
+def run(settings: Settings, out: Path, console: Console, command: str) -> Comparison:
     """Measure what `out` does not hold yet, and write `summary.csv` and `report.html` beside the samples.
 
-    Raises RunError when `out` holds another run, or when a context is longer than the model's.
+    Raises RunError when `out` holds another run or cannot be written, or when a context is longer than the model's.
     """
     require_libraries()
     stacks = [Stack.parse(stack) for stack in settings.stacks]
@@ -90,10 +93,7 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> list[R
         console.print(f"{out} already holds {len(done)} answers; they are kept.")
     if missing:
         _measure(settings, missing, results, console)
-    rows = summarize(results.records)
-    write_csv(rows, out / "summary.csv")
-    write_report(rows, results.config, out / "report.html")
-    return rows
+    return publish([Run(out, results.config, results.records)], out)
 
 
 def _measure(
@@ -121,11 +121,14 @@ def _measure(
                 scores = []
                 for record in answer(model, tokenizer, samples[index], context, stacks, settings.max_new_tokens):
                     results.append(record)
-                    scores.append(f"{record.score:.0%}")
+                    scores.append(
+                        f"{record.score:.0%}" if record.metric == ACCURACY else f"{math.exp(record.score):.2f}"
+                    )
                     progress.advance(bar)
                 console.print(
                     f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
-                    f"prefill {record.prefill_s:.1f} s, right: {' '.join(scores)}",
+                    f"prefill {record.prefill_s:.1f} s, "
+                    f"{'right' if record.metric == ACCURACY else 'perplexity'}: {' '.join(scores)}",
                     highlight=False,
                     soft_wrap=True,
                 )
@@ -143,15 +146,63 @@ def answer(
     """Yield a record per stack.
 
     One dense prefill of all tokens but the last fills every cache; the last prompt token is then the first
-    one that each stack decodes, so that every token of the answer comes from its compressed pages.
+    one that each stack decodes, so that every token of the answer comes from its compressed pages. Of a text whose
+    end is scored, the prompt is what stands before that end.
     """
     task = find_task(sample.task)
     ids = tokenizer(sample.prompt, return_tensors="pt").input_ids.to(model.device)  # [1, L]
+    limit = min(sample.max_new_tokens, max_new_tokens or sample.max_new_tokens)
+    rest = ids[:, :0]
+    if isinstance(task, Perplexity):
+        ids, rest = ids.split([ids.shape[1] - sample.max_new_tokens, sample.max_new_tokens], dim=1)
     caches = [CompressedCache(stack, model) for stack in stacks]
     start = _clock(model.device)
     prefill(model, ids[:, :-1], caches)
     prefill_s = _clock(model.device) - start
-    limit = min(sample.max_new_tokens, max_new_tokens or sample.max_new_tokens)
+    for stack in stacks:
+        cache = caches.pop(0)
+        if isinstance(task, Perplexity):
+            outcome = _scored(model, torch.cat([ids[:, -1:], rest[:, :limit]], dim=1), cache)
+        else:
+            outcome = _answered(model, tokenizer, task, sample, ids[:, -1:], cache, limit)
+        memory, traffic = cache.memory(), cache.traffic()
+        del cache  # its pages are free before the next stack decodes
+        yield Record(
+            task=sample.task,
+            context=context,
+            index=sample.index,
+            stack=str(stack),
+            hash=stack.hash,
+            score=outcome.score,
+            prediction=outcome.prediction,
+            references=list(sample.references),
+            depth=sample.depth,
+            tags=list(sample.tags),
+            origin=sample.origin,
+            prompt_tokens=ids.shape[1],
+            new_tokens=len(outcome.seconds),
+            effective_bits=memory.effective_bits,
+            held=memory.held,
+            held_dense=memory.dense,
+            read=traffic.read,
+            read_dense=traffic.dense,
+            ms_per_token=1000 * statistics.median(outcome.seconds),
+            prefill_s=prefill_s,
+            metric=NLL if isinstance(task, Perplexity) else ACCURACY,
+        )
+
+
+class _Outcome(NamedTuple):
+    """What a stack made of a sample. seconds: of every decode step."""
+
+    prediction: str
+    score: float
+    seconds: list[float]
+
+
+def _answered(
+    model: Any, tokenizer: Any, task: Task, sample: Sample, token: torch.Tensor, cache: Any, limit: int
+) -> _Outcome:
     ends = _end_tokens(model, tokenizer)
 
     def finished(tokens: list[int]) -> bool:
@@ -159,34 +210,20 @@ def answer(
             return True
         return task.stop(tokenizer.decode(tokens, skip_special_tokens=True), sample)
 
-    for stack in stacks:
-        cache = caches.pop(0)
-        tokens, seconds = decode(model, ids[:, -1:], cache, limit, finished)
-        memory, traffic = cache.memory(), cache.traffic()
-        del cache  # its pages are free before the next stack decodes
-        prediction = tokenizer.decode(tokens, skip_special_tokens=True)
-        yield Record(
-            task=sample.task,
-            context=context,
-            index=sample.index,
-            stack=str(stack),
-            hash=stack.hash,
-            score=task.score(prediction, sample),
-            prediction=prediction,
-            references=list(sample.references),
-            depth=sample.depth,
-            tags=list(sample.tags),
-            origin=sample.origin,
-            prompt_tokens=ids.shape[1],
-            new_tokens=len(tokens),
-            effective_bits=memory.effective_bits,
-            held=memory.held,
-            held_dense=memory.dense,
-            read=traffic.read,
-            read_dense=traffic.dense,
-            ms_per_token=1000 * statistics.median(seconds),
-            prefill_s=prefill_s,
-        )
+    tokens, seconds = decode(model, token, cache, limit, finished)
+    prediction = tokenizer.decode(tokens, skip_special_tokens=True)
+    return _Outcome(prediction, task.score(prediction, sample), seconds)
+
+
+def _scored(model: Any, tokens: torch.Tensor, cache: Any) -> _Outcome:
+    """Feed `tokens [1, n + 1]` one by one; the score is the mean nll of all but the first, in nats."""
+    surprise, seconds = 0.0, []
+    for at in range(tokens.shape[1] - 1):
+        start = _clock(model.device)
+        logits = model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits  # [1, 1, V]
+        surprise -= float(logits[0, -1].float().log_softmax(-1)[tokens[0, at + 1]])
+        seconds.append(_clock(model.device) - start)
+    return _Outcome("", surprise / len(seconds), seconds)
 
 
 def decode(

@@ -50,6 +50,7 @@ class Source(Generic[T]):
     fallback: returns what stands in for the source without --data, or where the folder does not have it.
     fallback_name: says in words what that is, since results may depend on it.
     unit: what `len` of the content counts.
+    listed: whether `kvcomp data check` names it as what its tasks are made of.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Source(Generic[T]):
     fallback: Callable[[], T] | None = None
     fallback_name: str = ""
     unit: str = "items"
+    listed: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The rows of a run as a terminal table and as one self-contained HTML page."""
+"""Runs as terminal tables and as one self-contained HTML page."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvcomp.benchmarks.results import Row, RunError
+from kvcomp.benchmarks import likelihood
+from kvcomp.benchmarks.charts import PALETTE, Point, lines, scatter
+from kvcomp.benchmarks.compare import Comparison, Difference, Line, compare
+from kvcomp.benchmarks.results import Run, RunError, write_text
+from kvcomp.benchmarks.summary import DEPTHS, Share, write_csv
 
 COLUMNS = {
     "bits": "bits held per cached number, with scales, summaries, sinks, window and unused room all counted",
@@ -20,20 +24,61 @@ COLUMNS = {
     "held ×": "how many times less than the dense cache that is",
     "MiB read": "cache bytes that one decode step loads, the scan of the summaries included",
     "read ×": "how many times less than the dense cache that is",
-    "accuracy": "share of right answers, with its 95% interval (Wilson)",
-    "vs none": "accuracy minus that of the uncompressed cache on the same samples, with its 95% interval",
+    "accuracy": "mean score over all samples, with its 95% interval (Wilson's; a bootstrap where scores are fractions)",
+    "vs none": "accuracy minus that of the uncompressed cache on the same samples, with its 95% interval: a bootstrap "
+    "of the paired differences, or a bound after Wilson where all pairs differ equally",
     "ms/token": "median time of a decode step, whole model included, in this implementation on this machine",
+    "prefill s": "median time of the uncompressed prefill that all stacks of a prompt share",
 }
-# One colour a stack, dark enough for white numbers on it and light enough for a dark page.
-PALETTE = ["#1f77b4", "#b85c00", "#227a22", "#d62728", "#7d55a8", "#8c564b", "#b34d95", "#666666", "#0e7c88"]
-INK = "#0a0b0c"  # replaced by the page's own text colour, so that a chart follows light and dark
+PAGE_ONLY = ("prefill s",)  # in a terminal it stands above the table
+FIRST = "vs first run"
+FIRST_MEANING = (
+    "accuracy minus that of the same stack in the first run, with its 95% interval: paired as above over the common "
+    "samples (“of 5”: 5 of them), or unpaired (Newcombe's) where there are none"
+)
 
 
-def cells(row: Row) -> dict[str, str]:
-    """Return the text of every column of `COLUMNS`."""
-    change = "–"
+@dataclass(frozen=True)
+class _Series:
+    """A stack of a run, with the number that it has all over the page."""
+
+    number: int
+    run: str
+    stack: str
+
+    @property
+    def colour(self) -> int:
+        return (self.number - 1) % len(PALETTE)
+
+
+def publish(runs: Sequence[Run], out: Path) -> Comparison:
+    """Write `summary.csv` and `report.html` of one run, or of several side by side; return what they say.
+
+    Texts that were scored by their likelihood are a part of the page, and `perplexity.csv`.
+
+    Raises RunError where `out` cannot be written.
+    """
+    require_libraries()
+    comparison = compare(runs)
+    more = [{"run": line.run, **_first(line.first)} for line in comparison.lines] if len(runs) > 1 else None
+    if comparison.lines:
+        write_csv([line.row for line in comparison.lines], out / "summary.csv", more)
+    if comparison.texts:
+        likelihood.write_csv(comparison.texts, out / "perplexity.csv")
+    write_text(out / "report.html", _page(runs, comparison))
+    return comparison
+
+
+def _first(difference: Difference | None) -> dict[str, object]:
+    names = ("first_change", "first_low", "first_high", "first_paired", "first_samples")
+    return dict(zip(names, difference or [None] * len(names), strict=True))
+
+
+def cells(line: Line) -> dict[str, str]:
+    """Return the text of every column of `COLUMNS`, and of `FIRST` where there is more than one run."""
+    row, change, prefill = line.row, "–", line.row.prefill_s
     if row.change is not None and row.change_low is not None and row.change_high is not None:
-        change = f"{100 * row.change:+.0f} [{100 * row.change_low:+.0f}, {100 * row.change_high:+.0f}]"
+        change = _change(row.change, row.change_low, row.change_high)
     values = (
         f"{row.effective_bits:.2f}",
         f"{row.held_mib:.2f}",
@@ -43,98 +88,140 @@ def cells(row: Row) -> dict[str, str]:
         f"{100 * row.accuracy:.0f}% [{100 * row.accuracy_low:.0f}, {100 * row.accuracy_high:.0f}]",
         change,
         f"{row.ms_per_token:.0f}" if row.ms_per_token >= 10 else f"{row.ms_per_token:.1f}",
+        f"{prefill:.1f}" if prefill >= 0.1 else f"{prefill:.3f}",
     )
-    return dict(zip(COLUMNS, values, strict=True))
+    texts = dict(zip(COLUMNS, values, strict=True))
+    if line.run:
+        first = line.first
+        texts[FIRST] = "–"
+        if first:
+            of = "" if first.samples == row.samples else f" of {first.samples}"
+            unpaired = "" if first.paired else " unpaired"
+            texts[FIRST] = _change(first.mean, first.low, first.high) + of + unpaired
+    return texts
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
+def _change(mean: float, low: float, high: float) -> str:
+    mean, low, high = (round(100 * value) for value in (mean, low, high))  # no "-0"
+    return f"{mean:+d} [{low:+d}, {high:+d}]"
+
+
+def tables(report: Sequence[Line]) -> list[Table]:
     """Return a terminal table for every context; the intervals are left to the page and the CSV."""
     made = []
-    for context in dict.fromkeys(row.context for row in rows):
-        chosen = [row for row in rows if row.context == context]
-        title = f"{context} tokens, {chosen[0].samples} samples a stack"
+    for context in dict.fromkeys(line.row.context for line in report):
+        chosen = [line for line in report if line.row.context == context]
+        several = any(line.run for line in report)
+        counts = sorted({line.row.samples for line in chosen})
+        samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        title = f"{context} tokens, {samples} samples a stack, prefill {cells(chosen[0])['prefill s']} s"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        if several:
+            table.add_column("run", overflow="fold")
         table.add_column("stack", min_width=18)
-        for column in COLUMNS:
+        shown = [column for column in cells(chosen[0]) if column not in PAGE_ONLY]
+        for column in shown:
             table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-        for row in chosen:
-            table.add_row(row.stack, *(text.split(" [")[0] for text in cells(row).values()))
+        for line in chosen:
+            texts = cells(line)
+            start = [line.run, line.row.stack] if several else [line.row.stack]
+            table.add_row(*start, *(_short(texts[column]) for column in shown))
         made.append(table)
     return made
 
 
+def _short(text: str) -> str:
+    """Leave the interval out, and say "unpaired" with one sign."""
+    return text.split(" [")[0] + (" *" if text.endswith("unpaired") else "")
+
+
 def require_libraries() -> None:
-    """Raise RunError where the packages that draw the page are missing."""
-    if any(importlib.util.find_spec(package) is None for package in ("jinja2", "matplotlib")):
-        raise RunError('the report needs jinja2 and matplotlib: pip install "kvcomp[demo]"')
+    """Raise RunError where the packages that make the page are missing."""
+    if any(importlib.util.find_spec(package) is None for package in ("jinja2", "matplotlib", "scipy")):
+        raise RunError('the report needs jinja2, matplotlib and scipy: pip install "kvcomp[demo]"')
 
 
-def write_report(rows: Sequence[Row], config: dict[str, Any], file: Path) -> None:
-    """Write the page, with nothing in it that is loaded from elsewhere."""
+def _page(runs: Sequence[Run], comparison: Comparison) -> str:
+    """Return the page, with nothing in it that is loaded from elsewhere."""
     import jinja2
 
-    sections = []
-    for context in dict.fromkeys(row.context for row in rows):
-        chosen = [row for row in rows if row.context == context]
-        sections.append(
-            {
-                "context": context,
-                "rows": [(row, cells(row)) for row in chosen],
-                "tasks": list(dict.fromkeys(task for row in chosen for task in row.by_task)),
-                "held": _chart(chosen, "held_mib", "MiB held"),
-                "read": _chart(chosen, "read_mib", "MiB read per decode step"),
-            }
-        )
+    report = comparison.lines
+    series = {
+        key: _Series(number, *key) for number, key in enumerate(dict.fromkeys(line.series for line in report), start=1)
+    }
+    contexts = list(dict.fromkeys(line.row.context for line in report))
+    meanings = {**COLUMNS, FIRST: FIRST_MEANING}
+    columns = list(cells(report[0])) if report else []
     source = (files("kvcomp.benchmarks") / "templates" / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(source).render(sections=sections, columns=COLUMNS, config=config, palette=PALETTE)
-    file.write_text(page, encoding="utf-8")
+    return environment.from_string(source).render(
+        sections=[_section(context, report, series) for context in contexts],
+        lengths=_lengths(contexts, report, series) if len(contexts) > 1 else None,
+        depths=_depths(contexts, report, series),
+        columns={column: meanings[column] for column in columns},
+        texts=[(row, likelihood.cells(row)) for row in comparison.texts],
+        text_columns=likelihood.COLUMNS if comparison.texts else {},
+        first=FIRST,
+        models=list(dict.fromkeys(run.config["settings"].get("model", "?") for run in runs)),
+        runs=list(zip(comparison.names, (run.config for run in runs), strict=True)),
+        comparison=comparison,
+        palette=PALETTE,
+    )
 
 
-def _chart(rows: Sequence[Row], field: str, label: str) -> str:
-    """Draw accuracy over `field` as an SVG: a point a row, numbered as in the table, with its interval."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
-
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": field,
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
+def _section(context: int, report: Sequence[Line], series: Mapping[tuple[str, str], _Series]) -> dict[str, Any]:
+    """What the page says about one context: its table, its Pareto pictures, and its tasks."""
+    chosen = [line for line in report if line.row.context == context]
+    tasks = dict.fromkeys(task for line in chosen for task in line.row.by_task)
+    return {
+        "context": context,
+        "samples": sorted({line.row.samples for line in chosen}),
+        "prompt_tokens": sorted({round(line.row.prompt_tokens) for line in chosen}),
+        "rows": [(series[line.series], cells(line)) for line in chosen],
+        "held": scatter([_point(line, series, line.row.held_mib) for line in chosen], "MiB held"),
+        "read": scatter([_point(line, series, line.row.read_mib) for line in chosen], "MiB read per decode step"),
+        "series": [series[line.series] for line in chosen],
+        "tasks": {task: [line.row.by_task.get(task) for line in chosen] for task in tasks},
     }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_xscale("log", base=2)
-        sizes = [getattr(row, field) for row in rows]
-        for number, (size, row) in enumerate(zip(sizes, rows, strict=True)):
-            colour, accuracy = PALETTE[number % len(PALETTE)], 100 * row.accuracy
-            axes.plot([size] * 2, [100 * row.accuracy_low, 100 * row.accuracy_high], color=colour, alpha=0.5, lw=2)
-            axes.plot([size], [accuracy], "o", color=colour, ms=9)
-        written: list[tuple[float, float]] = []
-        for number, (size, row) in enumerate(zip(sizes, rows, strict=True), start=1):
-            place = (size, 100 * row.accuracy)
-            close = sum(1 / 1.2 < size / x < 1.2 and abs(place[1] - y) < 12 for x, y in written)
-            axes.annotate(str(number), place, (6, 3 + 11 * close), textcoords="offset points")
-            written.append(place)
-        axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
-        ticks = [2.0**power for power in range(-20, 30) if min(sizes) / 1.5 <= 2.0**power <= max(sizes) * 1.5]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(-4, 118)
-        axes.set_yticks(range(0, 101, 20))
-        axes.set_xlabel(label)
-        axes.set_ylabel("accuracy, %")
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = drawn.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
+def _point(line: Line, series: Mapping[tuple[str, str], _Series], x: float) -> Point:
+    row = line.row
+    return Point(series[line.series].number, x, row.accuracy, row.accuracy_low, row.accuracy_high)
+
+
+def _lengths(
+    contexts: Sequence[int], report: Sequence[Line], series: Mapping[tuple[str, str], _Series]
+) -> dict[str, Any]:
+    texts: dict[tuple[str, str], dict[int, str]] = {key: {} for key in series}
+    for line in report:
+        texts[line.series][line.row.context] = cells(line)["accuracy"]
+    points = [_point(line, series, line.row.context) for line in report]
+    return {
+        "chart": lines(points, "tokens of context"),
+        "rows": [
+            (series[key], [(context, found.get(context, "–")) for context in contexts]) for key, found in texts.items()
+        ],
+    }
+
+
+def _depths(
+    contexts: Sequence[int], report: Sequence[Line], series: Mapping[tuple[str, str], _Series]
+) -> list[dict[str, Any]]:
+    """Return a map per series, of depth over length, and none where no sample has a depth."""
+    made: dict[tuple[str, str], dict[int, dict[int, Share]]] = {}
+    for line in report:
+        if line.row.by_depth:
+            made.setdefault(line.series, {})[line.row.context] = line.row.by_depth
+    width = 100 // DEPTHS
+    return [
+        {
+            "series": series[key],
+            "contexts": [context for context in contexts if context in found],
+            "rows": [
+                (f"{width * place}–{width * (place + 1)}", [found[c].get(place) for c in contexts if c in found])
+                for place in range(DEPTHS)
+            ],
+        }
+        for key, found in made.items()
+    ]

@@ -34,8 +34,8 @@ class Sample:
     origin: str = ""
 
 
-class Task(Protocol):
-    """A frozen dataclass that writes prompts of at most a given size and scores answers to them."""
+class Prompts(Protocol):
+    """A frozen dataclass that writes prompts of at most a given size."""
 
     @property
     def name(self) -> str: ...
@@ -51,6 +51,10 @@ class Task(Protocol):
     def generate(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> list[Sample]:
         """Return the first `samples` prompts; each fits `context` tokens together with its answer."""
         ...
+
+
+class Task(Prompts, Protocol):
+    """Prompts that are answered, and the scores of the answers."""
 
     def score(self, prediction: str, sample: Sample) -> float:
         """Return how right the prediction is, from 0 to 1."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvcomp.benchmarks import longbench, ruler
+from kvcomp.benchmarks import longbench, perplexity, ruler
 from kvcomp.benchmarks.data import Data, DataError, origin
-from kvcomp.benchmarks.samples import Task, TaskError
+from kvcomp.benchmarks.perplexity import Perplexity
+from kvcomp.benchmarks.samples import Prompts, Task, TaskError
 
-GROUPS: dict[str, Mapping[str, Task]] = {
+GROUPS: dict[str, Mapping[str, Prompts]] = {
     "ruler": ruler.TASKS,
     "longbench": longbench.V1_TASKS,
     "longbench_e": longbench.E_TASKS,
+    "perplexity": perplexity.TASKS,
 }
 
 
-def find_task(name: str, chat: bool = False) -> Task:
+def find_task(name: str, chat: bool = False) -> Task | Perplexity:
     """Return the task of that name, or raise TaskError with the names there are.
 
     chat: in the model's chat template, where the task's authors use it; RULER stays a plain completion.
@@ -24,6 +26,8 @@ def find_task(name: str, chat: bool = False) -> Task:
         return ruler.TASKS[name]
     if name in longbench.TASKS:
         return longbench.find_task(name, chat)
+    if name in perplexity.TASKS:
+        return perplexity.TASKS[name]
     groups = "; ".join(f"{group} stands for {', '.join(tasks)}" for group, tasks in GROUPS.items())
     rest = [task for task in longbench.TASKS if not any(task in tasks for tasks in GROUPS.values())]
     raise TaskError(f"tasks: no task {name!r}. {groups}; there is also {', '.join(rest)}.")
@@ -31,7 +35,7 @@ def find_task(name: str, chat: bool = False) -> Task:
 
 def all_tasks() -> tuple[str, ...]:
     """Return the names of all tasks."""
-    return (*ruler.TASKS, *longbench.TASKS)
+    return (*ruler.TASKS, *longbench.TASKS, *perplexity.TASKS)
 
 
 def choose(names: Sequence[str], data: Data) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -6,11 +6,15 @@ lm-eval finds models only in its own package, so its command runs through this m
         --model_args "pretrained=smollm2-135m,stack=kivi(bits=4) + window(recent=64)" --tasks arc_easy --limit 20
 
 In `--model_args` a comma separates arguments, so a stage with several of its own is written with `;` between them:
-`stack=int(bits=4;basis=hadamard)`.
+`stack=int(bits=4;basis=hadamard)`. The tasks of `kvcomp.integrations.lm_eval_tasks` are known to it too.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,8 @@ from lm_eval.utils import setup_logging
 from torch import Tensor
 from tqdm import tqdm
 
+from kvcomp.errors import KvcompError
+from kvcomp.integrations import lm_eval_tasks
 from kvcomp.integrations.huggingface import CompressedCache, prefill
 from kvcomp.integrations.models import load_model
 from kvcomp.stack import Stack
@@ -93,10 +99,27 @@ class KvcompLM(HFLM):
 
 
 def main() -> None:
-    """lm-eval's own command, with the model `kvcomp` known to it."""
+    """lm-eval's own command, with the model `kvcomp` and the tasks of kvcomp known to it."""
     setup_logging()
     parser = HarnessCLI()
-    parser.execute(parser.parse_args())
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        lm_eval_tasks.write(Path(folder))
+        _add_tasks(arguments, folder)
+        try:
+            parser.execute(arguments)
+        except KvcompError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _add_tasks(arguments: argparse.Namespace, folder: str) -> None:
+    """Let lm-eval read the task files in `folder`, and write no more samples of them than --limit asks for."""
+    own = getattr(arguments, "include_path", None)
+    arguments.include_path = [own, folder] if own else [folder]
+    limit = getattr(arguments, "limit", None)
+    if limit and limit >= 1:
+        arguments.metadata = {"samples": int(limit)} | (arguments.metadata or {})
 
 
 if __name__ == "__main__":

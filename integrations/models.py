@@ -62,6 +62,15 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model that `load_model` would load; ModelError as there."""
+    from transformers import AutoTokenizer
+
+    source, options = locate(name)
+    with explained(name, source):
+        return AutoTokenizer.from_pretrained(str(source), **options)
+
+
 def locate(name: str) -> tuple[Path, dict[str, Any]]:
     """Where a model's files are, and what transformers needs to find them there. A hub id stays what it is.
 

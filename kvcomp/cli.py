@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from kvcomp import cli_data, cli_plan
+from kvcomp import cli_data, cli_plan, cli_report
 from kvcomp.errors import KvcompError
 from kvcomp.options import whole_numbers
 
@@ -206,7 +206,7 @@ def bench(
     stack: Annotated[list[str], typer.Option(help="A stack to measure; repeat it. Include none to compare with.")],
     model: Model = "smollm2-135m",
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated tasks; ruler, longbench and longbench_e stand for all of theirs.")
+        str, typer.Option(help="Comma-separated tasks; ruler, longbench, longbench_e, perplexity: all of theirs.")
     ] = "ruler",
     context: Annotated[
         list[str] | None,
@@ -231,10 +231,11 @@ def bench(
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
     Each prompt is prefilled once, without compression, for all stacks; then each answers from its own cache.
-    Writes samples.jsonl, summary.csv and report.html to --out.
+    Writes samples.jsonl, summary.csv (for texts perplexity.csv) and report.html to --out.
     """
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     contexts = whole_numbers("context", context or ["2048"], "tokens")
+    from kvcomp.benchmarks import likelihood
     from kvcomp.benchmarks.bench import Settings, run
     from kvcomp.benchmarks.report import tables
     from kvcomp.benchmarks.tasks import choose
@@ -243,14 +244,15 @@ def bench(
         _notes().print(f"[yellow]left out:[/] {escape(reason)}", soft_wrap=True, highlight=False)
     settings = Settings(model, names, contexts, samples, tuple(stack), seed, max_new_tokens, data, chat)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
-    rows = run(settings, out, _notes(), command)
+    comparison = run(settings, out, _notes(), command)
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)  # in a file, a row stays a line
-    for table in tables(rows):
+    for table in [*tables(comparison.lines), *likelihood.tables(comparison.texts)]:
         console.print(table)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True, highlight=False)
 
 
+app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
 app.command(epilog=cli_plan.EXAMPLES)(cli_plan.plan)
 app.add_typer(cli_data.app, name="data")

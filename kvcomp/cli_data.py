@@ -36,7 +36,7 @@ def check(
     for name in tasks.all_tasks():
         findings = [found[source.name] for source in tasks.find_task(name).sources]
         bad = [finding for finding in findings if finding.problem]
-        texts = [finding for finding in findings if finding.source.hub]  # the others are word lists
+        texts = [finding for finding in findings if finding.source.listed]
         content, place, style = "–", "generated", "default"
         for finding in bad or texts:
             content, place, style = _describe(finding, folder)

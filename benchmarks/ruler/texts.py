@@ -60,6 +60,7 @@ def _word_list(name: str, tasks: tuple[str, ...]) -> Source[list[str]]:
             fallback=packaged,
             fallback_name="the wonderwords package",
             unit="words",
+            listed=False,
         )
     )
 
@@ -83,6 +84,7 @@ ENGLISH = register(
         fallback=list[str],
         fallback_name="not needed below about 100,000 tokens",
         unit="words",
+        listed=False,
     )
 )
 

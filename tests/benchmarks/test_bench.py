@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_folder
@@ -12,8 +15,9 @@ from rich.console import Console
 
 from kvcomp import Stack
 from kvcomp.benchmarks.bench import Settings, answer, run
-from kvcomp.benchmarks.results import Record, Results, RunError, interval, paired_interval, summarize
+from kvcomp.benchmarks.results import Record, Results, RunError
 from kvcomp.benchmarks.ruler import TASKS, generate
+from kvcomp.benchmarks.summary import summarize
 from kvcomp.integrations.models import load_model
 
 RECORD = Record(
@@ -78,19 +82,9 @@ def test_rows_pair_each_stack_with_none() -> None:
     assert (none.change, alone.change) == (None, None)
     assert (paired.accuracy, paired.change, paired.held_ratio, paired.read_ratio) == (0.5, -0.5, 4.0, 2.0)
     assert paired.held_mib == 0.25
-    assert paired.by_task == {"a": 0.5}
+    assert paired.by_task == {"a": (0.5, 2)}
+    assert paired.by_depth == {5: (0.5, 2)}
     assert alone.context == 128
-
-
-def test_intervals() -> None:
-    low, high = interval([1.0] * 10)
-    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)  # Wilson, 10 of 10
-    low, high = interval([1.0, 0.0])
-    assert low == pytest.approx(1 - high)
-    mean, low, high = paired_interval([0.0] * 10)
-    assert mean == 0
-    assert low == pytest.approx(-high)
-    assert high > 0
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
@@ -119,3 +113,66 @@ def test_settings_are_canonical(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="out"):
         run(settings, tmp_path / "file", Console(stderr=True), "kvcomp bench")
+
+
+def test_no_space_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path / "run", CONFIG)
+    results.append(RECORD)
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "a":
+            with opened(self, "a") as file:
+                file.write('{"task": "a", "cont')  # as much as there was room for
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return opened(self, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(RunError, match=r"samples.jsonl.*No space left.*1 finished answers.* kept"):
+            results.append(replace(RECORD, index=1))
+    with pytest.warns(UserWarning, match="cut short"):
+        again = Results(tmp_path / "run", CONFIG)
+    again.append(replace(RECORD, index=1))
+    assert [record.index for record in Results(tmp_path / "run", CONFIG).records] == [0, 1]
+
+
+def test_no_space_for_the_first_record_leaves_a_folder_that_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *_: object, **__: object) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(RunError, match=r"out: .*config.json.*No space left"):
+            Results(tmp_path / "run", CONFIG).append(RECORD)
+    (tmp_path / "run" / "config.json.part").touch()  # of a process that was killed right there
+    Results(tmp_path / "run", CONFIG).append(RECORD)
+    assert len(Results(tmp_path / "run", CONFIG).records) == 1
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    if started:
+        Results(tmp_path / "run", CONFIG).append(RECORD)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write to read-only folders
+    with pytest.raises(RunError, match=r"not writable.*another --out"):
+        Results(tmp_path / "run", CONFIG)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="not a folder"):
+        Results(tmp_path / "file" / "run", CONFIG)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Results(tmp_path / "run", CONFIG).append(RECORD)
+
+    def forbidden(self: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(RunError, match=r"samples.jsonl.*Permission denied"):
+        Results(tmp_path / "run", CONFIG)

@@ -1,0 +1,133 @@
+"""Texts scored by their likelihood (`perplexity`): a row per run, context, text and stack, apart from accuracies."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from kvcomp.benchmarks.intervals import SAME, paired_interval
+from kvcomp.benchmarks.results import NLL, Record, Run, write_text
+from kvcomp.benchmarks.summary import DENSE
+
+COLUMNS = {
+    "bits": "bits held per cached number, with scales, summaries, sinks, window and unused room all counted",
+    "held ×": "how many times less than the dense cache the cache occupies at the end of a text",
+    "read ×": "how many times less than the dense cache one decode step loads",
+    "perplexity": "exp of the mean negative log-likelihood of the scored tokens, predicted from the compressed cache",
+    "× none": "perplexity over that of the uncompressed cache on the same texts, with its 95% interval: a bootstrap of "
+    "the paired differences of log-likelihoods",
+    "ms/token": "median time of a decode step, whole model included, in this implementation on this machine",
+}
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One stack on the windows of one text. nll: nats per token; ratios to `none`: None where it did not run."""
+
+    run: str
+    context: int
+    task: str
+    stack: str
+    samples: int
+    effective_bits: float
+    held_ratio: float  # dense bytes / held bytes
+    read_ratio: float  # dense bytes / bytes read, per decode step
+    nll: float
+    perplexity: float
+    ratio: float | None
+    ratio_low: float | None  # None where the samples show no spread
+    ratio_high: float | None
+    ms_per_token: float
+
+
+def summarize(runs: Sequence[Run], names: Sequence[str] = ("",)) -> list[TextRow]:
+    """Return the rows of all runs by context and text, and then as they first appear; none without scored texts."""
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        groups: dict[tuple[int, str, str], list[Record]] = {}
+        for record in run.records:
+            if record.metric == NLL:
+                groups.setdefault((record.context, record.task, record.stack), []).append(record)
+        for (context, task, _), group in groups.items():
+            dense = {record.index: record.score for record in groups.get((context, task, DENSE), [])}
+            rows.append(_row(name, group, dense))
+    return sorted(rows, key=lambda row: (row.context, row.task))
+
+
+def _row(run: str, group: Sequence[Record], dense: Mapping[int, float]) -> TextRow:
+    first, nll = group[0], statistics.fmean(record.score for record in group)
+    differences = [record.score - dense[record.index] for record in group if record.index in dense]
+    ratio = low = high = None
+    if differences and first.stack != DENSE:
+        ratio = math.exp(statistics.fmean(differences))
+        if max(differences) - min(differences) > SAME:
+            low, high = (math.exp(end) for end in paired_interval(differences))
+    return TextRow(
+        run=run,
+        context=first.context,
+        task=first.task,
+        stack=first.stack,
+        samples=len(group),
+        effective_bits=statistics.fmean(record.effective_bits for record in group),
+        held_ratio=sum(r.held_dense for r in group) / sum(r.held for r in group),
+        read_ratio=sum(r.read_dense for r in group) / sum(r.read for r in group),
+        nll=nll,
+        perplexity=math.exp(nll),
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        ms_per_token=statistics.median(record.ms_per_token for record in group),
+    )
+
+
+def cells(row: TextRow) -> dict[str, str]:
+    """Return the text of every column of `COLUMNS`."""
+    ratio = "–" if row.ratio is None else f"{row.ratio:.3f}"
+    if row.ratio_low is not None and row.ratio_high is not None:
+        ratio += f" [{row.ratio_low:.3f}, {row.ratio_high:.3f}]"
+    values = (
+        f"{row.effective_bits:.2f}",
+        f"{row.held_ratio:.2f}",
+        f"{row.read_ratio:.2f}",
+        f"{row.perplexity:.3f}" if row.perplexity < 100 else f"{row.perplexity:.1f}",
+        ratio,
+        f"{row.ms_per_token:.0f}" if row.ms_per_token >= 10 else f"{row.ms_per_token:.1f}",
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def tables(rows: Sequence[TextRow]) -> list[Table]:
+    """Return a terminal table for every context and text."""
+    made = []
+    several = any(row.run for row in rows)
+    for context, task in dict.fromkeys((row.context, row.task) for row in rows):
+        chosen = [row for row in rows if (row.context, row.task) == (context, task)]
+        title = f"{task}, {context} tokens, {chosen[0].samples} samples a stack"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        if several:
+            table.add_column("run", overflow="fold")
+        table.add_column("stack", min_width=18)
+        for column in COLUMNS:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in chosen:
+            table.add_row(*([row.run] if several else []), row.stack, *cells(row).values())
+        made.append(table)
+    return made
+
+
+def write_csv(rows: Sequence[TextRow], file: Path) -> None:
+    """Write the rows."""
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow(field.name for field in fields(TextRow))
+    for row in rows:
+        writer.writerow(f"{value:.6f}" if isinstance(value, float) else value for value in astuple(row))
+    write_text(file, stream.getvalue())

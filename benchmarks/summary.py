@@ -1,0 +1,124 @@
+"""The records of a run in numbers: a row per context and stack."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvcomp.benchmarks.intervals import accuracy_interval, paired_interval
+from kvcomp.benchmarks.results import Record, write_text
+
+MIB = 2**20
+DEPTHS = 10  # bins of equal width that needle depths are counted in
+DENSE = "none"
+
+
+class Share(NamedTuple):
+    """A mean score, and of how many samples."""
+
+    accuracy: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stack at one context, over all tasks. Accuracies are fractions; intervals cover 95%."""
+
+    context: int
+    stack: str
+    samples: int
+    effective_bits: float
+    held_mib: float
+    held_ratio: float  # dense bytes / held bytes
+    read_mib: float
+    read_ratio: float  # dense bytes / bytes read, per decode step
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    change: float | None  # accuracy minus that of `none` on the same samples; None where `none` did not run
+    change_low: float | None
+    change_high: float | None
+    ms_per_token: float
+    prefill_s: float
+    prompt_tokens: float
+    by_task: dict[str, Share]  # and by "task tag" where samples have tags
+    by_depth: dict[int, Share]  # by bin of depth, 0 at the start; empty where no sample has a depth
+
+
+def summarize(records: Sequence[Record], dense: Sequence[Record] | None = None) -> list[Row]:
+    """Return a row for every context and stack, by context and then as they first appear.
+
+    dense: records of `none` on the same prompts, where they are not among `records`.
+    """
+    baseline = {
+        (r.context, r.task, r.index): r.score for r in (records if dense is None else dense) if r.stack == DENSE
+    }
+    groups: dict[tuple[int, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.context, record.stack), []).append(record)
+    return [_row(group, baseline) for _, group in sorted(groups.items(), key=lambda item: item[0][0])]
+
+
+def _row(group: Sequence[Record], baseline: Mapping[tuple[int, str, int], float]) -> Row:
+    context, stack, n = group[0].context, group[0].stack, len(group)
+    scores = [record.score for record in group]
+    low, high = accuracy_interval(scores)
+    keys = [(r.context, r.task, r.index) for r in group]
+    paired = [r.score - baseline[key] for r, key in zip(group, keys, strict=True) if key in baseline]
+    change: tuple[float | None, ...] = (None, None, None)
+    if paired and stack != DENSE:
+        change = (statistics.fmean(paired), *paired_interval(paired))
+    by_task: dict[str, list[float]] = {}
+    by_depth: dict[int, list[float]] = {}
+    for record in group:
+        for part in (record.task, *(f"{record.task} {tag}" for tag in record.tags)):
+            by_task.setdefault(part, []).append(record.score)
+        if record.depth is not None:
+            by_depth.setdefault(min(int(record.depth * DEPTHS), DEPTHS - 1), []).append(record.score)
+    held, read = sum(r.held for r in group), sum(r.read for r in group)
+    return Row(
+        context=context,
+        stack=stack,
+        samples=n,
+        effective_bits=statistics.fmean(r.effective_bits for r in group),
+        held_mib=held / n / MIB,
+        held_ratio=sum(r.held_dense for r in group) / held,
+        read_mib=read / n / MIB,
+        read_ratio=sum(r.read_dense for r in group) / read,
+        accuracy=statistics.fmean(scores),
+        accuracy_low=low,
+        accuracy_high=high,
+        change=change[0],
+        change_low=change[1],
+        change_high=change[2],
+        ms_per_token=statistics.median(r.ms_per_token for r in group),
+        prefill_s=statistics.median(r.prefill_s for r in group),
+        prompt_tokens=statistics.median(r.prompt_tokens for r in group),
+        by_task=_shares(by_task),
+        by_depth=_shares(by_depth),
+    )
+
+
+def _shares(groups: Mapping[Any, Sequence[float]]) -> dict[Any, Share]:
+    return {name: Share(statistics.fmean(scores), len(scores)) for name, scores in groups.items()}
+
+
+def write_csv(rows: Sequence[Row], file: Path, more: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Write the rows, with a column of accuracy for every task. more: further columns, a mapping per row."""
+    further = [dict(values) for values in more] if more else [{} for _ in rows]
+    tasks = list(dict.fromkeys(task for row in rows for task in row.by_task))
+    columns = [field.name for field in fields(Row) if field.name not in ("by_task", "by_depth")]
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow([*(further[0] if further else ()), *columns, *tasks])
+    for row, extra in zip(rows, further, strict=True):
+        shares = (row.by_task.get(task) for task in tasks)
+        values = [*extra.values(), *(getattr(row, column) for column in columns)]
+        values += [share and share.accuracy for share in shares]
+        writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in values])
+    write_text(file, stream.getvalue())
