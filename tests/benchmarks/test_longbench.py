@@ -278,7 +278,8 @@ def test_bench_runs_it(tmp_path: Path) -> None:
     settings = Settings(model, names, (300,), 5, ("none",), max_new_tokens=2, data=str(texts))
     assert settings.tasks == ("trec", "trec_e")  # the other datasets of longbench have no data
     for _ in range(2):  # a complete run has nothing left to do, though there are fewer items than were asked for
-        (row,) = run(settings, tmp_path / "out", Console(stderr=True), "kvcomp bench")
+        (line,) = run(settings, tmp_path / "out", Console(stderr=True), "kvcomp bench").lines
+    row = line.row
     assert row.samples == 4
     assert set(row.by_task) == {"trec", "trec_e", "trec_e 0-4k", "trec_e 4-8k"}
     lines = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
