@@ -8,6 +8,7 @@ holds recent + P tokens gives its oldest P to a page; nothing is ever concatenat
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kvcomp.attention import Part, attend, merge
@@ -206,9 +207,8 @@ class LayerStore:
         every page.
         """
         n = queries.shape[2]
-        grouped = queries.unflatten(1, (self.heads, -1))  # [B, Hkv, G, n, Dk]
-        group = grouped.shape[2]
-        q = grouped.flatten(2, 3).flatten(0, 1)  # [S, G * n, Dk]
+        group = queries.shape[1] // self.heads
+        q = rearrange(queries, "b (h g) n d -> (b h) (g n) d", h=self.heads)
         exact, self.read = self.exact.attend(q, scale, softcap)
         parts = [part for part in (self._attend_pages(q, n, scale, softcap), exact) if part]
         if chunk is not None:
@@ -219,8 +219,8 @@ class LayerStore:
             self.read["chunk"] = k.nbytes + v.nbytes
         self.dense_read = self.dense_bytes + self.read.get("chunk", 0)
         part = merge(parts)
-        out = part.out.unflatten(0, (self.rows, self.heads)).unflatten(2, (group, n)).flatten(1, 2)
-        return Part(out, part.lse.unflatten(0, (self.rows, self.heads)).unflatten(2, (group, n)).flatten(1, 2))
+        out = rearrange(part.out, "(b h) (g n) d -> b (h g) n d", h=self.heads, n=n)
+        return Part(out, rearrange(part.lse, "(b h) (g n) -> b (h g) n", h=self.heads, n=n))
 
     def _attend_pages(self, q: Tensor, n: int, scale: float, softcap: float | None) -> Part | None:
         """Attention over the pages that the selector chooses, or all of them."""

@@ -169,6 +169,7 @@ class CompressedLayer(CacheLayerMixin):
                 "the generation, or pass max_tokens= to CompressedCache if the model's positions do reach further"
             )
         self.pending = Pending(key_states, value_states)
+        self.store.read = {}  # of the step that begins
         length = self.get_seq_length()
         shapes = (torch.Size((*x.shape[:2], length, x.shape[3])) for x in (key_states, value_states))
         k, v = (Handle(self, which, shape) for which, shape in enumerate(shapes))
@@ -257,11 +258,10 @@ class CompressedLayer(CacheLayerMixin):
                 stacklevel=2,
             )
             self.warned = True
-        past = self.store.padded()[which]
-        self.store.read = {
-            "pages": sum(self.store.held(set()).values()),
-            "dense copy": 2 * self.store.dense_bytes,
-        }
+        past, read = self.store.padded()[which], self.store.read
+        read["pages"] = read.get("pages", 0) + self.store.table.total * self.store.layout.body_bytes
+        read["window"] = read.get("window", 0) + int(self.store.exact.counts.sum()) * self.store.exact.token_bytes
+        read["dense copy"] = read.get("dense copy", 0) + past.nbytes
         self.store.dense_read = self.store.dense_bytes
         return torch.cat([past, new], 2)
 
