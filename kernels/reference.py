@@ -32,7 +32,7 @@ def attend_pages(
     """
     streams, n = ids.shape
     size = layout.page_size
-    rotated = codec.read_query(queries.float())
+    rotated, bias = codec.read_query(queries.float())
     block = max(MAX_DECODED // (streams * size * queries.shape[-1]), 1)
     ragged = bool((counts != n).any())
     parts = []
@@ -47,6 +47,6 @@ def attend_pages(
             exists = (torch.arange(at, at + m, device=ids.device) < counts[:, None]).repeat_interleave(size, 1)
             values = values.masked_fill(~exists[..., None], 0)
             visible = exists[:, None]
-        parts.append(attend(rotated, keys, values, scale, visible, softcap))
+        parts.append(attend(rotated, keys, values, scale, visible, softcap, bias))
     part = merge(parts)
     return Part(codec.read_output(part.out), part.lse)

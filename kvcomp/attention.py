@@ -40,10 +40,12 @@ def attend(
     scale: float,
     visible: Tensor | None = None,
     softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over keys [S, N, Dk], values [S, N, Dv], computed in float32.
 
-    `visible` is bool, broadcastable to [S, R, N]. Logits are capped as softcap * tanh(logit / softcap) where asked.
+    `visible` is bool, broadcastable to [S, R, N]. `bias` [S, R] is added to every q . k before it is scaled. Logits are
+    capped as softcap * tanh(logit / softcap) where asked.
     Runs over blocks of keys, so that no more than `MAX_LOGITS` logits exist at once.
     """
     streams, rows, _ = queries.shape
@@ -54,9 +56,12 @@ def attend(
         for at in range(0, tokens, block):
             piece = slice(at, at + block)
             seen = visible if visible is None or visible.shape[-1] == 1 else visible[..., piece]
-            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap))
+            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap, bias))
         return merge(parts)
-    logits = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * scale  # [S, R, N]
+    logits = torch.bmm(queries.float(), keys.float().transpose(1, 2))  # [S, R, N]
+    if bias is not None:
+        logits = logits + bias[..., None]
+    logits = logits * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if visible is not None:

@@ -279,12 +279,13 @@ class LayerStore:
         """One stream's tokens, oldest first: [N', Dk], [N', Dv]."""
         ids = self.table.ids()[stream, : int(self.table.counts[stream])]
         parts = [*self.exact.of(stream)]
-        parts.insert(1, self._decode(ids))
+        parts.insert(1, self._decode(ids, stream))
         return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
 
-    def _decode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Pages ids [m] as tokens [m * P, Dk], [m * P, Dv] in original coordinates and the model's dtype."""
-        k, v = self.codec.inverse(*self.codec.decode(self.layout.gather(self.pool.data, ids)))
+    def _decode(self, ids: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+        """A stream's pages ids [m] as tokens [m * P, Dk], [m * P, Dv] in original coordinates and the model's dtype."""
+        k, v = self.codec.decode(self.layout.gather(self.pool.data, ids))
+        k, v = self.codec.inverse(k, v, torch.full((len(ids),), stream, device=self.device))
         return k.to(self.dtype).flatten(0, 1), v.to(self.dtype).flatten(0, 1)
 
     # -- surgery --------------------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ class LayerStore:
         plan, at = self.plan, int(self.table.counts[stream])
         window = int(self.exact.counts[stream]) - plan.sinks
         pages = min(-(-(remove - window) // plan.page_size), at)
-        k, v = self._decode(self.table.ids()[stream, at - pages : at])
+        k, v = self._decode(self.table.ids()[stream, at - pages : at], stream)
         left = window + pages * plan.page_size - remove  # tokens that stay behind the sinks
         back = max(left, 0)
         self.exact.put(torch.tensor([stream]), plan.sinks, k[None, :back], v[None, :back])

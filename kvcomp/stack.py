@@ -121,6 +121,11 @@ class Stack:
         wanted = [s.page_multiple for s in self.stages if s.page_multiple > 1]
         return lcm(PAGE_UNIT, *wanted) if wanted else FREE_PAGE
 
+    @cached_property
+    def prefill_chunk(self) -> int | None:
+        """Tokens per chunk of the prompt: the smallest that a stage asks for; None where it enters at once."""
+        return min((s.prefill_chunk for s in self.stages if s.prefill_chunk is not None), default=None)
+
     def plan(self, layer: int, layers: int) -> LayerPlan:
         """What one of `layers` layers does."""
         selector = self.selector if self.selector is not None and self.selector.active(layer) else None
@@ -243,6 +248,8 @@ def _format(stage: Stage, full: bool) -> str:
     shown = []
     for i, f in enumerate(fields(stage)):
         value = getattr(stage, f.name)
+        if f.name in stage.implied:
+            continue
         if full or value != f.default or (i == 0 and value is not None):
             shown.append(f"{f.name}={value if _is_word(value) else repr(value)}")
     return f"{stage.name}({', '.join(shown)})" if shown else stage.name

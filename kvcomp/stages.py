@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,19 @@ class Stage:
         """Sinks without which the method is wrong; a smaller explicit `window(sinks=)` is refused."""
         return 0
 
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Tokens per chunk where the prompt must enter in chunks, each attending to the compressed cache.
+
+        Such a prefill is the stack's own. None: the prompt enters at once, and may share a dense prefill.
+        """
+        return None
+
+    @property
+    def implied(self) -> tuple[str, ...]:
+        """Arguments that follow from the others, and that `str(stack)` leaves out."""
+        return ()
+
     def check(self, ok: bool, argument: str, accepted: str) -> None:
         """Raise a SpecError naming the argument, its value and what is accepted, unless `ok`."""
         if not ok:
@@ -65,28 +78,48 @@ class PageShape:
     layer: int
 
 
-class Codec(Protocol):
-    """One layer's quantizer: from K and V to the fields of a page and back.
+class Codec:
+    """One layer's quantizer: from K and V to the fields of a page and back. A stream is row * heads + head.
 
-    `encode` gets post-RoPE keys `[M, P, Dk]` and values `[M, P, Dv]` of M pages and the stream (row * heads + head) of
-    each; `decode` gives them back *in basis coordinates*, float32. `read_query` and `read_output` are the basis on
-    the read
-    side, so that `decode`d keys never need rotating back: q . k = read_query(q) . decode(k), and the attention output
-    over decoded values is mapped once by `read_output`. `inverse` maps decoded K and V to the original coordinates;
-    only
+    `encode` gets post-RoPE keys `[M, P, Dk]` and values `[M, P, Dv]` of M pages and the stream of each; `decode` gives
+    them back *in basis coordinates*, float32. `read_query` and `read_output` are the basis on the read side, so that
+    `decode`d keys never need mapping back: q . k = read_query(q) . decode(k) + bias, and the attention output over
+    decoded values is mapped once by `read_output`. `inverse` gives decoded K and V in the original coordinates; only
     round trips and dense reconstruction use it.
+
+    What is not overridden here is the identity.
     """
 
+    lossless: bool = False
+
     @property
-    def fields(self) -> tuple[Field, ...]: ...
-    @property
-    def lossless(self) -> bool: ...
-    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]: ...
-    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
-    def read_query(self, queries: Tensor) -> Tensor: ...
-    def read_output(self, output: Tensor) -> Tensor: ...
-    def inverse(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
-    def constants(self) -> list[Tensor]: ...
+    def fields(self) -> tuple[Field, ...]:
+        """Fields of a page; the layout of a layer is made from them once."""
+        raise NotImplementedError
+
+    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        """Fields [M, *shape] of M pages; streams int64 [M]."""
+        raise NotImplementedError
+
+    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys [M, P, Rk] and values [M, P, Rv] in basis coordinates, float32."""
+        raise NotImplementedError
+
+    def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries [S, R, Dk] of all streams -> [S, R, Rk] and what to add to every q . k, [S, R] (None: nothing)."""
+        return queries, None
+
+    def read_output(self, output: Tensor) -> Tensor:
+        """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
+        return output
+
+    def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
+        return keys, values
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that the layer holds besides pages."""
+        return []
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,63 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Basis:
-    """x -> x W on write. For an orthogonal W the dual is W itself, so q . k = (q W) . (k W) and out = out' W'.
+    """Coordinates y = (x - mean) W on write, and x ~ y D' + mean on read, so that q . x ~ (q D) . y + q . mean.
 
-    matrix: [D, D] float32, or None for the identity.
+    W and D are [D, R], shared by all streams, or [n, D, R] for n heads (or n streams): stream s uses matrix s mod n.
+    R < D drops directions.
+
+    matrix: W, float32, or None for the identity.
+    dual: D, float32; None where it is W itself (orthonormal columns).
+    mean: [D] or [n, D] float32, or None for zero.
     """
 
     matrix: Tensor | None = None
+    dual: Tensor | None = None
+    mean: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Coordinates of x [..., D], float32; also what a query needs."""
-        return x.float() if self.matrix is None else x.float() @ self.matrix
+    def write(self, x: Tensor, streams: Tensor) -> Tensor:
+        """Coordinates [M, P, R] of x [M, P, D], pages of `streams` [M]; float32."""
+        x = x.float()
+        if self.mean is not None:
+            x = x - _of(self.mean[..., None, :], streams)
+        return x if self.matrix is None else x @ _of(self.matrix, streams)
 
-    def backward(self, y: Tensor) -> Tensor:
-        """Original coordinates of y [..., D]."""
-        return y if self.matrix is None else y @ self.matrix.T
+    def read(self, queries: Tensor) -> Tensor:
+        """What queries [S, R', D] of all streams are multiplied with coordinates as: [S, R', R] float32."""
+        matrix = self._read_matrix
+        return queries.float() if matrix is None else queries.float() @ _of_all(matrix, len(queries))
+
+    def offset(self, queries: Tensor) -> Tensor | None:
+        """q . mean of queries [S, R', D] of all streams: [S, R']; None without a mean."""
+        if self.mean is None:
+            return None
+        return (queries.float() * _of_all(self.mean[..., None, :], len(queries))).sum(-1)
+
+    def inverse(self, y: Tensor, streams: Tensor) -> Tensor:
+        """Original coordinates [M, P, D] of y [M, P, R], which belong to `streams` [M]."""
+        matrix = self._read_matrix
+        x = y if matrix is None else y @ _of(matrix, streams).mT
+        return x if self.mean is None else x + _of(self.mean[..., None, :], streams)
+
+    @property
+    def _read_matrix(self) -> Tensor | None:
+        return self.matrix if self.dual is None else self.dual
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.matrix, self.dual, self.mean) if t is not None]
+
+
+def _of(tensor: Tensor, streams: Tensor) -> Tensor:
+    """The matrices of `streams` [M]: shared [A, B] as it is, or [M, A, B] of [n, A, B]."""
+    return tensor if tensor.dim() == 2 else tensor[streams % len(tensor)]
+
+
+def _of_all(tensor: Tensor, streams: int) -> Tensor:
+    """The matrices of all streams in order, without a copy where each has its own or all share one."""
+    if tensor.dim() == 2 or len(tensor) == streams:
+        return tensor
+    return tensor.repeat(streams // len(tensor), 1, 1)
 
 
 IDENTITY = Basis()

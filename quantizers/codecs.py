@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvcomp.pages import Field
-from kvcomp.stages import PageShape
+from kvcomp.stages import Codec, PageShape
 
 from .basis import IDENTITY, Basis
 
@@ -25,41 +26,40 @@ class Side(Protocol):
 
 
 @dataclass(frozen=True)
-class GridCodec:
-    """Grids over bases; see `kvcomp.stages.Codec`."""
+class GridCodec(Codec):
+    """A grid over a basis for K, and one for V."""
 
     k_side: Side
     v_side: Side
     k_basis: Basis = IDENTITY
     v_basis: Basis = IDENTITY
-    lossless: bool = False
 
     @property
     def fields(self) -> tuple[Field, ...]:
         return self.k_side.fields + self.v_side.fields
 
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
-        return self.k_side.encode(self.k_basis.forward(keys)) | self.v_side.encode(self.v_basis.forward(values))
+        k, v = self.k_basis.write(keys, streams), self.v_basis.write(values, streams)
+        return self.k_side.encode(k) | self.v_side.encode(v)
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self.k_side.decode(page), self.v_side.decode(page)
 
-    def read_query(self, queries: Tensor) -> Tensor:
-        return self.k_basis.forward(queries)
+    def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.k_basis.read(queries), self.k_basis.offset(queries)
 
     def read_output(self, output: Tensor) -> Tensor:
-        return self.v_basis.backward(output)
+        return self.v_basis.inverse(output, torch.arange(len(output), device=output.device))
 
-    def inverse(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k_basis.backward(keys), self.v_basis.backward(values)
+    def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k_basis.inverse(keys, streams), self.v_basis.inverse(values, streams)
 
     def constants(self) -> list[Tensor]:
-        matrices = [b.matrix for b in (self.k_basis, self.v_basis) if b.matrix is not None]
-        return [*matrices, *self.k_side.constants(), *self.v_side.constants()]
+        return [*self.k_basis.tensors, *self.v_basis.tensors, *self.k_side.constants(), *self.v_side.constants()]
 
 
 @dataclass(frozen=True)
-class RawCodec:
+class RawCodec(Codec):
     """K and V as they are, in the model's dtype: the dense baseline through the same pages."""
 
     shape: PageShape
@@ -78,15 +78,3 @@ class RawCodec:
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return page["k"].float(), page["v"].float()
-
-    def read_query(self, queries: Tensor) -> Tensor:
-        return queries
-
-    def read_output(self, output: Tensor) -> Tensor:
-        return output
-
-    def inverse(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return keys, values
-
-    def constants(self) -> list[Tensor]:
-        return []

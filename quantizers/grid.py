@@ -1,4 +1,4 @@
-"""The uniform grid: asymmetric integers with a scale and a zero per block of tokens x channels."""
+"""The uniform grid: integers with a scale, and a zero unless symmetric, per block of tokens x channels."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class UniformSide:
     A block is `token_group` x `channel_group` elements: KIVI's keys are (group, 1), per channel; a per-token grid is
     (1, D). zero is the block's minimum, scale its range / (2^bits - 1), both float16; codes are rounded against the
     *stored* scale and zero, so that their rounding costs nothing more.
+
+    symmetric: no zero is stored; scale = max |x| / (2^(bits - 1) - 1), and one of the 2^bits codes stays unused.
+    clip: the share of a block's range, about its middle, that the codes cover; what lies outside saturates.
     """
 
     name: str
@@ -33,6 +36,8 @@ class UniformSide:
     bits: int
     token_group: int
     channel_group: int
+    symmetric: bool = False
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if self.dim % self.channel_group or self.page_size % self.token_group:
@@ -46,9 +51,17 @@ class UniformSide:
         blocks = (self.page_size // self.token_group, self.dim // self.channel_group)
         return (
             *code_fields(self.name, self.bits, self.page_size, self.dim),
-            Field(f"{self.name}.scale", blocks, SCALE),
-            Field(f"{self.name}.zero", blocks, SCALE),
+            *(Field(f"{self.name}.{what}", blocks, SCALE) for what in self._stored),
         )
+
+    @property
+    def _stored(self) -> tuple[str, ...]:
+        return ("scale",) if self.symmetric else ("scale", "zero")
+
+    @property
+    def _levels(self) -> int:
+        """The highest code."""
+        return (1 << self.bits) - (2 if self.symmetric else 1)
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[M, P, D] -> [M, P / tg, tg, D / cg, cg], a view."""
@@ -59,18 +72,31 @@ class UniformSide:
         blocks = self._blocks(x.float())
         low, high = torch.aminmax(blocks, dim=4)
         low, high = low.amin(2), high.amax(2)  # [M, P / tg, D / cg]
-        levels = (1 << self.bits) - 1
-        zero = low.clamp(-HUGE, HUGE).to(SCALE)
-        scale = ((high - zero.float()) / levels).clamp(TINY, HUGE).to(SCALE)
+        levels = self._levels
+        if self.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        if self.clip < 1:
+            cut = (high - low) * ((1 - self.clip) / 2)
+            low, high = low + cut, high - cut
+        if self.symmetric:
+            scale = (high / (levels // 2)).clamp(TINY, HUGE).to(SCALE)
+            zero = -(levels // 2) * scale.float()
+        else:
+            zero = low.clamp(-HUGE, HUGE).to(SCALE).float()
+            scale = ((high - zero) / levels).clamp(TINY, HUGE).to(SCALE)
         spread = (slice(None), slice(None), None, slice(None), None)
-        codes = ((blocks - zero.float()[spread]) / scale.float()[spread]).round_().clamp_(0, levels)
+        codes = ((blocks - zero[spread]) / scale.float()[spread]).round_().clamp_(0, levels)
         fields = pack_codes(self.name, codes.to(torch.uint8).flatten(3).flatten(1, 2), self.bits)
-        return fields | {f"{self.name}.scale": scale, f"{self.name}.zero": zero}
+        stored = {"scale": scale, "zero": zero.to(SCALE)}
+        return fields | {f"{self.name}.{what}": stored[what] for what in self._stored}
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = self._blocks(unpack_codes(self.name, page, self.bits).float())
         scale = page[f"{self.name}.scale"].float()[:, :, None, :, None]
+        if self.symmetric:
+            return ((codes - self._levels // 2) * scale).flatten(3).flatten(1, 2)
         zero = page[f"{self.name}.zero"].float()[:, :, None, :, None]
         return torch.addcmul(zero, codes, scale).flatten(3).flatten(1, 2)
 

@@ -1,4 +1,4 @@
-"""Token-wise integers, plain or in a Hadamard basis (QuaRot, arXiv 2404.00456; SAW-INT4, arXiv 2604.19157)."""
+"""Integers per token or per channel, plain or in a rotated basis (QuaRot, 2404.00456; SAW-INT4, 2604.19157)."""
 
 from __future__ import annotations
 
@@ -7,45 +7,62 @@ from typing import ClassVar
 
 from kvcomp.errors import SpecError
 from kvcomp.registry import register
-from kvcomp.stages import PageShape, Quantizer, arg
+from kvcomp.stages import PageShape, arg
 
 from .basis import BASES
 from .codecs import GridCodec
 from .grid import UniformSide
+from .widths import BITS, WidthQuantizer
+
+TOKEN, CHANNEL = "token", "channel"
 
 
 @register("int")
 @dataclass(frozen=True)
-class Int(Quantizer):
-    """Asymmetric integers per token, with an optional Hadamard basis that spreads outlier channels.
+class Int(WidthQuantizer):
+    """Integers per token or per channel, with an optional basis that spreads outlier channels.
 
     One float16 scale and zero per token and `group` channels (all channels by default): bits + 32 / group effective
-    bits; at D = 128 int4 is 4.25 bits.
+    bits, half of that overhead where symmetric; at D = 128 int4 is 4.25 bits. Per channel, a group is as many tokens.
     """
 
     paper: ClassVar[str] = "arXiv:2404.00456, arXiv:2604.19157"
+    widths: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)
 
-    bits: int = arg(4, "bits per element, 2 to 8")
+    bits: int | float | None = arg(4, f"{BITS}, 2 to 8")
     basis: str = arg(
         "identity", "identity, hadamard (block-diagonal where D is no power of two) or random (a seeded rotation)"
     )
-    group: int | None = arg(None, "channels that share a scale and a zero; None: all of them")
+    per: str = arg(TOKEN, "token or channel: what shares a scale and a zero")
+    group: int | None = arg(
+        None, "channels of a token, or tokens of a channel, that share; None: all channels, or a page of tokens"
+    )
+    symmetric: bool = arg(False, "true: no zero is stored, and one of the codes stays unused")
+    clip: float = arg(1.0, "share of a group's range that the codes cover, 0 < clip <= 1")
 
     def __post_init__(self) -> None:
-        self.check(2 <= self.bits <= 8, "bits", "2 to 8")
+        super().__post_init__()
         self.check(self.basis in BASES, "basis", f"one of {', '.join(BASES)}")
-        self.check(self.group is None or self.group > 0, "group", "None or a positive number of channels")
+        self.check(self.per in (TOKEN, CHANNEL), "per", f"{TOKEN} or {CHANNEL}")
+        self.check(self.group is None or self.group > 0, "group", "None or a positive number")
+        self.check(0 < self.clip <= 1, "clip", "more than 0 and at most 1")
 
-    def _side(self, name: str, shape: PageShape, dim: int) -> UniformSide:
-        group = self.group or dim
-        if dim % group:
+    @property
+    def page_multiple(self) -> int:
+        return self.group or 1 if self.per == CHANNEL else 1
+
+    def _side(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformSide:
+        tokens, channels = (1, self.group or dim) if self.per == TOKEN else (self.group or shape.page_size, 1)
+        if dim % channels:
             raise SpecError(f"int(group={self.group}): {dim} channels are no multiple of {self.group}")
-        return UniformSide(name, shape.page_size, dim, self.bits, 1, group)
+        return UniformSide(
+            name, shape.page_size, dim, int(bits), tokens, channels, symmetric=self.symmetric, clip=self.clip
+        )
 
     def codec(self, shape: PageShape) -> GridCodec:
         return GridCodec(
-            self._side("k", shape, shape.k_dim),
-            self._side("v", shape, shape.v_dim),
+            self._side("k", shape, shape.k_dim, self.k_bits),
+            self._side("v", shape, shape.v_dim, self.v_bits),
             BASES[self.basis](shape.k_dim, shape.device),
             BASES[self.basis](shape.v_dim, shape.device),
         )

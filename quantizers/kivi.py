@@ -7,15 +7,16 @@ from typing import ClassVar
 
 from kvcomp.errors import SpecError
 from kvcomp.registry import register
-from kvcomp.stages import PageShape, Quantizer, arg
+from kvcomp.stages import PageShape, arg
 
 from .codecs import GridCodec
 from .grid import UniformSide
+from .widths import BITS, WidthQuantizer
 
 
 @register("kivi")
 @dataclass(frozen=True)
-class Kivi(Quantizer):
+class Kivi(WidthQuantizer):
     """KIVI: asymmetric integers, keys quantized per channel and values per token.
 
     Keys share a scale and a zero along `group` tokens of a channel, values along `group` channels of a token. Group 32
@@ -25,11 +26,13 @@ class Kivi(Quantizer):
 
     paper: ClassVar[str] = "arXiv:2402.02750"
 
-    bits: int = arg(2, "bits per element: 2 or 4")
+    widths: ClassVar[tuple[float, ...]] = (2, 4)
+
+    bits: int | float | None = arg(2, f"{BITS}: 2 or 4")
     group: int = arg(32, "elements that share a scale and a zero; a multiple of 16")
 
     def __post_init__(self) -> None:
-        self.check(self.bits in (2, 4), "bits", "2 or 4")
+        super().__post_init__()
         self.check(self.group > 0 and self.group % 16 == 0, "group", "a positive multiple of 16")
 
     @property
@@ -49,6 +52,6 @@ class Kivi(Quantizer):
                 f"use a group of {' or '.join(map(str, fits))}"
             )
         return GridCodec(
-            UniformSide("k", shape.page_size, shape.k_dim, self.bits, self.group, 1),
-            UniformSide("v", shape.page_size, shape.v_dim, self.bits, 1, channels),
+            UniformSide("k", shape.page_size, shape.k_dim, int(self.k_bits), self.group, 1),
+            UniformSide("v", shape.page_size, shape.v_dim, int(self.v_bits), 1, channels),
         )

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvcomp.registry import register
-from kvcomp.stages import PageShape, Quantizer, arg
+from kvcomp.stages import PageShape, arg
 
 from .basis import rotation
 from .codecs import GridCodec
 from .lloyd import LloydSide, sphere_codebook
+from .widths import BITS, WidthQuantizer
 
 
 @register("turboquant")
 @dataclass(frozen=True)
-class TurboQuant(Quantizer):
+class TurboQuant(WidthQuantizer):
     """TurboQuant (mse): each vector's norm, and Lloyd-Max codes of its randomly rotated direction.
 
     After a random rotation every coordinate of a unit vector has a known density, so one optimal codebook serves all
@@ -24,18 +25,17 @@ class TurboQuant(Quantizer):
 
     paper: ClassVar[str] = "arXiv:2504.19874"
 
-    bits: int = arg(4, "bits per element, 1 to 4")
+    widths: ClassVar[tuple[float, ...]] = (1, 2, 3, 4)
 
-    def __post_init__(self) -> None:
-        self.check(1 <= self.bits <= 4, "bits", "1, 2, 3 or 4")
+    bits: int | float | None = arg(4, f"{BITS}, 1 to 4")
 
-    def _side(self, name: str, shape: PageShape, dim: int) -> LloydSide:
-        return LloydSide(name, shape.page_size, dim, self.bits, sphere_codebook(dim, self.bits, shape.device))
+    def _side(self, name: str, shape: PageShape, dim: int, bits: int) -> LloydSide:
+        return LloydSide(name, shape.page_size, dim, bits, sphere_codebook(dim, bits, shape.device))
 
     def codec(self, shape: PageShape) -> GridCodec:
         return GridCodec(
-            self._side("k", shape, shape.k_dim),
-            self._side("v", shape, shape.v_dim),
+            self._side("k", shape, shape.k_dim, int(self.k_bits)),
+            self._side("v", shape, shape.v_dim, int(self.v_bits)),
             rotation(shape.k_dim, shape.device),
             rotation(shape.v_dim, shape.device),
         )

@@ -42,7 +42,7 @@ def filled(spec: str, pages: int, dims: tuple[int, int], dtype: torch.dtype) -> 
 
 def decoded(pool: PagePool, layout: PageLayout, codec: Codec) -> tuple[Tensor, Tensor]:
     """All pages in original coordinates, float64."""
-    k, v = codec.inverse(*codec.decode(layout.views(pool.data)))
+    k, v = codec.inverse(*codec.decode(layout.views(pool.data)), torch.zeros(len(pool.data), dtype=torch.int64))
     return k.double(), v.double()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcomp.quantizers.basis import BASES, IDENTITY, hadamard
+from kvcomp.quantizers.basis import BASES, IDENTITY, Basis, hadamard
 
 CPU = torch.device("cpu")
 DIMS = [1, 2, 16, 64, 72, 80, 96, 100, 112, 128, 192, 256, 576]
@@ -37,16 +37,40 @@ def test_hadamard_is_sylvesters(dim: int) -> None:
 def test_round_trip_and_inner_products(name: str, dim: int) -> None:
     torch.manual_seed(0)
     basis = BASES[name](dim, CPU)
-    x, y = torch.randn(2, 7, dim, dtype=torch.bfloat16).unbind()
-    assert basis.forward(x).dtype == torch.float32
-    torch.testing.assert_close(basis.backward(basis.forward(x)), x.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(basis.forward(x) @ basis.forward(y).T, x.float() @ y.float().T, rtol=1e-4, atol=1e-4)
+    x, y = torch.randn(2, 3, 7, dim, dtype=torch.bfloat16).unbind()
+    streams = torch.arange(3)
+    assert basis.write(x, streams).dtype == torch.float32
+    torch.testing.assert_close(basis.inverse(basis.write(x, streams), streams), x.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        basis.write(x, streams) @ basis.read(y).mT, x.float() @ y.float().mT, rtol=1e-4, atol=1e-4
+    )
+    assert basis.offset(y) is None
+
+
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_a_basis_per_head_with_a_dual_and_a_mean(heads: int) -> None:
+    """Six streams of `heads` heads: y = (x - mean) W, x = y D' + mean, q . x = (q D) . y + q . mean."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.eye(8) + 0.2 * torch.randn(heads, 8, 8, generator=generator)
+    mean = torch.randn(heads, 8, generator=generator)
+    basis = Basis(matrix, torch.linalg.inv(matrix).mT, mean)
+    x, q = torch.randn(2, 6, 5, 8, generator=generator).unbind()
+    y = basis.write(x, torch.arange(6))
+    for stream in range(6):
+        torch.testing.assert_close(y[stream], (x[stream] - mean[stream % heads]) @ matrix[stream % heads])
+    torch.testing.assert_close(basis.inverse(y, torch.arange(6)), x, rtol=1e-4, atol=1e-4)
+    offset = basis.offset(q)
+    assert offset is not None
+    torch.testing.assert_close(basis.read(q) @ y.mT + offset[..., None], q @ x.mT, rtol=1e-4, atol=1e-4)
+    order = torch.tensor([4, 1, 1])
+    torch.testing.assert_close(basis.write(x[order], order), y[order])
+    assert sum(t.numel() for t in basis.tensors) == heads * (64 + 64 + 8)
 
 
 def test_hadamard_spreads_an_outlier_over_its_block() -> None:
-    x = torch.zeros(1, 96)
-    x[0, 40] = 1.0
-    out = hadamard(96, CPU).forward(x)
+    x = torch.zeros(1, 1, 96)
+    x[..., 40] = 1.0
+    out = hadamard(96, CPU).write(x, torch.zeros(1, dtype=torch.int64))[0]
     torch.testing.assert_close(out[0, 32:64].abs(), torch.full((32,), 32**-0.5))
     assert not bool(out[0, :32].any())
     assert not bool(out[0, 64:].any())

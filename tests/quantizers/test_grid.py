@@ -117,3 +117,36 @@ def test_values_beyond_float16_saturate(bits: int) -> None:
     side = UniformSide("k", 16, 16, bits, 1, 16)
     x = torch.linspace(-7e4, 7e4, 256).view(1, 16, 16)
     assert side.decode(side.encode(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("per", [(1, 32), (16, 1)])
+def test_symmetric_integers_store_no_zero(bits: int, per: tuple[int, int]) -> None:
+    """Nearest multiples of max |x| / (2^(bits - 1) - 1); zero stays zero."""
+    side = UniformSide("k", 16, 32, bits, *per, symmetric=True)
+    x = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 0
+    page = side.encode(x)
+    assert "k.zero" not in page
+    back = side.decode(page)
+    assert not back[:, 3].any()
+    dim = 1 if per[1] == 1 else 2
+    scale = (x.abs().amax(dim, keepdim=True) / ((1 << bits - 1) - 1)).half().float()
+    torch.testing.assert_close(back, (x / scale.clamp_min(1e-9)).round() * scale, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clip_trades_the_extremes_for_finer_steps(symmetric: bool) -> None:
+    x = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
+
+    def error(clip: float) -> torch.Tensor:
+        side = UniformSide("k", 64, 128, 2, 1, 128, symmetric=symmetric, clip=clip)
+        return (side.decode(side.encode(x)) - x).abs()
+
+    whole, clipped = error(1.0), error(0.7)
+    assert (clipped**2).mean() < (whole**2).mean()
+    outermost = x.argmax(2, keepdim=True)
+    assert clipped.gather(2, outermost).mean() > whole.gather(2, outermost).mean()
+    side = UniformSide("k", 64, 128, 8, 1, 128, clip=0.5)
+    low, high = x.amin(2), x.amax(2)
+    torch.testing.assert_close(side.decode(side.encode(x)).amax(2), high - (high - low) / 4, atol=0.02, rtol=0)

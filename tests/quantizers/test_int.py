@@ -92,10 +92,10 @@ def test_reading_in_the_basis_is_reading_the_inverse(quantizer: Quantizer, dims:
     page = encode(codec, k, v)
     decoded_k, decoded_v = codec.decode(page)
     assert decoded_k.dtype == decoded_v.dtype == torch.float32
-    plain_k, plain_v = codec.inverse(decoded_k, decoded_v)
+    plain_k, plain_v = codec.inverse(decoded_k, decoded_v, torch.arange(3))
     q, weights = torch.randn(3, 5, dims[0]), torch.rand(3, 5, 16)
     torch.testing.assert_close(
-        codec.read_query(q) @ decoded_k.transpose(1, 2), q @ plain_k.transpose(1, 2), rtol=1e-4, atol=1e-4
+        codec.read_query(q)[0] @ decoded_k.transpose(1, 2), q @ plain_k.transpose(1, 2), rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(codec.read_output(weights @ decoded_v), weights @ plain_v, rtol=1e-4, atol=1e-4)
     if codec.lossless:

@@ -90,9 +90,10 @@ def test_a_key_channel_and_a_value_token_keep_their_outliers_to_themselves() -> 
 def test_the_read_side_is_the_identity() -> None:
     codec = Kivi().codec(shape(32, 64, 64))
     x = torch.randn(3, 5, 64)
-    assert torch.equal(codec.read_query(x), x)
+    assert torch.equal(codec.read_query(x)[0], x)
+    assert codec.read_query(x)[1] is None
     assert torch.equal(codec.read_output(x), x)
-    assert torch.equal(codec.inverse(x, x)[0], x)
+    assert torch.equal(codec.inverse(x, x, torch.arange(3))[0], x)
     assert codec.constants() == []
     assert not codec.lossless
 
