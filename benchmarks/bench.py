@@ -1,4 +1,7 @@
-"""The paired run: every prompt is prefilled once, densely, and then answered from the cache of each stack."""
+"""The paired run: every prompt is prefilled once, densely, and then answered from the cache of each stack.
+
+A stack that takes its prompt in chunks (`Stack.prefill_chunk`) is prefilled by itself instead.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvcomp import CompressedCache, Stack
+from kvcomp.benchmarks import memory
 from kvcomp.benchmarks.compare import Comparison
 from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.report import publish, require_libraries
@@ -25,6 +28,7 @@ from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunEr
 from kvcomp.benchmarks.samples import Sample, Task
 from kvcomp.benchmarks.tasks import expand, find_task, origins
 from kvcomp.integrations.huggingface import prefill
+from kvcomp.integrations.huggingface.timing import clock
 from kvcomp.integrations.models import load_model
 
 
@@ -118,16 +122,17 @@ def _measure(
             samples = task.generate(tokenizer, context, settings.samples, settings.seed, settings.data)
             for index, stacks in wanted.items():
                 progress.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
-                scores = []
+                scores, dense_s, own_s = [], 0.0, 0.0
                 for record in answer(model, tokenizer, samples[index], context, stacks, settings.max_new_tokens):
                     results.append(record)
                     scores.append(
                         f"{record.score:.0%}" if record.metric == ACCURACY else f"{math.exp(record.score):.2f}"
                     )
+                    dense_s, own_s = max(dense_s, record.prefill_s), own_s + (record.prefill_own_s or 0.0)
                     progress.advance(bar)
                 console.print(
                     f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
-                    f"prefill {record.prefill_s:.1f} s, "
+                    f"prefill {dense_s + own_s:.1f} s, "
                     f"{'right' if record.metric == ACCURACY else 'perplexity'}: {' '.join(scores)}",
                     highlight=False,
                     soft_wrap=True,
@@ -145,9 +150,10 @@ def answer(
 ) -> Iterator[Record]:
     """Yield a record per stack.
 
-    One dense prefill of all tokens but the last fills every cache; the last prompt token is then the first
-    one that each stack decodes, so that every token of the answer comes from its compressed pages. Of a text whose
-    end is scored, the prompt is what stands before that end.
+    One dense prefill of all tokens but the last fills every cache that can share it; the last prompt token is then
+    the first one that each stack decodes, so that every token of the answer comes from its compressed pages. Of a
+    text whose end is scored, the prompt is what stands before that end. The peak of memory is that of decoding alone:
+    the prefill is shared.
     """
     task = find_task(sample.task)
     ids = tokenizer(sample.prompt, return_tensors="pt").input_ids.to(model.device)  # [1, L]
@@ -156,16 +162,17 @@ def answer(
     if isinstance(task, Perplexity):
         ids, rest = ids.split([ids.shape[1] - sample.max_new_tokens, sample.max_new_tokens], dim=1)
     caches = [CompressedCache(stack, model) for stack in stacks]
-    start = _clock(model.device)
-    prefill(model, ids[:, :-1], caches)
-    prefill_s = _clock(model.device) - start
-    for stack in stacks:
+    filled = prefill(model, ids[:, :-1], caches)
+    for stack, (_, dense_s, own_s) in zip(stacks, filled, strict=True):
         cache = caches.pop(0)
+        begun = cache.memory().held
+        growth = memory.watch(model.device)
         if isinstance(task, Perplexity):
             outcome = _scored(model, torch.cat([ids[:, -1:], rest[:, :limit]], dim=1), cache)
         else:
             outcome = _answered(model, tokenizer, task, sample, ids[:, -1:], cache, limit)
-        memory, traffic = cache.memory(), cache.traffic()
+        grown = growth()
+        holds, traffic = cache.memory(), cache.traffic()
         del cache  # its pages are free before the next stack decodes
         yield Record(
             task=sample.task,
@@ -181,13 +188,15 @@ def answer(
             origin=sample.origin,
             prompt_tokens=ids.shape[1],
             new_tokens=len(outcome.seconds),
-            effective_bits=memory.effective_bits,
-            held=memory.held,
-            held_dense=memory.dense,
+            effective_bits=holds.effective_bits,
+            held=holds.held,
+            held_dense=holds.dense,
             read=traffic.read,
             read_dense=traffic.dense,
             ms_per_token=1000 * statistics.median(outcome.seconds),
-            prefill_s=prefill_s,
+            prefill_s=dense_s,
+            prefill_own_s=own_s,
+            peak=None if grown is None else begun + grown,
             metric=NLL if isinstance(task, Perplexity) else ACCURACY,
         )
 
@@ -219,10 +228,10 @@ def _scored(model: Any, tokens: torch.Tensor, cache: Any) -> _Outcome:
     """Feed `tokens [1, n + 1]` one by one; the score is the mean nll of all but the first, in nats."""
     surprise, seconds = 0.0, []
     for at in range(tokens.shape[1] - 1):
-        start = _clock(model.device)
+        start = clock(model.device)
         logits = model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits  # [1, 1, V]
         surprise -= float(logits[0, -1].float().log_softmax(-1)[tokens[0, at + 1]])
-        seconds.append(_clock(model.device) - start)
+        seconds.append(clock(model.device) - start)
     return _Outcome("", surprise / len(seconds), seconds)
 
 
@@ -233,11 +242,11 @@ def decode(
     tokens: list[int] = []
     seconds: list[float] = []
     while len(tokens) < limit and not (tokens and finished(tokens)):
-        start = _clock(model.device)
+        start = clock(model.device)
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits  # [1, 1, V]
         token = logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(int(token))
-        seconds.append(_clock(model.device) - start)
+        seconds.append(clock(model.device) - start)
     return tokens, seconds
 
 
@@ -245,12 +254,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return ends - {None}
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _versions() -> dict[str, str]:

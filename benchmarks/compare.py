@@ -69,7 +69,11 @@ def compare(runs: Sequence[Run]) -> Comparison:
             lines.append(Line(row, name, first))
     if len(runs) == 1:
         lines = [replace(line, run="") for line in lines]
-    notes = [_note(name, run, names[0], runs[0]) for name, run in zip(names[1:], runs[1:], strict=True)]
+    notes = [
+        _note(name, run, names[0], runs[0])
+        for name, run in zip(names[1:], runs[1:], strict=True)
+        if run.records and runs[0].records
+    ]
     return Comparison(names, sorted(lines, key=lambda line: line.row.context), _differing(runs), notes, texts)
 
 

@@ -7,12 +7,13 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
+from kvcomp.benchmarks import costs
 from kvcomp.benchmarks.intervals import SAME, paired_interval
 from kvcomp.benchmarks.results import NLL, Record, Run, write_text
 from kvcomp.benchmarks.summary import DENSE
@@ -24,7 +25,7 @@ COLUMNS = {
     "perplexity": "exp of the mean negative log-likelihood of the scored tokens, predicted from the compressed cache",
     "× none": "perplexity over that of the uncompressed cache on the same texts, with its 95% interval: a bootstrap of "
     "the paired differences of log-likelihoods",
-    "ms/token": "median time of a decode step, whole model included, in this implementation on this machine",
+    **costs.COLUMNS,
 }
 
 
@@ -46,6 +47,9 @@ class TextRow:
     ratio_low: float | None  # None where the samples show no spread
     ratio_high: float | None
     ms_per_token: float
+    prefill_s: float  # the dense one that stacks share; 0 for one that entered alone
+    prefill_own_s: float | None  # what this stack added, or all of its own
+    peak_mib: float | None  # of the cache and its decode steps
 
 
 def summarize(runs: Sequence[Run], names: Sequence[str] = ("",)) -> list[TextRow]:
@@ -84,7 +88,7 @@ def _row(run: str, group: Sequence[Record], dense: Mapping[int, float]) -> TextR
         ratio=ratio,
         ratio_low=low,
         ratio_high=high,
-        ms_per_token=statistics.median(record.ms_per_token for record in group),
+        **costs.medians(group),
     )
 
 
@@ -99,13 +103,19 @@ def cells(row: TextRow) -> dict[str, str]:
         f"{row.read_ratio:.2f}",
         f"{row.perplexity:.3f}" if row.perplexity < 100 else f"{row.perplexity:.1f}",
         ratio,
-        f"{row.ms_per_token:.0f}" if row.ms_per_token >= 10 else f"{row.ms_per_token:.1f}",
+        *costs.cells(row).values(),
     )
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def shown(rows: Sequence[TextRow]) -> list[str]:
+    """Return the columns that these rows have something for."""
+    absent = set(costs.COLUMNS).difference(costs.present(rows))
+    return [column for column in COLUMNS if column not in absent] if rows else []
+
+
 def tables(rows: Sequence[TextRow]) -> list[Table]:
-    """Return a terminal table for every context and text."""
+    """Return two terminal tables for every context and text, the second of prefill and peak."""
     made = []
     several = any(row.run for row in rows)
     for context, task in dict.fromkeys((row.context, row.task) for row in rows):
@@ -115,19 +125,25 @@ def tables(rows: Sequence[TextRow]) -> list[Table]:
         if several:
             table.add_column("run", overflow="fold")
         table.add_column("stack", min_width=18)
-        for column in COLUMNS:
+        columns = [column for column in COLUMNS if column not in (costs.PREFILL, costs.PEAK)]
+        for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         for row in chosen:
-            table.add_row(*([row.run] if several else []), row.stack, *cells(row).values())
-        made.append(table)
+            texts = cells(row)
+            table.add_row(*([row.run] if several else []), row.stack, *(texts[column] for column in columns))
+        apart = [costs.Line(row.run, row.stack, row) for row in chosen]
+        made += [table, costs.table(f"{task}, {context} tokens: further figures", apart)]
     return made
 
 
 def write_csv(rows: Sequence[TextRow], file: Path) -> None:
-    """Write the rows."""
+    """Write the rows; without peaks there is no column of them."""
+    absent = {"peak_mib"} if all(row.peak_mib is None for row in rows) else set()
+    columns = [field.name for field in fields(TextRow) if field.name not in absent]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
-    writer.writerow(field.name for field in fields(TextRow))
+    writer.writerow(columns)
     for row in rows:
-        writer.writerow(f"{value:.6f}" if isinstance(value, float) else value for value in astuple(row))
+        values = (getattr(row, column) for column in columns)
+        writer.writerow(f"{value:.6f}" if isinstance(value, float) else value for value in values)
     write_text(file, stream.getvalue())

@@ -33,7 +33,14 @@ def measure(model: str, context: int, new_tokens: int, stack: str) -> dict[str, 
         raise KvcompError(f"--context {context}: the packaged text has {ids.shape[1]} tokens only")
     cache: Any = DynamicCache(config=network.config) if stack == DYNAMIC else CompressedCache(stack, network)
     before = _peak()
-    network.generate(ids, past_key_values=cache, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    network.generate(
+        ids,
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        prefill_chunk_size=None if stack == DYNAMIC else cache.stack.prefill_chunk,
+    )
     if stack == DYNAMIC:
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     else:

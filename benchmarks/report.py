@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from kvcomp.benchmarks import likelihood
+from kvcomp.benchmarks import costs, likelihood
 from kvcomp.benchmarks.charts import PALETTE, Point, lines, scatter
 from kvcomp.benchmarks.compare import Comparison, Difference, Line, compare
 from kvcomp.benchmarks.results import Run, RunError, write_text
@@ -27,10 +27,9 @@ COLUMNS = {
     "accuracy": "mean score over all samples, with its 95% interval (Wilson's; a bootstrap where scores are fractions)",
     "vs none": "accuracy minus that of the uncompressed cache on the same samples, with its 95% interval: a bootstrap "
     "of the paired differences, or a bound after Wilson where all pairs differ equally",
-    "ms/token": "median time of a decode step, whole model included, in this implementation on this machine",
-    "prefill s": "median time of the uncompressed prefill that all stacks of a prompt share",
+    **costs.COLUMNS,
 }
-PAGE_ONLY = ("prefill s",)  # in a terminal it stands above the table
+APART = (costs.PREFILL, costs.PEAK)  # in a terminal they have a table of their own
 FIRST = "vs first run"
 FIRST_MEANING = (
     "accuracy minus that of the same stack in the first run, with its 95% interval: paired as above over the common "
@@ -76,7 +75,7 @@ def _first(difference: Difference | None) -> dict[str, object]:
 
 def cells(line: Line) -> dict[str, str]:
     """Return the text of every column of `COLUMNS`, and of `FIRST` where there is more than one run."""
-    row, change, prefill = line.row, "–", line.row.prefill_s
+    row, change = line.row, "–"
     if row.change is not None and row.change_low is not None and row.change_high is not None:
         change = _change(row.change, row.change_low, row.change_high)
     values = (
@@ -87,8 +86,7 @@ def cells(line: Line) -> dict[str, str]:
         f"{row.read_ratio:.2f}",
         f"{100 * row.accuracy:.0f}% [{100 * row.accuracy_low:.0f}, {100 * row.accuracy_high:.0f}]",
         change,
-        f"{row.ms_per_token:.0f}" if row.ms_per_token >= 10 else f"{row.ms_per_token:.1f}",
-        f"{prefill:.1f}" if prefill >= 0.1 else f"{prefill:.3f}",
+        *costs.cells(row).values(),
     )
     texts = dict(zip(COLUMNS, values, strict=True))
     if line.run:
@@ -101,32 +99,46 @@ def cells(line: Line) -> dict[str, str]:
     return texts
 
 
+def _shown(report: Sequence[Line]) -> list[str]:
+    """Return the columns that these lines have something for."""
+    absent = set(costs.COLUMNS).difference(costs.present([line.row for line in report]))
+    return [column for column in cells(report[0]) if column not in absent] if report else []
+
+
 def _change(mean: float, low: float, high: float) -> str:
     mean, low, high = (round(100 * value) for value in (mean, low, high))  # no "-0"
     return f"{mean:+d} [{low:+d}, {high:+d}]"
 
 
 def tables(report: Sequence[Line]) -> list[Table]:
-    """Return a terminal table for every context; the intervals are left to the page and the CSV."""
+    """Return two terminal tables for every context, the second of prefill, peak and means over groups of tasks.
+
+    The intervals are left to the page and the CSV.
+    """
     made = []
     for context in dict.fromkeys(line.row.context for line in report):
         chosen = [line for line in report if line.row.context == context]
         several = any(line.run for line in report)
         counts = sorted({line.row.samples for line in chosen})
         samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        title = f"{context} tokens, {samples} samples a stack, prefill {cells(chosen[0])['prefill s']} s"
+        title = f"{context} tokens, {samples} samples a stack"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         if several:
             table.add_column("run", overflow="fold")
         table.add_column("stack", min_width=18)
-        shown = [column for column in cells(chosen[0]) if column not in PAGE_ONLY]
+        shown = [column for column in cells(chosen[0]) if column not in APART]
         for column in shown:
             table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
         for line in chosen:
             texts = cells(line)
             start = [line.run, line.row.stack] if several else [line.row.stack]
             table.add_row(*start, *(_short(texts[column]) for column in shown))
-        made.append(table)
+        apart = [
+            costs.Line(line.run, row.stack, row, {name: f"{mean.accuracy:.0%}" for name, mean in row.by_group.items()})
+            for line in chosen
+            for row in [line.row]
+        ]
+        made += [table, costs.table(f"{context} tokens: further figures", apart)]
     return made
 
 
@@ -151,16 +163,17 @@ def _page(runs: Sequence[Run], comparison: Comparison) -> str:
     }
     contexts = list(dict.fromkeys(line.row.context for line in report))
     meanings = {**COLUMNS, FIRST: FIRST_MEANING}
-    columns = list(cells(report[0])) if report else []
+    columns = _shown(report)
+    text_columns = likelihood.shown(comparison.texts)
     source = (files("kvcomp.benchmarks") / "templates" / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(
-        sections=[_section(context, report, series) for context in contexts],
+        sections=[_section(context, report, series, columns) for context in contexts],
         lengths=_lengths(contexts, report, series) if len(contexts) > 1 else None,
         depths=_depths(contexts, report, series),
         columns={column: meanings[column] for column in columns},
-        texts=[(row, likelihood.cells(row)) for row in comparison.texts],
-        text_columns=likelihood.COLUMNS if comparison.texts else {},
+        texts=[(row, _choose(likelihood.cells(row), text_columns)) for row in comparison.texts],
+        text_columns={column: likelihood.COLUMNS[column] for column in text_columns},
         first=FIRST,
         models=list(dict.fromkeys(run.config["settings"].get("model", "?") for run in runs)),
         runs=list(zip(comparison.names, (run.config for run in runs), strict=True)),
@@ -169,18 +182,26 @@ def _page(runs: Sequence[Run], comparison: Comparison) -> str:
     )
 
 
-def _section(context: int, report: Sequence[Line], series: Mapping[tuple[str, str], _Series]) -> dict[str, Any]:
-    """What the page says about one context: its table, its Pareto pictures, and its tasks."""
+def _choose(texts: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
+    return {column: texts[column] for column in columns}
+
+
+def _section(
+    context: int, report: Sequence[Line], series: Mapping[tuple[str, str], _Series], columns: Sequence[str]
+) -> dict[str, Any]:
+    """What the page says about one context: its table, its Pareto pictures, and its tasks below their means."""
     chosen = [line for line in report if line.row.context == context]
+    groups = dict.fromkeys(group for line in chosen for group in line.row.by_group)
     tasks = dict.fromkeys(task for line in chosen for task in line.row.by_task)
     return {
         "context": context,
         "samples": sorted({line.row.samples for line in chosen}),
         "prompt_tokens": sorted({round(line.row.prompt_tokens) for line in chosen}),
-        "rows": [(series[line.series], cells(line)) for line in chosen],
+        "rows": [(series[line.series], _choose(cells(line), columns)) for line in chosen],
         "held": scatter([_point(line, series, line.row.held_mib) for line in chosen], "MiB held"),
         "read": scatter([_point(line, series, line.row.read_mib) for line in chosen], "MiB read per decode step"),
         "series": [series[line.series] for line in chosen],
+        "groups": {group: [line.row.by_group.get(group) for line in chosen] for group in groups},
         "tasks": {task: [line.row.by_task.get(task) for line in chosen] for task in tasks},
     }
 

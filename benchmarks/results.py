@@ -43,8 +43,10 @@ class Record:
     read: int
     read_dense: int
     ms_per_token: float  # median over the decode steps
-    prefill_s: float  # the dense prefill that all stacks share
+    prefill_s: float  # the dense prefill that stacks share; 0 for one that entered alone
     metric: str = ACCURACY
+    prefill_own_s: float | None = None  # what this stack added, or all of its own; None: it is in prefill_s, of all
+    peak: int | None = None  # bytes held when decoding began, and what memory grew by at most until its end
 
     @property
     def key(self) -> tuple[str, int, int, str]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvcomp.benchmarks import costs
 from kvcomp.benchmarks.intervals import accuracy_interval, paired_interval
 from kvcomp.benchmarks.results import Record, write_text
+from kvcomp.benchmarks.tasks import GROUPS
+from kvcomp.ledger import MIB
 
-MIB = 2**20
 DEPTHS = 10  # bins of equal width that needle depths are counted in
 DENSE = "none"
 
@@ -44,8 +46,11 @@ class Row:
     change_low: float | None
     change_high: float | None
     ms_per_token: float
-    prefill_s: float
+    prefill_s: float  # the dense one that stacks share; 0 for one that entered alone
+    prefill_own_s: float | None  # what this stack added, or all of its own; None where samples do not tell
+    peak_mib: float | None  # of the cache and its decode steps; None where it could not be measured
     prompt_tokens: float
+    by_group: dict[str, Share]  # means over the tasks of a group, and of its tags, each task counting the same
     by_task: dict[str, Share]  # and by "task tag" where samples have tags
     by_depth: dict[int, Share]  # by bin of depth, 0 at the start; empty where no sample has a depth
 
@@ -96,9 +101,9 @@ def _row(group: Sequence[Record], baseline: Mapping[tuple[int, str, int], float]
         change=change[0],
         change_low=change[1],
         change_high=change[2],
-        ms_per_token=statistics.median(r.ms_per_token for r in group),
-        prefill_s=statistics.median(r.prefill_s for r in group),
+        **costs.medians(group),
         prompt_tokens=statistics.median(r.prompt_tokens for r in group),
+        by_group=_means(_shares(by_task)),
         by_task=_shares(by_task),
         by_depth=_shares(by_depth),
     )
@@ -108,16 +113,38 @@ def _shares(groups: Mapping[Any, Sequence[float]]) -> dict[Any, Share]:
     return {name: Share(statistics.fmean(scores), len(scores)) for name, scores in groups.items()}
 
 
+def _means(by_task: Mapping[str, Share]) -> dict[str, Share]:
+    """Return the mean accuracy over the tasks of each group, by a name that tells how many there are; 2 at least."""
+    made = {}
+    for group, tasks in GROUPS.items():
+        tags: dict[str, list[Share]] = {}
+        for part, share in by_task.items():
+            task, _, tag = part.partition(" ")
+            if task in tasks:
+                tags.setdefault(tag, []).append(share)
+        for tag, shares in tags.items():
+            if len(shares) > 1:
+                name = f"mean of {len(shares)} {group} tasks" + (f", {tag}" if tag else "")
+                made[name] = Share(statistics.fmean(s.accuracy for s in shares), sum(s.samples for s in shares))
+    return made
+
+
 def write_csv(rows: Sequence[Row], file: Path, more: Sequence[Mapping[str, Any]] | None = None) -> None:
-    """Write the rows, with a column of accuracy for every task. more: further columns, a mapping per row."""
+    """Write the rows, with a column of accuracy for every group and task. more: further columns, a mapping per row.
+
+    Without peaks there is no column of them.
+    """
     further = [dict(values) for values in more] if more else [{} for _ in rows]
-    tasks = list(dict.fromkeys(task for row in rows for task in row.by_task))
-    columns = [field.name for field in fields(Row) if field.name not in ("by_task", "by_depth")]
+    parts = list(dict.fromkeys(part for row in rows for part in (*row.by_group, *row.by_task)))
+    left_out = {"by_group", "by_task", "by_depth"}
+    if all(row.peak_mib is None for row in rows):
+        left_out.add("peak_mib")
+    columns = [field.name for field in fields(Row) if field.name not in left_out]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
-    writer.writerow([*(further[0] if further else ()), *columns, *tasks])
+    writer.writerow([*(further[0] if further else ()), *columns, *parts])
     for row, extra in zip(rows, further, strict=True):
-        shares = (row.by_task.get(task) for task in tasks)
+        shares = (row.by_group.get(part) or row.by_task.get(part) for part in parts)
         values = [*extra.values(), *(getattr(row, column) for column in columns)]
         values += [share and share.accuracy for share in shares]
         writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in values])

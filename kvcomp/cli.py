@@ -169,7 +169,14 @@ def generate(
         )
     cache = CompressedCache(parsed, network)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    network.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    network.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=streamer,
+        prefill_chunk_size=parsed.prefill_chunk,
+    )
     memory, traffic = cache.memory(), cache.traffic()
     table = Table(title=f"{parsed}, {length} prompt tokens", title_justify="left")
     for column in ("", "this stack", "dense", "ratio"):
@@ -230,7 +237,8 @@ def bench(
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
-    Each prompt is prefilled once, without compression, for all stacks; then each answers from its own cache.
+    Each prompt is prefilled once, without compression, for all stacks, save those that take it in chunks; then each
+    answers from its own cache.
     Writes samples.jsonl, summary.csv (for texts perplexity.csv) and report.html to --out.
     """
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())

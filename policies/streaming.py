@@ -19,16 +19,22 @@ class Streaming(Policy):
 
     Tokens leave by whole pages: between `recent` and `recent` + one page are held while decoding. Keys keep the rotary
     positions they were written with. Everything in between is forgotten: do not expect it to find a needle.
+
+    With `chunk` the prompt enters in chunks, and later ones see only sinks and recent tokens, as in the authors'
+    endless streams; what a prefill keeps is then up to a page more. Without it the prompt is prefilled densely and
+    dropped afterwards.
     """
 
     paper: ClassVar[str] = "arXiv:2309.17453"
 
     sinks: int = arg(4, "first tokens to keep for ever, in full precision")
     recent: int = arg(1024, "last tokens to keep")
+    chunk: int | None = arg(None, "tokens of prompt that enter at once (None: all, in a dense prefill)")
 
     def __post_init__(self) -> None:
         self.check(self.sinks >= 0, "sinks", "zero or positive")
         self.check(self.recent > 0, "recent", "positive")
+        self.check(self.chunk is None or self.chunk > 0, "chunk", "positive, or left out")
 
     @property
     def default_window(self) -> tuple[int, int]:
@@ -38,10 +44,16 @@ class Streaming(Policy):
     def required_sinks(self) -> int:
         return self.sinks
 
+    @property
+    def prefill_chunk(self) -> int | None:
+        return self.chunk
+
     def kept(self, tokens: int, sinks: int, recent: int) -> int:
         return min(tokens, sinks + max(self.recent, recent))
 
     def select(self, chunk: Chunk) -> Tensor:
+        if chunk.past:
+            return chunk.alive  # old pages leave next: what stays must be the newest, without a gap before this chunk
         n = chunk.keys.shape[2]
         keep = torch.zeros(n, dtype=torch.bool, device=chunk.keys.device)
         keep[: chunk.sinks] = True

@@ -148,6 +148,53 @@ def test_a_run_of_bench_is_rebuilt_as_it_was(tmp_path: Path) -> None:
     assert balance.open == []
 
 
+def test_prefill_is_told_per_stack_and_a_peak_where_there_is_one(tmp_path: Path) -> None:
+    old = save(tmp_path / "old", answers({"none": [1, 0]}))
+    result = run("report", old)
+    assert "peak" not in result.stdout + (old / "report.html").read_text(encoding="utf-8")
+    assert "peak_mib" not in rows(old)[0]
+    assert (rows(old)[0]["prefill_s"], rows(old)[0]["prefill_own_s"]) == ("0.5000", "")
+    records = [
+        *answers({"none": [1, 0]}, prefill_own_s=0.004, peak=5 * 2**20),
+        *answers({"chunks": [1, 0]}, prefill_s=0.0, prefill_own_s=12.34),
+    ]
+    new = save(tmp_path / "new", records)
+    result = run("report", new)
+    assert re.search(r"none +0\.50 \+ 0\.004 +5\.0 *\n", result.stdout)
+    assert re.search(r"chunks +12\.3 alone +– *\n", result.stdout)
+    assert [row["peak_mib"] for row in rows(new)] == ["5.0000", ""]
+    page = (new / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'data-label="(?:prefill s|peak MiB)">([^<]*)<', page) == [
+        "0.50 + 0.004",
+        "5.0",
+        "12.3 alone",
+        "–",
+    ]
+    assert "<dt>peak MiB</dt>" in page
+
+
+def test_groups_have_a_mean_over_their_tasks(tmp_path: Path) -> None:
+    records = [*answers({"none": [1, 1, 0]}), *answers({"none": [0], KIVI: [1]}, task="vt")]
+    folder = save(tmp_path / "run", records)
+    result = run("report", folder)
+    assert "mean of 2 ruler tasks" in result.stdout
+    first, second = rows(folder)
+    assert (first["mean of 2 ruler tasks"], first["accuracy"]) == ("0.3333", "0.5000")
+    assert second["mean of 2 ruler tasks"] == ""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.search(r'<tr class="mean"><td>mean of 2 ruler tasks</td>\s*<td[^>]*>33</td>\s*<td>–</td>', page)
+
+
+def test_runs_of_texts_alone_say_nothing_of_common_samples(tmp_path: Path) -> None:
+    texts = answers({"none": [2.0]}, task="perplexity_text", metric="nll", depth=None)
+    a, b = (save(tmp_path / name, texts) for name in "ab")
+    c = save(tmp_path / "c", answers({"none": [1]}))
+    for others in ((a, b), (a, c), (c, a)):
+        result = run("report", *others, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        assert "in common" not in result.stdout + (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_section_is_there_only_with_its_data(tmp_path: Path) -> None:
     folder = save(tmp_path / "run", answers({"none": [1, 0]}, depth=None))
     assert run("report", folder).exit_code == 0

@@ -2,7 +2,8 @@
 
 Prompts, metrics and the cut in the middle are the authors' (arXiv:2412.15204 for v2). Three things differ,
 knowingly: prompts are plain completions unless the chat template is asked for; decoding is greedy in v2 too;
-and an answer ends as soon as more text cannot change its score.
+and an answer ends as soon as more text cannot change its score. Reports give the mean over datasets; the authors'
+own tables average within six kinds of tasks first.
 """
 
 from kvcomp.benchmarks.longbench.tasks import (

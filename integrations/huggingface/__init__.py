@@ -8,6 +8,6 @@ model's own attention.
 """
 
 from .cache import CompressedCache
-from .prefill import prefill
+from .prefill import Prefilled, prefill
 
-__all__ = ["CompressedCache", "prefill"]
+__all__ = ["CompressedCache", "Prefilled", "prefill"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 import weakref
@@ -13,12 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from kvcomp import saving
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
+from kvcomp.saving import PathLike
 from kvcomp.stack import Stack
 
 from .hook import PREFIX, hook
 from .layer import CompressedLayer
+from .saving import differences, essentials, layer_state, restore_layer
 
 
 class CompressedCache(Cache):
@@ -52,7 +56,7 @@ class CompressedCache(Cache):
         layers: list[Any] = []
         for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
             if kind == "full_attention":
-                layers.append(CompressedLayer(self.stack.plan(i, len(types)), max_tokens))
+                layers.append(CompressedLayer(self.stack.plan(i, len(types)), max_tokens, self.stack.prefill_chunk))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
@@ -64,6 +68,7 @@ class CompressedCache(Cache):
             )
         self._base = hook(config)
         self._config = weakref.ref(config)
+        self._model = essentials(config)
         super().__init__(layers=layers)
 
     def _check(self, model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
@@ -99,6 +104,53 @@ class CompressedCache(Cache):
         config = self._config()
         if config is not None and (config._attn_implementation or "").startswith(PREFIX):
             config._attn_implementation = self._base
+
+    def save(self, path: PathLike) -> None:
+        """Write the cache to one safetensors file, whole or not at all; the cache stays as it is. `load` reads it.
+
+        The file's tensors take the bytes that the loaded cache holds, but for constants that the stack alone
+        determines (rotations, codebooks). That is what this cache holds without them and without slack: pages in use,
+        windows with their room, tables, padding, pending chunks and all layers of the library's own.
+
+        Raises:
+            KvcompError: the file cannot be written.
+            UnsupportedError: a layer of the library's own holds something else than tensors and plain values.
+        """
+        dtype = next((str(x.dtype).removeprefix("torch.") for x in self._compressed() if x.is_initialized), "")
+        saving.write(path, saving.Saved(self.stack, dtype, self._model, [layer_state(x) for x in self.layers]))
+
+    @classmethod
+    def load(
+        cls,
+        path: PathLike,
+        model_or_config: PreTrainedModel | PreTrainedConfig,
+        max_tokens: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> CompressedCache:
+        """The cache that `save` wrote, with its stack: generation goes on as from the one that was saved.
+
+        The file knows its model by its config: that the weights are the same is for the caller to see to.
+
+        Args:
+            path: the file.
+            model_or_config: as for a new cache.
+            max_tokens: as for a new cache.
+            device: where the cache will lie; default the model's own, and the CPU for a config.
+
+        Raises:
+            KvcompError: no such file, an incomplete one, one that holds no cache, or the cache of another model, dtype,
+                version of the format or meaning of the stack.
+            SpecError: the stack has stages that are not installed.
+        """
+        saved = saving.read(path)
+        cache = cls(saved.stack, model_or_config, max_tokens)
+        found = differences(saved, model_or_config)
+        if found:
+            raise KvcompError(f"load({os.fspath(path)!r}): the cache is of another model: {', '.join(found)}")
+        on = torch.device(getattr(model_or_config, "device", "cpu") if device is None else device)
+        for layer, state in zip(cache.layers, saved.layers, strict=True):
+            restore_layer(layer, state, on)
+        return cache
 
     def _compressed(self) -> list[CompressedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -113,9 +113,9 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, plan: LayerPlan, max_tokens: int | None) -> None:
+    def __init__(self, plan: LayerPlan, max_tokens: int | None, prefill_chunk: int | None = None) -> None:
         super().__init__()
-        self.plan, self.max_tokens = plan, max_tokens
+        self.plan, self.max_tokens, self.prefill_chunk = plan, max_tokens, prefill_chunk
         self.record_past = False
         self.warned = False
         self.reset()
@@ -168,6 +168,13 @@ class CompressedLayer(CacheLayerMixin):
                 f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt or "
                 "the generation, or pass max_tokens= to CompressedCache if the model's positions do reach further"
             )
+        if self.prefill_chunk is not None and n > self.prefill_chunk:
+            warnings.warn(
+                f"{n} tokens came at once to a stack that takes its prompt in chunks of {self.prefill_chunk}, so they "
+                f"see each other densely: use kvcomp.prefill, or generate(prefill_chunk_size={self.prefill_chunk})",
+                KvcompWarning,
+                stacklevel=2,
+            )
         self.pending = Pending(key_states, value_states)
         self.store.read = {}  # of the step that begins
         length = self.get_seq_length()
@@ -216,7 +223,7 @@ class CompressedLayer(CacheLayerMixin):
             store.settle()
             self.pending = None
         else:
-            visible = seen.visible if seen is not None else causal(n, query.device)
+            visible = seen.visible if seen is not None and seen.visible is not None else causal(n, query.device)
             part = store.attend(query, scale, softcap, (keys, values, visible.to(query.device)))
             self._hold(valid, query, scale)
         if kwargs.get("s_aux") is not None:
@@ -303,6 +310,21 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     prefetch = offload
+
+    def state(self) -> dict[str, Any]:
+        """All that the layer holds, as tensors and plain values: what `restore` takes."""
+        pending = None if self.pending is None else tuple(self.pending)
+        flags = {"record_past": self.record_past, "warned": self.warned}
+        return {"store": self.store.state(), "pending": pending, **flags}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host."""
+        self.store.restore(state["store"], device)
+        if self.store.started:
+            self.dtype, self.device, self.is_initialized = self.store.dtype, self.store.device, True
+        if state["pending"] is not None:
+            self.pending = Pending(*(x.to(device) if isinstance(x, Tensor) else x for x in state["pending"]))
+        self.record_past, self.warned = state["record_past"], state["warned"]
 
     def held(self, seen: set[int]) -> dict[str, int]:
         parts = self.store.held(seen)

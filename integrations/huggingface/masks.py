@@ -17,7 +17,7 @@ class Seen(NamedTuple):
     """What a forward's mask says of n new tokens and those before."""
 
     valid: Tensor | None  # bool [B or 1, n]: which new tokens are no padding; None for all
-    visible: Tensor  # bool [B or 1, n, n]: which new tokens each query sees
+    visible: Tensor | None  # bool [B or 1, n, n]: which new tokens each query sees; None for those up to its own
     past: Tensor | None  # int64 [B or 1, n or 1]: how many earlier tokens each query sees; None for all
 
 
@@ -31,7 +31,7 @@ def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
         UnsupportedError: an additive bias, or a mask that differs between heads.
     """
     if mask is None:
-        return Seen(None, causal(n, torch.device("cpu")), None)
+        return Seen(None, None, None)
     known = _read_masks.get(mask)
     if known is not None and known[0] == (past, n):
         return known[1]

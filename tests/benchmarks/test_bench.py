@@ -13,7 +13,7 @@ import pytest
 import tiny_folder
 from rich.console import Console
 
-from kvcomp import Stack
+from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.bench import Settings, answer, run
 from kvcomp.benchmarks.results import Record, Results, RunError
 from kvcomp.benchmarks.ruler import TASKS, generate
@@ -45,6 +45,11 @@ RECORD = Record(
 CONFIG = {"settings": {"seed": 0}, "versions": {}, "machine": {}}
 
 
+def untimed(record: Record) -> Record:
+    """The record without what varies from run to run."""
+    return replace(record, ms_per_token=0.0, prefill_s=0.0, prefill_own_s=None, peak=None)
+
+
 def test_none_answers_as_generate_does(tmp_path: Path) -> None:
     model, tokenizer = load_model(str(tiny_folder.save(tmp_path)), device="cpu")
     (sample,) = generate("niah_single_1", tokenizer, 500, samples=1, seed=0)
@@ -62,11 +67,52 @@ def test_none_answers_as_generate_does(tmp_path: Path) -> None:
 def test_stacks_do_not_disturb_each_other(tmp_path: Path) -> None:
     model, tokenizer = load_model(str(tiny_folder.save(tmp_path)), device="cpu")
     (sample,) = generate("niah_multikey_1", tokenizer, 500, samples=1, seed=1)
-    stacks = [Stack.parse(spec) for spec in ("none", "kivi(bits=2)", "snapkv(keep=0.5)", "none")]
+    specs = ("none", "kivi(bits=2)", "streaming(sinks=2, recent=32, chunk=64)", "snapkv(keep=0.5)", "none")
+    stacks = [Stack.parse(spec) for spec in specs]
     together = list(answer(model, tokenizer, sample, 500, stacks, max_new_tokens=4))
     for stack, record in zip(stacks, together, strict=True):
         (alone,) = answer(model, tokenizer, sample, 500, [stack], max_new_tokens=4)
-        assert replace(record, ms_per_token=0.0, prefill_s=0.0) == replace(alone, ms_per_token=0.0, prefill_s=0.0)
+        assert untimed(record) == untimed(alone)
+
+
+def test_a_stack_that_takes_its_prompt_in_chunks_is_prefilled_alone(tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(tiny_folder.save(tmp_path)), device="cpu")
+    (sample,) = generate("niah_single_1", tokenizer, 500, samples=1, seed=0)
+    specs = ("none", "streaming(sinks=2, recent=32)", "streaming(sinks=2, recent=32, chunk=64)")
+    stacks = [Stack.parse(spec) for spec in specs]
+    none, dense, chunked = answer(model, tokenizer, sample, 500, stacks, max_new_tokens=2)
+    assert none.prefill_s == dense.prefill_s > 0 == chunked.prefill_s
+    assert all(record.prefill_own_s for record in (none, dense, chunked))
+    cache = CompressedCache(stacks[2], model)
+    inputs = tokenizer(sample.prompt, return_tensors="pt")
+    whole = model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False, prefill_chunk_size=64)
+    assert chunked.prediction == tokenizer.decode(whole[0, -2:], skip_special_tokens=True)
+
+
+def test_samples_of_older_versions_are_read(tmp_path: Path) -> None:
+    Results(tmp_path, CONFIG).append(RECORD)
+    values = json.loads((tmp_path / "samples.jsonl").read_text())
+    for name in ("metric", "prefill_own_s", "peak"):
+        del values[name]
+    (tmp_path / "samples.jsonl").write_text(json.dumps(values) + "\n")
+    (row,) = summarize(Results(tmp_path, CONFIG).records)
+    assert (row.prefill_s, row.prefill_own_s, row.peak_mib) == (0.1, None, None)
+
+
+def test_means_count_every_task_of_a_group_the_same() -> None:
+    a, b, c = (replace(RECORD, task=task) for task in ("qasper", "trec", "vt"))
+    records = [a, replace(a, index=1), replace(b, score=0.0), c, replace(a, stack="small")]
+    tagged = [
+        replace(RECORD, task=task, tags=[tag], score=score)
+        for task, tag, score in (("qasper_e", "0-4k", 1.0), ("trec_e", "0-4k", 0.5), ("trec_e", "8k+", 0.0))
+    ]
+    row, small = summarize([*records, *tagged])
+    assert row.by_group == {
+        "mean of 2 longbench tasks": (0.5, 3),
+        "mean of 2 longbench_e tasks": (0.625, 3),
+        "mean of 2 longbench_e tasks, 0-4k": (0.75, 2),
+    }
+    assert small.by_group == {}
 
 
 def test_rows_pair_each_stack_with_none() -> None:

@@ -13,7 +13,7 @@ import torch
 from generation import assert_same, greedy, left_padded, tokens
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcomp import CompressedCache, prefill
+from kvcomp import CompressedCache
 
 IDS = tokens(1, 80)
 PADDED, MASK = left_padded([65, 80, 9])
@@ -123,24 +123,3 @@ def test_logical_lengths_feed_exactly_the_new_tokens() -> None:
     hook.remove()
     # 80 + 6 tokens, of which the last was never fed; 9 new ones and that one are due
     assert fed == [(10, 85), (1, 95)]
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3next"])
-@pytest.mark.parametrize("rows", ["one", "padded"])
-def test_shared_prefill_equals_each_alone(name: str, rows: str) -> None:
-    ids, mask = (IDS, None) if rows == "one" else (PADDED, MASK)
-    stacks = ("none", "kivi(bits=2, group=16) + window(recent=16)", "snapkv(budget=24, window=8) + int(bits=8)")
-    model = models.make(name)
-    together = [CompressedCache(stack, model) for stack in stacks]
-    logits = prefill(model, ids, together, attention_mask=mask)
-    step = tokens(len(ids), 1, seed=9)
-    longer = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
-    for stack, shared in zip(stacks, together, strict=True):
-        alone = CompressedCache(stack, model)
-        with torch.no_grad():
-            theirs = model(ids, attention_mask=mask, past_key_values=alone).logits[:, -1]
-            torch.testing.assert_close(logits, theirs)
-            a, b = (model(step, attention_mask=longer, past_key_values=c).logits for c in (shared, alone))
-        torch.testing.assert_close(a, b)
-        assert shared.memory() == alone.memory()
-        assert shared.traffic() == alone.traffic()

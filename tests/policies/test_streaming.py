@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomp import Stack
+from kvcomp import SpecError, Stack
 from kvcomp.layer import LayerStore
 from kvcomp.policies.streaming import Streaming
 from kvcomp.stages import Chunk
@@ -44,7 +44,7 @@ def test_a_chunk_keeps_its_sinks_and_its_newest(
     alive = torch.rand(2, 3, n) >= dead
     kept = Streaming(sinks=9, recent=recent).select(Chunk(None, x, x, alive, past, sinks, window, 1.0, 0, 1))
     for b, h, t in [(b, h, t) for b in range(2) for h in range(3) for t in range(n)]:
-        wanted = t < sinks or n - t <= max(recent, window)
+        wanted = past > 0 or t < sinks or n - t <= max(recent, window)  # of later chunks pages leave, not tokens
         assert bool(kept[b, h, t]) == (wanted and bool(alive[b, h, t]))
 
 
@@ -100,10 +100,8 @@ def test_chunks_of_any_size_leave_sinks_and_newest(chunks: list[int]) -> None:
         held = store.dense()[1][0, 0, :, 0].long().tolist()
         assert held[: min(4, seen)] == list(range(min(4, seen)))
         newest = held[4:]
-        assert len(newest) == len(set(newest))
-        recent = min(60, seen - min(4, seen))
-        assert newest[len(newest) - recent :] == list(range(seen - recent, seen))
-        assert len(newest) < 60 + 16 + 16
+        assert newest == list(range(seen - len(newest), seen))
+        assert min(60, seen - min(4, seen)) <= len(newest) < 60 + 16
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 63, 64, 65, 1000])
@@ -113,3 +111,13 @@ def test_kept_says_what_a_prefill_keeps(tokens: int) -> None:
         store.write(token(0, tokens), token(0, tokens), None)
         stack = Stack.parse(spec)
         assert store.kept.tolist() == [stack.policies[0].kept(tokens, stack.window.sinks, stack.window.recent)]
+
+
+def test_chunks_of_the_prompt() -> None:
+    assert Stack.parse("streaming").prefill_chunk is None
+    assert Stack.parse("streaming(chunk=512) + kivi(bits=4) + streaming(chunk=64) + streaming").prefill_chunk == 64
+    for wrong in (0, -1):
+        with pytest.raises(SpecError, match=rf"streaming\(chunk={wrong}\): chunk must be positive, or left out"):
+            Stack.parse(f"streaming(chunk={wrong})")
+    with pytest.raises(SpecError, match="expected int or None"):
+        Stack.parse("streaming(chunk=0.5)")
