@@ -8,27 +8,25 @@ from __future__ import annotations
 import math
 import os
 import platform
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvcomp import CompressedCache, Stack
-from kvcomp.benchmarks import memory
 from kvcomp.benchmarks.compare import Comparison
+from kvcomp.benchmarks.decoding import Answer, Decoding, Reader, Surprise, run_all
 from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunError
-from kvcomp.benchmarks.samples import Sample, Task
+from kvcomp.benchmarks.samples import Sample
 from kvcomp.benchmarks.tasks import expand, find_task, origins
 from kvcomp.integrations.huggingface import prefill
-from kvcomp.integrations.huggingface.timing import clock
 from kvcomp.integrations.models import load_model
 
 
@@ -122,18 +120,18 @@ def _measure(
             samples = task.generate(tokenizer, context, settings.samples, settings.seed, settings.data)
             for index, stacks in wanted.items():
                 progress.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
-                scores, dense_s, own_s = [], 0.0, 0.0
+                scores: dict[str, str] = {}
+                dense_s = own_s = 0.0
                 for record in answer(model, tokenizer, samples[index], context, stacks, settings.max_new_tokens):
                     results.append(record)
-                    scores.append(
-                        f"{record.score:.0%}" if record.metric == ACCURACY else f"{math.exp(record.score):.2f}"
-                    )
+                    good = record.metric == ACCURACY
+                    scores[record.hash] = f"{record.score:.0%}" if good else f"{math.exp(record.score):.2f}"
                     dense_s, own_s = max(dense_s, record.prefill_s), own_s + (record.prefill_own_s or 0.0)
                     progress.advance(bar)
                 console.print(
                     f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
                     f"prefill {dense_s + own_s:.1f} s, "
-                    f"{'right' if record.metric == ACCURACY else 'perplexity'}: {' '.join(scores)}",
+                    f"{'right' if good else 'perplexity'}: {' '.join(scores[stack.hash] for stack in stacks)}",
                     highlight=False,
                     soft_wrap=True,
                 )
@@ -148,7 +146,7 @@ def answer(
     stacks: Sequence[Stack],
     max_new_tokens: int | None,
 ) -> Iterator[Record]:
-    """Yield a record per stack.
+    """Yield a record per stack, each as soon as it is done.
 
     One dense prefill of all tokens but the last fills every cache that can share it; the last prompt token is then
     the first one that each stack decodes, so that every token of the answer comes from its compressed pages. Of a
@@ -163,91 +161,49 @@ def answer(
         ids, rest = ids.split([ids.shape[1] - sample.max_new_tokens, sample.max_new_tokens], dim=1)
     caches = [CompressedCache(stack, model) for stack in stacks]
     filled = prefill(model, ids[:, :-1], caches)
-    for stack, (_, dense_s, own_s) in zip(stacks, filled, strict=True):
-        cache = caches.pop(0)
-        begun = cache.memory().held
-        growth = memory.watch(model.device)
+    ends = _end_tokens(model, tokenizer)
+
+    def text(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def finished(tokens: list[int]) -> bool:
+        return tokens[-1] in ends or task.stop(text(tokens), sample)
+
+    def reader() -> Reader:
         if isinstance(task, Perplexity):
-            outcome = _scored(model, torch.cat([ids[:, -1:], rest[:, :limit]], dim=1), cache)
-        else:
-            outcome = _answered(model, tokenizer, task, sample, ids[:, -1:], cache, limit)
-        grown = growth()
+            return Surprise([int(ids[0, -1]), *rest[0, :limit].tolist()])
+        return Answer(int(ids[0, -1]), limit, finished, text, lambda prediction: task.score(prediction, sample))
+
+    decodings = [Decoding(cache, reader()) for cache in caches]
+    place = {id(decoding): at for at, decoding in enumerate(decodings)}
+    for decoding in run_all(model, decodings):
+        at, cache = place[id(decoding)], decoding.cache
         holds, traffic = cache.memory(), cache.traffic()
-        del cache  # its pages are free before the next stack decodes
         yield Record(
             task=sample.task,
             context=context,
             index=sample.index,
-            stack=str(stack),
-            hash=stack.hash,
-            score=outcome.score,
-            prediction=outcome.prediction,
+            stack=str(stacks[at]),
+            hash=stacks[at].hash,
+            score=decoding.reader.score,
+            prediction=decoding.reader.prediction,
             references=list(sample.references),
             depth=sample.depth,
             tags=list(sample.tags),
             origin=sample.origin,
             prompt_tokens=ids.shape[1],
-            new_tokens=len(outcome.seconds),
+            new_tokens=decoding.reader.steps,
             effective_bits=holds.effective_bits,
             held=holds.held,
             held_dense=holds.dense,
             read=traffic.read,
             read_dense=traffic.dense,
-            ms_per_token=1000 * statistics.median(outcome.seconds),
-            prefill_s=dense_s,
-            prefill_own_s=own_s,
-            peak=None if grown is None else begun + grown,
+            ms_per_token=decoding.ms_per_token,
+            prefill_s=filled[at].dense_s,
+            prefill_own_s=filled[at].own_s,
+            peak=decoding.peak,
             metric=NLL if isinstance(task, Perplexity) else ACCURACY,
         )
-
-
-class _Outcome(NamedTuple):
-    """What a stack made of a sample. seconds: of every decode step."""
-
-    prediction: str
-    score: float
-    seconds: list[float]
-
-
-def _answered(
-    model: Any, tokenizer: Any, task: Task, sample: Sample, token: torch.Tensor, cache: Any, limit: int
-) -> _Outcome:
-    ends = _end_tokens(model, tokenizer)
-
-    def finished(tokens: list[int]) -> bool:
-        if tokens[-1] in ends:
-            return True
-        return task.stop(tokenizer.decode(tokens, skip_special_tokens=True), sample)
-
-    tokens, seconds = decode(model, token, cache, limit, finished)
-    prediction = tokenizer.decode(tokens, skip_special_tokens=True)
-    return _Outcome(prediction, task.score(prediction, sample), seconds)
-
-
-def _scored(model: Any, tokens: torch.Tensor, cache: Any) -> _Outcome:
-    """Feed `tokens [1, n + 1]` one by one; the score is the mean nll of all but the first, in nats."""
-    surprise, seconds = 0.0, []
-    for at in range(tokens.shape[1] - 1):
-        start = clock(model.device)
-        logits = model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits  # [1, 1, V]
-        surprise -= float(logits[0, -1].float().log_softmax(-1)[tokens[0, at + 1]])
-        seconds.append(clock(model.device) - start)
-    return _Outcome("", surprise / len(seconds), seconds)
-
-
-def decode(
-    model: Any, token: torch.Tensor, cache: Any, limit: int, finished: Callable[[list[int]], bool]
-) -> tuple[list[int], list[float]]:
-    """Decode greedily from `token [1, 1]`; return the new tokens and the seconds that each step took."""
-    tokens: list[int] = []
-    seconds: list[float] = []
-    while len(tokens) < limit and not (tokens and finished(tokens)):
-        start = clock(model.device)
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits  # [1, 1, V]
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(int(token))
-        seconds.append(clock(model.device) - start)
-    return tokens, seconds
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -1,0 +1,82 @@
+"""Several caches of one row each, decoded as the rows of one batch: the model's weights are read once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from .cache import CompressedCache
+from .layer import Attention, CompressedLayer, Handle
+
+
+class Rows(CacheLayerMixin):
+    """The same layer of several caches, one row each; every row keeps to its own."""
+
+    def __init__(self, layers: Sequence[CacheLayerMixin]) -> None:
+        super().__init__()
+        self.members: Any = layers
+        self.is_sliding = layers[0].is_sliding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Give keys [n, H, 1, D] and values [n, H, 1, D] to the n members, a row each."""
+        self.lazy_initialization(key_states, value_states)
+        held = [
+            member.update(key_states[i : i + 1].clone(), value_states[i : i + 1].clone(), *args, **kwargs)
+            for i, member in enumerate(self.members)
+        ]  # clones: a member that keeps its row must not keep the batch
+        if isinstance(self.members[0], CompressedLayer):
+            shapes = (torch.Size((len(held), *first.shape[1:])) for first in held[0])
+            k, v = (Handle(self, which, shape) for which, shape in enumerate(shapes))
+            return k, v
+        k, v = (torch.cat(parts) for parts in zip(*held, strict=True))
+        return k, v
+
+    def attention(
+        self,
+        base: Attention,
+        module: torch.nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        outs = []
+        for i, (member, q) in enumerate(zip(self.members, query.split(1), strict=True)):
+            own = mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1]
+            outs.append(member.attention(base, module, q, own, scaling, kwargs)[0])
+        return torch.cat(outs), None
+
+    def dense(self, which: int) -> Tensor:
+        return torch.cat([member.dense(which) for member in self.members])
+
+    def get_seq_length(self) -> int:
+        return int(self.members[0].get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        sizes: tuple[int, int] = self.members[0].get_mask_sizes(query_length)
+        return sizes
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def can_step_together(cache: CompressedCache) -> bool:
+    """Whether all layers hold keys and values only, and a row can be taken out of a batch's."""
+    served = (CompressedLayer, DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in served for layer in cache.layers)
+
+
+def lockstep(caches: Sequence[CompressedCache]) -> Cache:
+    """One `past_key_values` of n rows for n caches that hold a row each, of equally many tokens.
+
+    Feeds the same model: input_ids [n, 1], row i going on from cache i, which takes the token as if it were alone.
+    """
+    return Cache(layers=[Rows(at_layer) for at_layer in zip(*(cache.layers for cache in caches), strict=True)])
