@@ -1,0 +1,26 @@
+"""INT8: symmetric 8-bit integers with a scale per token and head (absmax per vector, arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvcomp.registry import register
+from kvcomp.stages import PageShape, Quantizer
+
+from .codecs import GridCodec
+from .int import Int
+
+
+@register("int8")
+@dataclass(frozen=True)
+class Int8(Quantizer):
+    """Symmetric 8-bit integers, a float16 scale per token and head: `int(bits=8, symmetric=true)`.
+
+    scale = max |x| / 127; 8 + 16 / D effective bits, 8.25 at D = 64.
+    """
+
+    paper: ClassVar[str] = "arXiv:2208.07339"
+
+    def codec(self, shape: PageShape) -> GridCodec:
+        return Int(bits=8, symmetric=True).codec(shape)
