@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,11 +62,14 @@ class ExactBuffer:
         return self.k[where, behind], self.v[where, behind]
 
     def shift(self, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the oldest page behind the sinks out of full streams: k [s, P, Dk], v [s, P, Dv]."""
+        """Take the oldest page behind the sinks out of full streams; returns it with the window behind it.
+
+        k [s, P + recent, Dk], v [s, P + recent, Dv], of which the first P tokens are gone.
+        """
         k, v = self.window(streams, self.plan.slots)
         size = self.plan.page_size
         self.put(streams, self.plan.sinks, k[:, size:], v[:, size:])
-        return k[:, :size], v[:, :size]
+        return k, v
 
     def of(self, stream: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """One stream's sinks and window, each as keys [n, Dk] and values [n, Dv]."""
@@ -90,6 +95,18 @@ class ExactBuffer:
         """Keep, repeat and order streams."""
         on = streams.to(self.k.device)
         self.k, self.v, self.counts = self.k[on], self.v[on], self.counts[streams]
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes; slots past a stream's count, which may hold forgotten tokens, are zero."""
+        idle = torch.arange(self.k.shape[1]) >= self.counts[:, None]
+        if bool(idle.any()):
+            hidden = idle[..., None].to(self.k.device)
+            return {"k": self.k.masked_fill(hidden, 0), "v": self.v.masked_fill(hidden, 0), "counts": self.counts}
+        return {"k": self.k, "v": self.v, "counts": self.counts}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Become the buffer whose `state` this is, on `device`."""
+        self.k, self.v, self.counts = state["k"].to(device), state["v"].to(device), state["counts"]
 
     def _reserve(self, tokens: int) -> None:
         more = self.plan.room(tokens) - self.k.shape[1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,6 +66,16 @@ class History:
         rows = len(self.counts)
         pieces = [torch.ones(rows, n, dtype=torch.bool) if valid is None else valid.cpu() for n, valid in self.runs]
         return torch.cat(pieces, 1)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {"counts": self.counts, "runs": [list(run) for run in self.runs]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the history whose `state` this is."""
+        self.counts = state["counts"]
+        self.runs = [(n, valid) for n, valid in state["runs"]]
+        self.length = sum(n for n, _ in self.runs)
 
     def tensors(self) -> list[Tensor]:
         return [self.counts] + [valid for _, valid in self.runs if valid is not None]

@@ -7,6 +7,9 @@ holds recent + P tokens gives its oldest P to a page; nothing is ever concatenat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -17,7 +20,7 @@ from kvcomp.exact import ExactBuffer
 from kvcomp.history import History
 from kvcomp.kernels.reference import attend_pages
 from kvcomp.ledger import storage_bytes
-from kvcomp.pages import PagePool, PageTable, reclaim
+from kvcomp.pages import PagePool, PageTable, compact, reclaim
 from kvcomp.plan import LayerPlan
 from kvcomp.stages import Chunk, PageShape
 
@@ -72,7 +75,7 @@ class LayerStore:
         """Move what overflows the windows into pages, then let the policies expire old pages."""
         full = (self.exact.counts == self.plan.slots).nonzero().flatten()
         if len(full):
-            self._encode(full, *self.exact.shift(full))
+            self._encode(full, *self.exact.shift(full), self.plan.page_size)
         self._expire()
 
     def _expire(self) -> None:
@@ -125,6 +128,8 @@ class LayerStore:
         n = k.shape[2]
         streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
         tail = None if self.tail is None else self.tail + n
+        if q is not None and n:
+            self.codec.observe(streams.to(self.device), rearrange(q, "b (h g) n d -> (b h) (g n) d", h=self.heads))
         if not self.plan.policies or n == 0:
             if n:
                 self._extend(streams, k.flatten(0, 1), v.flatten(0, 1))
@@ -176,14 +181,15 @@ class LayerStore:
             k, v, count = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), plan.sinks
         paged = max(k.shape[1] - plan.recent, 0) // plan.page_size * plan.page_size
         if paged:
-            self._encode(streams, k[:, :paged], v[:, :paged])
+            self._encode(streams, k, v, paged)
         self.exact.put(streams, count, k[:, paged:], v[:, paged:])
 
-    def _encode(self, streams: Tensor, k: Tensor, v: Tensor) -> None:
-        """Turn tokens k [s, m * P, Dk], v [s, m * P, Dv] into m pages for each of the streams."""
+    def _encode(self, streams: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
+        """Turn the first `tokens` = m * P of what is at hand, k [s, n, Dk], v [s, n, Dv], into m pages per stream."""
         size = self.plan.page_size
-        m = k.shape[1] // size
-        k, v = (x.unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
+        m = tokens // size
+        self.codec.fit(streams.to(self.device), k, v)
+        k, v = (x[:, :tokens].unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
         fields = self.codec.encode(k, v, streams.repeat_interleave(m).to(k.device))
         if self.plan.selector is not None:
             fields |= self.plan.selector.summarize(k)
@@ -345,8 +351,53 @@ class LayerStore:
         self.exact.select(streams)
         self.table.select(streams)
         self.history.select(rows)
+        self.codec.select(streams.to(self.device))
         self.rows = len(rows)
         reclaim(self.pool, self.table)
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that is held, as tensors and plain values from which `restore` makes the same store.
+
+        The live tensors wherever nothing in them is idle. Left out is what the plan rebuilds (`Codec.constants`), and
+        what the last step read.
+        """
+        if not self.started:
+            return {}
+        pages, table = compact(self.pool, self.table)
+        return {
+            "rows": self.rows,
+            "heads": self.heads,
+            "fields": [[f.name, *f.shape, str(f.dtype)] for f in self.layout.fields],
+            "pages": pages,
+            "table": table,
+            "counts": self.table.counts,
+            "exact": self.exact.state(),
+            "history": self.history.state(),
+            "codec": self.codec.state(),
+            "tail": self.tail,
+        }
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Become the store whose `state` this is, on `device`; the state's tensors lie on the host.
+
+        Raises:
+            KvcompError: pages of another layout than this plan's.
+        """
+        if not state:
+            return
+        keys, values = (state["exact"][name].unflatten(0, (state["rows"], state["heads"])) for name in ("k", "v"))
+        self.start(keys[:, :, :0].to(device), values[:, :, :0].to(device))
+        fields = [[f.name, *f.shape, str(f.dtype)] for f in self.layout.fields]
+        if state["fields"] != fields:
+            raise KvcompError(f"layer {self.plan.layer} holds pages of {state['fields']}, but the stack makes {fields}")
+        self.pool.data = state["pages"].to(device)
+        self.table.rows, self.table.counts = state["table"], state["counts"]
+        self.exact.restore(state["exact"], device)
+        self.history.restore(state["history"])
+        self.codec.restore({name: tensor.to(device) for name, tensor in state["codec"].items()})
+        self.tail = state["tail"]
 
     # -- accounting -----------------------------------------------------------------------------------------------
 

@@ -198,15 +198,23 @@ class PageTable:
         return [self.rows, self.counts] + ([] if self._mirror is None else [self._mirror])
 
 
+def compact(pool: PagePool, table: PageTable) -> tuple[Tensor, Tensor]:
+    """Records uint8 [n, bytes_per_page] of the n pages that some stream owns, and int32 rows [S, longest] that number
+    them. The pool's own records where it holds no others."""
+    owned, rows = table.owned(), table.rows[:, : table.longest]
+    if len(owned) == pool.capacity:
+        return pool.data, rows
+    remap = torch.zeros(pool.capacity, dtype=torch.int32)
+    remap[owned] = torch.arange(len(owned), dtype=torch.int32)
+    inside = torch.arange(rows.shape[1]) < table.counts[:, None]
+    return pool.data[owned.to(pool.data.device)], remap[rows.long()] * inside
+
+
 def reclaim(pool: PagePool, table: PageTable) -> None:
     """Free the pages that no stream owns; give the memory back where more than a quarter of the pool would lie idle."""
     owned = table.owned()
     if (pool.capacity - len(owned)) * 4 > pool.capacity:
-        remap = torch.zeros(pool.capacity, dtype=torch.int32)
-        remap[owned] = torch.arange(len(owned), dtype=torch.int32)
-        pool.data = pool.data[owned.to(pool.data.device)]
-        inside = torch.arange(table.rows.shape[1]) < table.counts[:, None]
-        table.rows = remap[table.rows.long()] * inside
+        pool.data, table.rows = compact(pool, table)
         table._mirror = None
         pool.free = []
     else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcomp.pages import PageLayout
+from kvcomp.pages import Field, PageLayout
 from kvcomp.stages import Codec, PageShape, Policy, Quantizer, Selector
 
 COUNTER = torch.int64
@@ -28,7 +28,7 @@ class LayerPlan:
 
     @property
     def needs_queries(self) -> bool:
-        return any(p.needs_queries for p in self.policies)
+        return any(stage.needs_queries for stage in (self.quantizer, *self.policies))
 
     @property
     def slots(self) -> int:
@@ -61,8 +61,15 @@ class LayerPlan:
 
     def build(self, shape: PageShape) -> tuple[Codec, PageLayout]:
         codec = self.quantizer.codec(shape)
+        return codec, self._layout(codec.fields, shape)
+
+    def layout(self, shape: PageShape) -> PageLayout:
+        """The layout that `build` gives, without a codec: nothing has to be loaded."""
+        return self._layout(self.quantizer.fields(shape), shape)
+
+    def _layout(self, fields: tuple[Field, ...], shape: PageShape) -> PageLayout:
         summary = self.selector.summary_fields(shape) if self.selector is not None else ()
-        return codec, PageLayout(self.page_size, codec.fields + summary)
+        return PageLayout(self.page_size, fields + summary)
 
 
 def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -115,7 +122,7 @@ def read_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: 
 
 def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> PageLayout:
     shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
-    return plan.build(shape)[1]
+    return plan.layout(shape)
 
 
 def _present(**parts: int) -> dict[str, int]:

@@ -87,7 +87,7 @@ class Stack:
 
     @cached_property
     def hash(self) -> str:
-        """Twelve hex digits that identify the stack with every argument spelled out."""
+        """Twelve hex digits that identify the stack with every argument spelled out, files by their content."""
         full = " + ".join(_format(s, full=True) for s in self.stages)
         return hashlib.sha256(full.encode()).hexdigest()[:12]
 
@@ -244,10 +244,10 @@ def _is_word(value: Any) -> bool:
 
 
 def _format(stage: Stage, full: bool) -> str:
-    """A stage as spec text: every argument, or the first one and those that differ from their defaults."""
+    """A stage as spec text: all that its arguments stand for, or the first one and those that are not the default."""
     shown = []
     for i, f in enumerate(fields(stage)):
-        value = getattr(stage, f.name)
+        value = stage.identity(f.name) if full else getattr(stage, f.name)
         if f.name in stage.implied:
             continue
         if full or value != f.default or (i == 0 and value is not None):

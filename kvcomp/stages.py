@@ -6,7 +6,7 @@ configures; the objects that hold tensors (`Codec`) are made from it once per la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import SpecError
+from kvcomp.fingerprint import Fingerprint
 from kvcomp.pages import Field
 
 
@@ -57,6 +58,13 @@ class Stage:
     def implied(self) -> tuple[str, ...]:
         """Arguments that follow from the others, and that `str(stack)` leaves out."""
         return ()
+
+    def identity(self, argument: str) -> Any:
+        """What an argument stands for in the stack's hash: its value, or the content of a file that it names."""
+        return getattr(self, argument)
+
+    def serves(self, model: Callable[[], Fingerprint]) -> None:
+        """Raise a KvcompError where the stage was made for another model, which `model` tells only when asked."""
 
     def check(self, ok: bool, argument: str, accepted: str) -> None:
         """Raise a SpecError naming the argument, its value and what is accepted, unless `ok`."""
@@ -121,15 +129,40 @@ class Codec:
         """Tensors that the layer holds besides pages."""
         return []
 
+    def observe(self, streams: Tensor, queries: Tensor) -> None:
+        """See queries [s, R, Dk] of `streams` (int64 [s]) before tokens of the same chunk are encoded.
+
+        Called for chunks, not for single decode steps, and only where some stage of the stack `needs_queries`.
+        """
+
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
+        """See keys [s, n, Dk] and values [s, n, Dv] of `streams`: those that `encode` is given next, and the newer ones
+        still in the window. What adapts to its data does so the first time."""
+
+    def select(self, streams: Tensor) -> None:
+        """Keep, repeat and order streams (beams): int64 [S']."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Those of `constants` that the stack alone does not determine, by name: what a saved cache has to hold."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of a codec for the same layer gave."""
+
 
 @dataclass(frozen=True)
 class Quantizer(Stage):
     """Decides the bytes of a page."""
 
     family: ClassVar[str] = "quantizer"
+    needs_queries: ClassVar[bool] = False
 
     def codec(self, shape: PageShape) -> Codec:
         raise NotImplementedError
+
+    def fields(self, shape: PageShape) -> tuple[Field, ...]:
+        """Fields of a page, which a plan needs before there is anything to load."""
+        return self.codec(shape).fields
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 from kvcomp import saving
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
-from kvcomp.saving import PathLike
+from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
 
+from .fingerprint import fingerprint
 from .hook import PREFIX, hook
 from .layer import CompressedLayer
-from .saving import differences, essentials, layer_state, restore_layer
+from .saving import differences, essentials, layer_state, restore_layer, weights
 
 
 class CompressedCache(Cache):
@@ -40,6 +42,7 @@ class CompressedCache(Cache):
     Raises:
         SpecError: a bad spec.
         UnsupportedError: a model whose attention cannot be hooked, or a stack that cannot serve it.
+        KvcompError: a calibration file of another model.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class CompressedCache(Cache):
     ) -> None:
         self.stack = Stack.parse(stack)
         config = self._check(model_or_config)
+        for stage in self.stack.stages:
+            stage.serves(partial(fingerprint, model_or_config))
         if max_tokens is None:
             max_tokens = getattr(config, "max_position_embeddings", None)
         types, kwargs = get_layer_types_and_kwargs(config)
@@ -68,7 +73,7 @@ class CompressedCache(Cache):
             )
         self._base = hook(config)
         self._config = weakref.ref(config)
-        self._model = essentials(config)
+        self._model, self._source = essentials(config), weakref.ref(model_or_config)
         super().__init__(layers=layers)
 
     def _check(self, model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
@@ -105,31 +110,32 @@ class CompressedCache(Cache):
         if config is not None and (config._attn_implementation or "").startswith(PREFIX):
             config._attn_implementation = self._base
 
-    def save(self, path: PathLike) -> None:
+    def save(self, path: FilePath) -> None:
         """Write the cache to one safetensors file, whole or not at all; the cache stays as it is. `load` reads it.
 
-        The file's tensors take the bytes that the loaded cache holds, but for constants that the stack alone
-        determines (rotations, codebooks). That is what this cache holds without them and without slack: pages in use,
-        windows with their room, tables, padding, pending chunks and all layers of the library's own.
+        The file's tensors take exactly the bytes that the loaded cache holds, apart from constants that the stack alone
+        determines (rotations, codebooks). Of what this cache holds they lack, besides those, only what is idle: free
+        pages, spare columns of page tables and their copies on the device, and what views leave unused.
 
         Raises:
             KvcompError: the file cannot be written.
             UnsupportedError: a layer of the library's own holds something else than tensors and plain values.
         """
         dtype = next((str(x.dtype).removeprefix("torch.") for x in self._compressed() if x.is_initialized), "")
-        saving.write(path, saving.Saved(self.stack, dtype, self._model, [layer_state(x) for x in self.layers]))
+        model = {**self._model, "weights": weights(self._source())}
+        saving.write(path, saving.Saved(self.stack, dtype, model, [layer_state(x) for x in self.layers]))
 
     @classmethod
     def load(
         cls,
-        path: PathLike,
+        path: FilePath,
         model_or_config: PreTrainedModel | PreTrainedConfig,
         max_tokens: int | None = None,
         device: torch.device | str | None = None,
     ) -> CompressedCache:
         """The cache that `save` wrote, with its stack: generation goes on as from the one that was saved.
 
-        The file knows its model by its config: that the weights are the same is for the caller to see to.
+        The file knows its model by the config and by samples of the weights.
 
         Args:
             path: the file.
@@ -144,7 +150,7 @@ class CompressedCache(Cache):
         """
         saved = saving.read(path)
         cache = cls(saved.stack, model_or_config, max_tokens)
-        found = differences(saved, model_or_config)
+        found = differences(saved, cache._model, model_or_config)
         if found:
             raise KvcompError(f"load({os.fspath(path)!r}): the cache is of another model: {', '.join(found)}")
         on = torch.device(getattr(model_or_config, "device", "cpu") if device is None else device)

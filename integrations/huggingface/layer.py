@@ -323,7 +323,8 @@ class CompressedLayer(CacheLayerMixin):
         if self.store.started:
             self.dtype, self.device, self.is_initialized = self.store.dtype, self.store.device, True
         if state["pending"] is not None:
-            self.pending = Pending(*(x.to(device) if isinstance(x, Tensor) else x for x in state["pending"]))
+            values: Any = (x.to(device) if isinstance(x, Tensor) else x for x in state["pending"])
+            self.pending = Pending(*values)
         self.record_past, self.warned = state["record_past"], state["warned"]
 
     def held(self, seen: set[int]) -> dict[str, int]:
