@@ -1,0 +1,39 @@
+"""Segments: a grid of its own for each run of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcomp.pages import Field
+
+from .codecs import Side
+
+
+@dataclass(frozen=True)
+class SegmentedSide:
+    """K or V of a page in runs of channels: `sizes[i]` channels on the grid `sides[i]`, in order."""
+
+    sides: tuple[Side, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return tuple(field for side in self.sides for field in side.fields)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """x [M, P, sum of sizes] -> fields."""
+        fields: dict[str, Tensor] = {}
+        for side, run in zip(self.sides, x.split(self.sizes, -1), strict=True):
+            fields |= side.encode(run)
+        return fields
+
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        """Fields [M, ...] -> x [M, P, sum of sizes] float32."""
+        return torch.cat([side.decode(page) for side in self.sides], -1)
+
+    def constants(self) -> list[Tensor]:
+        return [tensor for side in self.sides for tensor in side.constants()]
