@@ -26,6 +26,29 @@ class Side(Protocol):
 
 
 @dataclass(frozen=True)
+class RawSide:
+    """K or V of a page as coordinates in a dtype, without a grid."""
+
+    name: str
+    page_size: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field(self.name, (self.page_size, self.dim), self.dtype),)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        return {self.name: x.to(self.dtype)}
+
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        return page[self.name].float()
+
+    def constants(self) -> list[Tensor]:
+        return []
+
+
+@dataclass(frozen=True)
 class GridCodec(Codec):
     """A grid over a basis for K, and one for V."""
 

@@ -1,0 +1,246 @@
+"""Calibration of a transformers model: it reads texts, and a method computes its tensors from what its layers saw."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
+
+from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.quantizers.calibration import Calibrated, Calibration
+from kvcomp.quantizers.statistics import Moments, Statistics
+from kvcomp.registry import find, stages
+
+from .fingerprint import fingerprint
+from .hook import hook
+from .layer import Attention, Handle
+
+TOKENS, CONTEXT, SHORTEST = 20480, 2048, 16
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
+
+
+class MomentsLayer(CacheLayerMixin):
+    """A full-attention layer that attends densely to one context and keeps nothing of it but its moments."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments = Moments()
+        self.output: Tensor | None = None  # as in Statistics
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
+        self.lazy_initialization(key_states, value_states)
+        self.chunk = key_states, value_states
+        return Handle(self, 0, key_states.shape), Handle(self, 1, value_states.shape)
+
+    def attention(
+        self,
+        base: Attention,
+        module: torch.nn.Module,
+        query: Tensor,
+        mask: Tensor | None,
+        scaling: float | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        keys, values = self.chunk
+        result = base(module, query, keys, values, mask, scaling=scaling, **kwargs)
+        if self.moments.tokens == 0:
+            self.output = output_cost(module, query.shape[1], keys.shape[1], values.shape[3])
+        self.moments.add(query, keys, values)
+        return result
+
+    def dense(self, which: int) -> Tensor:
+        raise UnsupportedError(
+            "this model reads keys and values as tensors instead of through its attention function, so that its "
+            "queries are not seen: it cannot be calibrated"
+        )
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def output_cost(module: torch.nn.Module, query_heads: int, heads: int, v_dim: int) -> Tensor | None:
+    """B [H, Dv, Dv] float64: the sum of W_o' W_o over the query heads of a KV head, W_o the output projection's part.
+
+    None where the attention module has no projection of that shape.
+    """
+    for name in OUTPUT_PROJECTIONS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            continue
+        if weight.shape[1] == query_heads * v_dim:
+            parts = rearrange(weight.detach().double(), "m (h g v) -> h (g m) v", h=heads, v=v_dim)
+            return (parts.mT @ parts).cpu()
+    return None
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    method: str,
+    texts: Sequence[str | Path],
+    tokens: int = TOKENS,
+    context: int = CONTEXT,
+    name: str | None = None,
+    advance: Callable[[int], None] = lambda tokens: None,
+    **settings: Any,
+) -> Calibration:
+    """Run a model over texts and compute what a calibrated quantizer needs; `Calibration.save` writes it.
+
+    Args:
+        model: a decoder whose attention goes through transformers' attention interface, as for `CompressedCache`.
+        tokenizer: the model's.
+        method: a calibrated quantizer: oscar, svd, think, or one of another package.
+        texts: files, each of which gives an equal share of the tokens, from its beginning.
+        tokens: how many tokens to use in all; fewer where the texts have fewer.
+        context: tokens that the model sees together.
+        name: what the file is to call the model; by default what its config says.
+        advance: called with the number of tokens of each context that is done.
+        settings: keyword-only arguments of the method's `calibrate`.
+
+    Raises:
+        KvcompError: no such method or setting, or a text that cannot be read or is too short.
+        UnsupportedError: a model whose attention cannot be hooked.
+    """
+    quantizer = method_of(method)
+    settings = settings_of(quantizer, settings)
+    contexts = read_contexts(tokenizer, texts, tokens, context)
+    gathered = gather(model, contexts, advance)
+    return Calibration(
+        method=method,
+        settings=settings,
+        model=fingerprint(model, name),
+        texts=tuple((Path(text).name, hashlib.sha256(Path(text).read_bytes()).hexdigest()) for text in texts),
+        tokens=sum(map(len, contexts)),
+        context=context,
+        tensors={
+            f"{layer}.{key}": tensor.float()
+            for layer, statistics in gathered.items()
+            for key, tensor in quantizer.calibrate(statistics, **settings).items()
+        },
+    )
+
+
+def method_of(name: str) -> type[Calibrated]:
+    """The calibrated quantizer of that name.
+
+    Raises:
+        KvcompError: there is none; the message names those that there are.
+    """
+    known = [known for known, stage in stages().items() if issubclass(stage, Calibrated)]
+    if name not in known:
+        raise KvcompError(f"method: {name!r} is not calibrated: choose one of {', '.join(known)}")
+    found = find(name)
+    assert issubclass(found, Calibrated)
+    return found
+
+
+def settings_of(quantizer: type[Calibrated], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a method's `calibrate`, those given and the defaults of the others."""
+    parameters = inspect.signature(quantizer.calibrate).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name in given:
+        if name not in known:
+            raise KvcompError(f"{quantizer.name} has no setting {name!r}: it has {', '.join(known) or 'none'}")
+    return known | dict(given)
+
+
+def read_contexts(tokenizer: Any, texts: Sequence[str | Path], tokens: int, context: int) -> list[list[int]]:
+    """Token ids of contexts of `context` tokens, fewer at the end of a text's share; each begins as a prompt does.
+
+    Raises:
+        KvcompError: no text, one that cannot be read, or one of fewer than `context` tokens and of its share.
+    """
+    if not texts:
+        raise KvcompError("text: give at least one file")
+    if context < SHORTEST or tokens < context:
+        raise KvcompError(
+            f"context: {context}, tokens: {tokens}: a context needs at least {SHORTEST} tokens, and there must be as "
+            "many tokens as one context has"
+        )
+    start = tokenizer("").input_ids[:1]  # what the tokenizer puts before every prompt
+    contexts: list[list[int]] = []
+    for i, text in enumerate(texts):
+        share = tokens * (i + 1) // len(texts) - tokens * i // len(texts)
+        ids = tokenizer(read_text(Path(text)), add_special_tokens=False).input_ids
+        if len(ids) < min(share, context):
+            raise KvcompError(
+                f"text: {str(text)!r} has {len(ids)} tokens, less than a context of {context}: give a longer text, or "
+                "a smaller --context"
+            )
+        step = context - len(start)
+        for at in range(0, min(share, len(ids)), step):
+            piece = start + ids[at : min(at + step, share)]
+            if len(piece) > 1:
+                contexts.append(piece)
+    return contexts
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        KvcompError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise KvcompError(f"text: {str(path)!r}: {reason}.") from error
+
+
+@torch.inference_mode()
+def gather(
+    model: PreTrainedModel, contexts: Sequence[Sequence[int]], advance: Callable[[int], None] = lambda tokens: None
+) -> dict[int, Statistics]:
+    """Statistics of every full-attention layer, by its number, over contexts of token ids.
+
+    Raises:
+        UnsupportedError: a model whose attention cannot be hooked, that caches latents (MLA), or has no full attention.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedError(f"{config.model_type} caches latents (MLA), which cannot be calibrated yet")
+    limit = getattr(config, "max_position_embeddings", None)
+    longest = max(map(len, contexts))
+    if limit is not None and longest > limit:
+        raise KvcompError(f"context: {longest} is more than the {limit} positions of {config.model_type}")
+    kinds, options = get_layer_types_and_kwargs(config)
+    ours = {i: MomentsLayer() for i, kind in enumerate(kinds) if kind == "full_attention"}
+    if not ours:
+        raise UnsupportedError(f"no layer of this {config.model_type} is full attention: nothing to calibrate")
+    implementation = config._attn_implementation
+    hook(config)
+    try:
+        for ids in contexts:
+            layers: list[Any] = [
+                ours[i] if i in ours else DYNAMIC_LAYER_TYPE_MAPPING[kind](**option)
+                for i, (kind, option) in enumerate(zip(kinds, options, strict=True))
+            ]
+            prompt = torch.tensor([ids], device=model.device)
+            model(input_ids=prompt, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
+            advance(len(ids))
+    finally:
+        config._attn_implementation = implementation
+    return {i: layer.moments.statistics(layer.output) for i, layer in ours.items()}

@@ -1,0 +1,76 @@
+"""`kvcomp calibrate`: a file with what a calibrated quantizer needs to know of a model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvcomp.cli_plan import size
+from kvcomp.errors import KvcompError
+
+EXAMPLES = """Examples:
+
+  kvcomp calibrate --method oscar --text book.txt --out oscar.safetensors
+
+  kvcomp generate "The capital of France is" --stack "oscar(bits=2, calibration='oscar.safetensors')"
+
+  kvcomp calibrate --model ./my-model --method svd --text code.py --text prose.txt --tokens 40960 --out my.svd"""
+
+
+def calibrate(
+    method: Annotated[str, typer.Option(help="The quantizer to calibrate: oscar, svd or think.")],
+    text: Annotated[
+        list[Path], typer.Option(help="A text file for the model to read; repeat it. Each gives an equal share.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write, as in kvcomp.safetensors. It must not exist.")],
+    model: Annotated[
+        str,
+        typer.Option(help="The alias smollm2-135m, a .gguf file, a local folder, or a Hugging Face hub id."),
+    ] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use.")] = 20480,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that the model sees together.")] = 2048,
+) -> None:
+    """Run a model over texts, and write what a calibrated quantizer needs of its queries, keys and values.
+
+    The file serves every bit width and rank of the method, for the model that it was made with and no other; name it in
+    a stack, as in oscar(bits=2, calibration='FILE').
+    """
+    if out.exists():
+        raise KvcompError(f"out: {str(out)!r} exists: name another file, or remove it.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KvcompError(f"out: {str(out)!r} cannot be written: {error.strerror}.") from error
+    from kvcomp.integrations.huggingface import calibrate as calibration
+    from kvcomp.integrations.models import load_model
+
+    calibration.method_of(method)
+    for path in text:
+        calibration.read_text(path)
+    console = Console(stderr=True)
+    console.print(f"Loading {escape(model)} ...", soft_wrap=True, highlight=False)
+    network, tokenizer = load_model(model)
+    start = time.perf_counter()
+    columns = (TextColumn("{task.completed:,} of {task.total:,} tokens"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=tokens)
+        found = calibration.calibrate(
+            network, tokenizer, method, text, tokens, context, model, lambda done: progress.advance(bar, done)
+        )
+    found.save(out)
+    seconds = time.perf_counter() - start
+    console = Console()
+    console.print(
+        f"{escape(str(out))}: {method} for {escape(found.model.name)}, {len(found.layers)} layers, "
+        f"{found.tokens:,} tokens, {seconds:.1f} s, {size(out.stat().st_size)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if found.tokens < tokens:
+        console.print(f"The texts have no more than {found.tokens:,} of the {tokens:,} tokens asked for.")

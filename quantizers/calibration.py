@@ -1,0 +1,238 @@
+"""Calibration files: what `kvcomp calibrate` writes, and the quantizers that read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import KvcompError
+from kvcomp.fingerprint import Fingerprint
+from kvcomp.pages import Field
+from kvcomp.stages import PageShape, Quantizer
+
+from .basis import Basis
+from .codecs import GridCodec, Side
+from .statistics import Statistics
+
+KIND = "kvcomp calibration 1"
+FILE = "file that `kvcomp calibrate` wrote for this method and model"
+
+
+class CalibrationError(KvcompError):
+    """A calibration file that is missing, damaged, or was made for something else."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibration file: safetensors, with everything but the tensors in its metadata.
+
+    method: the stage it is for; settings: those of its `calibrate`. model: which one was run. texts: name and sha256 of
+    each file, of which `tokens` tokens were used in contexts of `context`. version: of the kvcomp that wrote it.
+    tensors: what the method computed, float32, by "<layer>.<name>", each [H, ...] for H KV heads.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    model: Fingerprint
+    texts: tuple[tuple[str, str], ...]
+    tokens: int
+    context: int
+    tensors: Mapping[str, Tensor]
+    version: str = ""
+    path: Path = Path()
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({int(name.partition(".")[0]) for name in self.tensors})
+
+    def tensor(self, name: str, shape: PageShape, *dims: int) -> Tensor:
+        """float32 [heads, *dims] of the layer that `shape` describes, on its device.
+
+        Raises:
+            CalibrationError: the file lacks that layer, or has it for other heads or head dimensions.
+        """
+        found = self.tensors.get(f"{shape.layer}.{name}")
+        if found is None:
+            layers = ", ".join(map(str, self.layers))
+            raise CalibrationError(
+                f"{str(self.path)!r} has no {name} of layer {shape.layer}, only layers {layers}: calibrate the model "
+                "that the cache is for"
+            )
+        if tuple(found.shape) != (shape.heads, *dims):
+            raise CalibrationError(
+                f"{str(self.path)!r} has {found.shape[0]} KV heads of {found.shape[1]} channels in layer "
+                f"{shape.layer}, and the cache {shape.heads} of {dims[0]}: calibrate the model that the cache is for"
+            )
+        return found.to(shape.device)
+
+    def save(self, path: Path) -> None:
+        """Write the file; it appears under its name only when it is whole.
+
+        Raises:
+            CalibrationError: it cannot be written.
+        """
+        from safetensors.torch import save
+
+        metadata = {
+            "kind": KIND,
+            "method": self.method,
+            "settings": json.dumps(dict(self.settings)),
+            "model": self.model.name,
+            "config": self.model.config,
+            "weights": self.model.weights or "",
+            "texts": json.dumps([{"name": name, "sha256": digest} for name, digest in self.texts]),
+            "tokens": str(self.tokens),
+            "context": str(self.context),
+            "kvcomp": version("kvcomp"),
+        }
+        content = save({name: t.float().contiguous() for name, t in self.tensors.items()}, metadata)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+                whole = Path(scratch) / path.name
+                whole.write_bytes(content)
+                os.replace(whole, path)
+        except OSError as error:
+            raise CalibrationError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def load(path: str | Path, method: str) -> Calibration:
+    """The calibration in a file, read once as long as it does not change.
+
+    Raises:
+        CalibrationError: no such file, one that is damaged or of another kind, or the calibration of another method.
+    """
+    given = Path(path).expanduser()
+    try:
+        stat = given.stat()
+        found = _read(given.resolve(), stat.st_mtime_ns, stat.st_size)
+    except OSError as error:
+        raise CalibrationError(
+            f"calibration={str(path)!r} cannot be read ({error.strerror or error}): give a file that "
+            f"`kvcomp calibrate --method {method}` wrote"
+        ) from error
+    if found.method != method:
+        raise CalibrationError(
+            f"calibration={str(path)!r} is for {found.method}, not for {method}: give a file that "
+            f"`kvcomp calibrate --method {method}` wrote"
+        )
+    return found
+
+
+def digest(path: str | Path) -> str | None:
+    """sha256 of a file's content, computed once as long as it does not change; None where it cannot be read."""
+    given = Path(path).expanduser()
+    try:
+        stat = given.stat()
+        return _digest(given.resolve(), stat.st_mtime_ns, stat.st_size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, changed: int, size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed: int, size: int) -> Calibration:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != KIND:
+                raise CalibrationError(
+                    f"{str(path)!r} was not written by this version's `kvcomp calibrate` "
+                    f"(kind {metadata.get('kind')!r}, expected {KIND!r}): calibrate again"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CalibrationError(f"{str(path)!r} is damaged, or no calibration file: {error}") from error
+    return Calibration(
+        method=metadata["method"],
+        settings=json.loads(metadata["settings"]),
+        model=Fingerprint(metadata["model"], metadata["config"], metadata["weights"] or None),
+        texts=tuple((text["name"], text["sha256"]) for text in json.loads(metadata["texts"])),
+        tokens=int(metadata["tokens"]),
+        context=int(metadata["context"]),
+        tensors=tensors,
+        version=metadata["kvcomp"],
+        path=path,
+    )
+
+
+class Calibrated(Quantizer):
+    """A quantizer whose bases come from a calibration file, which its argument `calibration` names.
+
+    Subclasses say what a page's fields are (`sides`), what the file has to hold (`calibrate`) and how bases are made of
+    that (`bases`). Fields need no file: a plan is made before there is one.
+
+    required: whether there is no other way, such as fitting the bases to the prompt.
+    """
+
+    required: ClassVar[bool] = True
+    calibration: str | None
+
+    @classmethod
+    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
+        """Tensors of one layer, each [H, ...]; keyword-only arguments are settings, and are recorded in the file."""
+        raise NotImplementedError
+
+    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+        """The grids of K and of V."""
+        raise NotImplementedError
+
+    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+        """The bases of K and of V."""
+        raise NotImplementedError
+
+    def load(self) -> Calibration:
+        """The file.
+
+        Raises:
+            CalibrationError: none is named, or it cannot be used.
+        """
+        if self.calibration is None:
+            raise CalibrationError(
+                f"{self.name} needs calibration='FILE', a file that `kvcomp calibrate --method {self.name}` wrote"
+            )
+        return load(self.calibration, self.name)
+
+    def fields(self, shape: PageShape) -> tuple[Field, ...]:
+        return tuple(field for side in self.sides(shape) for field in side.fields)
+
+    def codec(self, shape: PageShape) -> GridCodec:
+        return GridCodec(*self.sides(shape), *self.bases(self.load(), shape))
+
+    def serves(self, model: Callable[[], Fingerprint]) -> None:
+        if self.calibration is None and not self.required:
+            return
+        file = self.load()
+        here = model()
+        if not file.model.same(here):
+            what = "with other weights" if file.model.config == here.config else "which is another model"
+            raise CalibrationError(
+                f"{self.name}(calibration={self.calibration!r}) was calibrated for {file.model.name}, and the cache is "
+                f"for {here.name}, {what}: run `kvcomp calibrate --method {self.name}` on that one"
+            )
+
+    def identity(self, argument: str) -> Any:
+        value = super().identity(argument)
+        return digest(value) or value if argument == "calibration" and value is not None else value
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A copy that holds nothing but its own elements: what a layer keeps of a file's tensor."""
+    return tensor.clone(memory_format=torch.contiguous_format)

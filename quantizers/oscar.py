@@ -1,0 +1,115 @@
+"""OSCAR: clipped integers in a calibrated rotation that is aware of attention (arXiv 2605.17757)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import SpecError
+from kvcomp.registry import register
+from kvcomp.stages import PageShape, arg
+
+from .basis import Basis, hadamard
+from .calibration import FILE, Calibrated, Calibration
+from .grid import UniformSide
+from .statistics import Statistics
+from .widths import BITS, WidthQuantizer
+
+
+@dataclass(frozen=True)
+class ClippedSide(UniformSide):
+    """A uniform grid behind a clip: coordinates beyond a quantile of their token's magnitudes saturate.
+
+    The limit is the magnitude of rank floor(quantile * D), counted from 0 and upwards, among the D of a token: at 0.96
+    and D = 128 the five largest come down to the sixth.
+    """
+
+    quantile: float = 1.0
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """x [M, P, D] -> fields."""
+        rank = min(int(self.quantile * self.dim), self.dim - 1)
+        limit = x.abs().kthvalue(rank + 1, dim=-1, keepdim=True).values
+        return super().encode(x.clamp(-limit, limit))
+
+
+@register("oscar")
+@dataclass(frozen=True)
+class Oscar(WidthQuantizer, Calibrated):
+    """OSCAR: clipped integers per token, in a rotation in which every channel matters equally to attention.
+
+    Needs a file of `kvcomp calibrate --method oscar`. K is rotated by the eigenvectors of the mean of q q', V by those
+    of the mean of w v v', w = k' (mean of q q') k; both then by a Hadamard matrix with its columns in bit-reversed
+    order. Of each token the largest magnitudes, beyond the quantile `k_clip` or `v_clip`, saturate. Group, clips and
+    window are the authors'. bits + 32 / group effective bits (a float16 scale and zero per group), plus the window.
+    """
+
+    paper: ClassVar[str] = "arXiv:2605.17757"
+    widths: ClassVar[tuple[float, ...]] = (2, 3, 4)
+
+    bits: int | float | None = arg(2, f"{BITS}, 2 to 4")
+    group: int = arg(128, "channels that share a scale and a zero; all, where there are fewer")
+    k_clip: float = arg(0.96, "quantile of a token's |K| beyond which it saturates; 1: nothing does")
+    v_clip: float = arg(0.92, "quantile of a token's |V| beyond which it saturates; 1: nothing does")
+    calibration: str | None = arg(None, FILE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.group > 0, "group", "a positive number")
+        self.check(0 < self.k_clip <= 1, "k_clip", "more than 0 and at most 1")
+        self.check(0 < self.v_clip <= 1, "v_clip", "more than 0 and at most 1")
+
+    @property
+    def default_window(self) -> tuple[int, int]:
+        return 64, 256
+
+    @classmethod
+    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
+        """k and v [H, D, D]: the rotations."""
+        return {"k": spread_rotation(stats.queries), "v": spread_rotation(stats.value_scored)}
+
+    def sides(self, shape: PageShape) -> tuple[ClippedSide, ClippedSide]:
+        return (
+            self._side("k", shape, shape.k_dim, self.k_bits, self.k_clip),
+            self._side("v", shape, shape.v_dim, self.v_bits, self.v_clip),
+        )
+
+    def _side(self, name: str, shape: PageShape, dim: int, bits: float, clip: float) -> ClippedSide:
+        group = min(self.group, dim)
+        if dim % group:
+            raise SpecError(f"oscar(group={self.group}): {dim} channels are no multiple of {self.group}")
+        return ClippedSide(name, shape.page_size, dim, int(bits), 1, group, quantile=clip)
+
+    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+        return (
+            Basis(calibration.tensor("k", shape, shape.k_dim, shape.k_dim)),
+            Basis(calibration.tensor("v", shape, shape.v_dim, shape.v_dim)),
+        )
+
+
+def spread_rotation(moment: Tensor) -> Tensor:
+    """U H P [H, D, D] of second moments [H, D, D]: each of its columns takes an equal share of every eigenvector.
+
+    U: eigenvectors by rising eigenvalue. H: Hadamard, in blocks of the largest power of two that divides D; where there
+    are several, they take the eigenvectors in turn. P: columns in falling bit-reversed order, the blocks in turn.
+    """
+    dim = moment.shape[-1]
+    size = dim & -dim
+    blocks = dim // size
+    in_turn = torch.arange(dim).view(size, blocks).T.flatten()
+    vectors = torch.linalg.eigh(moment).eigenvectors[..., in_turn]
+    mixing = hadamard(dim, torch.device("cpu")).matrix
+    assert mixing is not None
+    columns = (torch.arange(blocks) * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
+    return (vectors @ mixing.to(moment.dtype))[..., columns]
+
+
+def bit_reversed(size: int) -> Tensor:
+    """int64 [size]: each number below `size`, a power of two, with its bits in reverse."""
+    order = torch.zeros(1, dtype=torch.int64)
+    while len(order) < size:
+        order = torch.cat([2 * order, 2 * order + 1])
+    return order

@@ -1,0 +1,98 @@
+"""Low rank: K and V in fewer directions, chosen from calibration (after Palu, 2407.21118, and MHA2MLA, 2502.14837)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import SpecError
+from kvcomp.registry import register
+from kvcomp.stages import PageShape, arg
+
+from .basis import Basis, hadamard
+from .calibration import FILE, Calibrated, Calibration, own
+from .codecs import RawSide, Side
+from .grid import UniformSide
+from .statistics import Statistics, weighted_directions
+
+MULTIPLE = 8  # channels: codes of any width then fill bytes
+
+
+@register("svd")
+@dataclass(frozen=True)
+class Svd(Calibrated):
+    """Low rank: each KV head keeps the few directions of K and V that matter most, as they are or as integers.
+
+    Needs a file of `kvcomp calibrate --method svd`, which serves every rank. K's directions have the least expected
+    squared error of q . k, V's the least behind the output projection; what is dropped is replaced by its mean. Nothing
+    is trained, and K is taken post-RoPE, where Palu and MHA2MLA compress it before RoPE. With `bits`, coordinates are
+    mixed by a Hadamard matrix, as in Palu, and stored as integers per token. Effective bits: rank / D of the dtype's,
+    or (bits * rank + 32) / D.
+    """
+
+    paper: ClassVar[str] = "arXiv:2407.21118, arXiv:2502.14837"
+
+    rank: int | float = arg(0.5, "directions kept: how many, or a share of all (to a multiple of 8)")
+    bits: int | None = arg(None, "bits per kept coordinate, 2 to 8; None: the model's dtype")
+    calibration: str | None = arg(None, FILE)
+
+    def __post_init__(self) -> None:
+        check_amount(self, "rank")
+        self.check(self.bits is None or 2 <= self.bits <= 8, "bits", "None or 2 to 8")
+
+    @classmethod
+    def calibrate(cls, stats: Statistics, *, damping: float = 1e-4) -> dict[str, Tensor]:
+        """k, v [H, D, D]: how to write, by falling importance; k_dual, v_dual: how to read; k_mean, v_mean [H, D].
+
+        damping: share of the mean weight that every direction gets at least, which keeps the inverse bounded.
+        """
+        k, k_dual = weighted_directions(stats.key_covariance, stats.queries, damping)
+        even = torch.eye(stats.value_mean.shape[-1], dtype=stats.value_mean.dtype).expand_as(stats.value_covariance)
+        cost = even if stats.output is None else stats.output
+        v, v_dual = weighted_directions(stats.value_covariance, cost, damping)
+        means = {"k_mean": stats.key_mean, "v_mean": stats.value_mean}
+        return {"k": k, "k_dual": k_dual, "v": v, "v_dual": v_dual, **means}
+
+    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+        return self._side("k", shape, shape.k_dim), self._side("v", shape, shape.v_dim)
+
+    def _side(self, name: str, shape: PageShape, dim: int) -> Side:
+        rank = kept(self.rank, dim, "svd", "rank")
+        if self.bits is None:
+            return RawSide(name, shape.page_size, rank, shape.dtype)
+        return UniformSide(name, shape.page_size, rank, self.bits, 1, rank)
+
+    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+        return self._basis("k", calibration, shape, shape.k_dim), self._basis("v", calibration, shape, shape.v_dim)
+
+    def _basis(self, name: str, calibration: Calibration, shape: PageShape, dim: int) -> Basis:
+        rank = kept(self.rank, dim, "svd", "rank")
+        write, read = (calibration.tensor(n, shape, dim, dim)[..., :rank] for n in (name, f"{name}_dual"))
+        if self.bits is not None:
+            mixing = hadamard(rank, shape.device).matrix
+            assert mixing is not None
+            write, read = write @ mixing, read @ mixing
+        return Basis(own(write), own(read), calibration.tensor(f"{name}_mean", shape, dim))
+
+
+def check_amount(stage: Calibrated, argument: str) -> None:
+    """Raise a SpecError unless the argument is a positive number of channels or a share of them."""
+    value = getattr(stage, argument)
+    ok = value >= 1 if isinstance(value, int) else 0 < value <= 1
+    stage.check(ok, argument, "a positive whole number, or a share above 0 and at most 1.0")
+
+
+def kept(amount: int | float, dim: int, stage: str, argument: str) -> int:
+    """How many of `dim` channels stay: `amount` of them, or that share, to the nearest multiple of 8.
+
+    Raises:
+        SpecError: there are not as many.
+    """
+    if isinstance(amount, int):
+        if amount > dim:
+            raise SpecError(f"{stage}({argument}={amount}): there are {dim} channels: use at most {dim}")
+        return amount
+    return dim if amount == 1 else min(max(round(amount * dim / MULTIPLE), 1) * MULTIPLE, dim)

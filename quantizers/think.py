@@ -1,0 +1,86 @@
+"""ThinK: keys without the channels that queries hardly use (arXiv 2407.21018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvcomp.errors import SpecError
+from kvcomp.registry import register
+from kvcomp.stages import PageShape, arg
+
+from .basis import IDENTITY, Basis
+from .calibration import FILE, Calibrated, Calibration
+from .codecs import RawSide, Side
+from .grid import UniformSide
+from .statistics import Statistics
+from .svd import check_amount, kept
+
+
+@register("think")
+@dataclass(frozen=True)
+class Think(Calibrated):
+    """ThinK: of K only the channels with the largest E[q_c^2] E[k_c^2]; of V all.
+
+    Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the prompt at hand and the
+    queries of its last 32 tokens. Keeping 0.6 and 32 exact tokens are the authors'. With `bits`, K and V are stored as
+    KIVI stores them, integers per channel and per token. Effective bits: (keep + 1) / 2 of the dtype's, or of
+    bits + 32 / group.
+    """
+
+    paper: ClassVar[str] = "arXiv:2407.21018"
+
+    keep: int | float = arg(0.6, "channels of K kept: how many, or a share of all (to a multiple of 8)")
+    bits: int | None = arg(None, "bits per element, 2 to 8; None: the model's dtype")
+    group: int = arg(32, "with bits: elements that share a scale and a zero; a multiple of 16")
+    calibration: str | None = arg(None, FILE)
+
+    def __post_init__(self) -> None:
+        check_amount(self, "keep")
+        self.check(self.bits is None or 2 <= self.bits <= 8, "bits", "None or 2 to 8")
+        self.check(self.group > 0 and self.group % 16 == 0, "group", "a positive multiple of 16")
+
+    @property
+    def page_multiple(self) -> int:
+        return 1 if self.bits is None else self.group
+
+    @property
+    def default_window(self) -> tuple[int, int]:
+        return 0, 32
+
+    @classmethod
+    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
+        """score [H, Dk]: E[q_c^2] E[k_c^2]."""
+        keys = stats.key_covariance.diagonal(dim1=1, dim2=2) + stats.key_mean.square()
+        return {"score": stats.queries.diagonal(dim1=1, dim2=2) * keys}
+
+    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+        channels = kept(self.keep, shape.k_dim, "think", "keep")
+        if self.bits is None:
+            return (
+                RawSide("k", shape.page_size, channels, shape.dtype),
+                RawSide("v", shape.page_size, shape.v_dim, shape.dtype),
+            )
+        group = min(self.group, shape.v_dim)
+        if shape.v_dim % group:
+            raise SpecError(
+                f"think(group={self.group}): values have {shape.v_dim} channels, which {self.group} does not divide; "
+                "use a group of 16"
+            )
+        return (
+            UniformSide("k", shape.page_size, channels, self.bits, self.group, 1),
+            UniformSide("v", shape.page_size, shape.v_dim, self.bits, 1, group),
+        )
+
+    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+        channels = kept(self.keep, shape.k_dim, "think", "keep")
+        return selection(calibration.tensor("score", shape, shape.k_dim), channels), IDENTITY
+
+
+def selection(score: Tensor, channels: int) -> Basis:
+    """The `channels` channels of the largest score [n, D], in their order: a basis of n matrices [D, channels]."""
+    chosen = score.topk(channels).indices.sort().values
+    return Basis(F.one_hot(chosen, score.shape[-1]).mT.float().contiguous())

@@ -1,0 +1,51 @@
+"""Correlated queries, keys and values, and calibration files made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvcomp.fingerprint import Fingerprint
+from kvcomp.integrations.huggingface.calibrate import method_of, settings_of
+from kvcomp.quantizers.calibration import Calibration
+from kvcomp.quantizers.statistics import Moments, Statistics
+
+MODEL = Fingerprint("a synthetic model", "config", "weights")
+
+
+def chunk(
+    heads: int, k_dim: int, v_dim: int | None = None, tokens: int = 512, group: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """queries [1, heads * group, n, Dk], keys [1, heads, n, Dk], values [1, heads, n, Dv], each KV head of its own
+    covariance and mean, with a few large channels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(streams: int, dim: int, n: int) -> Tensor:
+        mix = torch.randn(streams, dim, dim, generator=generator) / dim**0.5
+        size = torch.linspace(2, -2, dim).exp()[torch.randperm(dim, generator=generator)]
+        mean = torch.randn(streams, 1, dim, generator=generator)
+        return (torch.randn(streams, n, dim, generator=generator) @ mix) * size + mean
+
+    queries = draw(heads, k_dim, group * tokens).reshape(1, heads * group, tokens, k_dim)
+    return queries, draw(heads, k_dim, tokens)[None], draw(heads, v_dim or k_dim, tokens)[None]
+
+
+def statistics(heads: int, k_dim: int, v_dim: int | None = None, seed: int = 0) -> Statistics:
+    moments = Moments()
+    moments.add(*chunk(heads, k_dim, v_dim, seed=seed))
+    return moments.statistics()
+
+
+def write(path: Path, method: str, heads: int, k_dim: int, v_dim: int | None = None, layers: int = 1) -> Path:
+    """A calibration file of `method`; layer i is calibrated on the chunk of seed i."""
+    quantizer = method_of(method)
+    tensors = {
+        f"{layer}.{name}": tensor
+        for layer in range(layers)
+        for name, tensor in quantizer.calibrate(statistics(heads, k_dim, v_dim, seed=layer)).items()
+    }
+    settings = settings_of(quantizer, {})
+    Calibration(method, settings, MODEL, (("a.txt", "0" * 64),), 512, 512, tensors).save(path)
+    return path
