@@ -234,6 +234,8 @@ class LayerStore:
             return None
         ids, counts, total = self.table.ids(), self.table.counts.to(self.device), self.table.total
         self.read["table"] = ids.nbytes
+        if adapted := self.codec.adapted():
+            self.read["constants"] = storage_bytes(adapted)
         selector = self.plan.selector
         if selector is not None and n == 1:
             summary = self.layout.gather(self.pool.data, ids, summary=True)

@@ -75,9 +75,9 @@ class LayerPlan:
 def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that one stream of the layer holds after prefilling `tokens` tokens, by part as in `LayerStore.held`.
 
-    Constants that streams share (a Hadamard matrix) and the log of padding are left out.
+    Constants that streams share (a Hadamard matrix, a calibrated basis) and the log of padding are left out.
     """
-    layout = _layout(plan, k_dim, v_dim, dtype)
+    layout, adapted = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     slots = plan.room(exact)
     token = (k_dim + v_dim) * dtype.itemsize
@@ -88,6 +88,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         sinks=sinks,
         window=slots * token - sinks,
         table=pages * TABLE_ENTRY.itemsize + 2 * COUNTER.itemsize,
+        constants=adapted if pages else 0,
     )
 
 
@@ -97,7 +98,7 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     The step's own token is in the window by then. A step reads the stream's whole table, all its summaries where it
     selects, the pages chosen, and the exact buffer.
     """
-    layout = _layout(plan, k_dim, v_dim, dtype)
+    layout, adapted = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, exact + 1)
@@ -107,6 +108,7 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         sinks=sinks * token,
         window=(exact + 1 - sinks) * token,
         table=pages * TABLE_ENTRY.itemsize,
+        constants=adapted if pages else 0,
     )
 
 
@@ -120,9 +122,10 @@ def read_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: 
     return sum(read_parts(plan, k_dim, v_dim, tokens, dtype).values())
 
 
-def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> PageLayout:
+def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[PageLayout, int]:
+    """A page's layout, and the bytes that a stream holds of constants made for it."""
     shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
-    return plan.layout(shape)
+    return plan.layout(shape), plan.quantizer.adapted_bytes(shape)
 
 
 def _present(**parts: int) -> dict[str, int]:

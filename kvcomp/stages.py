@@ -129,6 +129,10 @@ class Codec:
         """Tensors that the layer holds besides pages."""
         return []
 
+    def adapted(self) -> list[Tensor]:
+        """Those of `constants` that were made for the streams at hand, and that a decode step loads."""
+        return []
+
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         """See queries [s, R, Dk] of `streams` (int64 [s]) before tokens of the same chunk are encoded.
 
@@ -159,6 +163,10 @@ class Quantizer(Stage):
 
     def codec(self, shape: PageShape) -> Codec:
         raise NotImplementedError
+
+    def adapted_bytes(self, shape: PageShape) -> int:
+        """Bytes per stream of `Codec.adapted`, once the stream has pages."""
+        return 0
 
     def fields(self, shape: PageShape) -> tuple[Field, ...]:
         """Fields of a page, which a plan needs before there is anything to load."""

@@ -1,0 +1,352 @@
+"""Transform coding in place: an attention-weighted Karhunen-Loeve basis with bits per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvcomp.errors import SpecError
+from kvcomp.fingerprint import Fingerprint
+from kvcomp.pages import Field
+from kvcomp.registry import register
+from kvcomp.stages import Codec, PageShape, arg
+
+from .basis import Basis, rotation
+from .calibration import FILE, Calibrated
+from .grid import HUGE, SCALE, TINY
+from .lloyd import sphere_codebook
+from .packing import pack, planes, unpack
+from .statistics import Statistics, weighted_directions
+from .widths import BITS, WidthQuantizer
+
+UNIT = 8  # channels that share a width: a bit each fills a byte
+WIDEST = 8
+MEAN = torch.float32
+PARTS = ("basis", "variance", "mean")
+# Lloyd-Max distortion of a unit Gaussian at 0 to 8 bits (Max 1960, continued at a quarter of the last step per bit)
+DISTORTION = (1.0, 0.36338, 0.11748, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000413)
+RIDGE = 1e-3  # of the mean variance: what is added to a second moment before it is inverted
+
+
+def allocate(variance: Tensor, total: int) -> tuple[int, ...]:
+    """Bits of each unit of channels, descending, for variances [n] of coordinates in descending order.
+
+    `total` bits times units go one by one to the unit whose summed distortion falls most: reverse water-filling.
+    """
+    power = variance.double().unflatten(0, (-1, UNIT)).sum(-1).tolist()
+    bits = [0] * len(power)
+    for _ in range(total):
+        gains = [
+            p * (DISTORTION[b] - DISTORTION[b + 1]) if b < WIDEST else -1.0 for p, b in zip(power, bits, strict=True)
+        ]
+        bits[gains.index(max(gains))] += 1
+    return tuple(sorted(bits, reverse=True))
+
+
+def runs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(bits, channels) of neighbouring units of the same width; those of width 0 are not stored."""
+    return [(w, UNIT * widths.count(w)) for w in dict.fromkeys(widths) if w]
+
+
+class KltSide:
+    """K or V of a page: Lloyd-Max codes of coordinates in a basis per stream or per head.
+
+    Coordinates are sorted by weighted variance and scaled to variance 1; units of 8 channels have 0 to 8 bits, the same
+    for all streams of a layer. Neighbours of one width are mixed by a random rotation, which costs nothing at equal
+    width and makes heavy-tailed coordinates Gaussian.
+
+    bits: code bits per element; the units' widths always sum to `bits` x units, so that the layout is known beforehand.
+    norm: store the norm of each token's coordinates, float16, and code its direction.
+    """
+
+    def __init__(
+        self, name: str, page_size: int, dim: int, bits: float, device: torch.device, norm: bool = False
+    ) -> None:
+        units = bits * dim / UNIT
+        if dim % UNIT or units != int(units):
+            raise SpecError(
+                f"klt({name}={bits}): {dim} channels of {bits} bits do not fill units of {UNIT} channels with whole "
+                "bits: use whole bits, and head dimensions that are multiples of 8"
+            )
+        self.name, self.page_size, self.dim, self.total, self.device = name, page_size, dim, int(units), device
+        self.norm = norm
+        self.widths: tuple[int, ...] = ()
+        # x ~ z D' + mean: D [n, d, d] and mean [n, d] of n streams, or of n heads that all rows share
+        self.dual = torch.zeros(0, dim, dim, dtype=SCALE, device=device)
+        self.mean = torch.zeros(0, dim, dtype=MEAN, device=device)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        codes = Field(f"{self.name}.codes", (self.page_size, self.total), torch.uint8)
+        return (codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE)) if self.norm else (codes,)
+
+    @property
+    def live(self) -> int:
+        """Coordinates that are stored."""
+        return sum(n for _, n in runs(self.widths))
+
+    def take(self, streams: Tensor, dual: Tensor, variance: Tensor, mean: Tensor) -> None:
+        """Use the basis `dual` [s, d, d], variances [s, d] and mean [s, d] for `streams`, which have no pages yet.
+
+        The first ones settle the widths.
+        """
+        if not self.widths:
+            self.widths = allocate((variance / variance.sum(-1, keepdim=True)).mean(0), self.total)
+        self.room(int(streams.max()) + 1)
+        dual = dual.clone()
+        dual[:, :, : self.live] = dual[:, :, : self.live] @ _mixing(self.widths, self.device)
+        self.dual[streams], self.mean[streams] = dual.to(SCALE), mean.to(MEAN)
+
+    def room(self, streams: int) -> None:
+        """Have matrices for so many streams; zero until they are taken."""
+        missing = streams - len(self.dual)
+        if missing > 0:
+            self.dual = F.pad(self.dual, (0, 0, 0, 0, 0, missing))
+            self.mean = F.pad(self.mean, (0, 0, 0, missing))
+
+    def basis(self) -> Basis:
+        """What maps queries to coordinates, and coordinates back."""
+        return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
+
+    def encode(self, x: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        """x [M, P, D] of `streams` [M] -> fields."""
+        used, which = (streams % len(self.dual)).unique(return_inverse=True)
+        write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
+        z = (x.float() - self.mean[used][which, None]) @ write[which]
+        fields = {}
+        if self.norm:
+            norm = z.norm(dim=-1, keepdim=True).clamp_max(HUGE).to(SCALE)
+            fields[f"{self.name}.norm"] = norm
+            z = z * (self.live**0.5 / norm.float().clamp_min(TINY))
+        rows, at = [], 0
+        for bits, n in runs(self.widths):
+            book = codebook(self.live, bits, self.device)
+            codes = torch.bucketize(z[..., at : at + n].contiguous(), (book[1:] + book[:-1]) / 2).to(torch.uint8)
+            left = bits
+            for width in planes(bits):
+                left -= width
+                rows.append(pack((codes >> left) & ((1 << width) - 1), width))
+            at += n
+        return fields | {f"{self.name}.codes": torch.cat(rows, -1)}
+
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        """Fields [M, ...] -> coordinates [M, P, live] float32."""
+        rows, parts, at = page[f"{self.name}.codes"], [], 0
+        for bits, n in runs(self.widths):
+            codes = torch.zeros((), dtype=torch.int32, device=rows.device)
+            for width in planes(bits):
+                plane = unpack(rows[..., at : at + n * width // 8].contiguous(), width).int()
+                codes = (codes << width) | plane
+                at += n * width // 8
+            parts.append(codebook(self.live, bits, self.device)[codes])
+        z = torch.cat(parts, -1)
+        return z * (page[f"{self.name}.norm"].float() / self.live**0.5) if self.norm else z
+
+    def constants(self) -> list[Tensor]:
+        return [self.dual, self.mean]
+
+    def state(self) -> dict[str, Tensor]:
+        widths = torch.tensor(self.widths, dtype=torch.uint8)
+        return {f"{self.name}.dual": self.dual, f"{self.name}.mean": self.mean, f"{self.name}.widths": widths}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.dual, self.mean = state[f"{self.name}.dual"], state[f"{self.name}.mean"]
+        self.widths = tuple(state[f"{self.name}.widths"].tolist())
+
+
+@cache
+def codebook(dim: int, bits: int, device: torch.device) -> Tensor:
+    """float32 [2^bits]: centroids for coordinates of variance 1 whose vectors in R^dim have the norm dim^(1/2)."""
+    return sphere_codebook(dim, bits, device) * dim**0.5
+
+
+@cache
+def _mixing(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """float32 [live, live]: a random rotation of each run of equal width."""
+    return torch.block_diag(*(rotation(n, device).matrix for _, n in runs(widths)))
+
+
+class KltCodec(Codec):
+    """K and V in bases of their own: given per head, or fitted to the first tokens that a stream encodes.
+
+    To fit, the second moment of a stream's queries is gathered until its first page, and dropped then.
+    """
+
+    def __init__(self, k_side: KltSide, v_side: KltSide, fitted_heads: bool = False) -> None:
+        self.k_side, self.v_side, self.fitted_heads = k_side, v_side, fitted_heads
+        self.moment = torch.zeros(0, k_side.dim, k_side.dim, device=k_side.device)  # [S, Dk, Dk] sums of q q'
+        self.fitted = torch.zeros(0, dtype=torch.bool, device=k_side.device)  # [S]
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return self.k_side.fields + self.v_side.fields
+
+    def observe(self, streams: Tensor, queries: Tensor) -> None:
+        if self.fitted_heads:
+            return
+        self._room(int(streams.max()) + 1)
+        new = streams[~self.fitted[streams]]
+        if len(new):
+            missing = len(self.fitted) - len(self.moment)
+            self.moment = F.pad(self.moment, (0, 0, 0, 0, 0, missing))
+            q = queries[~self.fitted[streams]].float()
+            self.moment[new] += q.mT @ q
+
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
+        if self.fitted_heads:
+            return
+        self._room(int(streams.max()) + 1)
+        new = ~self.fitted[streams]
+        if not bool(new.any()):
+            return
+        ours = streams[new]
+        weight = self.moment[ours] if len(self.moment) else torch.zeros_like(self.k_side.dual[ours]).float()
+        empty = weight.diagonal(dim1=1, dim2=2).sum(-1) == 0  # no query was seen: all directions count the same
+        weight[empty] = torch.eye(self.k_side.dim, device=weight.device)
+        self.k_side.take(ours, *_fitted(keys[new], weight))
+        identity = torch.eye(self.v_side.dim, device=weight.device)
+        self.v_side.take(ours, *_fitted(values[new], identity.expand(len(ours), -1, -1)))
+        self.fitted[ours] = True
+        if bool(self.fitted.all()):
+            self.moment = self.moment[:0].clone()
+
+    def _room(self, streams: int) -> None:
+        if streams > len(self.fitted):
+            self.fitted = F.pad(self.fitted, (0, streams - len(self.fitted)))
+            for side in (self.k_side, self.v_side):
+                side.room(streams)
+
+    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        return self.k_side.encode(keys, streams) | self.v_side.encode(values, streams)
+
+    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.k_side.decode(page), self.v_side.decode(page)
+
+    def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.fitted_heads:
+            self._room(len(queries))
+        basis = self.k_side.basis()
+        return basis.read(queries), basis.offset(queries)
+
+    def read_output(self, output: Tensor) -> Tensor:
+        return self.v_side.basis().inverse(output, torch.arange(len(output), device=output.device))
+
+    def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k_side.basis().inverse(keys, streams), self.v_side.basis().inverse(values, streams)
+
+    def select(self, streams: Tensor) -> None:
+        if self.fitted_heads:
+            return
+        self._room(int(streams.max()) + 1 if len(streams) else 0)
+        self.fitted = self.fitted[streams]
+        if len(self.moment):
+            self.moment = F.pad(self.moment, (0, 0, 0, 0, 0, int(streams.max()) + 1 - len(self.moment)))[streams]
+        for side in (self.k_side, self.v_side):
+            side.dual, side.mean = side.dual[streams], side.mean[streams]
+
+    def constants(self) -> list[Tensor]:
+        return [*self.k_side.constants(), *self.v_side.constants(), self.moment, self.fitted]
+
+    def adapted(self) -> list[Tensor]:
+        return [] if self.fitted_heads else [*self.k_side.constants(), *self.v_side.constants()]
+
+    def state(self) -> dict[str, Tensor]:
+        return self.k_side.state() | self.v_side.state() | {"moment": self.moment, "fitted": self.fitted}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.moment, self.fitted = state["moment"], state["fitted"]
+        for side in (self.k_side, self.v_side):
+            side.restore(state)
+
+
+def _fitted(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Basis, variances and mean of tokens x [s, n, d], under `weight` [s, d, d], as `KltSide.take` wants them."""
+    mean = x.double().mean(1)
+    centred = x.double() - mean[:, None]
+    return (*scaled_directions(centred.mT @ centred / x.shape[1], weight.double()), mean)
+
+
+def scaled_directions(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """D [s, d, d] with x ~ z D' + mean, z of variance 1 by falling weighted variance [s, d]; both float32.
+
+    Of all linear maps this one leaves the least E[(x - x^)' weight (x - x^)] at any number of coordinates kept.
+    """
+    dim = covariance.shape[-1]
+    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(TINY)
+    covariance = covariance + RIDGE * level * torch.eye(dim, device=covariance.device)
+    write, read = weighted_directions(covariance, weight, RIDGE)
+    variance = torch.einsum("sij,sik,skj->sj", write, covariance, write)
+    return (read * variance.sqrt()[:, None]).float(), variance.float()
+
+
+@register("klt")
+@dataclass(frozen=True)
+class Klt(WidthQuantizer, Calibrated):
+    """Transform coding: an attention-weighted Karhunen-Loeve basis per head, with bits where the variance is.
+
+    Per KV head, with S the second moment of its queries and C the covariance of its keys, the eigenvectors of
+    S^1/2 C S^1/2 give coordinates whose squared error is that of q . k; values take those of their covariance. Bits go
+    to units of 8 coordinates by reverse water-filling; a page holds their Lloyd-Max codes, without a scale, and is
+    attended as it is. The basis is fitted to the prompt itself when the first page is written, and held in float16:
+    D x D for K and for V of each head and row; or it comes from `calibration`, and rows share it.
+
+    `bits` effective bits, 16 / D more with a norm per token, plus the basis.
+    """
+
+    paper: ClassVar[str] = "kvcomp; cf. arXiv:2511.01815"
+    widths: ClassVar[tuple[float, ...]] = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6)
+
+    bits: int | float | None = arg(2, f"{BITS} on average: 1 to 4 in halves, 5 or 6")
+    norm: bool = arg(False, "true: store a float16 norm per token, and code the direction")
+    calibration: str | None = arg(None, f"{FILE}; None: fitted to the prompt")
+
+    @property
+    def needs_queries(self) -> bool:  # type: ignore[override]
+        return self.calibration is None
+
+    @property
+    def default_window(self) -> tuple[int, int]:
+        return 4, 128
+
+    @classmethod
+    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
+        """Per side: the basis [H, D, D], the variances [H, D] and the mean [H, D]."""
+        weight = torch.eye(stats.value_mean.shape[-1], dtype=torch.float64).expand_as(stats.value_covariance)
+        k = scaled_directions(stats.key_covariance, stats.queries)
+        v = scaled_directions(stats.value_covariance, weight if stats.output is None else stats.output.double())
+        found = {"k": (*k, stats.key_mean), "v": (*v, stats.value_mean)}
+        return {f"{side}.{what}": t for side, parts in found.items() for what, t in zip(PARTS, parts, strict=True)}
+
+    def _sides(self, shape: PageShape) -> tuple[KltSide, KltSide]:
+        return (
+            KltSide("k", shape.page_size, shape.k_dim, self.k_bits, shape.device, self.norm),
+            KltSide("v", shape.page_size, shape.v_dim, self.v_bits, shape.device, self.norm),
+        )
+
+    def fields(self, shape: PageShape) -> tuple[Field, ...]:
+        return tuple(field for side in self._sides(shape) for field in side.fields)
+
+    def adapted_bytes(self, shape: PageShape) -> int:
+        dims = shape.k_dim, shape.v_dim
+        return 0 if self.calibration else sum(d * d * SCALE.itemsize + d * MEAN.itemsize for d in dims)
+
+    def codec(self, shape: PageShape) -> KltCodec:  # type: ignore[override]
+        sides = self._sides(shape)
+        if self.calibration is None:
+            return KltCodec(*sides)
+        file, heads = self.load(), torch.arange(shape.heads, device=shape.device)
+        for side in sides:
+            dims = ((side.dim, side.dim), (side.dim,), (side.dim,))
+            parts = (file.tensor(f"{side.name}.{what}", shape, *d) for what, d in zip(PARTS, dims, strict=True))
+            side.take(heads, *parts)
+        return KltCodec(*sides, fitted_heads=True)
+
+    def serves(self, model: Callable[[], Fingerprint]) -> None:
+        if self.calibration is not None:
+            super().serves(model)

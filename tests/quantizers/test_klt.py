@@ -1,0 +1,235 @@
+"""klt: the basis is the best one for q . k, bits go where the variance is, and what is read is what was written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcomp import SpecError, Stack
+from kvcomp.layer import LayerStore
+from kvcomp.plan import held_parts, read_by_stream
+from kvcomp.quantizers.klt import DISTORTION, UNIT, KltCodec, KltSide, allocate, runs, scaled_directions
+from kvcomp.stages import PageShape
+
+CPU = torch.device("cpu")
+
+
+def shape(dim: int, v_dim: int | None = None, heads: int = 2) -> PageShape:
+    return PageShape(64, dim, v_dim or dim, heads, torch.float32, CPU, 0)
+
+
+def low_rank(streams: int, tokens: int, dim: int, seed: int = 0) -> Tensor:
+    """Tokens [streams, tokens, dim] whose spectrum falls by 0.9 per direction, in a random basis, with a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(streams, dim, dim, generator=generator)).Q
+    scales = 0.9 ** torch.arange(dim)
+    tokens_ = torch.randn(streams, tokens, dim, generator=generator) * scales @ basis
+    return tokens_ + 3 * torch.randn(streams, 1, dim, generator=generator)
+
+
+def written(spec: str, k: Tensor, v: Tensor, q: Tensor) -> LayerStore:
+    """A layer that holds k, v [B, H, n, D], seen by queries q [B, Hq, n, D]."""
+    store = LayerStore(Stack.parse(spec).plan(0, 1))
+    store.start(k, v)
+    store.write(k, v, None, q)
+    return store
+
+
+@pytest.mark.parametrize("total", [8, 12, 16, 24, 32])
+def test_bits_go_where_they_help_most(total: int) -> None:
+    """The greedy widths leave no more distortion than any shift of one bit between two units."""
+    variance = 0.8 ** torch.arange(64.0)
+    widths = allocate(variance, total)
+    assert sum(widths) == total
+    assert list(widths) == sorted(widths, reverse=True)
+    power = variance.view(-1, UNIT).sum(-1).tolist()
+
+    def distortion(bits: list[int]) -> float:
+        return sum(p * DISTORTION[b] for p, b in zip(power, bits, strict=True))
+
+    best = distortion(list(widths))
+    for i in range(len(widths)):
+        for j in range(len(widths)):
+            moved = list(widths)
+            moved[i], moved[j] = moved[i] + 1, moved[j] - 1
+            if i != j and min(moved) >= 0 and max(moved) <= 8:
+                assert distortion(moved) >= best - 1e-9
+
+
+def test_runs_leave_out_what_has_no_bits() -> None:
+    assert runs((4, 4, 2, 1, 1, 1, 0, 0)) == [(4, 16), (2, 8), (1, 24)]
+
+
+def test_the_directions_are_the_best_for_inner_products() -> None:
+    """Keeping r of them leaves less E[(q . (x - x^))^2] than the weight's or the covariance's own eigenvectors."""
+    generator = torch.Generator().manual_seed(1)
+    x = low_rank(1, 4000, 16)[0]
+    x = x - x.mean(0)
+    q = torch.randn(4000, 16, generator=generator) * torch.linspace(3, 0.1, 16)
+    covariance, weight = (x.T @ x / len(x)).double()[None], (q.T @ q / len(q)).double()[None]
+    basis, variance = scaled_directions(covariance, weight)
+    write = torch.linalg.inv(basis).mT
+    z = x @ write[0]
+    torch.testing.assert_close(z.T @ z / len(z), torch.eye(16), atol=0.05, rtol=0)
+    assert bool((variance.diff() <= 1e-6).all())
+    for r in (2, 5, 10):
+
+        def loss(estimate: Tensor) -> Tensor:
+            return ((q @ (x - estimate).T) ** 2).mean()
+
+        ours = loss(z[:, :r] @ basis[0, :, :r].T)
+        for other in (covariance, weight):
+            vectors = torch.linalg.eigh(other[0]).eigenvectors.flip(-1)[:, :r].float()
+            assert ours <= loss(x @ vectors @ vectors.T) * 1.01
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6])
+def test_a_page_holds_the_bits_it_says(dim: int, bits: float) -> None:
+    layout = Stack.parse(f"klt(bits={bits})").plan(0, 1).layout(shape(dim))
+    assert 8 * layout.bytes_per_page == 2 * 64 * bits * dim
+    layout = Stack.parse(f"klt(bits={bits}, norm=true)").plan(0, 1).layout(shape(dim))
+    assert 8 * layout.bytes_per_page == 2 * 64 * (bits * dim + 16)
+
+
+def test_the_plan_knows_what_is_held_and_read(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    k, v, q = layer_inputs
+    plan = Stack.parse("klt(bits=2)").plan(0, 1)
+    store = written("klt(bits=2)", k, v, q)
+    store.append(k[:, :, :1], v[:, :, :1])
+    store.attend(q[:, :, :1], 0.125)
+    assert 4 * read_by_stream(plan, 64, 64, 500, torch.float32) == sum(store.read.values())
+    held = store.held(set())
+    assert 4 * held_parts(plan, 64, 64, 500, torch.float32)["constants"] == held["constants"] - len(store.codec.fitted)
+
+
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(2, 2), (3, 1.5), (6, 4)])
+@pytest.mark.parametrize(("calibrated", "norm"), [(False, False), (False, True), (True, True)])
+def test_attention_over_codes_is_attention_over_what_they_decode_to(
+    k_bits: float, v_bits: float, calibrated: bool, norm: bool
+) -> None:
+    k, v = low_rank(4, 192, 64), low_rank(4, 192, 80, seed=1)
+    sides = KltSide("k", 64, 64, k_bits, CPU, norm), KltSide("v", 64, 80, v_bits, CPU, norm)
+    codec = KltCodec(*sides, fitted_heads=calibrated)
+    streams = torch.arange(4)
+    if calibrated:
+        for side, x in zip(sides, (k, v), strict=True):
+            centred = (x - x.mean(1, keepdim=True)).double()
+            weight = torch.eye(x.shape[-1]).double().expand(2, -1, -1)
+            side.take(streams[:2], *scaled_directions((centred.mT @ centred)[:2] / 192, weight), x.mean(1)[:2])
+    else:
+        codec.observe(streams, torch.randn(4, 50, 64))
+        codec.fit(streams, k, v)
+    owner = streams.repeat_interleave(3)
+    page = codec.encode(*(x.unflatten(1, (3, 64)).flatten(0, 1) for x in (k, v)), owner)
+    coded_k, coded_v = codec.decode(page)
+    plain_k, plain_v = codec.inverse(coded_k, coded_v, owner)
+    plain_k, plain_v, coded_k, coded_v = (
+        x.unflatten(0, (4, 3)).flatten(1, 2) for x in (plain_k, plain_v, coded_k, coded_v)
+    )
+    q, weights = torch.randn(4, 5, 64), torch.rand(4, 5, 192).softmax(-1)
+    read, bias = codec.read_query(q)
+    assert bias is not None
+    torch.testing.assert_close(read @ coded_k.mT + bias[..., None], q @ plain_k.mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(codec.read_output(weights @ coded_v), weights @ plain_v, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def layer_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """k, v [2, 2, 500, 64] and q [2, 6, 500, 64] whose rows differ."""
+    k, v = (low_rank(4, 500, 64, seed=s).unflatten(0, (2, 2)) for s in (2, 3))
+    return k, v, torch.randn(2, 6, 500, 64, generator=torch.Generator().manual_seed(4))
+
+
+def relative(back: Tensor, x: Tensor) -> float:
+    return float((back - x).norm() / (x - x.mean(2, keepdim=True)).norm())
+
+
+def test_fewer_bits_than_turboquant_for_the_same_error(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    k, v, q = layer_inputs
+    none = "window(sinks=0, recent=0)"
+    ours = written(f"klt(bits=2) + {none}", k, v, q).dense()
+    theirs = Stack.parse(f"turboquant(bits=3) + {none}").roundtrip(k, v)
+    assert relative(ours[1], v) < relative(theirs[1], v)
+
+
+@pytest.mark.parametrize("norm", ["false", "true"])
+def test_more_bits_are_better(layer_inputs: tuple[Tensor, Tensor, Tensor], norm: str) -> None:
+    k, v, q = layer_inputs
+    stacks = (f"klt(bits={bits}, norm={norm}) + window(recent=0)" for bits in (1, 2, 3, 4, 6))
+    errors = [relative(written(stack, k, v, q).dense()[1], v) for stack in stacks]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02
+
+
+def test_each_row_has_its_own_basis_which_follows_it(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    k, v, q = layer_inputs
+    together = written("klt(bits=3)", k, v, q)
+    for row in range(2):
+        alone = written("klt(bits=3)", *(x[row : row + 1] for x in (k, v, q)))
+        if alone.codec.k_side.widths == together.codec.k_side.widths:
+            torch.testing.assert_close(together.dense()[0][row : row + 1], alone.dense()[0])
+    before = together.dense()
+    together.select_rows(torch.tensor([1, 1, 0]))
+    for now, then in zip(together.dense(), before, strict=True):
+        torch.testing.assert_close(now, then[[1, 1, 0]])
+
+
+def test_a_short_prompt_is_fitted_when_its_first_page_is_written() -> None:
+    """Forty tokens of prompt, then decode steps: pages appear, and what they hold is near what came in."""
+    k, v = low_rank(2, 400, 64, seed=5)[None], low_rank(2, 400, 64, seed=6)[None]
+    q = torch.randn(1, 2, 40, 64)
+    store = written("klt(bits=4) + window(sinks=4, recent=64)", k[:, :, :40], v[:, :, :40], q)
+    assert store.table.total == 0
+    moments = store.codec.moment.shape[0]
+    for at in range(40, 400):
+        store.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
+        store.settle()
+    assert store.table.longest == 5
+    assert (moments, store.codec.moment.shape[0]) == (2, 0)
+    for back, x in zip(store.dense(), (k, v), strict=True):
+        assert relative(back, x) < 0.15
+
+
+def test_held_counts_the_bases_and_what_is_gathered_for_them(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    k, v, q = layer_inputs
+    store = written("klt(bits=2)", k, v, q)
+    assert store.held(set())["constants"] == 4 * (2 * 64 * 64 * 2 + 2 * 64 * 4) + 4
+    short = written("klt(bits=2)", *(x[:, :, :50] for x in (k, v, q)))
+    assert short.held(set())["constants"] == 4 * 64 * 64 * 4 + 4 * (2 * 64 * 64 * 2 + 2 * 64 * 4) + 4
+
+
+def test_without_queries_all_directions_count_the_same(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    k, v, _ = layer_inputs
+    store = LayerStore(Stack.parse("klt(bits=4)").plan(0, 1))
+    store.start(k, v)
+    store.write(k, v, None, None)
+    assert relative(store.dense()[0], k) < 0.15
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 1, 300, 64), torch.ones(1, 1, 300, 64), torch.full((1, 1, 300, 64), 6e4)])
+def test_constant_tokens_stay_finite(x: Tensor) -> None:
+    back = written("klt(bits=2) + window(recent=0)", x, x, x).dense()
+    for side in back:
+        torch.testing.assert_close(side, x, rtol=1e-2, atol=1e-2)
+
+
+def test_an_outlier_channel_keeps_its_precision() -> None:
+    k = torch.randn(1, 1, 512, 64, generator=torch.Generator().manual_seed(7))
+    k[..., 5] *= 100
+    back = written("klt(bits=3) + window(recent=0)", k, k, k[..., :, :]).dense()[0]
+    others = torch.arange(64) != 5
+    assert (back - k)[..., others].square().mean() < 0.1
+    assert (back - k)[..., 5].square().mean() < 0.01 * 100**2
+
+
+@pytest.mark.parametrize("spec", ["klt(bits=2.25)", "klt(bits=7)", "klt(k=0)"])
+def test_other_widths_are_refused(spec: str) -> None:
+    with pytest.raises(SpecError, match=r"1, 1\.5, 2"):
+        Stack.parse(spec)
+
+
+def test_a_head_dimension_that_fills_no_unit_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"klt\(k=2\).*100 channels"):
+        Stack.parse("klt(bits=2)").plan(0, 1).build(shape(100))
