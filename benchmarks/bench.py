@@ -166,13 +166,16 @@ def answer(
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def finished(tokens: list[int]) -> bool:
-        return tokens[-1] in ends or task.stop(text(tokens), sample)
-
     def reader() -> Reader:
+        first = int(ids[0, -1])
         if isinstance(task, Perplexity):
-            return Surprise([int(ids[0, -1]), *rest[0, :limit].tolist()])
-        return Answer(int(ids[0, -1]), limit, finished, text, lambda prediction: task.score(prediction, sample))
+            return Surprise([first, *rest[0, :limit].tolist()])
+        asked = task
+
+        def finished(tokens: list[int]) -> bool:
+            return tokens[-1] in ends or asked.stop(text(tokens), sample)
+
+        return Answer(first, limit, finished, text, lambda prediction: asked.score(prediction, sample))
 
     decodings = [Decoding(cache, reader()) for cache in caches]
     place = {id(decoding): at for at, decoding in enumerate(decodings)}

@@ -21,13 +21,16 @@ TIMED = 8  # steps that a cache takes alone; their median is its time per token
 class Reader(Protocol):
     """What is fed to a cache, and what is made of the logits.
 
-    token: the next one to feed, None once there is nothing left to do. score and prediction: known by then.
+    token: the next one to feed, None once there is nothing left to do; prediction and score are known by then. steps:
+    how many were taken.
     """
 
     token: int | None
-    steps: int
-    prediction: str
 
+    @property
+    def steps(self) -> int: ...
+    @property
+    def prediction(self) -> str: ...
     @property
     def score(self) -> float: ...
 

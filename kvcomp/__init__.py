@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kvcomp.errors import KvcompError, KvcompWarning, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
-    from kvcomp.integrations.huggingface import CompressedCache, prefill
+    from kvcomp.integrations.huggingface.cache import CompressedCache
+    from kvcomp.integrations.huggingface.prefill import prefill
     from kvcomp.ledger import Memory, Traffic
     from kvcomp.stack import Stack
 

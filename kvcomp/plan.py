@@ -28,7 +28,7 @@ class LayerPlan:
 
     @property
     def needs_queries(self) -> bool:
-        return any(stage.needs_queries for stage in (self.quantizer, *self.policies))
+        return self.quantizer.needs_queries or any(policy.needs_queries for policy in self.policies)
 
     @property
     def slots(self) -> int:

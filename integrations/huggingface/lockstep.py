@@ -16,9 +16,9 @@ from .layer import Attention, CompressedLayer, Handle
 class Rows(CacheLayerMixin):
     """The same layer of several caches, one row each; every row keeps to its own."""
 
-    def __init__(self, layers: Sequence[CacheLayerMixin]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
-        self.members: Any = layers
+        self.members = layers
         self.is_sliding = layers[0].is_sliding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -34,8 +34,8 @@ class Rows(CacheLayerMixin):
         ]  # clones: a member that keeps its row must not keep the batch
         if isinstance(self.members[0], CompressedLayer):
             shapes = (torch.Size((len(held), *first.shape[1:])) for first in held[0])
-            k, v = (Handle(self, which, shape) for which, shape in enumerate(shapes))
-            return k, v
+            handles = [Handle(self, which, shape) for which, shape in enumerate(shapes)]
+            return handles[0], handles[1]
         k, v = (torch.cat(parts) for parts in zip(*held, strict=True))
         return k, v
 
