@@ -30,6 +30,7 @@ COLUMNS = {
     **costs.COLUMNS,
 }
 APART = (costs.PREFILL, costs.PEAK)  # in a terminal they have a table of their own
+ON_ANY = "#808080"  # ink of a picture that stands on a page of unknown colour
 FIRST = "vs first run"
 FIRST_MEANING = (
     "accuracy minus that of the same stack in the first run, with its 95% interval: paired as above over the common "
@@ -53,7 +54,8 @@ class _Series:
 def publish(runs: Sequence[Run], out: Path) -> Comparison:
     """Write `summary.csv` and `report.html` of one run, or of several side by side; return what they say.
 
-    Texts that were scored by their likelihood are a part of the page, and `perplexity.csv`.
+    The Pareto pictures of the page are files too, `held_<context>.svg` and `read_<context>.svg`. Texts that were scored
+    by their likelihood are a part of the page, and `perplexity.csv`.
 
     Raises RunError where `out` cannot be written.
     """
@@ -65,6 +67,12 @@ def publish(runs: Sequence[Run], out: Path) -> Comparison:
     if comparison.texts:
         likelihood.write_csv(comparison.texts, out / "perplexity.csv")
     write_text(out / "report.html", _page(runs, comparison))
+    series = _series(comparison)
+    for context in dict.fromkeys(line.row.context for line in comparison.lines):
+        for name, picture in _pareto(
+            [line for line in comparison.lines if line.row.context == context], series
+        ).items():
+            write_text(out / f"{name}_{context}.svg", picture.replace("currentColor", ON_ANY))
     return comparison
 
 
@@ -158,9 +166,7 @@ def _page(runs: Sequence[Run], comparison: Comparison) -> str:
     import jinja2
 
     report = comparison.lines
-    series = {
-        key: _Series(number, *key) for number, key in enumerate(dict.fromkeys(line.series for line in report), start=1)
-    }
+    series = _series(comparison)
     contexts = list(dict.fromkeys(line.row.context for line in report))
     meanings = {**COLUMNS, FIRST: FIRST_MEANING}
     columns = _shown(report)
@@ -182,6 +188,11 @@ def _page(runs: Sequence[Run], comparison: Comparison) -> str:
     )
 
 
+def _series(comparison: Comparison) -> dict[tuple[str, str], _Series]:
+    keys = dict.fromkeys(line.series for line in comparison.lines)
+    return {key: _Series(number, *key) for number, key in enumerate(keys, start=1)}
+
+
 def _choose(texts: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
     return {column: texts[column] for column in columns}
 
@@ -198,11 +209,18 @@ def _section(
         "samples": sorted({line.row.samples for line in chosen}),
         "prompt_tokens": sorted({round(line.row.prompt_tokens) for line in chosen}),
         "rows": [(series[line.series], _choose(cells(line), columns)) for line in chosen],
-        "held": scatter([_point(line, series, line.row.held_mib) for line in chosen], "MiB held"),
-        "read": scatter([_point(line, series, line.row.read_mib) for line in chosen], "MiB read per decode step"),
+        **_pareto(chosen, series),
         "series": [series[line.series] for line in chosen],
         "groups": {group: [line.row.by_group.get(group) for line in chosen] for group in groups},
         "tasks": {task: [line.row.by_task.get(task) for line in chosen] for task in tasks},
+    }
+
+
+def _pareto(chosen: Sequence[Line], series: Mapping[tuple[str, str], _Series]) -> dict[str, str]:
+    """Accuracy over bytes held and over bytes read, as SVG."""
+    return {
+        "held": scatter([_point(line, series, line.row.held_mib) for line in chosen], "MiB held"),
+        "read": scatter([_point(line, series, line.row.read_mib) for line in chosen], "MiB read per decode step"),
     }
 
 

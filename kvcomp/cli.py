@@ -239,7 +239,7 @@ def bench(
 
     Each prompt is prefilled once, without compression, for all stacks, save those that take it in chunks; then each
     answers from its own cache.
-    Writes samples.jsonl, summary.csv (for texts perplexity.csv) and report.html to --out.
+    Writes samples.jsonl, summary.csv (for texts perplexity.csv), report.html and its pictures to --out.
     """
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     contexts = whole_numbers("context", context or ["2048"], "tokens")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import tiny_folder
@@ -165,6 +166,10 @@ def test_bench_measures_writes_and_continues(run: Run, tiny: Path, tmp_path: Pat
     assert "kivi(" in page
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
     assert (out / "summary.csv").read_text().count("\n") == 3
+    for picture in out.glob("*.svg"):
+        ElementTree.parse(picture)
+        assert "currentColor" not in picture.read_text()
+    assert {picture.name for picture in out.glob("*.svg")} == {"held_400.svg", "read_400.svg"}
 
     # Cut the last record short, as a killed process would: only its sample runs again.
     (out / "samples.jsonl").write_text("\n".join(lines)[:-20])
