@@ -292,6 +292,9 @@ class LayerStore:
 
     def _decode(self, ids: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         """A stream's pages ids [m] as tokens [m * P, Dk], [m * P, Dv] in original coordinates and the model's dtype."""
+        if not len(ids):  # a codec that adapts to its first page has nothing to decode with yet
+            k, v = (torch.zeros(0, dim, dtype=self.dtype, device=self.device) for dim in (self.k_dim, self.v_dim))
+            return k, v
         k, v = self.codec.decode(self.layout.gather(self.pool.data, ids))
         k, v = self.codec.inverse(k, v, torch.full((len(ids),), stream, device=self.device))
         return k.to(self.dtype).flatten(0, 1), v.to(self.dtype).flatten(0, 1)

@@ -121,16 +121,16 @@ class _Tensors:
 
     def __init__(self) -> None:
         self.by_name: dict[str, Tensor] = {}
-        self._known: dict[Any, tuple[str, Tensor]] = {}  # with the tensor, whose address would else be free again
+        self._names: dict[Any, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> str:
-        """Returns the name that the tensor has."""
+        """Returns the name that the tensor has. It has to stay alive as long as others are added."""
         where = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if where not in self._known:
-            self._known[where] = name, tensor
+        if where not in self._names:
+            self._names[where] = name
             own = tensor.detach().cpu().contiguous()
             self.by_name[name] = own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
-        return self._known[where][0]
+        return self._names[where]
 
 
 def _pack(value: Any, name: str, tensors: _Tensors) -> Any:

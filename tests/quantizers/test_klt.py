@@ -192,6 +192,12 @@ def test_a_short_prompt_is_fitted_when_its_first_page_is_written() -> None:
         assert relative(back, x) < 0.15
 
 
+def test_tokens_that_fill_no_page_come_back_as_they_are() -> None:
+    x = torch.randn(1, 2, 20, 64)
+    for back in Stack.parse("klt(bits=2)").roundtrip(x, x, x):
+        assert torch.equal(back, x)
+
+
 def test_held_counts_the_bases_and_what_is_gathered_for_them(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     k, v, q = layer_inputs
     store = written("klt(bits=2)", k, v, q)
