@@ -29,18 +29,23 @@ class Svd(Calibrated):
     Needs a file of `kvcomp calibrate --method svd`, which serves every rank. K's directions have the least expected
     squared error of q . k, V's the least behind the output projection; what is dropped is replaced by its mean. Nothing
     is trained, and K is taken post-RoPE, where Palu and MHA2MLA compress it before RoPE. With `bits`, coordinates are
-    mixed by a Hadamard matrix, as in Palu, and stored as integers per token. Effective bits: rank / D of the dtype's,
-    or (bits * rank + 32) / D.
+    mixed by a Hadamard matrix, as in Palu, and stored as integers per token. Effective bits of a side: rank / D of the
+    dtype's, or (bits * rank + 32) / D.
     """
 
     paper: ClassVar[str] = "arXiv:2407.21118, arXiv:2502.14837"
 
     rank: int | float = arg(0.5, "directions kept: how many, or a share of all (to a multiple of 8)")
+    v_rank: int | float | None = arg(None, "those of V, where they differ: V bears less")
     bits: int | None = arg(None, "bits per kept coordinate, 2 to 8; None: the model's dtype")
     calibration: str | None = arg(None, FILE)
 
     def __post_init__(self) -> None:
         check_amount(self, "rank")
+        if self.v_rank is not None:
+            check_amount(self, "v_rank")
+            if (type(self.v_rank), self.v_rank) == (type(self.rank), self.rank):  # equal stacks are written alike
+                object.__setattr__(self, "v_rank", None)
         self.check(self.bits is None or 2 <= self.bits <= 8, "bits", "None or 2 to 8")
 
     @classmethod
@@ -59,8 +64,13 @@ class Svd(Calibrated):
     def sides(self, shape: PageShape) -> tuple[Side, Side]:
         return self._side("k", shape, shape.k_dim), self._side("v", shape, shape.v_dim)
 
+    def _kept(self, name: str, dim: int) -> int:
+        if name == "v" and self.v_rank is not None:
+            return kept(self.v_rank, dim, "svd", "v_rank")
+        return kept(self.rank, dim, "svd", "rank")
+
     def _side(self, name: str, shape: PageShape, dim: int) -> Side:
-        rank = kept(self.rank, dim, "svd", "rank")
+        rank = self._kept(name, dim)
         if self.bits is None:
             return RawSide(name, shape.page_size, rank, shape.dtype)
         return UniformSide(name, shape.page_size, rank, self.bits, 1, rank)
@@ -69,7 +79,7 @@ class Svd(Calibrated):
         return self._basis("k", calibration, shape, shape.k_dim), self._basis("v", calibration, shape, shape.v_dim)
 
     def _basis(self, name: str, calibration: Calibration, shape: PageShape, dim: int) -> Basis:
-        rank = kept(self.rank, dim, "svd", "rank")
+        rank = self._kept(name, dim)
         write, read = (calibration.tensor(n, shape, dim, dim)[..., :rank] for n in (name, f"{name}_dual"))
         if self.bits is not None:
             mixing = hadamard(rank, shape.device).matrix

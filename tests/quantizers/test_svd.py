@@ -102,6 +102,21 @@ def test_bytes_are_the_ranks(dim: int, bits: int | None) -> None:
         assert 8 * layout.bytes_per_page == 64 * 2 * per_token
 
 
+def test_values_may_keep_more_than_keys(file: Path) -> None:
+    _, k, v = chunk(3, 32, 48)
+    back = Stack.parse(f"svd(rank=8, v_rank=1.0, calibration={str(file)!r}) + {OPEN}").roundtrip(k, v)
+    torch.testing.assert_close(back[1], v, rtol=1e-4, atol=1e-4)
+    assert (back[0] - k).norm() > 0.1 * k.norm()
+    layout = Stack.parse("svd(rank=0.25, v_rank=48, bits=4)").plan(0, 1).layout(shape(1, 64))
+    assert 8 * layout.bytes_per_page == 64 * (4 * (16 + 48) + 2 * 32)
+    assert str(Stack.parse("svd(rank=0.5, v_rank=0.5)")) == "svd(rank=0.5)"
+    assert Stack.parse("svd(rank=1, v_rank=1.0)").quantizer == Svd(rank=1, v_rank=1.0)
+    with pytest.raises(SpecError, match=r"svd\(v_rank=65\): there are 64 channels"):
+        Stack.parse("svd(v_rank=65)").plan(0, 1).layout(shape(1, 64))
+    with pytest.raises(SpecError, match=r"svd\(v_rank=2.0\)"):
+        Stack.parse("svd(v_rank=2.0)")
+
+
 def test_a_layer_holds_its_own_directions_and_no_more(file: Path) -> None:
     codec, _ = Stack.parse(f"svd(rank=8, calibration={str(file)!r})").plan(0, 1).build(shape(3, 32, 48))
     held = sum(t.untyped_storage().nbytes() for t in codec.constants())
