@@ -24,7 +24,7 @@ EXAMPLES = """Examples:
 
 
 def calibrate(
-    method: Annotated[str, typer.Option(help="The quantizer to calibrate: oscar, svd or think.")],
+    method: Annotated[str, typer.Option(help="The quantizer to calibrate: oscar, svd, think or klt.")],
     text: Annotated[
         list[Path], typer.Option(help="A text file for the model to read; repeat it. Each gives an equal share.")
     ],

@@ -159,7 +159,11 @@ class Quantizer(Stage):
     """Decides the bytes of a page."""
 
     family: ClassVar[str] = "quantizer"
-    needs_queries: ClassVar[bool] = False
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether `Codec.observe` has to be called."""
+        return False
 
     def codec(self, shape: PageShape) -> Codec:
         raise NotImplementedError

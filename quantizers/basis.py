@@ -18,7 +18,8 @@ class Basis:
     R < D drops directions.
 
     matrix: W, float32, or None for the identity.
-    dual: D, float32; None where it is W itself (orthonormal columns).
+    dual: D, float32; None where it is W itself (orthonormal columns). It has more columns than W where a grid decodes
+        more coordinates than it was given.
     mean: [D] or [n, D] float32, or None for zero.
     """
 
@@ -88,9 +89,12 @@ def hadamard(dim: int, device: torch.device) -> Basis:
 
 
 @cache
-def rotation(dim: int, device: torch.device) -> Basis:
-    """A uniformly random rotation, the same in every process: Q of a seeded Gaussian, R's diagonal positive."""
-    gaussian = torch.randn(dim, dim, generator=torch.Generator().manual_seed(dim), dtype=torch.float64)
+def rotation(dim: int, device: torch.device, salt: int = 0) -> Basis:
+    """A uniformly random rotation, the same in every process and independent of those of another `salt`.
+
+    Q of a seeded Gaussian, R's diagonal positive.
+    """
+    gaussian = torch.randn(dim, dim, generator=torch.Generator().manual_seed(salt + dim), dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return Basis((q * r.diagonal().sign()).float().to(device))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvcomp.errors import KvcompError
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.pages import Field
-from kvcomp.stages import PageShape, Quantizer
+from kvcomp.stages import Codec, PageShape, Quantizer
 
 from .basis import Basis
 from .codecs import GridCodec, Side
@@ -213,7 +213,7 @@ class Calibrated(Quantizer):
     def fields(self, shape: PageShape) -> tuple[Field, ...]:
         return tuple(field for side in self.sides(shape) for field in side.fields)
 
-    def codec(self, shape: PageShape) -> GridCodec:
+    def codec(self, shape: PageShape) -> Codec:
         return GridCodec(*self.sides(shape), *self.bases(self.load(), shape))
 
     def serves(self, model: Callable[[], Fingerprint]) -> None:

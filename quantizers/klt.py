@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.errors import SpecError
-from kvcomp.fingerprint import Fingerprint
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
@@ -300,6 +299,7 @@ class Klt(WidthQuantizer, Calibrated):
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2511.01815"
+    required: ClassVar[bool] = False
     widths: ClassVar[tuple[float, ...]] = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6)
 
     bits: int | float | None = arg(2, f"{BITS} on average: 1 to 4 in halves, 5 or 6")
@@ -307,7 +307,7 @@ class Klt(WidthQuantizer, Calibrated):
     calibration: str | None = arg(None, f"{FILE}; None: fitted to the prompt")
 
     @property
-    def needs_queries(self) -> bool:  # type: ignore[override]
+    def needs_queries(self) -> bool:
         return self.calibration is None
 
     @property
@@ -336,7 +336,7 @@ class Klt(WidthQuantizer, Calibrated):
         dims = shape.k_dim, shape.v_dim
         return 0 if self.calibration else sum(d * d * SCALE.itemsize + d * MEAN.itemsize for d in dims)
 
-    def codec(self, shape: PageShape) -> KltCodec:  # type: ignore[override]
+    def codec(self, shape: PageShape) -> KltCodec:
         sides = self._sides(shape)
         if self.calibration is None:
             return KltCodec(*sides)
@@ -346,7 +346,3 @@ class Klt(WidthQuantizer, Calibrated):
             parts = (file.tensor(f"{side.name}.{what}", shape, *d) for what, d in zip(PARTS, dims, strict=True))
             side.take(heads, *parts)
         return KltCodec(*sides, fitted_heads=True)
-
-    def serves(self, model: Callable[[], Fingerprint]) -> None:
-        if self.calibration is not None:
-            super().serves(model)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcomp.pages import Field
 
+from .basis import rotation
 from .codecs import Side
 from .lloyd import LloydSide, sphere_codebook
 
@@ -34,9 +35,9 @@ def projection(dim: int, device: torch.device) -> Tensor:
     QJL is defined with independent Gaussians; its authors' code orthogonalizes them, as here. Signs of a vector r then
     estimate it with squared error (pi / 2 - 1) |r|^2 instead of pi / 2 |r|^2.
     """
-    gaussian = torch.randn(dim, dim, generator=torch.Generator().manual_seed(2406_03482 + dim), dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).float().to(device)
+    matrix = rotation(dim, device, salt=2406_03482).matrix
+    assert matrix is not None
+    return matrix
 
 
 @dataclass(frozen=True)
