@@ -7,29 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import tiny_folder
-from typer.testing import CliRunner, Result
+from command import refused, run
+from typer.testing import Result
 
 import kvcomp
-from kvcomp.cli import app
 from kvcomp.registry import stages
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def invoke(*args: str, stdin: str | None = None) -> Result:
-        return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
-
-    return invoke
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +24,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder.save(tmp_path_factory.mktemp("tiny"))
 
 
-def refused(result: Result, *parts: str) -> None:
-    """The command left with code 2, and its last line is the error and has all parts."""
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error:")
-    for part in parts:
-        assert part in line
-
-
-def test_version(run: Run) -> None:
+def test_version() -> None:
     assert run("--version").output == f"kvcomp {kvcomp.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [[], ["stacks"], ["generate"], ["bench"]])
-def test_help_teaches(run: Run, command: list[str]) -> None:
+def test_help_teaches(command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert "kvcomp " in result.output or command == ["stacks"]
@@ -63,7 +40,7 @@ def test_help_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_stacks_lists_every_stage_with_its_arguments(run: Run) -> None:
+def test_stacks_lists_every_stage_with_its_arguments() -> None:
     text = run("stacks").output
     described = json.loads(run("stacks", "--json").output)
     assert set(described) == set(stages())
@@ -75,7 +52,7 @@ def test_stacks_lists_every_stage_with_its_arguments(run: Run) -> None:
             assert f"{argument['name']}={argument['default']}" in text
 
 
-def test_generate_streams_text_and_compares_sizes(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_generate_streams_text_and_compares_sizes(tiny: Path, tmp_path: Path) -> None:
     prompt = "The grass is green. The sky is blue. " * 10
     (tmp_path / "prompt.txt").write_text(prompt)
     options = ("--model", tiny, "--stack", "kivi(bits=2)", "--max-new-tokens", 5)
@@ -87,7 +64,7 @@ def test_generate_streams_text_and_compares_sizes(run: Run, tiny: Path, tmp_path
     assert run("generate", "--file", tmp_path / "prompt.txt", *options).stdout == direct.stdout
 
 
-def test_generate_refuses_what_it_cannot_do(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_generate_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
     refused(run("generate", "", "--model", tiny), "prompt", "empty")
     refused(run("generate", "-", "--model", tiny, stdin=" \n"), "prompt", "empty")
     refused(run("generate", "--model", tiny), "prompt", "--file")
@@ -104,7 +81,7 @@ def test_generate_refuses_what_it_cannot_do(run: Run, tiny: Path, tmp_path: Path
     [("kivvi(bits=2)", "kivi"), ("kivi(bitz=2)", "bits"), ("kivi(bits=7)", "7"), ("kivi(", "kivi(")],
 )
 def test_a_mistyped_stack_names_what_would_be_right(
-    run: Run, tiny: Path, tmp_path: Path, command: tuple[str, ...], stack: str, part: str
+    tiny: Path, tmp_path: Path, command: tuple[str, ...], stack: str, part: str
 ) -> None:
     out = ("--out", tmp_path / "out") if command == ("bench",) else ()
     refused(run(*command, "--model", tiny, "--stack", stack, *out), part)
@@ -121,7 +98,7 @@ def test_a_mistyped_stack_names_what_would_be_right(
     ],
 )
 def test_a_model_that_is_not_there(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, parts: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, parts: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -146,7 +123,7 @@ BENCH = (
 )
 
 
-def test_bench_measures_writes_and_continues(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_bench_measures_writes_and_continues(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ("bench", "--model", tiny, *BENCH, "--out", out)
     first = run(*command)
@@ -192,7 +169,7 @@ def test_bench_measures_writes_and_continues(run: Run, tiny: Path, tmp_path: Pat
         assert (out / file).read_bytes() == (tmp_path / "copy" / file).read_bytes()
 
 
-def test_bench_refuses_what_it_cannot_do(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_bench_refuses_what_it_cannot_do(tiny: Path, tmp_path: Path) -> None:
     def bench(*args: object, out: str = "new") -> Result:
         return run("bench", "--model", tiny, "--stack", "none", "--out", tmp_path / out, *args)
 

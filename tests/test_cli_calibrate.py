@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_folder
-from typer.testing import CliRunner, Result
+from command import refused, run
+from typer.testing import Result
 
-from kvcomp.cli import app
 from kvcomp.quantizers.calibration import load
 
-Run = Callable[..., Result]
 METHODS = ("oscar", "svd", "think")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def invoke(*args: object) -> Result:
-        return CliRunner().invoke(app, [str(arg) for arg in args])
-
-    return invoke
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +26,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def refused(result: Result, *parts: str) -> None:
-    """The command left with code 2, and its last line is the error and has all parts."""
-    assert result.exit_code == 2, result.output
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error:")
-    for part in parts:
-        assert part in line
-
-
-def test_help_teaches(run: Run) -> None:
+def test_help_teaches() -> None:
     result = run("calibrate", "--help")
     assert result.exit_code == 0
     for part in ("--method", "--text", "--out", "--tokens", "20480", "--context", "2048", "calibration='"):
@@ -55,9 +34,7 @@ def test_help_teaches(run: Run) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_calibrated_stack_generates_with_its_model_only(
-    run: Run, tiny: Path, text: Path, tmp_path: Path, method: str
-) -> None:
+def test_a_calibrated_stack_generates_with_its_model_only(tiny: Path, text: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "new folder" / "file.safetensors"
     made = run(
         "calibrate", "--model", tiny, "--method", method, "--text", text, "--text", text,
@@ -87,7 +64,7 @@ def test_a_calibrated_stack_generates_with_its_model_only(
     refused(run("generate", *prompt, "--model", other), str(tiny), str(other), "another model", "kvcomp calibrate")
 
 
-def test_what_it_refuses(run: Run, tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_what_it_refuses(tiny: Path, text: Path, tmp_path: Path) -> None:
     def calibrate(*args: object, method: str = "think", out: str = "new", file: Path = text) -> Result:
         where = ("--text", file, "--out", tmp_path / out)
         return run("calibrate", "--model", tiny, "--method", method, *where, "--tokens", 256, "--context", 64, *args)

@@ -6,13 +6,8 @@ from pathlib import Path
 
 import pytest
 import texts_folder
-from typer.testing import CliRunner, Result
-
-from kvcomp.cli import app
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+from command import run
+from typer.testing import Result
 
 
 def line(result: Result, task: str) -> str:

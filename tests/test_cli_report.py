@@ -14,29 +14,11 @@ from typing import Any
 
 import pytest
 import tiny_folder
-from typer.testing import CliRunner, Result
+from command import refused, run
 
 from kvcomp.benchmarks.results import Record, Results
-from kvcomp.cli import app
 
 KIVI = "kivi(bits=2)"
-
-
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def refused(result: Result, *parts: str) -> None:
-    assert result.exit_code == 2, result.output
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("error:")
-    for part in parts:
-        assert part in line
 
 
 def record(**values: Any) -> Record:

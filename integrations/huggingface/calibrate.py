@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.quantizers.calibration import Calibrated, Calibration
@@ -20,48 +20,30 @@ from kvcomp.quantizers.statistics import Moments, Statistics
 from kvcomp.registry import find, stages
 
 from .fingerprint import fingerprint
+from .handles import Call, HandleLayer
 from .hook import hook
-from .layer import Attention, Handle
 
 TOKENS, CONTEXT, SHORTEST = 20480, 2048, 16
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
 
 
-class MomentsLayer(CacheLayerMixin):
+class MomentsLayer(HandleLayer):
     """A full-attention layer that attends densely to one context and keeps nothing of it but its moments."""
-
-    is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
         self.moments = Moments()
         self.output: Tensor | None = None  # as in Statistics
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        self.chunk = keys, values
 
-    def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Handle, Handle]:
-        self.lazy_initialization(key_states, value_states)
-        self.chunk = key_states, value_states
-        return Handle(self, 0, key_states.shape), Handle(self, 1, value_states.shape)
-
-    def attention(
-        self,
-        base: Attention,
-        module: torch.nn.Module,
-        query: Tensor,
-        mask: Tensor | None,
-        scaling: float | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
+    def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         keys, values = self.chunk
-        result = base(module, query, keys, values, mask, scaling=scaling, **kwargs)
+        result = call.dense(keys, values)
         if self.moments.tokens == 0:
-            self.output = output_cost(module, query.shape[1], keys.shape[1], values.shape[3])
-        self.moments.add(query, keys, values)
+            self.output = output_cost(call.module, call.query.shape[1], keys.shape[1], values.shape[3])
+        self.moments.add(call.query, keys, values)
         return result
 
     def dense(self, which: int) -> Tensor:
@@ -69,15 +51,6 @@ class MomentsLayer(CacheLayerMixin):
             "this model reads keys and values as tensors instead of through its attention function, so that its "
             "queries are not seen: it cannot be calibrated"
         )
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def output_cost(module: torch.nn.Module, query_heads: int, heads: int, v_dim: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcomp.errors import UnsupportedError
 
-from .layer import Attention, Handle
+from .handles import Attention, Call, Handle
 from .masks import mask_function
 
 PREFIX = "kvcomp_"
@@ -40,7 +40,7 @@ def _attention_function(base: str) -> Attention:
     ) -> tuple[Tensor, Tensor | None]:
         function = _base_attention(base, module)
         if isinstance(key, Handle):
-            return key.layer.attention(function, module, query, attention_mask, scaling, kwargs)
+            return key.layer.attention(Call(function, module, query, attention_mask, scaling, kwargs))
         n, length = query.shape[2], key.shape[2]
         if (
             n > 1

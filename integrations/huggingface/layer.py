@@ -1,15 +1,13 @@
-"""One full-attention layer of the cache, and the handles that stand in for its keys and values."""
+"""One full-attention layer of the cache."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from transformers.cache_utils import CacheLayerMixin
 
 from kvcomp.attention import Part, sink_logit
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
@@ -17,66 +15,8 @@ from kvcomp.layer import LayerStore
 from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 
+from .handles import Call, Handle, HandleLayer
 from .masks import causal, read_mask
-
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class HandleLayer(Protocol):
-    """What a handle asks of the layer behind it."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-    def dense(self, which: int) -> Tensor: ...
-    def attention(
-        self,
-        base: Attention,
-        module: torch.nn.Module,
-        query: Tensor,
-        mask: Tensor | None,
-        scaling: float | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-
-class Handle:
-    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning."""
-
-    def __init__(self, layer: HandleLayer, which: int, shape: torch.Size) -> None:
-        self.layer, self.which, self.shape = layer, which, shape
-
-    ndim = 4
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.device
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return 4
-
-    def dense(self) -> Tensor:
-        return self.layer.dense(self.which)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.dense()[index]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
-
-    @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, Handle) else x, (args, kwargs or {}))
-        return func(*args, **kwargs)
 
 
 class Pending(NamedTuple):
@@ -105,12 +45,11 @@ class Pending(NamedTuple):
         return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale)
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(HandleLayer):
     """One full-attention layer: translates between transformers and the core's `LayerStore`."""
 
     is_compileable = False
     is_croppable = True
-    is_sliding = False
     supports_early_init = False
 
     def __init__(self, plan: LayerPlan, max_tokens: int | None, prefill_chunk: int | None = None) -> None:
@@ -130,9 +69,8 @@ class CompressedLayer(CacheLayerMixin):
         return self.store.rows if self.is_initialized else -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
         self.store.start(key_states, value_states)
-        self.is_initialized = True
+        super().lazy_initialization(key_states, value_states)
 
     def activate_past_recording(self) -> None:
         """From now on a chunk is committed at the following `crop` (or the next update), so that a crop is exact."""
@@ -144,10 +82,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         _refuse_nothing(query_length)
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
+        return super().get_mask_sizes(query_length)
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:
@@ -178,33 +113,22 @@ class CompressedLayer(CacheLayerMixin):
         self.pending = Pending(key_states, value_states)
         self.store.read = {}  # of the step that begins
         length = self.get_seq_length()
-        shapes = (torch.Size((*x.shape[:2], length, x.shape[3])) for x in (key_states, value_states))
-        k, v = (Handle(self, which, shape) for which, shape in enumerate(shapes))
-        return k, v
+        return self.handles(*(torch.Size((*x.shape[:2], length, x.shape[3])) for x in (key_states, value_states)))
 
-    def attention(
-        self,
-        base: Callable[..., Any],
-        module: torch.nn.Module,
-        query: Tensor,
-        mask: Tensor | None,
-        scaling: float | None,
-        kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
         assert self.pending is not None
-        store, (keys, values, *_) = self.store, self.pending
+        store, (keys, values, *_), query = self.store, self.pending, call.query
         n, past = keys.shape[2], store.history.length
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        seen = None if mask is None and n == 1 else read_mask(mask, past, n)
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
         valid = seen.valid if seen is not None else None
         if valid is not None:
             valid = valid.expand(store.rows, n)
             if bool(valid.all()):
                 valid = None
-        weights = None
         if past == 0 and n > 1:
-            out, weights = base(module, query, keys, values, mask, scaling=scaling, **kwargs)
+            out, weights = call.dense(keys, values)
             self._hold(valid, query, scale)
             return out, weights
         if (
@@ -216,7 +140,7 @@ class CompressedLayer(CacheLayerMixin):
                 "the attention mask hides or shows other cached tokens than those that were written as no padding; "
                 "compressed pages cannot follow a mask that changes later"
             )
-        softcap = kwargs.get("softcap")
+        softcap = call.kwargs.get("softcap")
         if n == 1 and valid is None and not self.record_past:
             store.append(keys, values)
             part = store.attend(query, scale, softcap)
@@ -226,8 +150,8 @@ class CompressedLayer(CacheLayerMixin):
             visible = seen.visible if seen is not None and seen.visible is not None else causal(n, query.device)
             part = store.attend(query, scale, softcap, (keys, values, visible.to(query.device)))
             self._hold(valid, query, scale)
-        if kwargs.get("s_aux") is not None:
-            part = sink_logit(part, kwargs["s_aux"].view(1, -1, 1).expand_as(part.lse))
+        if call.kwargs.get("s_aux") is not None:
+            part = sink_logit(part, call.kwargs["s_aux"].view(1, -1, 1).expand_as(part.lse))
         return _to_model(part, query), None
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:

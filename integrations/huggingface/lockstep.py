@@ -7,23 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import CompressedCache
-from .layer import Attention, CompressedLayer, Handle
+from .handles import Call, HandleLayer
+from .layer import CompressedLayer
 
 
-class Rows(CacheLayerMixin):
+class Rows(HandleLayer):
     """The same layer of several caches, one row each; every row keeps to its own."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
         self.members = layers
         self.is_sliding = layers[0].is_sliding
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Give keys [n, H, 1, D] and values [n, H, 1, D] to the n members, a row each."""
@@ -34,24 +31,15 @@ class Rows(CacheLayerMixin):
         ]  # clones: a member that keeps its row must not keep the batch
         if isinstance(self.members[0], CompressedLayer):
             shapes = (torch.Size((len(held), *first.shape[1:])) for first in held[0])
-            handles = [Handle(self, which, shape) for which, shape in enumerate(shapes)]
-            return handles[0], handles[1]
+            return self.handles(*shapes)
         k, v = (torch.cat(parts) for parts in zip(*held, strict=True))
         return k, v
 
-    def attention(
-        self,
-        base: Attention,
-        module: torch.nn.Module,
-        query: Tensor,
-        mask: Tensor | None,
-        scaling: float | None,
-        kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        outs = []
-        for i, (member, q) in enumerate(zip(self.members, query.split(1), strict=True)):
+    def attention(self, call: Call) -> tuple[Tensor, None]:
+        outs, mask = [], call.mask
+        for i, (member, q) in enumerate(zip(self.members, call.query.split(1), strict=True)):
             own = mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1]
-            outs.append(member.attention(base, module, q, own, scaling, kwargs)[0])
+            outs.append(member.attention(call._replace(query=q, mask=own))[0])
         return torch.cat(outs), None
 
     def dense(self, which: int) -> Tensor:
@@ -63,9 +51,6 @@ class Rows(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         sizes: tuple[int, int] = self.members[0].get_mask_sizes(query_length)
         return sizes
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def can_step_together(cache: CompressedCache) -> bool:

@@ -9,64 +9,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvcomp.errors import KvcompError
 
 from .cache import CompressedCache
-from .layer import Attention, CompressedLayer, Handle
+from .handles import Call, HandleLayer
+from .layer import CompressedLayer
 from .timing import Stopwatch, clock
 
 
-class SharedLayer(CacheLayerMixin):
+class SharedLayer(HandleLayer):
     """The same layer of several caches during their common prefill: dense attention once, then every stack commits."""
-
-    is_sliding = False
 
     def __init__(self, layers: Sequence[CompressedLayer], watches: Sequence[Stopwatch]) -> None:
         super().__init__()
         self.members, self.watches = layers, watches
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Handle, Handle]:
-        self.lazy_initialization(key_states, value_states)
+    def take(self, keys: Tensor, values: Tensor) -> None:
         for member in self.members:
-            member.update(key_states, value_states)
-        return Handle(self, 0, key_states.shape), Handle(self, 1, value_states.shape)
+            member.update(keys, values)
 
-    def attention(
-        self,
-        base: Attention,
-        module: torch.nn.Module,
-        query: Tensor,
-        mask: Tensor | None,
-        scaling: float | None,
-        kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         chunk = self.members[0].pending
         assert chunk is not None
-        result = base(module, query, chunk.keys, chunk.values, mask, scaling=scaling, **kwargs)
+        result = call.dense(chunk.keys, chunk.values)
+        given = call._replace(base=lambda *args, **kwargs: result)
         for member, watch in zip(self.members, self.watches, strict=True):
-            with watch.span(query.device):
-                member.attention(lambda *a, **k: result, module, query, mask, scaling, kwargs)
+            with watch.span(call.query.device):
+                member.attention(given)
         return result
 
     def dense(self, which: int) -> Tensor:
         return self.members[0].dense(which)
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class Prefilled(NamedTuple):
