@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcomp.attention import Part, attend, merge
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.exact import ExactBuffer
+from kvcomp.finite import finite, saturated
 from kvcomp.history import History
 from kvcomp.kernels.reference import attend_pages
 from kvcomp.ledger import storage_bytes
@@ -128,8 +129,9 @@ class LayerStore:
         n = k.shape[2]
         streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
         tail = None if self.tail is None else self.tail + n
-        if q is not None and n:
-            self.codec.observe(streams.to(self.device), rearrange(q, "b (h g) n d -> (b h) (g n) d", h=self.heads))
+        if q is not None and n and self.plan.quantizer.needs_queries:
+            seen = rearrange(q, "b (h g) n d -> (b h) (g n) d", h=self.heads)
+            self.codec.observe(streams.to(self.device), finite(seen, f"queries of layer {self.plan.layer}"))
         if not self.plan.policies or n == 0:
             if n:
                 self._extend(streams, k.flatten(0, 1), v.flatten(0, 1))
@@ -188,6 +190,8 @@ class LayerStore:
         """Turn the first `tokens` = m * P of what is at hand, k [s, n, Dk], v [s, n, Dv], into m pages per stream."""
         size = self.plan.page_size
         m = tokens // size
+        if not self.codec.lossless:
+            k, v = (finite(x, f"{name} of layer {self.plan.layer}") for name, x in (("keys", k), ("values", v)))
         self.codec.fit(streams.to(self.device), k, v)
         k, v = (x[:, :tokens].unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
         fields = self.codec.encode(k, v, streams.repeat_interleave(m).to(k.device))
@@ -297,6 +301,8 @@ class LayerStore:
             return k, v
         k, v = self.codec.decode(self.layout.gather(self.pool.data, ids))
         k, v = self.codec.inverse(k, v, torch.full((len(ids),), stream, device=self.device))
+        if not self.codec.lossless:
+            k, v = saturated(k, self.dtype), saturated(v, self.dtype)
         return k.to(self.dtype).flatten(0, 1), v.to(self.dtype).flatten(0, 1)
 
     # -- surgery --------------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ class Codec:
     decoded values is mapped once by `read_output`. `inverse` gives decoded K and V in the original coordinates; only
     round trips and dense reconstruction use it.
 
-    What is not overridden here is the identity.
+    What `observe`, `fit` and `encode` get is finite, unless the codec is lossless: the store puts 0 in place of nan and
+    infinities, and warns. What is not overridden here is the identity.
     """
 
     lossless: bool = False
@@ -136,7 +137,7 @@ class Codec:
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         """See queries [s, R, Dk] of `streams` (int64 [s]) before tokens of the same chunk are encoded.
 
-        Called for chunks, not for single decode steps, and only where some stage of the stack `needs_queries`.
+        Called for chunks, not for single decode steps, and only where the quantizer `needs_queries`.
         """
 
     def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:

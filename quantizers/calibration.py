@@ -25,7 +25,7 @@ from .basis import Basis
 from .codecs import GridCodec, Side
 from .statistics import Statistics
 
-KIND = "kvcomp calibration 1"
+KIND = "kvcomp calibration 2"
 FILE = "file that `kvcomp calibrate` wrote for this method and model"
 
 
@@ -51,6 +51,14 @@ class Calibration:
     tensors: Mapping[str, Tensor]
     version: str = ""
     path: Path = Path()
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise CalibrationError(
+                    f"{name} of {self.method} is not finite: the model gave nan or infinities on these texts, in its "
+                    "dtype; calibrate in float32, and check that the model writes sense"
+                )
 
     @property
     def layers(self) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvcomp.finite import saturated
 from kvcomp.pages import Field
 from kvcomp.stages import Codec, PageShape
 
@@ -39,7 +40,7 @@ class RawSide:
         return (Field(self.name, (self.page_size, self.dim), self.dtype),)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        return {self.name: x.to(self.dtype)}
+        return {self.name: saturated(x, self.dtype)}
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         return page[self.name].float()

@@ -27,9 +27,9 @@ from .widths import BITS, WidthQuantizer
 UNIT = 8  # channels that share a width: a bit each fills a byte
 WIDEST = 8
 MEAN = torch.float32
-PARTS = ("basis", "variance", "mean")
 # Lloyd-Max distortion of a unit Gaussian at 0 to 8 bits (Max 1960, continued at a quarter of the last step per bit)
 DISTORTION = (1.0, 0.36338, 0.11748, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000413)
+LONGEST = 3.0  # a norm grows at most so many times to make up for short codes
 RIDGE = 1e-3  # of the mean variance: what is added to a second moment before it is inverted
 
 
@@ -54,19 +54,21 @@ def runs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 class KltSide:
-    """K or V of a page: Lloyd-Max codes of coordinates in a basis per stream or per head.
+    """K or V of a page: a norm per token, and Lloyd-Max codes of the rest in a basis per stream or per head.
 
     Coordinates are sorted by weighted variance and scaled to variance 1; units of 8 channels have 0 to 8 bits, the same
     for all streams of a layer. Neighbours of one width are mixed by a random rotation, which costs nothing at equal
     width and makes heavy-tailed coordinates Gaussian.
 
+    Keys are centred, and their norm is that of the coordinates. Values are not, and theirs is their own: many heads
+    rest on tokens of tiny values, which then have tiny errors too. Codes of few bits are short, and attention would
+    lean to exact tokens: the norm that is stored makes up for it, token by token, so that k . k^ = |k|^2 under the
+    weight of the basis, and |v^| = |v| of what has bits.
+
     bits: code bits per element; the units' widths always sum to `bits` x units, so that the layout is known beforehand.
-    norm: store the norm of each token's coordinates, float16, and code its direction.
     """
 
-    def __init__(
-        self, name: str, page_size: int, dim: int, bits: float, device: torch.device, norm: bool = False
-    ) -> None:
+    def __init__(self, name: str, page_size: int, dim: int, bits: float, device: torch.device, centred: bool) -> None:
         units = bits * dim / UNIT
         if dim % UNIT or units != int(units):
             raise SpecError(
@@ -74,21 +76,27 @@ class KltSide:
                 "bits: use whole bits, and head dimensions that are multiples of 8"
             )
         self.name, self.page_size, self.dim, self.total, self.device = name, page_size, dim, int(units), device
-        self.norm = norm
         self.widths: tuple[int, ...] = ()
         # x ~ z D' + mean: D [n, d, d] and mean [n, d] of n streams, or of n heads that all rows share
         self.dual = torch.zeros(0, dim, dim, dtype=SCALE, device=device)
-        self.mean = torch.zeros(0, dim, dtype=MEAN, device=device)
+        self.mean = torch.zeros(0, dim, dtype=MEAN, device=device) if centred else None
 
     @property
     def fields(self) -> tuple[Field, ...]:
         codes = Field(f"{self.name}.codes", (self.page_size, self.total), torch.uint8)
-        return (codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE)) if self.norm else (codes,)
+        return codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE)
 
     @property
     def live(self) -> int:
         """Coordinates that are stored."""
         return sum(n for _, n in runs(self.widths))
+
+    def fit(self, streams: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d]."""
+        x = x.double()
+        mean = x.mean(1)
+        x = x / _rms(x).clamp_min(TINY) if self.mean is None else x - mean[:, None]
+        self.take(streams, *scaled_directions(x.mT @ x / x.shape[1], weight.double()), mean)
 
     def take(self, streams: Tensor, dual: Tensor, variance: Tensor, mean: Tensor) -> None:
         """Use the basis `dual` [s, d, d], variances [s, d] and mean [s, d] for `streams`, which have no pages yet.
@@ -99,15 +107,24 @@ class KltSide:
             self.widths = allocate((variance / variance.sum(-1, keepdim=True)).mean(0), self.total)
         self.room(int(streams.max()) + 1)
         dual = dual.clone()
+        if self.mean is not None:  # the norm of a token carries the size, whatever float16 can hold
+            dual = dual / dual.square().mean((1, 2), keepdim=True).sqrt().clamp_min(TINY)
         dual[:, :, : self.live] = dual[:, :, : self.live] @ _mixing(self.widths, self.device)
-        self.dual[streams], self.mean[streams] = dual.to(SCALE), mean.to(MEAN)
+        self.dual[streams] = dual.to(SCALE)
+        if self.mean is not None:
+            self.mean[streams] = mean.to(MEAN)
 
     def room(self, streams: int) -> None:
         """Have matrices for so many streams; zero until they are taken."""
         missing = streams - len(self.dual)
         if missing > 0:
             self.dual = F.pad(self.dual, (0, 0, 0, 0, 0, missing))
-            self.mean = F.pad(self.mean, (0, 0, 0, missing))
+            self.mean = None if self.mean is None else F.pad(self.mean, (0, 0, 0, missing))
+
+    def select(self, streams: Tensor) -> None:
+        """Keep `streams`, in this order."""
+        self.dual = self.dual[streams]
+        self.mean = None if self.mean is None else self.mean[streams]
 
     def basis(self) -> Basis:
         """What maps queries to coordinates, and coordinates back."""
@@ -115,24 +132,30 @@ class KltSide:
 
     def encode(self, x: Tensor, streams: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] of `streams` [M] -> fields."""
+        x = x.float()
         used, which = (streams % len(self.dual)).unique(return_inverse=True)
         write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
-        z = (x.float() - self.mean[used][which, None]) @ write[which]
-        fields = {}
-        if self.norm:
-            norm = z.norm(dim=-1, keepdim=True).clamp_max(HUGE).to(SCALE)
-            fields[f"{self.name}.norm"] = norm
-            z = z * (self.live**0.5 / norm.float().clamp_min(TINY))
-        rows, at = [], 0
+        z = (x if self.mean is None else x - self.mean[used][which, None]) @ write[which]
+        norm = _rms(x if self.mean is None else z)
+        z = z / norm.clamp_min(TINY)
+        rows, own, shrunk = [], torch.zeros_like(norm), torch.zeros_like(norm)
+        at = 0
         for bits, n in runs(self.widths):
+            part = z[..., at : at + n].contiguous()
+            at += n
             book = codebook(self.live, bits, self.device)
-            codes = torch.bucketize(z[..., at : at + n].contiguous(), (book[1:] + book[:-1]) / 2).to(torch.uint8)
+            codes = torch.bucketize(part, (book[1:] + book[:-1]) / 2).to(torch.uint8)
+            weight = 4.0**bits  # what water-filling gives so many bits has so much of the weighted variance
+            coded = book[codes.int()]
+            own += weight * part.square().sum(-1, keepdim=True)
+            shrunk += weight * (coded * (coded if self.mean is None else part)).sum(-1, keepdim=True)
             left = bits
             for width in planes(bits):
                 left -= width
                 rows.append(pack((codes >> left) & ((1 << width) - 1), width))
-            at += n
-        return fields | {f"{self.name}.codes": torch.cat(rows, -1)}
+        gain = (own / shrunk.clamp_min(TINY)).clamp_max(LONGEST)
+        norm = norm * (gain.sqrt() if self.mean is None else gain)
+        return {f"{self.name}.codes": torch.cat(rows, -1), f"{self.name}.norm": norm.clamp_max(HUGE).to(SCALE)}
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> coordinates [M, P, live] float32."""
@@ -144,18 +167,18 @@ class KltSide:
                 codes = (codes << width) | plane
                 at += n * width // 8
             parts.append(codebook(self.live, bits, self.device)[codes])
-        z = torch.cat(parts, -1)
-        return z * (page[f"{self.name}.norm"].float() / self.live**0.5) if self.norm else z
+        return torch.cat(parts, -1) * page[f"{self.name}.norm"].float()
 
     def constants(self) -> list[Tensor]:
-        return [self.dual, self.mean]
+        return [self.dual] if self.mean is None else [self.dual, self.mean]
 
     def state(self) -> dict[str, Tensor]:
         widths = torch.tensor(self.widths, dtype=torch.uint8)
-        return {f"{self.name}.dual": self.dual, f"{self.name}.mean": self.mean, f"{self.name}.widths": widths}
+        state = {f"{self.name}.dual": self.dual, f"{self.name}.widths": widths}
+        return state if self.mean is None else state | {f"{self.name}.mean": self.mean}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.dual, self.mean = state[f"{self.name}.dual"], state[f"{self.name}.mean"]
+        self.dual, self.mean = state[f"{self.name}.dual"], state.get(f"{self.name}.mean")
         self.widths = tuple(state[f"{self.name}.widths"].tolist())
 
 
@@ -208,9 +231,9 @@ class KltCodec(Codec):
         weight = self.moment[ours] if len(self.moment) else torch.zeros_like(self.k_side.dual[ours]).float()
         empty = weight.diagonal(dim1=1, dim2=2).sum(-1) == 0  # no query was seen: all directions count the same
         weight[empty] = torch.eye(self.k_side.dim, device=weight.device)
-        self.k_side.take(ours, *_fitted(keys[new], weight))
+        self.k_side.fit(ours, keys[new], weight)
         identity = torch.eye(self.v_side.dim, device=weight.device)
-        self.v_side.take(ours, *_fitted(values[new], identity.expand(len(ours), -1, -1)))
+        self.v_side.fit(ours, values[new], identity.expand(len(ours), -1, -1))
         self.fitted[ours] = True
         if bool(self.fitted.all()):
             self.moment = self.moment[:0].clone()
@@ -247,7 +270,7 @@ class KltCodec(Codec):
         if len(self.moment):
             self.moment = F.pad(self.moment, (0, 0, 0, 0, 0, int(streams.max()) + 1 - len(self.moment)))[streams]
         for side in (self.k_side, self.v_side):
-            side.dual, side.mean = side.dual[streams], side.mean[streams]
+            side.select(streams)
 
     def constants(self) -> list[Tensor]:
         return [*self.k_side.constants(), *self.v_side.constants(), self.moment, self.fitted]
@@ -264,11 +287,9 @@ class KltCodec(Codec):
             side.restore(state)
 
 
-def _fitted(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Basis, variances and mean of tokens x [s, n, d], under `weight` [s, d, d], as `KltSide.take` wants them."""
-    mean = x.double().mean(1)
-    centred = x.double() - mean[:, None]
-    return (*scaled_directions(centred.mT @ centred / x.shape[1], weight.double()), mean)
+def _rms(x: Tensor) -> Tensor:
+    """Root mean square over the last dimension, kept: a norm that float16 can hold wherever it can hold x."""
+    return x.square().mean(-1, keepdim=True).sqrt()
 
 
 def scaled_directions(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,20 +311,20 @@ class Klt(WidthQuantizer, Calibrated):
     """Transform coding: an attention-weighted Karhunen-Loeve basis per head, with bits where the variance is.
 
     Per KV head, with S the second moment of its queries and C the covariance of its keys, the eigenvectors of
-    S^1/2 C S^1/2 give coordinates whose squared error is that of q . k; values take those of their covariance. Bits go
-    to units of 8 coordinates by reverse water-filling; a page holds their Lloyd-Max codes, without a scale, and is
-    attended as it is. The basis is fitted to the prompt itself when the first page is written, and held in float16:
-    D x D for K and for V of each head and row; or it comes from `calibration`, and rows share it.
+    S^1/2 C S^1/2 give coordinates whose squared error is that of q . k; values take those of the second moment of their
+    directions v / |v|. Bits go to units of 8 coordinates by reverse water-filling; a page holds their Lloyd-Max codes
+    and a float16 norm per token, and is attended as it is. The basis is fitted to the prompt itself when the first page
+    is written, and held in float16: D x D for K and for V of each head and row; or it comes from `calibration`, and
+    rows share it.
 
-    `bits` effective bits, 16 / D more with a norm per token, plus the basis.
+    `bits` + 16 / D effective bits, plus the basis. Of equal sums, more bits for K than for V find more needles.
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2511.01815"
     required: ClassVar[bool] = False
-    widths: ClassVar[tuple[float, ...]] = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6)
+    widths: ClassVar[tuple[float, ...]] = tuple(n / 2 for n in range(2, 13))
 
-    bits: int | float | None = arg(2, f"{BITS} on average: 1 to 4 in halves, 5 or 6")
-    norm: bool = arg(False, "true: store a float16 norm per token, and code the direction")
+    bits: int | float | None = arg(2, f"{BITS} on average: 1 to 6 in halves")
     calibration: str | None = arg(None, f"{FILE}; None: fitted to the prompt")
 
     @property
@@ -316,25 +337,24 @@ class Klt(WidthQuantizer, Calibrated):
 
     @classmethod
     def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
-        """Per side: the basis [H, D, D], the variances [H, D] and the mean [H, D]."""
-        weight = torch.eye(stats.value_mean.shape[-1], dtype=torch.float64).expand_as(stats.value_covariance)
+        """Per side: the basis [H, D, D] and the variances [H, D]; of keys the mean [H, D]."""
         k = scaled_directions(stats.key_covariance, stats.queries)
-        v = scaled_directions(stats.value_covariance, weight if stats.output is None else stats.output.double())
-        found = {"k": (*k, stats.key_mean), "v": (*v, stats.value_mean)}
-        return {f"{side}.{what}": t for side, parts in found.items() for what, t in zip(PARTS, parts, strict=True)}
+        identity = torch.eye(stats.value_mean.shape[-1], dtype=torch.float64).expand_as(stats.value_directions)
+        v = scaled_directions(stats.value_directions * len(identity[0]), identity)
+        return {"k.basis": k[0], "k.variance": k[1], "k.mean": stats.key_mean, "v.basis": v[0], "v.variance": v[1]}
 
     def _sides(self, shape: PageShape) -> tuple[KltSide, KltSide]:
         return (
-            KltSide("k", shape.page_size, shape.k_dim, self.k_bits, shape.device, self.norm),
-            KltSide("v", shape.page_size, shape.v_dim, self.v_bits, shape.device, self.norm),
+            KltSide("k", shape.page_size, shape.k_dim, self.k_bits, shape.device, centred=True),
+            KltSide("v", shape.page_size, shape.v_dim, self.v_bits, shape.device, centred=False),
         )
 
     def fields(self, shape: PageShape) -> tuple[Field, ...]:
         return tuple(field for side in self._sides(shape) for field in side.fields)
 
     def adapted_bytes(self, shape: PageShape) -> int:
-        dims = shape.k_dim, shape.v_dim
-        return 0 if self.calibration else sum(d * d * SCALE.itemsize + d * MEAN.itemsize for d in dims)
+        bases = (shape.k_dim**2 + shape.v_dim**2) * SCALE.itemsize
+        return 0 if self.calibration else bases + shape.k_dim * MEAN.itemsize
 
     def codec(self, shape: PageShape) -> KltCodec:
         sides = self._sides(shape)
@@ -342,7 +362,8 @@ class Klt(WidthQuantizer, Calibrated):
             return KltCodec(*sides)
         file, heads = self.load(), torch.arange(shape.heads, device=shape.device)
         for side in sides:
-            dims = ((side.dim, side.dim), (side.dim,), (side.dim,))
-            parts = (file.tensor(f"{side.name}.{what}", shape, *d) for what, d in zip(PARTS, dims, strict=True))
-            side.take(heads, *parts)
+            basis = file.tensor(f"{side.name}.basis", shape, side.dim, side.dim)
+            variance = file.tensor(f"{side.name}.variance", shape, side.dim)
+            mean = torch.zeros_like(variance) if side.mean is None else file.tensor("k.mean", shape, side.dim)
+            side.take(heads, basis, variance, mean)
         return KltCodec(*sides, fitted_heads=True)

@@ -28,9 +28,8 @@ def sphere_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     t = torch.linspace(-reach, reach, POINTS, dtype=torch.float64)
     density = (1 - t * t).clamp_min(0) ** ((dim - 3) / 2)
     mass, moment = density.cumsum(0), (t * density).cumsum(0)
-    total = mass[-1].clone()
     quantiles = (torch.arange(1 << bits, dtype=torch.float64) + 0.5) / (1 << bits)
-    centroids = t[torch.searchsorted(mass, quantiles * total).clamp_max(POINTS - 1)]
+    centroids = t[torch.searchsorted(mass, quantiles * mass[-1].clone()).clamp_max(POINTS - 1)]
     for _ in range(10_000):
         edges = torch.searchsorted(t, (centroids[1:] + centroids[:-1]) / 2) - 1
         ends = torch.cat([edges, torch.tensor([POINTS - 1])])
@@ -47,6 +46,8 @@ def sphere_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
 @dataclass(frozen=True)
 class LloydSide:
     """K or V of a page as a norm per token and Lloyd-Max codes of the direction: x ~ |x| book[code].
+
+    What is stored is |x| / D^(1/2), which float16 can hold wherever it can hold x.
 
     Meant for coordinates in a random rotation, where each coordinate of x / |x| has the density of the codebook.
     """
@@ -65,15 +66,15 @@ class LloydSide:
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
         x = x.float()
-        norm = x.norm(dim=-1, keepdim=True).clamp_max(HUGE).to(SCALE)
-        unit = x / norm.float().clamp_min(TINY)
+        norm = (x.norm(dim=-1, keepdim=True) / self.dim**0.5).clamp_max(HUGE).to(SCALE)
+        unit = x / (norm.float() * self.dim**0.5).clamp_min(TINY)
         codes = torch.bucketize(unit, (self.book[1:] + self.book[:-1]) / 2)
         return pack_codes(self.name, codes.to(torch.uint8), self.bits) | {f"{self.name}.norm": norm}
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = unpack_codes(self.name, page, self.bits).int()
-        return self.book[codes] * page[f"{self.name}.norm"].float()
+        return self.book[codes] * (page[f"{self.name}.norm"].float() * self.dim**0.5)
 
     def constants(self) -> list[Tensor]:
         return [self.book]

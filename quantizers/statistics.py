@@ -15,6 +15,7 @@ class Statistics:
 
     queries [H, Dk, Dk]: S_q, the mean of q q' over the tokens and the G query heads of a KV head.
     key_mean [H, Dk], key_covariance [H, Dk, Dk]; value_mean [H, Dv], value_covariance [H, Dv, Dv].
+    value_directions [H, Dv, Dv]: the mean of v v' / |v|^2.
     value_scored [H, Dv, Dv]: the mean of w v v', where w = k' S_q k over its mean tells how much the queries look for a
         token; S_q is the chunk's own here.
     output [H, Dv, Dv]: sum of W_o' W_o over the G query heads, so that e' output e is what an error e of a value costs
@@ -27,6 +28,7 @@ class Statistics:
     key_covariance: Tensor
     value_mean: Tensor
     value_covariance: Tensor
+    value_directions: Tensor
     value_scored: Tensor
     output: Tensor | None = None
 
@@ -47,12 +49,14 @@ class Moments:
         s_q = q.mT @ q / q.shape[1]
         score = ((k @ s_q) * k).sum(-1)  # [H, tokens]
         weight = score / score.mean(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
+        direction = v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
         chunk = {
             "queries": s_q * tokens,
             "key": k.sum(1),
             "keys": k.mT @ k,
             "value": v.sum(1),
             "values": v.mT @ v,
+            "directions": direction.mT @ direction,
             "scored": (v * weight[..., None]).mT @ v,
         }
         self.sums = {name: total + self.sums[name] if self.tokens else total for name, total in chunk.items()}
@@ -69,6 +73,7 @@ class Moments:
             key_covariance=mean["keys"] - key[:, :, None] * key[:, None],
             value_mean=value,
             value_covariance=mean["values"] - value[:, :, None] * value[:, None],
+            value_directions=mean["directions"],
             value_scored=mean["scored"],
             output=output,
         )

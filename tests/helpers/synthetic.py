@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,11 +41,16 @@ def statistics(heads: int, k_dim: int, v_dim: int | None = None, seed: int = 0) 
 
 def write(path: Path, method: str, heads: int, k_dim: int, v_dim: int | None = None, layers: int = 1) -> Path:
     """A calibration file of `method`; layer i is calibrated on the chunk of seed i."""
+    return save(path, method, [statistics(heads, k_dim, v_dim, seed=layer) for layer in range(layers)])
+
+
+def save(path: Path, method: str, layers: Sequence[Statistics]) -> Path:
+    """A calibration file of `method`, from what each layer saw."""
     quantizer = method_of(method)
     tensors = {
         f"{layer}.{name}": tensor
-        for layer in range(layers)
-        for name, tensor in quantizer.calibrate(statistics(heads, k_dim, v_dim, seed=layer)).items()
+        for layer, seen in enumerate(layers)
+        for name, tensor in quantizer.calibrate(seen).items()
     }
     settings = settings_of(quantizer, {})
     Calibration(method, settings, MODEL, (("a.txt", "0" * 64),), 512, 512, tensors).save(path)

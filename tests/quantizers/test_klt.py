@@ -85,11 +85,9 @@ def test_the_directions_are_the_best_for_inner_products() -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("bits", [1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6])
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6])
 def test_a_page_holds_the_bits_it_says(dim: int, bits: float) -> None:
     layout = Stack.parse(f"klt(bits={bits})").plan(0, 1).layout(shape(dim))
-    assert 8 * layout.bytes_per_page == 2 * 64 * bits * dim
-    layout = Stack.parse(f"klt(bits={bits}, norm=true)").plan(0, 1).layout(shape(dim))
     assert 8 * layout.bytes_per_page == 2 * 64 * (bits * dim + 16)
 
 
@@ -105,19 +103,17 @@ def test_the_plan_knows_what_is_held_and_read(layer_inputs: tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize(("k_bits", "v_bits"), [(2, 2), (3, 1.5), (6, 4)])
-@pytest.mark.parametrize(("calibrated", "norm"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("calibrated", [False, True])
 def test_attention_over_codes_is_attention_over_what_they_decode_to(
-    k_bits: float, v_bits: float, calibrated: bool, norm: bool
+    k_bits: float, v_bits: float, calibrated: bool
 ) -> None:
     k, v = low_rank(4, 192, 64), low_rank(4, 192, 80, seed=1)
-    sides = KltSide("k", 64, 64, k_bits, CPU, norm), KltSide("v", 64, 80, v_bits, CPU, norm)
+    sides = KltSide("k", 64, 64, k_bits, CPU, True), KltSide("v", 64, 80, v_bits, CPU, False)
     codec = KltCodec(*sides, fitted_heads=calibrated)
     streams = torch.arange(4)
     if calibrated:
         for side, x in zip(sides, (k, v), strict=True):
-            centred = (x - x.mean(1, keepdim=True)).double()
-            weight = torch.eye(x.shape[-1]).double().expand(2, -1, -1)
-            side.take(streams[:2], *scaled_directions((centred.mT @ centred)[:2] / 192, weight), x.mean(1)[:2])
+            side.fit(streams[:2], x[:2], torch.eye(x.shape[-1]).expand(2, -1, -1))
     else:
         codec.observe(streams, torch.randn(4, 50, 64))
         codec.fit(streams, k, v)
@@ -143,7 +139,28 @@ def layer_inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def relative(back: Tensor, x: Tensor) -> float:
+    """The error over the spread of x: harder than over its norm."""
     return float((back - x).norm() / (x - x.mean(2, keepdim=True)).norm())
+
+
+def test_what_is_stored_is_not_shorter_than_what_came_in(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """k . k^ = |k|^2 about the mean, weighted as the basis is, and |v^| = |v|, of what has bits."""
+    k, v, _ = layer_inputs
+    v = v - v.mean(2, keepdim=True)
+    store = LayerStore(Stack.parse("klt(bits=1) + window(sinks=0, recent=0)").plan(0, 1))
+    store.start(k, v)
+    store.write(k, v, None, None)
+    pages = store.table.longest * 64
+    for back, x, side in zip(store.dense(), (k, v), (store.codec.k_side, store.codec.v_side), strict=True):
+        basis = side.basis()
+        mean = 0 if basis.mean is None else basis.mean[:, None]
+        back, x = (y[:, :, :pages].flatten(0, 1) - mean for y in (back, x))
+        live = torch.linalg.pinv(side.dual.float())[:, : side.live].mT
+        back, x = back @ live, x @ live
+        weight = torch.cat([torch.full((n,), 4.0**bits) for bits, n in runs(side.widths)])
+        along = (weight * x * x).sum(-1)
+        found = (weight * back * (x if side.name == "k" else back)).sum(-1)
+        torch.testing.assert_close(found, along, rtol=5e-3, atol=1e-3)
 
 
 def test_fewer_bits_than_turboquant_for_the_same_error(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -154,13 +171,14 @@ def test_fewer_bits_than_turboquant_for_the_same_error(layer_inputs: tuple[Tenso
     assert relative(ours[1], v) < relative(theirs[1], v)
 
 
-@pytest.mark.parametrize("norm", ["false", "true"])
-def test_more_bits_are_better(layer_inputs: tuple[Tensor, Tensor, Tensor], norm: str) -> None:
+def test_more_bits_are_better(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     k, v, q = layer_inputs
-    stacks = (f"klt(bits={bits}, norm={norm}) + window(recent=0)" for bits in (1, 2, 3, 4, 6))
-    errors = [relative(written(stack, k, v, q).dense()[1], v) for stack in stacks]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.02
+    stacks = (f"klt(bits={bits}) + window(recent=0)" for bits in (1, 2, 3, 4, 6))
+    backs = [written(stack, k, v, q).dense() for stack in stacks]
+    for side, x in enumerate((k, v)):
+        errors = [float((back[side] - x).norm() / x.norm()) for back in backs]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 0.02
 
 
 def test_each_row_has_its_own_basis_which_follows_it(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -201,9 +219,9 @@ def test_tokens_that_fill_no_page_come_back_as_they_are() -> None:
 def test_held_counts_the_bases_and_what_is_gathered_for_them(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     k, v, q = layer_inputs
     store = written("klt(bits=2)", k, v, q)
-    assert store.held(set())["constants"] == 4 * (2 * 64 * 64 * 2 + 2 * 64 * 4) + 4
+    assert store.held(set())["constants"] == 4 * (2 * 64 * 64 * 2 + 64 * 4) + 4
     short = written("klt(bits=2)", *(x[:, :, :50] for x in (k, v, q)))
-    assert short.held(set())["constants"] == 4 * 64 * 64 * 4 + 4 * (2 * 64 * 64 * 2 + 2 * 64 * 4) + 4
+    assert short.held(set())["constants"] == 4 * 64 * 64 * 4 + 4 * (2 * 64 * 64 * 2 + 64 * 4) + 4
 
 
 def test_without_queries_all_directions_count_the_same(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -217,8 +235,8 @@ def test_without_queries_all_directions_count_the_same(layer_inputs: tuple[Tenso
 @pytest.mark.parametrize("x", [torch.zeros(1, 1, 300, 64), torch.ones(1, 1, 300, 64), torch.full((1, 1, 300, 64), 6e4)])
 def test_constant_tokens_stay_finite(x: Tensor) -> None:
     back = written("klt(bits=2) + window(recent=0)", x, x, x).dense()
-    for side in back:
-        torch.testing.assert_close(side, x, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(back[0], x, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(back[1], x, rtol=0.1, atol=1e-2)
 
 
 def test_an_outlier_channel_keeps_its_precision() -> None:
