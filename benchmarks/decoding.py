@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvcomp import CompressedCache
 from kvcomp.benchmarks import memory
@@ -16,16 +17,14 @@ from kvcomp.integrations.huggingface.lockstep import can_step_together, lockstep
 from kvcomp.integrations.huggingface.timing import clock
 
 TIMED = 8  # steps that a cache takes alone; their median is its time per token
+CHUNK = 16  # known tokens fed together after that
 
 
 class Reader(Protocol):
-    """What is fed to a cache, and what is made of the logits.
+    """What is fed to a cache, and what is made of the logits. steps: how many tokens were fed.
 
-    token: the next one to feed, None once there is nothing left to do; prediction and score are known by then. steps:
-    how many were taken.
+    Once there is nothing left to feed, prediction and score are known.
     """
-
-    token: int | None
 
     @property
     def steps(self) -> int: ...
@@ -34,8 +33,12 @@ class Reader(Protocol):
     @property
     def score(self) -> float: ...
 
+    def ahead(self, most: int) -> list[int]:
+        """The next tokens to feed, at most so many of those that are known; none once it is done."""
+        ...
+
     def take(self, logits: Tensor) -> None:
-        """Logits [V] behind the token that was fed."""
+        """Logits [n, V] behind the n tokens that were fed."""
         ...
 
 
@@ -66,8 +69,11 @@ class Answer:
     def score(self) -> float:
         return self.grade(self.prediction)
 
+    def ahead(self, most: int) -> list[int]:
+        return [] if self.token is None else [self.token]
+
     def take(self, logits: Tensor) -> None:
-        self.tokens.append(int(logits.argmax()))
+        self.tokens.append(int(logits[-1].argmax()))
         more = len(self.tokens) < self.limit and not self.finished(self.tokens)
         self.token = self.tokens[-1] if more else None
 
@@ -79,16 +85,20 @@ class Surprise:
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.steps, self.nll = tokens, 0, 0.0
-        self.token: int | None = tokens[0]
 
     @property
     def score(self) -> float:
         return self.nll / self.steps
 
+    def ahead(self, most: int) -> list[int]:
+        last = len(self.tokens) - 2  # fed alone, so that what is read at the end is what a decode step reads
+        return self.tokens[self.steps : max(min(self.steps + most, last), self.steps + 1)][: last + 1 - self.steps]
+
     def take(self, logits: Tensor) -> None:
-        self.steps += 1
-        self.nll -= float(logits.float().log_softmax(-1)[self.tokens[self.steps]])
-        self.token = self.tokens[self.steps] if self.steps + 1 < len(self.tokens) else None
+        n = len(logits)
+        following = torch.tensor(self.tokens[self.steps + 1 : self.steps + 1 + n], device=logits.device)
+        self.nll += float(functional.cross_entropy(logits.float(), following, reduction="sum"))
+        self.steps += n
 
 
 @dataclass
@@ -115,31 +125,40 @@ def run_all(model: Any, decodings: Sequence[Decoding]) -> Iterator[Decoding]:
 
     Each takes its first `TIMED` steps alone and timed. What then remains runs as one batch, whose rows are computed as
     each would be alone (`lockstep`), so that many caches cost little more than one. Caches with layers that cannot be
-    batched go on alone.
+    batched go on alone. Known tokens are fed `CHUNK` at a time to stacks that neither evict nor select: a token then
+    sees its chunk in full precision, as pages that are not full yet leave it anyway.
     """
-    left = []
+    plain, others = [], []
     for decoding in decodings:
         _alone(model, decoding, TIMED if can_step_together(decoding.cache) else None)
-        if decoding.reader.token is None:
+        if not decoding.reader.ahead(1):
             yield decoding
+        elif decoding.cache.stack.policies or decoding.cache.stack.selector:
+            others.append(decoding)
         else:
-            left.append(decoding)
+            plain.append(decoding)
+    yield from _together(model, plain, CHUNK)
+    yield from _together(model, others, 1)
+
+
+def _together(model: Any, left: list[Decoding], most: int) -> Iterator[Decoding]:
+    """Decode in one batch, of which at most so many tokens a row are fed at once."""
     while left:
         batch = lockstep([decoding.cache for decoding in left])
-        while all(decoding.reader.token is not None for decoding in left):
-            tokens = [decoding.reader.token for decoding in left]
-            for decoding, logits in zip(left, _step(model, tokens, batch), strict=True):
+        while all(tokens := [decoding.reader.ahead(most) for decoding in left]):
+            fed = min(map(len, tokens))
+            for decoding, logits in zip(left, _step(model, [row[:fed] for row in tokens], batch), strict=True):
                 decoding.reader.take(logits)
-        yield from (decoding for decoding in left if decoding.reader.token is None)
-        left = [decoding for decoding in left if decoding.reader.token is not None]
+        yield from (decoding for decoding in left if not decoding.reader.ahead(1))
+        left = [decoding for decoding in left if decoding.reader.ahead(1)]
 
 
 def _alone(model: Any, decoding: Decoding, steps: int | None) -> None:
     begun = decoding.cache.memory().held
     growth = memory.watch(model.device)
-    while decoding.reader.token is not None and (steps is None or len(decoding.seconds) < steps):
+    while (steps is None or len(decoding.seconds) < steps) and (token := decoding.reader.ahead(1)):
         start = clock(model.device)
-        (logits,) = _step(model, [decoding.reader.token], decoding.cache)
+        (logits,) = _step(model, [token], decoding.cache)
         decoding.reader.take(logits)
         decoding.seconds.append(clock(model.device) - start)
     grown = growth()
@@ -147,8 +166,8 @@ def _alone(model: Any, decoding: Decoding, steps: int | None) -> None:
         decoding.working = max(grown - (decoding.cache.memory().held - begun), 0)
 
 
-def _step(model: Any, tokens: Sequence[int | None], cache: Any) -> Tensor:
-    """Logits [n, V] behind a token of each of n rows."""
-    ids = torch.tensor(tokens, device=model.device)[:, None]
+def _step(model: Any, tokens: Sequence[Sequence[int]], cache: Any) -> Tensor:
+    """Logits [rows, n, V] behind n tokens of each row."""
+    ids = torch.tensor(tokens, device=model.device)
     logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-    return logits[:, -1]
+    return logits

@@ -1,7 +1,8 @@
 """Perplexity as a decode sees it: how well the end of a text is predicted from a cache that holds its beginning.
 
 A window of a text fills the context. All of it but its last tokens is the prompt, prefilled and compressed as any
-other; the last tokens are then fed one by one, as if the model had written them, and
+other; the last tokens are then fed as if the model had written them, one by one or a few together
+(`kvcomp.benchmarks.decoding`), and
 
     nll = -1/n sum_t log p(x_t | x_<t)     perplexity = exp(nll)
 
@@ -12,8 +13,10 @@ perplexity of one forward pass over the window would never read a cache at all.
 from __future__ import annotations
 
 import math
+import platform
 import random
 import re
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -116,6 +119,13 @@ def _packaged() -> list[str]:
     return _words((files("kvcomp.benchmarks") / "data" / "haystack.txt").read_text(encoding="utf-8"))
 
 
+@cache
+def _standard_library() -> list[str]:
+    """The modules of Python's own library that are one file each, in alphabetical order."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return _words("\n".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("[a-z]*.py"))))
+
+
 TEXT = register(
     Source(
         name="perplexity/text",
@@ -149,6 +159,18 @@ GUTENBERG = register(
         unit="words",
     )
 )
+CODE = register(
+    Source(
+        name="perplexity/code",
+        tasks=("perplexity_code",),
+        files=("code.txt",),
+        read=_read,
+        fetch="any source code as code.txt",
+        fallback=_standard_library,
+        fallback_name=f"the standard library of Python {platform.python_version()}",
+        unit="words",
+    )
+)
 TASKS: dict[str, Perplexity] = {
-    source.tasks[0]: Perplexity(source.tasks[0], source) for source in (TEXT, WIKITEXT2, GUTENBERG)
+    source.tasks[0]: Perplexity(source.tasks[0], source) for source in (TEXT, WIKITEXT2, GUTENBERG, CODE)
 }

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from kvcomp import Stack
-from kvcomp.benchmarks import data, likelihood
+from kvcomp.benchmarks import data, decoding, likelihood
 from kvcomp.benchmarks.bench import Settings, answer, run
 from kvcomp.benchmarks.perplexity import TASKS
 from kvcomp.benchmarks.results import NLL, Record, Run, read_run
@@ -23,6 +23,7 @@ from kvcomp.integrations.models import load_model
 
 CONTEXT = 400
 TEXT = TASKS["perplexity_text"]
+SPECS = ("none", "kivi(bits=2, group=16) + window(recent=16)", "streaming(sinks=4, recent=16)")
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +58,28 @@ def untimed(record: Record) -> Record:
 def test_together_as_alone_and_compressed(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     (sample,) = TEXT.generate(tokenizer, CONTEXT, 1, 0, None)
-    specs = ("none", "kivi(bits=2, group=16) + window(recent=16)", "streaming(sinks=4, recent=16)")
-    stacks = [Stack.parse(spec) for spec in specs]
-    together = list(answer(model, tokenizer, sample, CONTEXT, stacks, max_new_tokens=8))
-    for stack, record in zip(stacks, together, strict=True):
-        (alone,) = answer(model, tokenizer, sample, CONTEXT, [stack], max_new_tokens=8)
-        assert untimed(record) == untimed(alone)
-        assert record.new_tokens == 8
-    assert len({record.score for record in together}) == 3
-    assert together[1].held < together[0].held
+    stacks = [Stack.parse(spec) for spec in SPECS]
+    together = {r.stack: r for r in answer(model, tokenizer, sample, CONTEXT, stacks, max_new_tokens=50)}
+    for stack in stacks:
+        (alone,) = answer(model, tokenizer, sample, CONTEXT, [stack], max_new_tokens=50)
+        record = together[str(stack)]
+        assert untimed(replace(record, score=0)) == untimed(replace(alone, score=0))
+        assert record.score == pytest.approx(alone.score, abs=1e-5)
+        assert record.new_tokens == 50
+    assert len({record.score for record in together.values()}) == 3
+    quantized, dense = (together[str(stack)] for stack in (stacks[1], stacks[0]))
+    assert quantized.held < dense.held
+
+
+def test_tokens_fed_together_are_scored_as_one_by_one(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded
+    (sample,) = TEXT.generate(tokenizer, CONTEXT, 1, 0, None)
+    stacks = [Stack.parse(spec) for spec in SPECS]
+    chunked = list(answer(model, tokenizer, sample, CONTEXT, stacks, None))
+    monkeypatch.setattr(decoding, "CHUNK", 1)
+    for single, record in zip(answer(model, tokenizer, sample, CONTEXT, stacks, None), chunked, strict=True):
+        assert untimed(replace(record, score=0)) == untimed(replace(single, score=0))
+        assert record.score == pytest.approx(single.score, abs=1e-5 if single.stack == "none" else 1e-3)
 
 
 def test_windows_fill_the_context_and_do_not_depend_on_their_number(loaded: tuple[Any, Any]) -> None:
@@ -92,7 +106,8 @@ def test_local_texts(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
     (tmp_path / "gutenberg" / "SOURCE.txt").write_text("not a book")
     (tmp_path / "gutenberg" / "x_17.txt").write_text("\ufeff" + book)
     assert expand(("perplexity",), tmp_path) == tuple(TASKS)
-    assert expand(("perplexity",), None) == ("perplexity_text",)
+    assert expand(("perplexity",), None) == ("perplexity_text", "perplexity_code")
+    assert "standard library of Python 3" in TASKS["perplexity_code"].generate(loaded[1], CONTEXT, 1, 0, None)[0].origin
     assert "".join(data.load(TASKS["perplexity_gutenberg"].source, tmp_path)).strip() == words
     (sample,) = TASKS["perplexity_wikitext2"].generate(loaded[1], CONTEXT, 1, 0, tmp_path)
     assert "test.txt (sha256" in sample.origin
@@ -141,7 +156,7 @@ def test_rows_are_ratios_of_perplexities_on_the_same_texts() -> None:
 def test_a_run_keeps_perplexity_apart_from_accuracy(folder: Path, tmp_path: Path) -> None:
     """Two kinds of tasks in one run, resumed; and a run of texts alone, which has no accuracies."""
     settings = Settings(
-        str(folder), ("perplexity", "niah_single_1"), (CONTEXT,), 1, ("none", "kivi(bits=2)"), max_new_tokens=4
+        str(folder), ("perplexity_text", "niah_single_1"), (CONTEXT,), 1, ("none", "kivi(bits=2)"), max_new_tokens=4
     )
     console = Console(stderr=True, quiet=True)
     both = run(settings, tmp_path / "both", console, "kvcomp bench")
