@@ -46,7 +46,8 @@ class LayerPlan:
     def stored(self, tokens: int) -> tuple[int, int]:
         """(pages, tokens in the exact buffer) of a stream after prefilling `tokens` tokens."""
         # every policy counts from the prompt, not from what the one before left: the strictest decides
-        kept = min([tokens, *(policy.kept(tokens, self.sinks, self.recent) for policy in self.policies)])
+        given = (tokens, self.sinks, self.recent, self.layer, self.layers)
+        kept = min([tokens, *(policy.kept(*given) for policy in self.policies)])
         pages = self.pages_of(kept)
         return pages, kept - pages * self.page_size
 

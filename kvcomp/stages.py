@@ -210,8 +210,11 @@ class Policy(Stage):
         """bool [b, Hkv, n]: the tokens of a chunk to keep, a subset of `chunk.alive`."""
         raise NotImplementedError
 
-    def kept(self, tokens: int, sinks: int, recent: int) -> int:
-        """How many of `tokens` prefilled tokens a stream keeps on average; what `effective_bits` is computed from."""
+    def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
+        """How many of `tokens` prefilled tokens a stream of one of `layers` layers keeps, on average over its heads.
+
+        What a plan and `effective_bits` are computed from.
+        """
         raise NotImplementedError
 
     def expired(self, kept: Tensor, pages: Tensor, page_size: int) -> Tensor | None:

@@ -48,7 +48,7 @@ class Streaming(Policy):
     def prefill_chunk(self) -> int | None:
         return self.chunk
 
-    def kept(self, tokens: int, sinks: int, recent: int) -> int:
+    def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
         return min(tokens, sinks + max(self.recent, recent))
 
     def select(self, chunk: Chunk) -> Tensor:

@@ -41,7 +41,7 @@ def test_every_stage_is_a_documented_frozen_dataclass_with_defaults(name: str) -
 def test_an_unknown_name_gets_the_nearest_or_all() -> None:
     with pytest.raises(SpecError, match=r"'streamin'.*'streaming'"):
         find("streamin")
-    with pytest.raises(SpecError, match=r"int, int8, kivi"):
+    with pytest.raises(SpecError, match=r"int, int8, keydiff"):
         find("xyzzy")
 
 

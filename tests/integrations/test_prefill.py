@@ -133,7 +133,7 @@ def test_what_a_cache_adds_is_its_own_time(monkeypatch: pytest.MonkeyPatch) -> N
             time.sleep(0.05)
             return chunk.alive
 
-        def kept(self, tokens: int, sinks: int, recent: int) -> int:
+        def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
             return tokens
 
     model = models.make("llama")

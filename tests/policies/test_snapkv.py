@@ -14,8 +14,9 @@ from torch import Tensor
 from kvcomp import Stack
 from kvcomp import registry as reg
 from kvcomp.layer import LayerStore
-from kvcomp.policies import snapkv as snapkv_module
-from kvcomp.policies.snapkv import SnapKV, window_votes
+from kvcomp.policies import votes as votes_module
+from kvcomp.policies.snapkv import SnapKV
+from kvcomp.policies.votes import votes
 from kvcomp.stages import Chunk, Policy
 
 
@@ -118,7 +119,7 @@ def test_a_share_is_of_the_prompt_and_never_less_than_the_window(keep: float, n:
     policy = SnapKV(keep=keep, window=window)
     q = torch.randn(1, 1, n, 4)
     kept = int(policy.select(chunk(q, q, 1.0)).sum())
-    assert kept == policy.kept(n, 0, 0)
+    assert kept == policy.kept(n, 0, 0, 0, 1)
     assert abs(kept - keep * n) <= 0.5 or kept == min(window, n)
     assert kept >= min(window, n)
 
@@ -148,12 +149,12 @@ def test_votes_are_attention_weights_in_blocks_of_any_size(block: int, window: i
     alive[..., 0] = True
     whole = torch.cat([torch.zeros(2, 6, n - window, 8), q], 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapkv_module, "BLOCK", block)
-        votes = window_votes(q, k, 0.3, alive)
+        patch.setattr(votes_module, "BLOCK", block)
+        received = votes(q, k, 0.3, alive)
     for b in range(2):
         expected = attention_matrix(whole[b], k[b], 0.3, alive[b])[:, n - window :].sum(1)
-        torch.testing.assert_close(votes[b], expected.float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(votes.sum(-1), torch.full((2, 6), float(window)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(received[b], expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(received.sum(-1), torch.full((2, 6), float(window)), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_a_padded_batch_choose_as_they_would_alone() -> None:
@@ -229,7 +230,7 @@ def test_policies_act_in_the_order_of_the_stack(monkeypatch: pytest.MonkeyPatch)
             log.append(chunk.alive.clone())
             return chunk.alive & (torch.arange(chunk.keys.shape[2]) % 2 == 0)
 
-        def kept(self, tokens: int, sinks: int, recent: int) -> int:
+        def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
             return (tokens + 1) // 2
 
     torch.manual_seed(0)

@@ -110,7 +110,7 @@ def test_kept_says_what_a_prefill_keeps(tokens: int) -> None:
         store = started(spec)
         store.write(token(0, tokens), token(0, tokens), None)
         stack = Stack.parse(spec)
-        assert store.kept.tolist() == [stack.policies[0].kept(tokens, stack.window.sinks, stack.window.recent)]
+        assert store.kept.tolist() == [stack.policies[0].kept(tokens, stack.window.sinks, stack.window.recent, 0, 1)]
 
 
 def test_chunks_of_the_prompt() -> None:

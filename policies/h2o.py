@@ -1,0 +1,65 @@
+"""Attention received so far: H2O by all queries (arXiv 2306.14048), TOVA by the last one (arXiv 2401.06104)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvcomp.registry import register
+from kvcomp.stages import Chunk, arg
+
+from .scored import ScoredPolicy
+from .votes import votes
+
+
+@register("h2o")
+@dataclass(frozen=True)
+class H2O(ScoredPolicy):
+    """H2O: keeps the heavy hitters, which received most attention of all queries of the prompt, and the newest tokens.
+
+    score_j = sum over all queries i >= j of softmax(q_i k_j), averaged over the query heads of a KV head: a second pass
+    over the attention in blocks, never an n x n matrix. Half of the budget goes to the newest tokens, as published
+    (10 % + 10 %).
+    """
+
+    paper: ClassVar[str] = "arXiv:2306.14048"
+    needs_queries: ClassVar[bool] = True
+
+    recent: float = arg(0.5, "share of the budget for the newest tokens, 0 to 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(0 <= self.recent <= 1, "recent", "in [0, 1]")
+
+    @property
+    def default(self) -> tuple[str, float]:
+        return "keep", 0.2
+
+    def newest(self, count: int) -> int:
+        return round(self.recent * count)
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        assert chunk.queries is not None
+        received = votes(chunk.queries, chunk.keys, chunk.scale, chunk.alive)
+        return received.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+
+
+@register("tova")
+@dataclass(frozen=True)
+class TOVA(ScoredPolicy):
+    """TOVA: keeps what the last query attends to most, averaged over all heads of a layer, which all keep the same."""
+
+    paper: ClassVar[str] = "arXiv:2401.06104"
+    needs_queries: ClassVar[bool] = True
+
+    heads: str = arg("common", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
+
+    def newest(self, count: int) -> int:
+        return 1
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        assert chunk.queries is not None
+        received = votes(chunk.queries[:, :, -1:], chunk.keys, chunk.scale, chunk.alive)
+        return received.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)

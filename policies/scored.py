@@ -1,0 +1,87 @@
+"""Policies that keep the best scored tokens: a method is a score, and the budget is common to all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcomp.stages import Chunk, Policy, arg
+
+from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyramid
+
+LAYERS = ("uniform", "pyramid")
+HEADS = ("own", "common", "adaptive")
+
+
+@dataclass(frozen=True)
+class ScoredPolicy(Policy):
+    """Keeps the tokens of a prefilled chunk whose `scores` are best, as many as the budget allows.
+
+    A subclass overrides `scores`, and the defaults that its method publishes. Sinks, the exact window and `newest`
+    tokens are kept whatever their score, and count. Tokens generated later are kept.
+    """
+
+    keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
+    budget: int | None = arg(None, "tokens to keep per KV head, protected tokens included")
+    layers: str = arg("uniform", "uniform, or pyramid: the first layers keep most, at the same sum")
+    heads: str = arg("own", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
+    span: int = arg(1, "neighbouring tokens that stay or leave together")
+    floor: float = arg(0.2, "adaptive heads: the share of the budget that each keeps at least")
+    beta: int = arg(20, "pyramid: the last layer keeps 1 / beta of the mean, behind the protected tokens")
+
+    def __post_init__(self) -> None:
+        if self.keep is None and self.budget is None:
+            object.__setattr__(self, self.default[0], self.default[1])
+        self.check(self.keep is None or self.budget is None, "budget", "left out where keep is given")
+        self.check(self.keep is None or 0 < self.keep <= 1, "keep", "in (0, 1]")
+        self.check(self.budget is None or self.budget > 0, "budget", "positive")
+        self.check(self.layers in LAYERS, "layers", " or ".join(LAYERS))
+        self.check(self.heads in HEADS, "heads", "own, common or adaptive")
+        self.check(self.span > 0, "span", "positive")
+        self.check(0 <= self.floor <= 1, "floor", "in [0, 1]")
+        self.check(self.beta >= 1, "beta", "at least 1")
+
+    @property
+    def default(self) -> tuple[str, float]:
+        """Argument and value of the budget where none is given."""
+        return "keep", 0.25
+
+    def newest(self, count: int) -> int:
+        """How many of the last tokens are kept in any case, of `count` in all."""
+        return 0
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        """[b, Hkv, n] float: how much each token of the chunk is worth."""
+        raise NotImplementedError
+
+    def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
+        first, last = self._protected(tokens, sinks, recent)
+        count = keep_count(tokens, self.keep, self.budget, first + last)
+        if self.layers == "pyramid":
+            rest = tokens - first - last
+            count = first + last + pyramid(count - first - last, rest, self.beta, layer, layers)
+        return count
+
+    def select(self, chunk: Chunk) -> Tensor:
+        n = chunk.keys.shape[2]
+        count = self.kept(n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
+        if count >= n:
+            return chunk.alive
+        first, last = self._protected(n, chunk.sinks, chunk.recent)
+        scores = self.scores(chunk).float()
+        if self.heads == "common":
+            scores = scores.mean(1, keepdim=True).expand_as(chunk.alive)
+        open_ = chunk.alive.clone()
+        open_[..., :first] = open_[..., n - last :] = False
+        scores = in_spans(scores.masked_fill(~open_, -float("inf")), self.span, first)
+        if self.heads == "adaptive":
+            return keep_best_of_heads(scores, chunk.alive, count, first, last, int(self.floor * count))
+        return keep_best(scores, chunk.alive, count, first, last)
+
+    def _protected(self, tokens: int, sinks: int, recent: int) -> tuple[int, int]:
+        """First and last tokens that are kept in any case."""
+        first = min(tokens, sinks)
+        wanted = round(self.keep * tokens) if self.keep is not None else self.budget
+        assert wanted is not None
+        return first, min(max(self.newest(wanted), recent), tokens - first)

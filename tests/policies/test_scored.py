@@ -1,0 +1,255 @@
+"""Scores against their definitions on materialized attention, and budgets to the token."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcomp import SpecError, Stack
+from kvcomp.layer import LayerStore
+from kvcomp.plan import held_by_stream
+from kvcomp.policies.budgets import in_spans, pyramid
+from kvcomp.policies.scored import ScoredPolicy
+from kvcomp.registry import find, stages
+from kvcomp.stages import Chunk
+
+SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
+D = 8
+
+
+def chunk(
+    n: int, rows: int = 2, heads: int = 2, group: int = 3, sinks: int = 2, recent: int = 5, seed: int = 0
+) -> Chunk:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(rows, h, n, D, generator=generator) for h in (heads * group, heads, heads))
+    alive = torch.ones(rows, heads, n, dtype=torch.bool)
+    return Chunk(q, k, v, alive, 0, sinks, recent, 0.7, 1, 4)
+
+
+def attention(c: Chunk) -> Tensor:
+    """The causal softmax [b, Hkv, G, n, n], all of it, in float64."""
+    assert c.queries is not None
+    n = c.keys.shape[2]
+    q = c.queries.double().unflatten(1, (c.keys.shape[1], -1))
+    logits = q @ c.keys.double().mT[:, :, None] * c.scale
+    return logits.masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf).softmax(-1)
+
+
+def lag_definition(x: Tensor, lag: int, first: int) -> Tensor:
+    """Scores [parts - 1, lag] of one head's x [n, D], token by token."""
+    parts = (len(x) - first) // lag
+    rows = []
+    for p in range(parts - 1):
+        own, behind = (x[first + i * lag : first + (i + 1) * lag].double() for i in (p, p + 1))
+        low, high = behind.amin(0), behind.amax(0)
+        spread = torch.stack([((token - low) / (high - low)).std() for token in own])
+        rows.append(spread.softmax(0))
+    return torch.stack(rows)
+
+
+def definition(name: str, c: Chunk) -> Tensor:
+    """Scores [b, Hkv, n] in float64, up to what leaves the order as it is."""
+    k = c.keys.double()
+    if name == "h2o":
+        return attention(c).sum(3).mean(2)
+    if name == "tova":
+        return attention(c)[:, :, :, -1].mean((1, 2))[:, None].expand(k.shape[:3])
+    if name == "knorm":
+        return 1 / k.norm(dim=-1)
+    if name == "keydiff":
+        unit = k / k.norm(dim=-1, keepdim=True)
+        mean = unit.mean(2, keepdim=True)
+        return -(unit * mean).sum(-1) / mean.norm(dim=-1)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("name", ["h2o", "tova", "knorm", "keydiff"])
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3), (1, 4), (2, 8)])
+@settings(deadline=None, max_examples=8)
+@given(n=st.integers(12, 70), keep=st.floats(0.2, 0.9), seed=st.integers(0, 1000))
+def test_the_kept_set_is_the_definition(name: str, heads: int, group: int, n: int, keep: float, seed: int) -> None:
+    c = chunk(n, 2, heads, group, seed=seed)
+    policy = find(name)(keep=keep)
+    kept = policy.select(c)
+    count = policy.kept(n, c.sinks, c.recent, 1, 4)
+    newest = max(policy.newest(round(keep * n)), c.recent)
+    scores = definition(name, c).clone()
+    scores[..., : c.sinks] = scores[..., n - newest :] = math.inf
+    assert kept.sum(-1).unique().tolist() == [count]
+    best = scores.sort(-1, descending=True).values
+    edge = best[..., count - 1 : count]
+    clear = count == n or bool(((edge - best[..., count : count + 1]).abs() > 1e-9).all())
+    assert not clear or torch.equal(kept, scores >= edge)
+
+
+@pytest.mark.parametrize(("n", "lag"), [(40, 8), (47, 8), (19, 8), (15, 8), (70, 16)])
+def test_lagkv_is_its_definition(n: int, lag: int) -> None:
+    c = chunk(n)
+    scores = find("lagkv")(lag=lag, first=3).scores(c)
+    parts = (n - 3) // lag
+    for b in range(2):
+        for h in range(2):
+            if parts < 2:
+                assert bool((scores[b, h, 3:].diff() > 0).all())  # too short to compare: the newest tokens
+                continue
+            spread = (lag_definition(c.keys[b, h], lag, 3) + lag_definition(c.values[b, h], lag, 3)) / 2
+            ranks = torch.empty_like(spread)
+            for p in range(parts - 1):
+                for rank, token in enumerate(spread[p].argsort().tolist()):
+                    ranks[p, token] = rank / lag
+            ours = scores[b, h, 3 : 3 + (parts - 1) * lag].view(parts - 1, lag)
+            torch.testing.assert_close(ours.double(), ranks)
+            assert bool((scores[b, h, 3 + (parts - 1) * lag :] >= 1).all())
+
+
+def test_chance_repeats_and_layers_draw_apart() -> None:
+    c = chunk(50)
+    policy = find("random")(keep=0.5)
+    assert torch.equal(policy.select(c), policy.select(c))
+    other = policy.select(Chunk(**{**vars(c), "layer": 2}))
+    assert not torch.equal(policy.select(c), other)
+
+
+@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("given_", ["keep=0.4", "budget=37", "keep=0.4, heads=adaptive", "keep=0.4, span=6"])
+def test_budgets_are_exact_and_protect(name: str, given_: str) -> None:
+    c = chunk(120)
+    (policy,) = Stack.parse(f"{name}({given_}{', window=8' if 'window' in fields(name) else ''})").policies
+    kept = policy.select(c)
+    count = policy.kept(120, c.sinks, c.recent, c.layer, c.layers)
+    if policy.heads == "adaptive":
+        assert kept.sum((1, 2)).tolist() == [2 * count] * 2
+        assert int(kept.sum(-1).min()) >= int(0.2 * count)
+    else:
+        assert kept.sum(-1).unique().tolist() == [count]
+    assert bool(kept[..., : c.sinks].all())
+    assert bool(kept[..., -c.recent :].all())
+
+
+def fields(name: str) -> tuple[str, ...]:
+    return tuple(find(name).__dataclass_fields__)
+
+
+@given(
+    mean=st.integers(0, 400),
+    more=st.integers(0, 2000),
+    beta=st.integers(1, 40),
+    layers=st.integers(1, 40),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_pyramid_has_the_sum_of_its_mean(mean: int, more: int, beta: int, layers: int) -> None:
+    most = mean + more
+    sizes = [pyramid(mean, most, beta, layer, layers) for layer in range(layers)]
+    assert sum(sizes) == layers * mean
+    assert all(0 <= size <= most for size in sizes)
+    assert all(a >= b - 1 for a, b in itertools.pairwise(sizes))  # falls, up to rounding
+    if layers > 1 and more >= mean and mean >= 2 * beta:
+        assert abs(sizes[0] - (2 * mean - mean / beta)) <= 1
+        assert abs(sizes[-1] - mean / beta) <= 1
+
+
+def test_a_stack_has_the_bytes_of_its_pyramid() -> None:
+    """What a plan says of each layer is what its store holds."""
+    n = 900
+    k, v, q = (torch.randn(1, h, n, 64) for h in (2, 2, 4))
+    stack = Stack.parse("pyramidkv(keep=0.25, window=16) + kivi(bits=4) + window(sinks=4, recent=32)")
+    kept = []
+    for layer in range(6):
+        plan = stack.plan(layer, 6)
+        store = LayerStore(plan)
+        store.start(k, v)
+        store.write(k, v, None, q, 0.1)
+        kept.append(int(store.kept[0]))
+        held = store.held(set())
+        assert 2 * held_by_stream(plan, 64, 64, n, torch.float32) == sum(held.values()) - held["history"]
+    assert sum(kept) == 6 * 225
+    assert kept[0] > 2 * kept[-1]
+
+
+def test_heads_share_a_layer_where_the_scores_are() -> None:
+    """A head that attends sharply needs few tokens; one that attends evenly gets the rest, and bytes follow."""
+    n = 800
+    q, k, v = torch.zeros(1, 2, n, 64), torch.randn(1, 2, n, 64), torch.randn(1, 2, n, 64)
+    q[0, 0] = k[0, 0, 300] * 3  # all of head 0 looks at one token
+    stores = {}
+    for name in ("snapkv", "adakv"):
+        store = LayerStore(
+            Stack.parse(f"{name}(keep=0.5, window=8) + kivi(bits=4) + window(sinks=0, recent=0)").plan(0, 1)
+        )
+        store.start(k, v)
+        store.write(k, v, None, q, 0.5)
+        stores[name] = store
+    assert stores["snapkv"].kept.tolist() == [400, 400]
+    ada = stores["adakv"].kept.tolist()
+    assert sum(ada) == 800
+    assert ada[0] == 80  # the floor: a fifth of the budget
+    held = {name: sum(store.held(set()).values()) for name, store in stores.items()}
+    assert held["adakv"] == pytest.approx(held["snapkv"], rel=0.1)
+
+
+def test_runs_stay_or_leave_together() -> None:
+    c = chunk(200, sinks=3, recent=7)
+    (policy,) = Stack.parse("chunkkv(keep=0.3, window=8)").policies
+    kept = policy.select(c)
+    assert torch.equal(kept[:, :1].expand_as(kept), kept)  # all heads alike
+    cut = 0
+    for at in range(3, 200 - 8, 10):
+        run = kept[0, 0, at : min(at + 10, 192)]
+        cut += bool(run.any()) and not bool(run.all())
+    assert cut <= 1
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(5, 60), span=st.integers(2, 9), first=st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+def test_spans_are_ordered_by_their_means(seed: int, n: int, span: int, first: int) -> None:
+    scores = torch.randn(1, 1, n, generator=torch.Generator().manual_seed(seed))
+    order = in_spans(scores, span, first)[0, 0].argsort(descending=True).tolist()
+    runs: dict[int, list[int]] = {}
+    for token in range(n):
+        runs.setdefault((token - first) // span, []).append(token)
+    ranked = sorted(runs.values(), key=lambda tokens: -float(scores[0, 0, tokens].mean()))
+    assert order == [token for tokens in ranked for token in tokens]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_rows_of_a_padded_batch_choose_as_they_would_alone(name: str) -> None:
+    lengths = (300, 170, 90, 30)
+    k, v, q = (torch.randn(4, h, 300, 16, generator=torch.Generator().manual_seed(h)) for h in (2, 2, 4))
+    valid = torch.arange(300) >= torch.tensor([[300 - length] for length in lengths])
+    plan = Stack.parse(f"{name}(keep=0.4) + int(bits=8) + window(sinks=2, recent=8)").plan(1, 4)
+    batch = LayerStore(plan)
+    batch.start(k, v)
+    batch.write(k, v, valid, q, 0.25)
+    for b, length in enumerate(lengths):
+        row = (slice(b, b + 1), slice(None), slice(max(lengths) - length, None))
+        alone = LayerStore(plan)
+        alone.start(k[row], v[row])
+        alone.write(k[row], v[row], None, q[row], 0.25)
+        assert batch.kept.view(4, 2)[b].tolist() == alone.kept.tolist()
+        query = torch.randn(1, 4, 1, 16).expand(4, -1, -1, -1)
+        together, single = batch.attend(query, 0.25).out[b], alone.attend(query[:1], 0.25).out[0]
+        torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("h2o(keep=0)", "keep"),
+        ("h2o(keep=0.1, budget=5)", "budget"),
+        ("tova(layers=flat)", "layers"),
+        ("adakv(floor=2)", "floor"),
+        ("chunkkv(span=0)", "span"),
+        ("lagkv(lag=0)", "lag"),
+        ("knorm(heads=all)", "heads"),
+        ("h2o(recent=1.5)", "recent"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(spec: str, named: str) -> None:
+    with pytest.raises(SpecError, match=f"{named}="):
+        Stack.parse(spec)
