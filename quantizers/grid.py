@@ -18,6 +18,22 @@ TINY = 2.0**-24  # smallest positive float16: a scale below it would read back a
 HUGE = torch.finfo(SCALE).max  # larger keys and values saturate
 
 
+def channel_group(stage: str, group: int, dim: int, step: int) -> int:
+    """How many of `dim` channels share a scale where groups of `group` are asked for: all, where there are fewer.
+
+    step: what the stage wants groups to be multiples of.
+
+    Raises:
+        SpecError: the groups do not fill the channels; it names those that do.
+    """
+    if dim % min(group, dim) == 0:
+        return min(group, dim)
+    fits = [str(g) for g in range(step, dim + step, step) if dim % min(g, dim) == 0]
+    raise SpecError(
+        f"{stage}(group={group}): {dim} channels are no multiple of {group}; use a group of {' or '.join(fits)}"
+    )
+
+
 @dataclass(frozen=True)
 class UniformSide:
     """K or V of a page on a uniform grid: x ~ code * scale + zero, scale and zero shared by blocks.

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
 from .basis import BASES
 from .codecs import GridCodec
-from .grid import UniformSide
+from .grid import UniformSide, channel_group
 from .widths import BITS, WidthQuantizer
 
 TOKEN, CHANNEL = "token", "channel"
@@ -52,9 +51,9 @@ class Int(WidthQuantizer):
         return self.group or 1 if self.per == CHANNEL else 1
 
     def _side(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformSide:
-        tokens, channels = (1, self.group or dim) if self.per == TOKEN else (self.group or shape.page_size, 1)
-        if dim % channels:
-            raise SpecError(f"int(group={self.group}): {dim} channels are no multiple of {self.group}")
+        tokens, channels = self.group or shape.page_size, 1
+        if self.per == TOKEN:
+            tokens, channels = 1, channel_group(self.name, self.group or dim, dim, 8)
         return UniformSide(
             name, shape.page_size, dim, int(bits), tokens, channels, symmetric=self.symmetric, clip=self.clip
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
 from .codecs import GridCodec
-from .grid import UniformSide
+from .grid import UniformSide, channel_group
 from .widths import BITS, WidthQuantizer
 
 
@@ -44,13 +43,7 @@ class Kivi(WidthQuantizer):
         return 0, 128
 
     def codec(self, shape: PageShape) -> GridCodec:
-        channels = min(self.group, shape.v_dim)
-        if shape.v_dim % channels:
-            fits = [g for g in range(16, shape.v_dim + 16, 16) if shape.v_dim % min(g, shape.v_dim) == 0]
-            raise SpecError(
-                f"kivi(group={self.group}): values have {shape.v_dim} channels, which {self.group} does not divide; "
-                f"use a group of {' or '.join(map(str, fits))}"
-            )
+        channels = channel_group(self.name, self.group, shape.v_dim, 16)
         return GridCodec(
             UniformSide("k", shape.page_size, shape.k_dim, int(self.k_bits), self.group, 1),
             UniformSide("v", shape.page_size, shape.v_dim, int(self.v_bits), 1, channels),

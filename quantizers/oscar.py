@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
 from .basis import Basis, hadamard
 from .calibration import FILE, Calibrated, Calibration
-from .grid import UniformSide
+from .grid import UniformSide, channel_group
 from .statistics import Statistics
 from .widths import BITS, WidthQuantizer
 
@@ -78,9 +77,7 @@ class Oscar(WidthQuantizer, Calibrated):
         )
 
     def _side(self, name: str, shape: PageShape, dim: int, bits: float, clip: float) -> ClippedSide:
-        group = min(self.group, dim)
-        if dim % group:
-            raise SpecError(f"oscar(group={self.group}): {dim} channels are no multiple of {self.group}")
+        group = channel_group(self.name, self.group, dim, 8)
         return ClippedSide(name, shape.page_size, dim, int(bits), 1, group, quantile=clip)
 
     def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:

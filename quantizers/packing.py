@@ -44,8 +44,12 @@ def code_fields(name: str, bits: int, tokens: int, dim: int) -> tuple[Field, ...
     Raises:
         SpecError: a row of codes would not fill whole bytes.
     """
-    if any(dim * width % 8 for width in planes(bits)):
-        raise SpecError(f"{name} has {dim} channels, which {bits}-bit codes do not fill whole bytes with: use 8 bits")
+    multiple = 8 // planes(bits)[-1]
+    if dim % multiple:
+        raise SpecError(
+            f"{name} has {dim} channels, which {bits}-bit codes do not fill whole bytes with: they need a multiple of "
+            f"{multiple}; use other bits, or int8 or fp8"
+        )
     return tuple(Field(f"{name}.codes{w}", (tokens, dim * w // 8), torch.uint8) for w in planes(bits))
 
 

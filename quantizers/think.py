@@ -8,14 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
 from .basis import IDENTITY, Basis
 from .calibration import FILE, Calibrated, Calibration
 from .codecs import RawSide, Side
-from .grid import UniformSide
+from .grid import UniformSide, channel_group
 from .statistics import Statistics
 from .svd import check_amount, kept
 
@@ -64,12 +63,7 @@ class Think(Calibrated):
                 RawSide("k", shape.page_size, channels, shape.dtype),
                 RawSide("v", shape.page_size, shape.v_dim, shape.dtype),
             )
-        group = min(self.group, shape.v_dim)
-        if shape.v_dim % group:
-            raise SpecError(
-                f"think(group={self.group}): values have {shape.v_dim} channels, which {self.group} does not divide; "
-                "use a group of 16"
-            )
+        group = channel_group(self.name, self.group, shape.v_dim, 16)
         return (
             UniformSide("k", shape.page_size, channels, self.bits, self.group, 1),
             UniformSide("v", shape.page_size, shape.v_dim, self.bits, 1, group),
