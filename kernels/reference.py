@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part, attend, merge
+from kvcomp.attention import Part, attend, joined
 from kvcomp.pages import PageLayout
 from kvcomp.stages import Codec
 
@@ -24,11 +24,13 @@ def attend_pages(
     codec: Codec,
     scale: float,
     softcap: float | None = None,
+    lse_of_pages: bool = False,
 ) -> Part:
     """Attention of queries [S, R, Dk] over each stream's pages, in original coordinates.
 
     pool [pages, bytes_per_page] uint8; ids [S, n] page ids, of which a stream's first counts [S] are valid. The other
-    entries are never decoded into the result: what they point at may be anything.
+    entries are never decoded into the result: what they point at may be anything. With `lse_of_pages` the part's groups
+    are the lse of each page, -inf where there is none.
     """
     streams, n = ids.shape
     size = layout.page_size
@@ -47,6 +49,7 @@ def attend_pages(
             exists = (torch.arange(at, at + m, device=ids.device) < counts[:, None]).repeat_interleave(size, 1)
             values = values.masked_fill(~exists[..., None], 0)
             visible = exists[:, None]
-        parts.append(attend(rotated, keys, values, scale, visible, softcap, bias))
-    part = merge(parts)
-    return Part(codec.read_output(part.out), part.lse)
+        group = size if lse_of_pages else None
+        parts.append(attend(rotated, keys, values, scale, visible, softcap, bias, group))
+    part = joined(parts)
+    return part._replace(out=codec.read_output(part.out))

@@ -16,10 +16,14 @@ MAX_LOGITS = 1 << 24  # largest block of logits held at once, in elements (64 Mi
 
 
 class Part(NamedTuple):
-    """Attention over some of the tokens: out [S, R, Dv] float32 and lse [S, R] float32 (-inf where it saw none)."""
+    """Attention over some of the tokens: out [S, R, Dv] float32 and lse [S, R] float32 (-inf where it saw none).
+
+    groups [S, R, n]: the lse of each run of tokens alone, where it was asked for.
+    """
 
     out: Tensor
     lse: Tensor
+    groups: Tensor | None = None
 
 
 def merge(parts: Sequence[Part]) -> Part:
@@ -33,6 +37,13 @@ def merge(parts: Sequence[Part]) -> Part:
     return Part(out, lse)
 
 
+def joined(parts: Sequence[Part]) -> Part:
+    """The merge of parts that are neighbours, with the groups of all."""
+    part = merge(parts)
+    groups = [p.groups for p in parts if p.groups is not None]
+    return part._replace(groups=torch.cat(groups, -1)) if groups else part
+
+
 def attend(
     queries: Tensor,
     keys: Tensor,
@@ -41,23 +52,26 @@ def attend(
     visible: Tensor | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    group: int | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over keys [S, N, Dk], values [S, N, Dv], computed in float32.
 
     `visible` is bool, broadcastable to [S, R, N]. `bias` [S, R] is added to every q . k before it is scaled. Logits are
     capped as softcap * tanh(logit / softcap) where asked.
-    Runs over blocks of keys, so that no more than `MAX_LOGITS` logits exist at once.
+    Runs over blocks of keys, so that no more than `MAX_LOGITS` logits exist at once. With `group`, which divides N, the
+    lse of each run of so many tokens is returned as well.
     """
     streams, rows, _ = queries.shape
     tokens = keys.shape[1]
-    block = max(MAX_LOGITS // max(streams * rows, 1), 1)
+    unit = group or 1
+    block = max(MAX_LOGITS // max(streams * rows, 1) // unit, 1) * unit
     if tokens > block:
         parts = []
         for at in range(0, tokens, block):
             piece = slice(at, at + block)
             seen = visible if visible is None or visible.shape[-1] == 1 else visible[..., piece]
-            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap, bias))
-        return merge(parts)
+            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap, bias, group))
+        return joined(parts)
     logits = torch.bmm(queries.float(), keys.float().transpose(1, 2))  # [S, R, N]
     if bias is not None:
         logits = logits + bias[..., None]
@@ -66,10 +80,11 @@ def attend(
         logits = torch.tanh(logits / softcap) * softcap
     if visible is not None:
         logits = logits.masked_fill(~visible, -torch.inf)
+    groups = None if group is None else logits.unflatten(-1, (-1, group)).logsumexp(-1)
     lse = torch.logsumexp(logits, -1)  # [S, R]
     safe = lse.masked_fill(lse == -torch.inf, 0) if visible is not None else lse
     weights = (logits - safe[..., None]).exp()
-    return Part(torch.bmm(weights, values.float()), lse)
+    return Part(torch.bmm(weights, values.float()), lse, groups)
 
 
 def sink_logit(part: Part, logits: Tensor) -> Part:

@@ -23,7 +23,7 @@ from kvcomp.kernels.reference import attend_pages
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, compact, reclaim
 from kvcomp.plan import LayerPlan
-from kvcomp.stages import Chunk, PageShape
+from kvcomp.stages import Chunk, Held, PageShape
 
 
 class LayerStore:
@@ -52,7 +52,7 @@ class LayerStore:
         self.codec, self.layout = plan.build(shape)
         self.exact = ExactBuffer(plan, keys, values)
         self.pool = PagePool(self.layout, self.device)
-        self.table = PageTable(self.rows * self.heads, self.device)
+        self.table = PageTable(self.rows * self.heads, self.device, plan.watched)
         self.history.start(self.rows)
         self.tail: int | None = None  # most recent tokens that are surely held; None: all of them
         self.started = True
@@ -80,13 +80,17 @@ class LayerStore:
         self._expire()
 
     def _expire(self) -> None:
-        for policy in self.plan.policies:
-            kept = (self.kept - self.plan.sinks).clamp_min(0)
-            amount = policy.expired(kept, self.table.counts, self.plan.page_size)
-            if amount is not None and bool(amount.any()):
-                self.table.drop_oldest(amount)
-                reclaim(self.pool, self.table)
-                self._limit_tail(int(self.kept[amount > 0].min()) - self.plan.sinks)
+        plan, table = self.plan, self.table
+        for policy in plan.policies:
+            attention = table.attention() if policy.watches else None
+            held = Held(self.kept, table.counts, plan.page_size, plan.sinks, self.heads, attention)
+            gone = policy.expired(held) if table.longest else None
+            if gone is not None and bool(gone.any()):
+                last = (gone * torch.arange(1, gone.shape[1] + 1)).amax(1)  # pages up to the newest that goes
+                newest = (table.counts - last) * plan.page_size + self.exact.counts - plan.sinks
+                self._limit_tail(int(newest[last > 0].min()))
+                table.drop(gone)
+                reclaim(self.pool, table)
 
     def _limit_tail(self, tokens: int) -> None:
         self.tail = tokens if self.tail is None else min(self.tail, tokens)
@@ -220,7 +224,8 @@ class LayerStore:
         group = queries.shape[1] // self.heads
         q = rearrange(queries, "b (h g) n d -> (b h) (g n) d", h=self.heads)
         exact, self.read = self.exact.attend(q, scale, softcap)
-        parts = [part for part in (self._attend_pages(q, n, scale, softcap), exact) if part]
+        paged, pages = self._attend_pages(q, n, scale, softcap)
+        parts = [part for part in (paged, exact) if part]
         if chunk is not None:
             k, v, visible = chunk
             seen = visible.expand(self.rows, n, k.shape[2])[:, None, None]  # [B, 1, 1, n, c]
@@ -229,13 +234,20 @@ class LayerStore:
             self.read["chunk"] = k.nbytes + v.nbytes
         self.dense_read = self.dense_bytes + self.read.get("chunk", 0)
         part = merge(parts)
+        if paged is not None and paged.groups is not None:
+            mass = (paged.groups - part.lse[..., None]).exp().unflatten(1, (group, n)).mean(1).sum(1)  # [S, k]
+            mass = mass if pages is None else mass.new_zeros(len(mass), self.table.longest).scatter_add(1, pages, mass)
+            self.table.watch(mass, n)
         out = rearrange(part.out, "(b h) (g n) d -> b (h g) n d", h=self.heads, n=n)
         return Part(out, rearrange(part.lse, "(b h) (g n) -> b (h g) n", h=self.heads, n=n))
 
-    def _attend_pages(self, q: Tensor, n: int, scale: float, softcap: float | None) -> Part | None:
-        """Attention over the pages that the selector chooses, or all of them."""
+    def _attend_pages(
+        self, q: Tensor, n: int, scale: float, softcap: float | None
+    ) -> tuple[Part | None, Tensor | None]:
+        """Attention over the pages that the selector chooses, and their places [S, k]; None: all of them."""
         if self.table.longest == 0:
-            return None
+            return None, None
+        chosen = None
         ids, counts, total = self.table.ids(), self.table.counts.to(self.device), self.table.total
         self.read["table"] = ids.nbytes
         if adapted := self.codec.adapted():
@@ -247,7 +259,8 @@ class LayerStore:
             chosen, counts = selector.select(q, summary, counts, scale)
             ids, total = ids.gather(1, chosen), int(counts.sum())
         self.read["pages"] = total * self.layout.body_bytes
-        return attend_pages(q, self.pool.data, ids, counts, self.layout, self.codec, scale, softcap)
+        args = (self.layout, self.codec, scale, softcap, self.plan.watched)
+        return attend_pages(q, self.pool.data, ids, counts, *args), chosen
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Everything held, decoded: keys [B, Hkv, N', Dk] and values [B, Hkv, N', Dv] in the model's dtype, oldest
@@ -384,6 +397,7 @@ class LayerStore:
             "pages": pages,
             "table": table,
             "counts": self.table.counts,
+            "received": None if self.table.received is None else self.table.received[:, : self.table.longest],
             "exact": self.exact.state(),
             "history": self.history.state(),
             "codec": self.codec.state(),
@@ -404,7 +418,7 @@ class LayerStore:
         if state["fields"] != fields:
             raise KvcompError(f"layer {self.plan.layer} holds pages of {state['fields']}, but the stack makes {fields}")
         self.pool.data = state["pages"].to(device)
-        self.table.rows, self.table.counts = state["table"], state["counts"]
+        self.table.rows, self.table.counts, self.table.received = state["table"], state["counts"], state["received"]
         self.exact.restore(state["exact"], device)
         self.history.restore(state["history"])
         self.codec.restore({name: tensor.to(device) for name, tensor in state["codec"].items()})

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ALIGN = 16
 SUMMARY = "summary."
@@ -130,12 +131,16 @@ class PageTable:
 
     Kept on the host, where allocation happens; `ids` hands out a copy on the pages' device that is renewed on change.
     A page may belong to several streams (beams, repeated rows): pages are never changed once written.
+
+    received: float32 [S, capacity, 2] where a policy watches: the attention that each page received, and of how many
+    queries.
     """
 
-    def __init__(self, streams: int, device: torch.device) -> None:
+    def __init__(self, streams: int, device: torch.device, watched: bool = False) -> None:
         self.device = device
         self.rows = torch.zeros(streams, 0, dtype=torch.int32)
         self.counts = torch.zeros(streams, dtype=torch.int64)
+        self.received = torch.zeros(streams, 0, 2) if watched else None
         self._mirror: Tensor | None = None
 
     @property
@@ -166,36 +171,58 @@ class PageTable:
             rows = self.rows.new_zeros(self.rows.shape[0], wider)
             rows[:, : self.rows.shape[1]] = self.rows
             self.rows = rows
+            if self.received is not None:
+                self.received = F.pad(self.received, (0, 0, 0, wider - self.received.shape[1]))
         columns = self.counts[streams, None] + torch.arange(m)
         self.rows[streams[:, None], columns] = ids.to(torch.int32)
         self.counts[streams] += m
         self._mirror = None
 
-    def drop_oldest(self, amount: Tensor) -> None:
-        """Forget each stream's `amount` [S] oldest pages."""
-        column = torch.arange(self.rows.shape[1]) + amount[:, None]
-        inside = column < self.counts[:, None]
-        self.rows = self.rows.gather(1, column.clamp_max(max(self.rows.shape[1] - 1, 0))) * inside
-        self.rows = self.rows.to(torch.int32)
-        self.counts = self.counts - amount
+    def drop(self, gone: Tensor) -> None:
+        """Forget pages: bool [S, longest]; those that stay keep their order."""
+        n = self.rows.shape[1]
+        gone = F.pad(gone, (0, n - gone.shape[1])) & (torch.arange(n) < self.counts[:, None])
+        order = gone.int().argsort(dim=1, stable=True)
+        self.counts = self.counts - gone.sum(1)
+        inside = torch.arange(n) < self.counts[:, None]
+        self.rows = (self.rows.gather(1, order) * inside).to(torch.int32)
+        if self.received is not None:
+            self.received = self.received.gather(1, order[..., None].expand_as(self.received)) * inside[..., None]
         self._mirror = None
 
     def drop_newest(self, amount: Tensor) -> None:
         """Forget each stream's `amount` [S] newest pages."""
         self.counts = self.counts - amount
-        self.rows *= torch.arange(self.rows.shape[1]) < self.counts[:, None]
+        inside = torch.arange(self.rows.shape[1]) < self.counts[:, None]
+        self.rows *= inside
+        if self.received is not None:
+            self.received *= inside[..., None]
         self._mirror = None
+
+    def watch(self, mass: Tensor, queries: int) -> None:
+        """Add the attention mass [S, longest] that pages received from `queries` queries."""
+        if self.received is not None:
+            seen = torch.stack([mass.cpu(), torch.full(mass.shape, float(queries))], -1)
+            self.received[:, : mass.shape[1]] += seen * (torch.arange(mass.shape[1]) < self.counts[:, None])[..., None]
+
+    def attention(self) -> Tensor | None:
+        """float32 [S, longest]: mean attention that each page received of a query, 0 before any; None if unwatched."""
+        if self.received is None:
+            return None
+        mass, queries = self.received[:, : self.longest].unbind(-1)
+        return mass / queries.clamp_min(1)
 
     def select(self, streams: Tensor) -> None:
         """Keep (and repeat, and order) the given streams."""
         self.rows, self.counts, self._mirror = self.rows[streams], self.counts[streams], None
+        self.received = None if self.received is None else self.received[streams]
 
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream owns."""
         return self.rows[torch.arange(self.rows.shape[1]) < self.counts[:, None]].unique().long()
 
     def tensors(self) -> Iterable[Tensor]:
-        return [self.rows, self.counts] + ([] if self._mirror is None else [self._mirror])
+        return [t for t in (self.rows, self.counts, self.received, self._mirror) if t is not None]
 
 
 def compact(pool: PagePool, table: PageTable) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from kvcomp.stages import Codec, PageShape, Policy, Quantizer, Selector
 
 COUNTER = torch.int64
 TABLE_ENTRY = torch.int32
+RECEIVED = 2 * torch.float32.itemsize  # of a page whose attention a policy watches
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class LayerPlan:
     @property
     def needs_queries(self) -> bool:
         return self.quantizer.needs_queries or any(policy.needs_queries for policy in self.policies)
+
+    @property
+    def watched(self) -> bool:
+        """Whether some policy needs the attention that pages receive."""
+        return any(policy.watches for policy in self.policies)
 
     @property
     def slots(self) -> int:
@@ -88,7 +94,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         summaries=pages * layout.summary_bytes,
         sinks=sinks,
         window=slots * token - sinks,
-        table=pages * TABLE_ENTRY.itemsize + 2 * COUNTER.itemsize,
+        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + 2 * COUNTER.itemsize,
         constants=adapted if pages else 0,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,6 +199,23 @@ class Chunk:
     layers: int
 
 
+class Held(NamedTuple):
+    """What S = B x `heads` streams hold, as a policy sees it that lets pages go.
+
+    tokens [S]: all that each holds, of which the first `sinks` stay. pages [S]: how many full pages of `page_size` lie
+    behind them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
+    page received on average, since it was written and over the query heads of its KV head; None unless the policy
+    `watches`.
+    """
+
+    tokens: Tensor
+    pages: Tensor
+    page_size: int
+    sinks: int
+    heads: int
+    attention: Tensor | None
+
+
 @dataclass(frozen=True)
 class Policy(Stage):
     """Decides which tokens enter pages, and which pages leave."""
@@ -217,11 +234,13 @@ class Policy(Stage):
         """
         raise NotImplementedError
 
-    def expired(self, kept: Tensor, pages: Tensor, page_size: int) -> Tensor | None:
-        """int64 [S]: how many of each stream's oldest pages to free (None: none).
+    @property
+    def watches(self) -> bool:
+        """Whether `expired` needs the attention that pages receive."""
+        return False
 
-        kept [S] tokens that it holds behind the sinks, pages [S] how many of them are full pages of `page_size`.
-        """
+    def expired(self, held: Held) -> Tensor | None:
+        """bool [S, n]: the pages to free (None: none); n as long as the longest stream."""
         return None
 
 

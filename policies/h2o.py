@@ -21,11 +21,13 @@ class H2O(ScoredPolicy):
 
     score_j = sum over all queries i >= j of softmax(q_i k_j), averaged over the query heads of a KV head: a second pass
     over the attention in blocks, never an n x n matrix. Half of the budget goes to the newest tokens, as published
-    (10 % + 10 %).
+    (10 % + 10 %). With an absolute budget it is kept while generating: there whole pages leave, by the attention that
+    they received since they were written.
     """
 
     paper: ClassVar[str] = "arXiv:2306.14048"
     needs_queries: ClassVar[bool] = True
+    while_decoding: ClassVar[bool] = True
 
     recent: float = arg(0.5, "share of the budget for the newest tokens, 0 to 1")
 
@@ -49,10 +51,15 @@ class H2O(ScoredPolicy):
 @register("tova")
 @dataclass(frozen=True)
 class TOVA(ScoredPolicy):
-    """TOVA: keeps what the last query attends to most, averaged over all heads of a layer, which all keep the same."""
+    """TOVA: keeps what the last query attends to most, averaged over all heads of a layer, which all keep the same.
+
+    With an absolute budget it is kept while generating: there whole pages leave, by the attention that they received
+    since they were written.
+    """
 
     paper: ClassVar[str] = "arXiv:2401.06104"
     needs_queries: ClassVar[bool] = True
+    while_decoding: ClassVar[bool] = True
 
     heads: str = arg("common", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from kvcomp.stages import Chunk, Policy, arg
+from kvcomp.stages import Chunk, Held, Policy, arg
 
 from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyramid
 
@@ -19,8 +21,12 @@ class ScoredPolicy(Policy):
     """Keeps the tokens of a prefilled chunk whose `scores` are best, as many as the budget allows.
 
     A subclass overrides `scores`, and the defaults that its method publishes. Sinks, the exact window and `newest`
-    tokens are kept whatever their score, and count. Tokens generated later are kept.
+    tokens are kept whatever their score, and count. Tokens generated later are kept, unless the method evicts
+    `while_decoding` and has an absolute budget: then the pages that received least attention leave, and between the
+    budget and a page more is held.
     """
+
+    while_decoding: ClassVar[bool] = False
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
     budget: int | None = arg(None, "tokens to keep per KV head, protected tokens included")
@@ -78,6 +84,25 @@ class ScoredPolicy(Policy):
         if self.heads == "adaptive":
             return keep_best_of_heads(scores, chunk.alive, count, first, last, int(self.floor * count))
         return keep_best(scores, chunk.alive, count, first, last)
+
+    @property
+    def watches(self) -> bool:
+        return self.while_decoding and self.budget is not None
+
+    def expired(self, held: Held) -> Tensor | None:
+        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget."""
+        if held.attention is None or self.budget is None or not self.watches:
+            return None
+        worth = held.attention.masked_fill(torch.arange(held.attention.shape[1]) >= held.pages[:, None], torch.inf)
+        over, count = held.tokens - self.budget, held.pages
+        rows = worth.unflatten(0, (-1, held.heads))
+        if self.heads == "common":
+            worth = rows.mean(1, keepdim=True).expand_as(rows).flatten(0, 1)
+        if self.heads == "adaptive":
+            worth, over, count = rows.flatten(1), over.view(-1, held.heads).sum(-1), count.view(-1, held.heads).sum(-1)
+        excess = (over.clamp_min(0) // held.page_size).minimum(count)
+        rank = worth.argsort(dim=-1, stable=True).argsort(-1)
+        return (rank < excess[:, None]).view_as(held.attention)
 
     def _protected(self, tokens: int, sinks: int, recent: int) -> tuple[int, int]:
         """First and last tokens that are kept in any case."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.registry import register
-from kvcomp.stages import Chunk, Policy, arg
+from kvcomp.stages import Chunk, Held, Policy, arg
 
 
 @register("streaming")
@@ -60,5 +60,6 @@ class Streaming(Policy):
         keep[max(n - max(self.recent, chunk.recent), 0) :] = True
         return chunk.alive & keep
 
-    def expired(self, kept: Tensor, pages: Tensor, page_size: int) -> Tensor | None:
-        return ((kept - self.recent).clamp_min(0) // page_size).minimum(pages)
+    def expired(self, held: Held) -> Tensor | None:
+        excess = (held.tokens - held.sinks - self.recent).clamp_min(0) // held.page_size
+        return torch.arange(int(held.pages.max())) < excess.minimum(held.pages)[:, None]

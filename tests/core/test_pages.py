@@ -173,11 +173,12 @@ def listed(table: PageTable) -> list[list[int]]:
 @given(st.data())
 @settings(deadline=None, max_examples=60)
 def test_the_table_is_a_list_of_lists(data: st.DataObject) -> None:
-    table, model, fresh = PageTable(3, CPU), [[], [], []], iter(range(1, 10**6))
+    table, model, fresh = PageTable(3, CPU, watched=True), [[], [], []], iter(range(1, 10**6))
+    received: dict[int, float] = {}  # per page: its id over the two queries that every watch counts
     for _ in range(data.draw(st.integers(1, 12))):
         streams = len(model)
         amounts = [data.draw(st.integers(0, len(row))) for row in model]
-        match data.draw(st.sampled_from(["append", "append", "oldest", "newest", "select"])):
+        match data.draw(st.sampled_from(["append", "append", "drop", "newest", "select", "watch"])):
             case "append":
                 chosen = data.draw(st.lists(st.integers(0, streams - 1), min_size=1, unique=True))
                 m = data.draw(st.integers(0, 4))
@@ -185,9 +186,21 @@ def test_the_table_is_a_list_of_lists(data: st.DataObject) -> None:
                 table.append(torch.tensor(chosen), torch.tensor(ids, dtype=torch.int64).view(len(chosen), m))
                 for stream, row in zip(chosen, ids, strict=True):
                     model[stream] = model[stream] + row
-            case "oldest":
-                table.drop_oldest(torch.tensor(amounts))
-                model = [row[a:] for row, a in zip(model, amounts, strict=True)]
+            case "drop":
+                gone = [[data.draw(st.booleans()) for _ in row] for row in model]
+                mask = torch.zeros(streams, table.longest, dtype=torch.bool)
+                for stream, row in enumerate(gone):
+                    mask[stream, : len(row)] = torch.tensor(row, dtype=torch.bool)
+                table.drop(mask)
+                model = [
+                    [x for x, g in zip(row, g_, strict=True) if not g] for row, g_ in zip(model, gone, strict=True)
+                ]
+            case "watch":
+                mass = torch.full((streams, table.longest), 99.0)
+                for stream, row in enumerate(model):
+                    mass[stream, : len(row)] = torch.tensor([float(page) for page in row])
+                table.watch(mass, 2)
+                received |= {page: page / 2 for row in model for page in row}
             case "newest":
                 table.drop_newest(torch.tensor(amounts))
                 model = [row[: len(row) - a] for row, a in zip(model, amounts, strict=True)]
@@ -196,6 +209,11 @@ def test_the_table_is_a_list_of_lists(data: st.DataObject) -> None:
                 table.select(torch.tensor(chosen))
                 model = [list(model[i]) for i in chosen]
         assert listed(table) == model
+        attention = table.attention()
+        assert attention is not None
+        for stream, row in enumerate(model):
+            assert attention[stream, : len(row)].tolist() == [received.get(page, 0.0) for page in row]
+            assert not bool(attention[stream, len(row) :].any())
         assert table.total == sum(map(len, model))
         assert table.longest == max(map(len, model))
         assert table.owned().tolist() == sorted({page for row in model for page in row})
@@ -226,7 +244,10 @@ def test_reclaim_keeps_every_owned_page_and_frees_every_other(data: st.DataObjec
     if data.draw(st.booleans()):
         table.select(torch.tensor([1, 1, 0] if data.draw(st.booleans()) else [1]))  # shared pages; a dropped stream
     drop = torch.tensor([data.draw(st.integers(0, n)) for _ in table.counts])
-    (table.drop_oldest if data.draw(st.booleans()) else table.drop_newest)(drop)
+    if data.draw(st.booleans()):
+        table.drop_newest(drop)
+    else:
+        table.drop(torch.arange(table.longest) < drop[:, None])
 
     before = [[int(pool.data[page, 0]) for page in row] for row in listed(table)]
     reclaim(pool, table)
