@@ -20,9 +20,9 @@ class H2O(ScoredPolicy):
     """H2O: keeps the heavy hitters, which received most attention of all queries of the prompt, and the newest tokens.
 
     score_j = sum over all queries i >= j of softmax(q_i k_j), averaged over the query heads of a KV head: a second pass
-    over the attention in blocks, never an n x n matrix. Half of the budget goes to the newest tokens, as published
-    (10 % + 10 %). With an absolute budget it is kept while generating: there whole pages leave, by the attention that
-    they received since they were written.
+    over the attention in blocks, never an n x n matrix. Half of the budget goes to the newest tokens; by default both
+    halves are a tenth of the prompt, as published. With an absolute budget it is kept while generating: there whole
+    pages leave, by the attention that they received since they were written.
     """
 
     paper: ClassVar[str] = "arXiv:2306.14048"

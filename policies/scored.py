@@ -29,7 +29,7 @@ class ScoredPolicy(Policy):
     while_decoding: ClassVar[bool] = False
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
-    budget: int | None = arg(None, "tokens to keep per KV head, protected tokens included")
+    budget: int | None = arg(None, "tokens to keep per KV head, alike (neither: keep=0.25, or as published)")
     layers: str = arg("uniform", "uniform, or pyramid: the first layers keep most, at the same sum")
     heads: str = arg("own", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
     span: int = arg(1, "neighbouring tokens that stay or leave together")
