@@ -25,7 +25,7 @@ def test_check_says_what_every_task_has(tmp_path: Path) -> None:
     assert "60 questions  texts/dev-v2.0.json" in line(result, "qa_1")
     assert "20 questions  texts/hotpot_dev_distractor_v1.json" in line(result, "qa_2")
     assert "missing: " in line(result, "qasper")
-    assert f"14 of 51 tasks can run with --data {tmp_path}" in result.stdout
+    assert f"15 of 52 tasks can run with --data {tmp_path}" in result.stdout
 
 
 def test_check_of_an_empty_folder_says_what_to_fetch(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_check_of_an_empty_folder_says_what_to_fetch(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "public-domain novel" in line(result, "niah_single_2")
     assert "dev-v2.0.json of SQuAD 2.0" in line(result, "qa_1")
-    assert "12 of 51 tasks" in result.stdout
+    assert "13 of 52 tasks" in result.stdout
 
 
 def test_check_names_a_damaged_file_and_fails(tmp_path: Path) -> None:
