@@ -418,7 +418,8 @@ class LayerStore:
         if state["fields"] != fields:
             raise KvcompError(f"layer {self.plan.layer} holds pages of {state['fields']}, but the stack makes {fields}")
         self.pool.data = state["pages"].to(device)
-        self.table.rows, self.table.counts, self.table.received = state["table"], state["counts"], state["received"]
+        self.table.rows, self.table.counts = state["table"], state["counts"]
+        self.table.received = state.get("received")  # caches saved before policies watched have none
         self.exact.restore(state["exact"], device)
         self.history.restore(state["history"])
         self.codec.restore({name: tensor.to(device) for name, tensor in state["codec"].items()})

@@ -47,7 +47,7 @@ def in_spans(scores: Tensor, span: int, first: int) -> Tensor:
     members = torch.zeros_like(total).scatter_add_(-1, run, finite.to(scores.dtype))
     means = (total / members.clamp_min(1)).masked_fill(members == 0, -torch.inf)
     place = means.flatten(1).argsort(dim=-1, descending=True, stable=True).argsort(-1).view_as(means)  # 0 is the best
-    return -(place.gather(-1, run) * n + torch.arange(n, device=scores.device)).to(scores.dtype)
+    return -(place.gather(-1, run) * n + torch.arange(n, device=scores.device)).double()  # exact far beyond 2^24
 
 
 def keep_best(scores: Tensor, alive: Tensor, count: int, first: int, last: int) -> Tensor:
