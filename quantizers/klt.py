@@ -31,6 +31,8 @@ MEAN = torch.float32
 DISTORTION = (1.0, 0.36338, 0.11748, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000413)
 LONGEST = 3.0  # a norm grows at most so many times to make up for short codes
 RIDGE = 1e-3  # of the mean variance: what is added to a second moment before it is inverted
+SETTLED = 16  # tokens per channel from which on a moment is taken as it is
+DOUBT = 1.0  # of the mean variance is added to the moment of as few tokens as channels
 
 
 def allocate(variance: Tensor, total: int) -> tuple[int, ...]:
@@ -94,9 +96,11 @@ class KltSide:
     def fit(self, streams: Tensor, x: Tensor, weight: Tensor) -> None:
         """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d]."""
         x = x.double()
-        mean = x.mean(1)
-        x = x / _rms(x).clamp_min(TINY) if self.mean is None else x - mean[:, None]
-        self.take(streams, *scaled_directions(x.mT @ x / x.shape[1], weight.double()), mean)
+        x = x / _rms(x).clamp_min(TINY) if self.mean is None else x
+        n, mean = x.shape[1], x.mean(1)
+        centred = (x - mean[:, None]).mT @ (x - mean[:, None]) / n
+        moment = centred if self.mean is not None else x.mT @ x / n
+        self.take(streams, *scaled_directions(moment + shrinkage(centred, n), weight.double()), mean)
 
     def take(self, streams: Tensor, dual: Tensor, variance: Tensor, mean: Tensor) -> None:
         """Use the basis `dual` [s, d, d], variances [s, d] and mean [s, d] for `streams`, which have no pages yet.
@@ -303,6 +307,17 @@ def scaled_directions(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     write, read = weighted_directions(covariance, weight, RIDGE)
     variance = torch.einsum("sij,sik,skj->sj", write, covariance, write)
     return (read * variance.sqrt()[:, None]).float(), variance.float()
+
+
+def shrinkage(covariance: Tensor, tokens: int) -> Tensor:
+    """What is added to a moment of few tokens whose covariance is [s, d, d]: the same in every direction.
+
+    A few hundred tokens of one passage hardly vary in directions that later tokens do use. Bits that are spread a
+    little more evenly cost them little, and save those.
+    """
+    dim = covariance.shape[-1]
+    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return max(dim / tokens - 1 / SETTLED, 0.0) * DOUBT * level * torch.eye(dim, device=covariance.device)
 
 
 @register("klt")
