@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -95,6 +96,12 @@ class ExactBuffer:
         """Keep, repeat and order streams."""
         on = streams.to(self.k.device)
         self.k, self.v, self.counts = self.k[on], self.v[on], self.counts[streams]
+
+    def fork(self) -> ExactBuffer:
+        """A copy that goes on by itself."""
+        twin = copy(self)
+        twin.k, twin.v, twin.counts = self.k.clone(), self.v.clone(), self.counts.clone()
+        return twin
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` takes; slots past a stream's count, which may hold forgotten tokens, are zero."""

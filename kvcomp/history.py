@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ class History:
         """Keep, repeat and order rows."""
         self.counts = self.counts[rows]
         self.runs = [(n, None if valid is None else valid[rows.to(valid.device)]) for n, valid in self.runs]
+
+    def fork(self) -> History:
+        """A copy that goes on by itself."""
+        twin = copy(self)
+        twin.runs, twin.counts = list(self.runs), self.counts.clone()
+        return twin
 
     def valid(self) -> Tensor | None:
         """bool [B, length], or None where there was no padding."""

@@ -8,6 +8,7 @@ holds recent + P tokens gives its oldest P to a page; nothing is ever concatenat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from kvcomp.finite import finite, saturated
 from kvcomp.history import History
 from kvcomp.kernels.reference import attend_pages
 from kvcomp.ledger import storage_bytes
-from kvcomp.pages import PagePool, PageTable, compact, reclaim
+from kvcomp.pages import PagePool, PageTable, compact
 from kvcomp.plan import LayerPlan
 from kvcomp.stages import Chunk, Held, PageShape
 
@@ -54,6 +55,7 @@ class LayerStore:
         self.pool = PagePool(self.layout, self.device)
         self.table = PageTable(self.rows * self.heads, self.device, plan.watched)
         self.history.start(self.rows)
+        self.pool.join(self.table)
         self.tail: int | None = None  # most recent tokens that are surely held; None: all of them
         self.started = True
 
@@ -90,7 +92,7 @@ class LayerStore:
                 newest = (table.counts - last) * plan.page_size + self.exact.counts - plan.sinks
                 self._limit_tail(int(newest[last > 0].min()))
                 table.drop(gone)
-                reclaim(self.pool, table)
+                self.pool.reclaim()
 
     def _limit_tail(self, tokens: int) -> None:
         self.tail = tokens if self.tail is None else min(self.tail, tokens)
@@ -338,12 +340,12 @@ class LayerStore:
         if self.tail is not None and int(gone.max()) > self.tail:
             raise UnsupportedError(
                 f"crop({-tokens}): only the last {self.tail} tokens are held without gaps, older ones were evicted; "
-                "crop less, or keep a copy of the cache from before"
+                "crop less, or fork() the cache before"
             )
         if bool(deep.any()) and not self.codec.lossless:
             raise UnsupportedError(
                 f"crop({-tokens}) reaches into quantized pages: only the last {int(window[deep].min())} tokens are "
-                f"still exact. Use a stack with window(recent={tokens}) or more, or copy the cache before"
+                f"still exact. Use a stack with window(recent={tokens}) or more, or fork() the cache before"
             )
         for stream in deep.nonzero().flatten().tolist():
             self._unpage(stream, int(remove[stream]))
@@ -352,7 +354,7 @@ class LayerStore:
         if self.tail is not None:
             self.tail -= int(gone.max())
         if bool(deep.any()):
-            reclaim(self.pool, self.table)
+            self.pool.reclaim()
 
     def _unpage(self, stream: int, remove: int) -> None:
         """Bring a stream's newest pages back into its buffer, so that `remove` tokens can be taken off its end."""
@@ -377,7 +379,17 @@ class LayerStore:
         self.history.select(rows)
         self.codec.select(streams.to(self.device))
         self.rows = len(rows)
-        reclaim(self.pool, self.table)
+        self.pool.reclaim()
+
+    def fork(self) -> LayerStore:
+        """A store that goes on by itself from here. The two share the pages that there are, and the pool of later
+        ones; the rest is copied."""
+        twin = copy(self)
+        twin.history, twin.read = self.history.fork(), dict(self.read)
+        if self.started:
+            twin.exact, twin.codec, twin.table = self.exact.fork(), self.codec.fork(), deepcopy(self.table)
+            twin.pool.join(twin.table)
+        return twin
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -435,7 +447,7 @@ class LayerStore:
         slots = max(self.exact.k.shape[1], 1)
         sinks = exact * min(self.plan.sinks, slots) // slots
         pool = storage_bytes([self.pool.data], seen)
-        used = (self.pool.capacity - len(self.pool.free)) if pool else 0
+        used = len(self.pool.owned()) if pool else 0
         return {
             "pages": used * self.layout.body_bytes,
             "summaries": used * self.layout.summary_bytes,

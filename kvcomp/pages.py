@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -89,16 +92,40 @@ class PageLayout:
 
 
 class PagePool:
-    """Pages of one layer: a uint8 tensor [capacity, bytes_per_page] that grows by a sixteenth, and its free list."""
+    """Pages of one layer: a uint8 tensor [capacity, bytes_per_page] that grows by a sixteenth, and its free list.
+
+    The tables that `join` share it. What a table owned that is no longer in use is found again when the pages run out.
+    """
 
     def __init__(self, layout: PageLayout, device: torch.device) -> None:
         self.layout = layout
         self.data = torch.empty(0, layout.bytes_per_page, dtype=torch.uint8, device=device)
         self.free: list[int] = []
+        self._joined: list[ref[PageTable]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
+        memo[id(self)] = twin = PagePool(self.layout, self.data.device)
+        twin.data, twin.free = self.data.clone(), list(self.free)
+        for table in self.tables:
+            twin.join(deepcopy(table, memo))
+        return twin
 
     @property
     def capacity(self) -> int:
         return self.data.shape[0]
+
+    def join(self, table: PageTable) -> None:
+        """Spare the pages that `table` owns, for as long as somebody else holds it."""
+        self._joined.append(ref(table))
+
+    @property
+    def tables(self) -> list[PageTable]:
+        """Those that joined and are still in use."""
+        return [table for joined in self._joined if (table := joined()) is not None]
+
+    def owned(self) -> Tensor:
+        """Sorted ids of all pages that some stream of some table owns."""
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *(table.owned() for table in self.tables)]).unique()
 
     def allocate(self, n: int) -> Tensor:
         """int64 [n] page ids (host). Their bytes are undefined until written.
@@ -107,6 +134,9 @@ class PagePool:
         a token costs O(1) copied bytes and slack stays under 7 %.
         """
         missing = n - len(self.free)
+        if missing > 0 and len(self.tables) < len(self._joined):
+            self.reclaim()
+            missing = n - len(self.free)
         if missing > 0:
             old = self.capacity
             data = self.data.new_empty(old + max(missing, old // 16), self.layout.bytes_per_page)
@@ -125,12 +155,26 @@ class PagePool:
                 view.copy_(fields[name])
         self.data[ids.to(self.data.device)] = records
 
+    def reclaim(self) -> None:
+        """Free the pages that no stream owns; give the memory back where more than a quarter of the pool would lie
+        idle. Pages then have new ids, in all tables."""
+        self._joined = [joined for joined in self._joined if joined() is not None]
+        owned = self.owned()
+        if (self.capacity - len(owned)) * 4 > self.capacity:
+            self.data, self.free = self.data[owned.to(self.data.device)], []
+            for table in self.tables:
+                table.renumber(owned)
+        else:
+            unused = torch.ones(self.capacity, dtype=torch.bool)
+            unused[owned] = False
+            self.free = unused.nonzero().flatten().flip(0).tolist()
+
 
 class PageTable:
     """Which pages each stream owns, oldest first: int32 [S, capacity] with a count per stream.
 
     Kept on the host, where allocation happens; `ids` hands out a copy on the pages' device that is renewed on change.
-    A page may belong to several streams (beams, repeated rows): pages are never changed once written.
+    A page may belong to several streams (beams, repeated rows) or tables (forks): pages are never changed once written.
 
     received: float32 [S, capacity, 2] where a policy watches: the attention that each page received, and of how many
     queries.
@@ -221,6 +265,17 @@ class PageTable:
         """Sorted ids of all pages that some stream owns."""
         return self.rows[torch.arange(self.rows.shape[1]) < self.counts[:, None]].unique().long()
 
+    def places(self, owned: Tensor) -> Tensor:
+        """int32 [S, longest]: where each page stands in the sorted ids `owned`, which name them all."""
+        rows = self.rows[:, : self.longest]
+        inside = torch.arange(rows.shape[1]) < self.counts[:, None]
+        return (torch.searchsorted(owned, rows.long()) * inside).to(torch.int32)
+
+    def renumber(self, owned: Tensor) -> None:
+        """Make each page's place in the sorted ids `owned` its id."""
+        self.rows, self._mirror = self.places(owned), None
+        self.received = None if self.received is None else self.received[:, : self.longest].clone()
+
     def tensors(self) -> Iterable[Tensor]:
         return [t for t in (self.rows, self.counts, self.received, self._mirror) if t is not None]
 
@@ -228,23 +283,7 @@ class PageTable:
 def compact(pool: PagePool, table: PageTable) -> tuple[Tensor, Tensor]:
     """Records uint8 [n, bytes_per_page] of the n pages that some stream owns, and int32 rows [S, longest] that number
     them. The pool's own records where it holds no others."""
-    owned, rows = table.owned(), table.rows[:, : table.longest]
-    if len(owned) == pool.capacity:
-        return pool.data, rows
-    remap = torch.zeros(pool.capacity, dtype=torch.int32)
-    remap[owned] = torch.arange(len(owned), dtype=torch.int32)
-    inside = torch.arange(rows.shape[1]) < table.counts[:, None]
-    return pool.data[owned.to(pool.data.device)], remap[rows.long()] * inside
-
-
-def reclaim(pool: PagePool, table: PageTable) -> None:
-    """Free the pages that no stream owns; give the memory back where more than a quarter of the pool would lie idle."""
     owned = table.owned()
-    if (pool.capacity - len(owned)) * 4 > pool.capacity:
-        pool.data, table.rows = compact(pool, table)
-        table._mirror = None
-        pool.free = []
-    else:
-        unused = torch.ones(pool.capacity, dtype=torch.bool)
-        unused[owned] = False
-        pool.free = unused.nonzero().flatten().flip(0).tolist()
+    if len(owned) == pool.capacity:
+        return pool.data, table.rows[:, : table.longest]
+    return pool.data[owned.to(pool.data.device)], table.places(owned)

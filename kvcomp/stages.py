@@ -6,7 +6,8 @@ configures; the objects that hold tensors (`Codec`) are made from it once per la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -146,6 +147,10 @@ class Codec:
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams (beams): int64 [S']."""
+
+    def fork(self) -> Codec:
+        """A codec that goes on by itself from here. Tensors may be shared as long as none is changed in place."""
+        return copy(self)
 
     def state(self) -> dict[str, Tensor]:
         """Those of `constants` that the stack alone does not determine, by name: what a saved cache has to hold."""

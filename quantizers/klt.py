@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -114,9 +115,9 @@ class KltSide:
         if self.mean is not None:  # the norm of a token carries the size, whatever float16 can hold
             dual = dual / dual.square().mean((1, 2), keepdim=True).sqrt().clamp_min(TINY)
         dual[:, :, : self.live] = dual[:, :, : self.live] @ _mixing(self.widths, self.device)
-        self.dual[streams] = dual.to(SCALE)
+        self.dual = self.dual.index_put((streams,), dual.to(SCALE))  # forks share the old one
         if self.mean is not None:
-            self.mean[streams] = mean.to(MEAN)
+            self.mean = self.mean.index_put((streams,), mean.to(MEAN))
 
     def room(self, streams: int) -> None:
         """Have matrices for so many streams; zero until they are taken."""
@@ -222,7 +223,7 @@ class KltCodec(Codec):
             missing = len(self.fitted) - len(self.moment)
             self.moment = F.pad(self.moment, (0, 0, 0, 0, 0, missing))
             q = queries[~self.fitted[streams]].float()
-            self.moment[new] += q.mT @ q
+            self.moment = self.moment.index_add(0, new, q.mT @ q)  # forks share the old one
 
     def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
         if self.fitted_heads:
@@ -238,7 +239,7 @@ class KltCodec(Codec):
         self.k_side.fit(ours, keys[new], weight)
         identity = torch.eye(self.v_side.dim, device=weight.device)
         self.v_side.fit(ours, values[new], identity.expand(len(ours), -1, -1))
-        self.fitted[ours] = True
+        self.fitted = self.fitted.index_fill(0, ours, True)
         if bool(self.fitted.all()):
             self.moment = self.moment[:0].clone()
 
@@ -275,6 +276,11 @@ class KltCodec(Codec):
             self.moment = F.pad(self.moment, (0, 0, 0, 0, 0, int(streams.max()) + 1 - len(self.moment)))[streams]
         for side in (self.k_side, self.v_side):
             side.select(streams)
+
+    def fork(self) -> KltCodec:
+        twin = copy(self)
+        twin.k_side, twin.v_side = copy(self.k_side), copy(self.v_side)
+        return twin
 
     def constants(self) -> list[Tensor]:
         return [*self.k_side.constants(), *self.v_side.constants(), self.moment, self.fitted]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class OutlierBasis(Basis):
         self.order.copy_(torch.where(new[:, None], loudest, self.order))
         self.settled.logical_or_(new)
 
+    def fork(self) -> OutlierBasis:
+        """A basis that settles by itself from here."""
+        return replace(self, order=self.order.clone(), settled=self.settled.clone())
+
     def state(self) -> dict[str, Tensor]:
         """What data decided, by name."""
         return {"order": self.order, "settled": self.settled}
@@ -67,6 +71,10 @@ class OutlierBasis(Basis):
 @dataclass(frozen=True)
 class OutlierCodec(GridCodec):
     """A `GridCodec` whose bases may be `OutlierBasis`: what they settled travels with a saved cache."""
+
+    def fork(self) -> OutlierCodec:
+        k, v = (b.fork() if isinstance(b, OutlierBasis) else b for b in (self.k_basis, self.v_basis))
+        return replace(self, k_basis=k, v_basis=v)
 
     def state(self) -> dict[str, Tensor]:
         bases = {"k": self.k_basis, "v": self.v_basis}

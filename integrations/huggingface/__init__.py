@@ -7,7 +7,7 @@ committed: score, evict, encode. A plain tensor instead of a handle (another cac
 model's own attention.
 """
 
-from .cache import CompressedCache
+from .cache import CompressedCache, memory_of
 from .prefill import Prefilled, prefill
 
-__all__ = ["CompressedCache", "Prefilled", "prefill"]
+__all__ = ["CompressedCache", "Prefilled", "memory_of", "prefill"]

@@ -6,7 +6,8 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
@@ -115,7 +116,8 @@ class CompressedCache(Cache):
 
         The file's tensors take exactly the bytes that the loaded cache holds, apart from constants that the stack alone
         determines (rotations, codebooks). Of what this cache holds they lack, besides those, only what is idle: free
-        pages, spare columns of page tables and their copies on the device, and what views leave unused.
+        pages and those of its forks, spare columns of page tables and their copies on the device, and what views leave
+        unused.
 
         Raises:
             KvcompError: the file cannot be written.
@@ -158,6 +160,17 @@ class CompressedCache(Cache):
             restore_layer(layer, state, on)
         return cache
 
+    def fork(self) -> CompressedCache:
+        """A cache that goes on by itself from what this one holds: one prefill, many continuations.
+
+        The two share the pages that there are; sinks, window, tables and the layers that are the library's own are
+        copied. Pages of a fork that is no longer in use are taken by those that are. Forks are not to be used from
+        several threads at a time.
+        """
+        twin = copy(self)
+        twin.layers = [x.fork() if isinstance(x, CompressedLayer) else deepcopy(x) for x in self.layers]
+        return twin
+
     def _compressed(self) -> list[CompressedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
@@ -166,23 +179,11 @@ class CompressedCache(Cache):
         return [t for layer in self.layers if not isinstance(layer, CompressedLayer) for t in _tensors(vars(layer))]
 
     def memory(self) -> Memory:
-        """Bytes held, dense equivalent, effective bits and breakdown of the whole cache as it is now."""
-        seen: set[int] = set()
-        parts = [layer.held(seen) for layer in self._compressed()]
-        compressed = sum(sum(p.values()) for p in parts)
-        dense = sum(layer.store.dense_bytes + _pending_bytes(layer) for layer in self._compressed())
-        library = storage_bytes(self._library(), seen)
-        elements = sum(
-            (layer.store.dense_bytes + _pending_bytes(layer)) // layer.dtype.itemsize
-            for layer in self._compressed()
-            if layer.is_initialized
-        )
-        return Memory(
-            held=compressed + library,
-            dense=dense + library,
-            effective_bits=8 * compressed / elements if elements else 0.0,
-            parts=add_parts([*parts, {"library": library}]),
-        )
+        """Bytes held, dense equivalent, effective bits and breakdown of the whole cache as it is now.
+
+        Pages that it shares with forks count in full, also those that only they use: `memory_of` counts them together.
+        """
+        return memory_of([self])
 
     def traffic(self) -> Traffic:
         """Bytes of the cache that the last forward over it loaded, beside what a dense cache would have loaded.
@@ -215,6 +216,23 @@ class CompressedCache(Cache):
                 "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in traffic.parts.items()),
             ]
         return "\n".join(lines)
+
+
+def memory_of(caches: Sequence[CompressedCache]) -> Memory:
+    """What caches hold together: what forks share counts once, while dense is what they would hold without sharing."""
+    seen: set[int] = set()
+    layers = [layer for cache in caches for layer in cache._compressed()]
+    parts = [layer.held(seen) for layer in layers]
+    compressed = sum(sum(p.values()) for p in parts)
+    dense = [layer.store.dense_bytes + _pending_bytes(layer) for layer in layers]
+    elements = sum(n // x.dtype.itemsize for n, x in zip(dense, layers, strict=True) if x.is_initialized)
+    library = storage_bytes((tensor for cache in caches for tensor in cache._library()), seen)
+    return Memory(
+        held=compressed + library,
+        dense=sum(dense) + sum(storage_bytes(cache._library()) for cache in caches),
+        effective_bits=8 * compressed / elements if elements else 0.0,
+        parts=add_parts([*parts, {"library": library}]),
+    )
 
 
 def _pending_bytes(layer: CompressedLayer) -> int:

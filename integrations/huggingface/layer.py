@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -234,6 +235,12 @@ class CompressedLayer(HandleLayer):
         )
 
     prefetch = offload
+
+    def fork(self) -> CompressedLayer:
+        """A layer that goes on by itself from here, and shares the pages that there are."""
+        twin = copy(self)
+        twin.store = self.store.fork()
+        return twin
 
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""

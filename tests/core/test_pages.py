@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomp.pages import Field, PageLayout, PagePool, PageTable, reclaim
+from kvcomp.pages import Field, PageLayout, PagePool, PageTable
 
 SETTINGS = settings(deadline=None, max_examples=25)
 CPU = torch.device("cpu")
@@ -235,7 +235,8 @@ def test_appending_one_page_at_a_time_is_amortised() -> None:
 @given(st.data())
 @SETTINGS
 def test_reclaim_keeps_every_owned_page_and_frees_every_other(data: st.DataObject) -> None:
-    pool, table = PagePool(PLAIN, CPU), PageTable(2, CPU)
+    pool, table = PagePool(PLAIN, CPU), PageTable(2, CPU, watched=True)
+    pool.join(table)
     n = data.draw(st.integers(1, 30))
     ids = pool.allocate(2 * n).view(2, n)
     pool.free = pool.allocate(data.draw(st.integers(0, 3))).tolist()  # pages that were never given out
@@ -250,7 +251,7 @@ def test_reclaim_keeps_every_owned_page_and_frees_every_other(data: st.DataObjec
         table.drop(torch.arange(table.longest) < drop[:, None])
 
     before = [[int(pool.data[page, 0]) for page in row] for row in listed(table)]
-    reclaim(pool, table)
+    pool.reclaim()
     after = listed(table)
     assert [[int(pool.data[page, 0]) for page in row] for row in after] == before
     owned = {page for row in after for page in row}
@@ -262,4 +263,6 @@ def test_reclaim_keeps_every_owned_page_and_frees_every_other(data: st.DataObjec
     fresh = pool.allocate(3)
     assert not owned & set(fresh.tolist())
     pool.write(fresh, {"x": torch.full((3, 16), 255, dtype=torch.uint8)})
+    assert [[int(pool.data[page, 0]) for page in row] for row in listed(table)] == before
+    table.drop_newest(torch.zeros_like(table.counts))  # what pages received is as wide as the table
     assert [[int(pool.data[page, 0]) for page in row] for row in listed(table)] == before

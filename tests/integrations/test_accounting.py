@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import types
 from typing import Any
 
 import pytest
 import tiny_models as models
 import torch
 from generation import greedy, left_padded, tokens
+from reachable import reachable_bytes
 from torch import Tensor
 
 import kvcomp.exact
@@ -26,23 +26,6 @@ STACKS = (
     "streaming(recent=256) + int(bits=8)",
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*same redundancy")
-
-
-def reachable_bytes(root: Any) -> int:
-    """Bytes of all distinct tensor storages that can be reached from an object, whatever it declares."""
-    skip = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)
-    seen, storages, todo = {id(root)}, {}, [root]
-    while todo:
-        thing = todo.pop()
-        if isinstance(thing, Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            continue
-        for child in gc.get_referents(thing):
-            if id(child) not in seen and not isinstance(child, skip):
-                seen.add(id(child))
-                todo.append(child)
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3next"])
