@@ -37,6 +37,7 @@ class Settings:
     max_new_tokens: caps the new tokens of every task, and the scored ones of a text; None leaves each task its own.
     data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
     chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
+    prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
     """
 
     model: str
@@ -48,10 +49,12 @@ class Settings:
     max_new_tokens: int | None = None
     data: str | None = None
     chat: bool = False
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         tasks = expand(self.tasks, self.data)
-        for argument, value in (("samples", self.samples), ("max-new-tokens", self.max_new_tokens)):
+        whole = {"samples": self.samples, "max-new-tokens": self.max_new_tokens, "prefill-chunk": self.prefill_chunk}
+        for argument, value in whole.items():
             if value is not None and value < 1:
                 raise RunError(f"{argument}: {value} is less than 1.")
         for argument, values in (("task", tasks), ("context", self.contexts), ("stack", self.stacks)):
@@ -122,7 +125,9 @@ def _measure(
                 progress.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
                 scores: dict[str, str] = {}
                 dense_s = own_s = 0.0
-                for record in answer(model, tokenizer, samples[index], context, stacks, settings.max_new_tokens):
+                for record in answer(
+                    model, tokenizer, samples[index], context, stacks, settings.max_new_tokens, settings.prefill_chunk
+                ):
                     results.append(record)
                     good = record.metric == ACCURACY
                     scores[record.hash] = f"{record.score:.0%}" if good else f"{math.exp(record.score):.2f}"
@@ -145,6 +150,7 @@ def answer(
     context: int,
     stacks: Sequence[Stack],
     max_new_tokens: int | None,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Record]:
     """Yield a record per stack, each as soon as it is done.
 
@@ -160,7 +166,7 @@ def answer(
     if isinstance(task, Perplexity):
         ids, rest = ids.split([ids.shape[1] - sample.max_new_tokens, sample.max_new_tokens], dim=1)
     caches = [CompressedCache(stack, model) for stack in stacks]
-    filled = prefill(model, ids[:, :-1], caches)
+    filled = prefill(model, ids[:, :-1], caches, tokenizer=tokenizer, chunk=prefill_chunk)
     ends = _end_tokens(model, tokenizer)
 
     def text(tokens: list[int]) -> str:

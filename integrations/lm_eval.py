@@ -60,7 +60,8 @@ class KvcompLM(HFLM):
         """A cache that holds context [B, n] up to its last token."""
         cache = CompressedCache(self.stack, self.model)
         if context.shape[1] > 2:
-            prefill(self.model, context[:, :-1], [cache], None if mask is None else mask[:, :-1])
+            mask = None if mask is None else mask[:, :-1]
+            prefill(self.model, context[:, :-1], [cache], mask, tokenizer=self.tokenizer)
         return cache
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:

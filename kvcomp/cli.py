@@ -156,6 +156,7 @@ def generate(
     parsed = Stack.parse(stack)
     from transformers import TextStreamer
 
+    from kvcomp.integrations.huggingface import prefill
     from kvcomp.integrations.models import load_model
 
     network, tokenizer = load_model(model)
@@ -168,6 +169,8 @@ def generate(
             "Shorten the prompt or lower --max-new-tokens."
         )
     cache = CompressedCache(parsed, network)
+    if any(policy.reconstructs is not None for policy in parsed.policies):
+        prefill(network, inputs.input_ids[:, :-1], [cache], tokenizer=tokenizer)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     network.generate(
         **inputs,
@@ -234,6 +237,10 @@ def bench(
     chat: Annotated[
         bool, typer.Option("--chat", help="LongBench in the model's chat template, save few-shot and code.")
     ] = False,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of prompt that enter at once; the next see what was kept.  \\[default: all]"),
+    ] = None,
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
@@ -250,7 +257,7 @@ def bench(
 
     for reason in choose(names, data)[1]:
         _notes().print(f"[yellow]left out:[/] {escape(reason)}", soft_wrap=True, highlight=False)
-    settings = Settings(model, names, contexts, samples, tuple(stack), seed, max_new_tokens, data, chat)
+    settings = Settings(model, names, contexts, samples, tuple(stack), seed, max_new_tokens, data, chat, prefill_chunk)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     comparison = run(settings, out, _notes(), command)
     console = Console()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -24,7 +24,16 @@ from kvcomp.kernels.reference import attend_pages
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, compact
 from kvcomp.plan import LayerPlan
-from kvcomp.stages import Chunk, Held, PageShape
+from kvcomp.stages import Chunk, Held, ModelPart, PageShape
+
+
+class Choice(NamedTuple):
+    """The pages that a step reads: positions int64 [S, k] in each stream's list, of which the first `valid` [S] count,
+    among the `pages` [S] (on the host) that there were."""
+
+    positions: Tensor
+    valid: Tensor
+    pages: Tensor
 
 
 class LayerStore:
@@ -32,14 +41,19 @@ class LayerStore:
 
     `start` fixes the shapes, `append` and `write` add tokens, `attend` reads, `settle` moves what overflows the window
     into pages and evicts. All tokens held lie in the past of the queries that `attend` is given.
+
+    choices: by layer, what those of the current step chose that others follow; one dict for the stores of a cache.
     """
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, choices: dict[int, Choice] | None = None) -> None:
         self.plan = plan
+        self.choices = {} if choices is None else choices
+        self.choices.pop(plan.layer, None)
         self.started = False
         self.history = History()
         self.read: dict[str, int] = {}  # bytes that the last decode step loaded, by part
         self.dense_read = 0  # what the same step would have loaded without compression
+        self.model: ModelPart | None = None  # for policies that need it; the engine sets it
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -54,8 +68,8 @@ class LayerStore:
         self.exact = ExactBuffer(plan, keys, values)
         self.pool = PagePool(self.layout, self.device)
         self.table = PageTable(self.rows * self.heads, self.device, plan.watched)
-        self.history.start(self.rows)
         self.pool.join(self.table)
+        self.history.start(self.rows)
         self.tail: int | None = None  # most recent tokens that are surely held; None: all of them
         self.started = True
 
@@ -104,11 +118,13 @@ class LayerStore:
         valid: Tensor | None,
         queries: Tensor | None = None,
         scale: float = 1.0,
+        chosen: Tensor | None = None,
     ) -> None:
         """Add a chunk: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; `valid` bool [B, n] marks tokens that are no
         padding.
 
-        The policies choose what is kept, with queries [B, Hq, n, Dk] where they need them. Only that is encoded.
+        The policies choose what is kept, with queries [B, Hq, n, Dk] where they need them; chosen bool [B, Hkv, n] is
+        what one that `reconstructs` did choose. Only that is encoded.
         """
         n = keys.shape[2]
         if valid is not None and bool(valid.all()):
@@ -116,18 +132,21 @@ class LayerStore:
         past = self.history.counts.clone()
         self.history.append(n, valid)
         if valid is None and bool((past == past[0]).all()):
-            tails = [self._write_rows(torch.arange(self.rows), keys, values, queries, int(past[0]), scale)]
+            rows = torch.arange(self.rows)
+            tails = [self._write_rows(rows, keys, values, queries, chosen, int(past[0]), scale)]
         else:
             tails = []
             for b in range(self.rows):
                 tokens = slice(None) if valid is None else valid[b].nonzero().flatten()
                 row = (slice(b, b + 1), slice(None), tokens)
-                q = None if queries is None else queries[row]
-                tails.append(self._write_rows(torch.tensor([b]), keys[row], values[row], q, int(past[b]), scale))
+                q, c = (None if x is None else x[row] for x in (queries, chosen))
+                tails.append(self._write_rows(torch.tensor([b]), keys[row], values[row], q, c, int(past[b]), scale))
         self.tail = min((t for t in tails if t is not None), default=None)
         self._expire()
 
-    def _write_rows(self, rows: Tensor, k: Tensor, v: Tensor, q: Tensor | None, past: int, scale: float) -> int | None:
+    def _write_rows(
+        self, rows: Tensor, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, past: int, scale: float
+    ) -> int | None:
         """Write a chunk of rows with the same past and without padding: k [b, H, n, Dk], v [b, H, n, Dv].
 
         Returns how many of the newest tokens these rows surely hold (None: all).
@@ -142,7 +161,7 @@ class LayerStore:
             if n:
                 self._extend(streams, k.flatten(0, 1), v.flatten(0, 1))
             return tail
-        kept = self._select(k, v, q, past, scale).flatten(0, 1)  # [s, n]
+        kept = self._select(k, v, q, chosen, past, scale).flatten(0, 1)  # [s, n]
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         lost = (~kept).any(0).nonzero().flatten()
         if len(lost):
@@ -155,7 +174,7 @@ class LayerStore:
             self._extend(streams[same], k[on].take_along_dim(index, 1), v[on].take_along_dim(index, 1))
         return tail
 
-    def _select(self, k: Tensor, v: Tensor, q: Tensor | None, past: int, scale: float) -> Tensor:
+    def _select(self, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, past: int, scale: float) -> Tensor:
         """bool [b, H, n]: what the policies keep of a chunk."""
         plan, n = self.plan, k.shape[2]
         alive = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
@@ -167,7 +186,10 @@ class LayerStore:
                     f"{policy.name} scores tokens with the prompt's queries, which are not at hand here: "
                     "pass queries=, or use a policy that needs none (streaming)"
                 )
-            alive = policy.select(Chunk(q, k, v, alive, past, sinks, recent, scale, plan.layer, plan.layers))
+            if policy.needs_model and self.model is None:
+                raise UnsupportedError(f"{policy.name} needs the model's weights, which are not at hand here")
+            chunk = Chunk(q, k, v, alive, past, sinks, recent, scale, plan.layer, plan.layers, self.model, chosen)
+            alive = policy.select(chunk)
         return alive
 
     def _extend(self, streams: Tensor, k: Tensor, v: Tensor) -> None:
@@ -201,8 +223,8 @@ class LayerStore:
         self.codec.fit(streams.to(self.device), k, v)
         k, v = (x[:, :tokens].unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
         fields = self.codec.encode(k, v, streams.repeat_interleave(m).to(k.device))
-        if self.plan.selector is not None:
-            fields |= self.plan.selector.summarize(k)
+        if self.plan.summarizes is not None:
+            fields |= self.plan.summarizes.summarize(k)
         ids = self.pool.allocate(len(k))
         self.pool.write(ids, fields)
         self.table.append(streams, ids.view(len(streams), m))
@@ -225,6 +247,7 @@ class LayerStore:
         n = queries.shape[2]
         group = queries.shape[1] // self.heads
         q = rearrange(queries, "b (h g) n d -> (b h) (g n) d", h=self.heads)
+        self.choices.pop(self.plan.layer, None)
         exact, self.read = self.exact.attend(q, scale, softcap)
         paged, pages = self._attend_pages(q, n, scale, softcap)
         parts = [part for part in (paged, exact) if part]
@@ -254,15 +277,31 @@ class LayerStore:
         self.read["table"] = ids.nbytes
         if adapted := self.codec.adapted():
             self.read["constants"] = storage_bytes(adapted)
-        selector = self.plan.selector
-        if selector is not None and n == 1:
-            summary = self.layout.gather(self.pool.data, ids, summary=True)
-            self.read["summaries"] = total * self.layout.summary_bytes
-            chosen, counts = selector.select(q, summary, counts, scale)
+        choice = self._choose(q, ids, counts, scale) if n == 1 else None
+        if choice is not None:
+            chosen, counts = choice.positions, choice.valid
             ids, total = ids.gather(1, chosen), int(counts.sum())
         self.read["pages"] = total * self.layout.body_bytes
         args = (self.layout, self.codec, scale, softcap, self.plan.watched)
         return attend_pages(q, self.pool.data, ids, counts, *args), chosen
+
+    def _choose(self, q: Tensor, ids: Tensor, counts: Tensor, scale: float) -> Choice | None:
+        """The pages that single queries read; None: all. A follower's are its leader's, if that had as many to choose
+        from in every stream."""
+        selector, pages = self.plan.selector, self.table.counts
+        if selector is None:
+            return None
+        if self.plan.leader is not None:
+            choice = self.choices.get(self.plan.leader)
+            if choice is None or not torch.equal(choice.pages, pages):
+                return None
+            return Choice(choice.positions.to(self.device), choice.valid.to(self.device), pages)
+        summary = self.layout.gather(self.pool.data, ids, summary=True)
+        self.read["summaries"] = self.table.total * self.layout.summary_bytes
+        choice = Choice(*selector.select(q, summary, counts, scale, self.heads), pages.clone())
+        if selector.share > 1:
+            self.choices[self.plan.layer] = choice
+        return choice
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Everything held, decoded: keys [B, Hkv, N', Dk] and values [B, Hkv, N', Dv] in the model's dtype, oldest
@@ -381,10 +420,11 @@ class LayerStore:
         self.rows = len(rows)
         self.pool.reclaim()
 
-    def fork(self) -> LayerStore:
-        """A store that goes on by itself from here. The two share the pages that there are, and the pool of later
-        ones; the rest is copied."""
+    def fork(self, choices: dict[int, Choice] | None = None) -> LayerStore:
+        """A store that goes on by itself from here, with the `choices` of its own cache. The two share the pages that
+        there are, and the pool of later ones; the rest is copied."""
         twin = copy(self)
+        twin.choices = {} if choices is None else choices
         twin.history, twin.read = self.history.fork(), dict(self.read)
         if self.started:
             twin.exact, twin.codec, twin.table = self.exact.fork(), self.codec.fork(), deepcopy(self.table)
@@ -456,6 +496,7 @@ class LayerStore:
             "window": exact - sinks,
             "table": storage_bytes([*self.table.tensors(), self.exact.counts], seen),
             "constants": storage_bytes(self.codec.constants(), seen),
+            "choices": storage_bytes(self.choices.get(self.plan.layer, ()), seen),
             "history": storage_bytes(self.history.tensors(), seen),
         }
 

@@ -26,15 +26,29 @@ class LayerPlan:
     page_size: int
     layer: int
     layers: int
+    leader: int | None = None  # the layer whose choice of pages this one reads
 
     @property
     def needs_queries(self) -> bool:
         return self.quantizer.needs_queries or any(policy.needs_queries for policy in self.policies)
 
     @property
+    def needs_model(self) -> bool:
+        return any(policy.needs_model for policy in self.policies)
+
+    @property
+    def reconstructs(self) -> bool:
+        return any(policy.reconstructs is not None for policy in self.policies)
+
+    @property
     def watched(self) -> bool:
         """Whether some policy needs the attention that pages receive."""
         return any(policy.watches for policy in self.policies)
+
+    @property
+    def summarizes(self) -> Selector | None:
+        """The selector that this layer's pages have summaries for."""
+        return self.selector if self.leader is None else None
 
     @property
     def slots(self) -> int:
@@ -58,7 +72,7 @@ class LayerPlan:
         return pages, kept - pages * self.page_size
 
     def chosen(self, pages: int) -> int:
-        """How many of a stream's pages a decode query reads."""
+        """How many of a stream's pages a decode query reads, or the most where the selector's rule gives no number."""
         return pages if self.selector is None else self.selector.reads(pages)
 
     def attended(self, tokens: int) -> int:
@@ -75,7 +89,7 @@ class LayerPlan:
         return self._layout(self.quantizer.fields(shape), shape)
 
     def _layout(self, fields: tuple[Field, ...], shape: PageShape) -> PageLayout:
-        summary = self.selector.summary_fields(shape) if self.selector is not None else ()
+        summary = self.summarizes.summary_fields(shape) if self.summarizes is not None else ()
         return PageLayout(self.page_size, fields + summary)
 
 

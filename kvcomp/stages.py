@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -183,6 +183,16 @@ class Quantizer(Stage):
         return self.codec(shape).fields
 
 
+class ModelPart(Protocol):
+    """What a policy may ask of the model's attention in its layer, beside queries, keys and values."""
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Vectors [..., n, Dk] turned by the rotary embedding of positions int64 [n]; negative ones turn back."""
+
+    def output(self) -> Tensor:
+        """W_o [Hq, Dv, M]: a head's part of the output projection, so that its output o adds o @ W_o[head]."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Tokens that arrive together in rows without padding, as an eviction policy sees them.
@@ -190,6 +200,7 @@ class Chunk:
     queries [b, Hq, n, Dk] (None where the engine cannot give them), keys [b, Hkv, n, Dk], values [b, Hkv, n, Dv], all
     post-RoPE; alive [b, Hkv, n] bool: what earlier policies of the stack kept. `past` tokens came before; of this
     chunk the first `sinks` and the last `recent` tokens are the exact window's and must be kept.
+    model: None where no policy `needs_model`. chosen [b, Hkv, n] bool: what `Policy.choose` gave, None if not asked.
     """
 
     queries: Tensor | None
@@ -202,6 +213,8 @@ class Chunk:
     scale: float
     layer: int
     layers: int
+    model: ModelPart | None = None
+    chosen: Tensor | None = None
 
 
 class Held(NamedTuple):
@@ -228,6 +241,24 @@ class Policy(Stage):
     family: ClassVar[str] = "policy"
     needs_queries: ClassVar[bool] = False
 
+    @property
+    def reconstructs(self) -> int | None:
+        """How many tokens of the prompt the engine lets the model repeat at a time, to ask `choose` then; None: not."""
+        return None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether `select` asks for `Chunk.model`."""
+        return False
+
+    def choose(self, received: Sequence[Tensor], sinks: int, recent: int) -> list[Tensor]:
+        """bool [1, Hkv, n] of each layer: the tokens of a row's prompt to keep, where the policy `reconstructs`.
+
+        received [1, Hkv, n] of each layer: the most attention that a token got from any query while the model repeated
+        the prompt. The engine asks once, between the prefill and `select`, whose `Chunk.chosen` then holds the answer.
+        """
+        raise NotImplementedError
+
     def select(self, chunk: Chunk) -> Tensor:
         """bool [b, Hkv, n]: the tokens of a chunk to keep, a subset of `chunk.alive`."""
         raise NotImplementedError
@@ -248,6 +279,11 @@ class Policy(Stage):
         """bool [S, n]: the pages to free (None: none); n as long as the longest stream."""
         return None
 
+    @property
+    def same_tokens(self) -> tuple[str, ...]:
+        """Of "heads" (of a row, in a layer) and "layers" those that always keep the same tokens: their pages line up."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Selector(Stage):
@@ -259,6 +295,17 @@ class Selector(Stage):
         """Whether that layer reads selectively; an inactive layer stores no summaries."""
         return True
 
+    @property
+    def share(self) -> int:
+        """How many active layers in a row read the pages that the first of them chooses; only that has summaries."""
+        return 1
+
+    @property
+    def same_pages(self) -> dict[str, str]:
+        """Of "heads" and "layers" those that read the same pages, which must hold the same tokens, and the argument
+        that says so."""
+        return {}
+
     def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
         raise NotImplementedError
 
@@ -267,15 +314,16 @@ class Selector(Stage):
         raise NotImplementedError
 
     def select(
-        self, queries: Tensor, summary: Mapping[str, Tensor], counts: Tensor, scale: float
+        self, queries: Tensor, summary: Mapping[str, Tensor], counts: Tensor, scale: float, heads: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Which pages each stream reads.
 
         queries [S, G, Dk], summary fields [S, n, ...], counts [S] pages that exist (the rest of n is padding) ->
         (positions [S, k] int64 into the stream's page list, valid ones first and ascending; how many are valid [S]).
+        Each row has `heads` KV heads: stream = row * heads + head.
         """
         raise NotImplementedError
 
     def reads(self, pages: int) -> int:
-        """How many of `pages` pages a step reads; what a plan is computed from."""
+        """How many of `pages` pages a step reads, or the most; what a plan is computed from."""
         raise NotImplementedError

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CRITICAL = 1e-4  # what CriticalKV adds to a score, so that a large value counts without one
+
 
 def keep_count(tokens: int, keep: float | None, budget: int | None, protected: int) -> int:
     """Tokens to keep of `tokens`: the share `keep` or the absolute `budget`, at least the protected ones."""
@@ -76,6 +78,21 @@ def keep_best_of_heads(scores: Tensor, alive: Tensor, count: int, first: int, la
     best = scores.flatten(1).topk(count * scores.shape[1], -1).indices
     kept = torch.zeros_like(alive).flatten(1).scatter_(-1, best, True).view_as(alive)
     return kept & alive
+
+
+def refined(kept: Tensor, scores: Tensor, weights: Tensor, alive: Tensor, first: int, last: int) -> Tensor:
+    """bool [b, H, n]: as many tokens per head as `kept` has, chosen in two steps (CriticalKV, arXiv 2502.03805).
+
+    Half of them, the protected ones among these, by their scores; the others by (score + 1e-4) * weight.
+    """
+    count = kept.sum(-1, keepdim=True)
+
+    def best(scores: Tensor, count: Tensor) -> Tensor:
+        order = _guarded(scores, alive, first, last).masked_fill(~alive, -torch.inf)
+        return order.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
+
+    half = best(scores, count // 2)
+    return best(((scores + CRITICAL) * weights).masked_fill(half, torch.inf), count)
 
 
 def _guarded(scores: Tensor, alive: Tensor, first: int, last: int) -> Tensor:

@@ -27,8 +27,8 @@ class H2O(ScoredPolicy):
 
     paper: ClassVar[str] = "arXiv:2306.14048"
     needs_queries: ClassVar[bool] = True
-    while_decoding: ClassVar[bool] = True
 
+    hold: bool = arg(True, "keep within an absolute budget while generating, too")
     recent: float = arg(0.5, "share of the budget for the newest tokens, 0 to 1")
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class H2O(ScoredPolicy):
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         received = votes(chunk.queries, chunk.keys, chunk.scale, chunk.alive)
-        return received.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+        return received.unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / chunk.queries.shape[2]
 
 
 @register("tova")
@@ -59,8 +59,8 @@ class TOVA(ScoredPolicy):
 
     paper: ClassVar[str] = "arXiv:2401.06104"
     needs_queries: ClassVar[bool] = True
-    while_decoding: ClassVar[bool] = True
 
+    hold: bool = arg(True, "keep within an absolute budget while generating, too")
     heads: str = arg("common", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
 
     def newest(self, count: int) -> int:

@@ -65,7 +65,7 @@ class LagKV(ScoredPolicy):
         parts = (n - self.first) // self.lag
         scores = torch.arange(n, device=chunk.keys.device) / n + 1.0  # above every rank: the newest come first
         scores = scores.expand(chunk.alive.shape).clone()
-        scores[..., : self.first] = torch.inf
+        scores[..., : self.first] = 3.0
         if parts >= 2:
             cut = slice(self.first, self.first + parts * self.lag)
             both = [

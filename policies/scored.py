@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvcomp.stages import Chunk, Held, Policy, arg
 
-from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyramid
+from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyramid, refined
 
 LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
@@ -21,25 +20,29 @@ class ScoredPolicy(Policy):
     """Keeps the tokens of a prefilled chunk whose `scores` are best, as many as the budget allows.
 
     A subclass overrides `scores`, and the defaults that its method publishes. Sinks, the exact window and `newest`
-    tokens are kept whatever their score, and count. Tokens generated later are kept, unless the method evicts
-    `while_decoding` and has an absolute budget: then the pages that received least attention leave, and between the
-    budget and a page more is held.
+    tokens are kept whatever their score, and count. Tokens generated later are kept, unless an absolute budget is to
+    `hold`: then the pages that received least attention leave, the newest tokens' apart, and between the budget and a
+    page more is held.
     """
 
-    while_decoding: ClassVar[bool] = False
-
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
-    budget: int | None = arg(None, "tokens to keep per KV head, alike (neither: keep=0.25, or as published)")
+    budget: int | None = arg(None, "tokens to keep per KV head, alike (none of the three: keep=0.25, or as published)")
+    threshold: float | None = arg(None, "keep what scores at least so much, however many; a plan counts all tokens")
     layers: str = arg("uniform", "uniform, or pyramid: the first layers keep most, at the same sum")
     heads: str = arg("own", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
     span: int = arg(1, "neighbouring tokens that stay or leave together")
     floor: float = arg(0.2, "adaptive heads: the share of the budget that each keeps at least")
     beta: int = arg(20, "pyramid: the last layer keeps 1 / beta of the mean, behind the protected tokens")
+    critical: bool = arg(False, "choose half by the score, then by the score times |W_o v|, as CriticalKV does")
+    hold: bool = arg(False, "keep within an absolute budget while generating, too")
 
     def __post_init__(self) -> None:
-        if self.keep is None and self.budget is None:
+        sizes = {name: getattr(self, name) for name in ("keep", "budget", "threshold")}
+        given = [name for name, size in sizes.items() if size is not None]
+        if not given:
             object.__setattr__(self, self.default[0], self.default[1])
-        self.check(self.keep is None or self.budget is None, "budget", "left out where keep is given")
+        for other in given[1:]:
+            self.check(False, other, f"left out where {given[0]} is given")
         self.check(self.keep is None or 0 < self.keep <= 1, "keep", "in (0, 1]")
         self.check(self.budget is None or self.budget > 0, "budget", "positive")
         self.check(self.layers in LAYERS, "layers", " or ".join(LAYERS))
@@ -47,6 +50,12 @@ class ScoredPolicy(Policy):
         self.check(self.span > 0, "span", "positive")
         self.check(0 <= self.floor <= 1, "floor", "in [0, 1]")
         self.check(self.beta >= 1, "beta", "at least 1")
+        self.check(not self.critical or self.needs_queries, "critical", "false: this score is no share of attention")
+        self.check(not self.critical or self.span == 1, "span", "1 where critical is true")
+        if self.threshold is not None:
+            self.check(self.layers == "uniform", "layers", "uniform with a threshold, which sets no sizes")
+            self.check(self.heads != "adaptive", "heads", "own or common with a threshold, which sets no sizes")
+            self.check(not self.critical, "critical", "false with a threshold, which sets no sizes")
 
     @property
     def default(self) -> tuple[str, float]:
@@ -58,10 +67,17 @@ class ScoredPolicy(Policy):
         return 0
 
     def scores(self, chunk: Chunk) -> Tensor:
-        """[b, Hkv, n] float: how much each token of the chunk is worth."""
+        """[b, Hkv, n] float: how much each token of the chunk is worth; with queries, the share of attention it gets
+        of one."""
         raise NotImplementedError
 
+    @property
+    def needs_model(self) -> bool:
+        return self.critical
+
     def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
+        if self.threshold is not None:
+            return tokens
         first, last = self._protected(tokens, sinks, recent)
         count = keep_count(tokens, self.keep, self.budget, first + last)
         if self.layers == "pyramid":
@@ -69,10 +85,14 @@ class ScoredPolicy(Policy):
             count = first + last + pyramid(count - first - last, rest, self.beta, layer, layers)
         return count
 
+    @property
+    def same_tokens(self) -> tuple[str, ...]:
+        return ("heads",) if self.heads == "common" and not self.critical else ()
+
     def select(self, chunk: Chunk) -> Tensor:
         n = chunk.keys.shape[2]
         count = self.kept(n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
-        if count >= n:
+        if count >= n and self.threshold is None:
             return chunk.alive
         first, last = self._protected(n, chunk.sinks, chunk.recent)
         scores = self.scores(chunk).float()
@@ -80,20 +100,31 @@ class ScoredPolicy(Policy):
             scores = scores.mean(1, keepdim=True).expand_as(chunk.alive)
         open_ = chunk.alive.clone()
         open_[..., :first] = open_[..., n - last :] = False
-        scores = in_spans(scores.masked_fill(~open_, -float("inf")), self.span, first)
+        if self.threshold is not None:
+            return chunk.alive & (~open_ | (scores >= self.threshold))
+        ranked = in_spans(scores.masked_fill(~open_, -float("inf")), self.span, first)
         if self.heads == "adaptive":
-            return keep_best_of_heads(scores, chunk.alive, count, first, last, int(self.floor * count))
-        return keep_best(scores, chunk.alive, count, first, last)
+            kept = keep_best_of_heads(ranked, chunk.alive, count, first, last, int(self.floor * count))
+        else:
+            kept = keep_best(ranked, chunk.alive, count, first, last)
+        return refined(kept, scores, output_norms(chunk), chunk.alive, first, last) if self.critical else kept
 
     @property
     def watches(self) -> bool:
-        return self.while_decoding and self.budget is not None
+        return self.hold and self.budget is not None
 
     def expired(self, held: Held) -> Tensor | None:
-        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget."""
+        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget.
+
+        Pages with tokens among the `newest` stay, as long as others can go.
+        """
         if held.attention is None or self.budget is None or not self.watches:
             return None
-        worth = held.attention.masked_fill(torch.arange(held.attention.shape[1]) >= held.pages[:, None], torch.inf)
+        page = torch.arange(held.attention.shape[1])
+        paged = held.pages * held.page_size
+        older = held.tokens - self.newest(self.budget) - held.sinks  # tokens of the pages that may go
+        young = (page + 1) * held.page_size > older.minimum(paged)[:, None]
+        worth = (held.attention + 2.0 * young).masked_fill(page >= held.pages[:, None], torch.inf)
         over, count = held.tokens - self.budget, held.pages
         rows = worth.unflatten(0, (-1, held.heads))
         if self.heads == "common":
@@ -107,6 +138,16 @@ class ScoredPolicy(Policy):
     def _protected(self, tokens: int, sinks: int, recent: int) -> tuple[int, int]:
         """First and last tokens that are kept in any case."""
         first = min(tokens, sinks)
-        wanted = round(self.keep * tokens) if self.keep is not None else self.budget
-        assert wanted is not None
+        wanted = round(self.keep * tokens) if self.keep is not None else self.budget or 0
         return first, min(max(self.newest(wanted), recent), tokens - first)
+
+
+def output_norms(chunk: Chunk) -> Tensor:
+    """[b, Hkv, n]: the L1 norm of W_o v, averaged over the query heads of a KV head."""
+    assert chunk.model is not None
+    weight = chunk.model.output().float()  # [Hq, Dv, M]
+    group = len(weight) // chunk.values.shape[1]
+    norms = torch.stack(
+        [(chunk.values[:, h // group].float() @ w).abs().sum(-1) for h, w in enumerate(weight)], 1
+    )  # a head at a time: [b, n, M] is as large as the hidden states
+    return norms.unflatten(1, (-1, group)).mean(2)

@@ -20,7 +20,7 @@ from .votes import votes
 class SnapKV(ScoredPolicy):
     """SnapKV: keeps the prompt tokens that the last `window` queries attend to most, smoothed along the sequence.
 
-    score_j = pool(sum over the window's queries of softmax(q k_j)), averaged over the query heads of a KV head; the
+    score_j = pool(mean over the window's queries of softmax(q k_j)), averaged over the query heads of a KV head; the
     window itself is always kept. Defaults are the authors' class: window 64, capacity 320, average pooling over 5.
     Each prefilled chunk is scored by its own last queries.
     """
@@ -53,7 +53,7 @@ class SnapKV(ScoredPolicy):
         prefix = received[..., : received.shape[-1] - window]
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         pooled = pool(prefix, self.kernel, 1, self.kernel // 2) if prefix.shape[-1] else prefix
-        return F.pad(pooled, (0, window)).unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+        return F.pad(pooled, (0, window)).unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / window
 
 
 @register("pyramidkv")
@@ -74,6 +74,16 @@ class AdaKV(SnapKV):
     paper: ClassVar[str] = "arXiv:2407.11550"
 
     heads: str = arg("adaptive", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
+
+
+@register("criticalkv")
+@dataclass(frozen=True)
+class CriticalKV(SnapKV):
+    """CriticalKV: half of the tokens by SnapKV's votes, the others by votes times |W_o v|, which they can change."""
+
+    paper: ClassVar[str] = "arXiv:2502.03805"
+
+    critical: bool = arg(True, "choose half by the score, then by the score times |W_o v|, as CriticalKV does")
 
 
 @register("chunkkv")

@@ -48,6 +48,10 @@ class Streaming(Policy):
     def prefill_chunk(self) -> int | None:
         return self.chunk
 
+    @property
+    def same_tokens(self) -> tuple[str, ...]:
+        return "heads", "layers"
+
     def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
         return min(tokens, sinks + max(self.recent, recent))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 24  # elements of attention weights held at once
+BLOCK = 1 << 22  # elements of attention weights held at once: 16 MiB
 
 
 def votes(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
@@ -16,13 +16,20 @@ def votes(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = 
     """
     b, hq, w, _ = queries.shape
     hkv, n = keys.shape[1], keys.shape[2]
-    grouped = queries.float().unflatten(1, (hkv, -1))  # [b, Hkv, G, w, D]
-    causal = torch.arange(n, device=keys.device) <= torch.arange(n - w, n, device=keys.device)[:, None]
-    received = keys.new_zeros(b, hkv, grouped.shape[2], n, dtype=torch.float32)
+    grouped = queries.float().unflatten(1, (hkv, -1)).flatten(0, 1) * scale  # [s, G, w, D] of s = b * Hkv streams
+    keys = keys.float().flatten(0, 1)
+    hidden = None if visible is None or bool(visible.all()) else ~visible.flatten(0, 1)[:, None, None]
+    received = keys.new_zeros(*grouped.shape[:2], n)
     block = max(BLOCK // (b * hq * n), 1)
     for at in range(0, w, block):
-        rows = slice(at, at + block)
-        logits = torch.einsum("bhgwd,bhnd->bhgwn", grouped[:, :, :, rows], keys.float()) * scale
-        seen = causal[rows] if visible is None else causal[rows] & visible[:, :, None, None]
-        received += logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0).sum(3)
-    return received.flatten(1, 2)
+        q = grouped[:, :, at : at + block]
+        rows = q.shape[2]
+        end = n - w + at + rows  # of the keys that the last of these queries sees
+        logits = torch.bmm(q.flatten(1, 2), keys[:, :end].mT).unflatten(1, q.shape[1:3])
+        future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device).triu(1)
+        logits[..., end - rows :].masked_fill_(future, -torch.inf)
+        if hidden is not None:
+            logits = logits.masked_fill(hidden[..., :end], -torch.inf)
+        weights = logits.softmax(-1)
+        received[..., :end] += (weights if hidden is None else weights.nan_to_num(0)).sum(2)
+    return received.view(b, hq, n)

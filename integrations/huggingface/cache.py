@@ -18,6 +18,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 
 from kvcomp import saving
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
+from kvcomp.layer import Choice
 from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
 from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
@@ -59,10 +60,13 @@ class CompressedCache(Cache):
         if max_tokens is None:
             max_tokens = getattr(config, "max_position_embeddings", None)
         types, kwargs = get_layer_types_and_kwargs(config)
+        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        choices: dict[int, Choice] = {}
         layers: list[Any] = []
         for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
             if kind == "full_attention":
-                layers.append(CompressedLayer(self.stack.plan(i, len(types)), max_tokens, self.stack.prefill_chunk))
+                plan = self.stack.plan(i, len(types), full)
+                layers.append(CompressedLayer(plan, max_tokens, self.stack.prefill_chunk, choices))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
@@ -167,8 +171,8 @@ class CompressedCache(Cache):
         copied. Pages of a fork that is no longer in use are taken by those that are. Forks are not to be used from
         several threads at a time.
         """
-        twin = copy(self)
-        twin.layers = [x.fork() if isinstance(x, CompressedLayer) else deepcopy(x) for x in self.layers]
+        twin, choices = copy(self), dict[int, Choice]()
+        twin.layers = [x.fork(choices) if isinstance(x, CompressedLayer) else deepcopy(x) for x in self.layers]
         return twin
 
     def _compressed(self) -> list[CompressedLayer]:

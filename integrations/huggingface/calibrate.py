@@ -19,12 +19,12 @@ from kvcomp.quantizers.calibration import Calibrated, Calibration
 from kvcomp.quantizers.statistics import Moments, Statistics
 from kvcomp.registry import find, stages
 
+from .attention_module import output_projection
 from .fingerprint import fingerprint
 from .handles import Call, HandleLayer
 from .hook import hook
 
 TOKENS, CONTEXT, SHORTEST = 20480, 2048, 16
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
 
 
 class MomentsLayer(HandleLayer):
@@ -58,14 +58,11 @@ def output_cost(module: torch.nn.Module, query_heads: int, heads: int, v_dim: in
 
     None where the attention module has no projection of that shape.
     """
-    for name in OUTPUT_PROJECTIONS:
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-            continue
-        if weight.shape[1] == query_heads * v_dim:
-            parts = rearrange(weight.detach().double(), "m (h g v) -> h (g m) v", h=heads, v=v_dim)
-            return (parts.mT @ parts).cpu()
-    return None
+    weight = output_projection(module, query_heads, v_dim)
+    if weight is None:
+        return None
+    parts = rearrange(weight.double(), "(h g) v m -> h (g m) v", h=heads)
+    return (parts.mT @ parts).cpu()
 
 
 def calibrate(

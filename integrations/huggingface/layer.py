@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kvcomp.attention import Part, sink_logit
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import LayerStore
+from kvcomp.layer import Choice, LayerStore
 from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 
+from .attention_module import AttentionModule
 from .handles import Call, Handle, HandleLayer
 from .masks import causal, read_mask
 
@@ -32,18 +33,21 @@ class Pending(NamedTuple):
     valid: Tensor | None = None
     queries: Tensor | None = None
     scale: float | None = None
+    chosen: Tensor | None = None  # bool [B, Hkv, n]: what a policy that reconstructs keeps
 
     def rows(self, index: Tensor) -> Pending:
         on = index.to(self.keys.device)
         valid = None if self.valid is None else self.valid[on]
         queries = None if self.queries is None else self.queries[on]
-        return Pending(self.keys[on], self.values[on], valid, queries, self.scale)
+        chosen = None if self.chosen is None else self.chosen[on]
+        return Pending(self.keys[on], self.values[on], valid, queries, self.scale, chosen)
 
     def without_last(self, n: int) -> Pending:
         end = self.keys.shape[2] - n
         valid = None if self.valid is None else self.valid[:, :end]
         queries = None if self.queries is None else self.queries[:, :, :end]
-        return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale)
+        chosen = None if self.chosen is None else self.chosen[:, :, :end]
+        return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale, chosen)
 
 
 class CompressedLayer(HandleLayer):
@@ -53,15 +57,21 @@ class CompressedLayer(HandleLayer):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, plan: LayerPlan, max_tokens: int | None, prefill_chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: LayerPlan,
+        max_tokens: int | None,
+        prefill_chunk: int | None = None,
+        choices: dict[int, Choice] | None = None,
+    ) -> None:
         super().__init__()
-        self.plan, self.max_tokens, self.prefill_chunk = plan, max_tokens, prefill_chunk
+        self.plan, self.max_tokens, self.prefill_chunk, self.choices = plan, max_tokens, prefill_chunk, choices
         self.record_past = False
         self.warned = False
         self.reset()
 
     def reset(self) -> None:
-        self.store = LayerStore(self.plan)
+        self.store = LayerStore(self.plan, self.choices)
         self.pending: Pending | None = None
         self.is_initialized = False
 
@@ -120,6 +130,8 @@ class CompressedLayer(HandleLayer):
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
         assert self.pending is not None
         store, (keys, values, *_), query = self.store, self.pending, call.query
+        if self.plan.needs_model and store.model is None:
+            store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
         n, past = keys.shape[2], store.history.length
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
@@ -156,11 +168,12 @@ class CompressedLayer(HandleLayer):
         return _to_model(part, query), None
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
-        """Complete the pending chunk and commit it, unless a crop is announced."""
+        """Complete the pending chunk and commit it, unless a crop or a choice is announced."""
         assert self.pending is not None
         queries = query if self.plan.needs_queries else None
         self.pending = Pending(self.pending.keys, self.pending.values, valid, queries, scale)
-        if not self.record_past:
+        waits = self.plan.reconstructs and self.store.history.length == 0  # until the prompt was repeated
+        if not self.record_past and not waits:
             self.commit()
 
     def commit(self) -> None:
@@ -169,7 +182,7 @@ class CompressedLayer(HandleLayer):
             chunk, self.pending = self.pending, None
             if chunk.keys.shape[2]:
                 scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
-                self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale)
+                self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
 
     def dense(self, which: int) -> Tensor:
         """All K (0) or V (1) as a tensor, for models that do not attend through the attention interface."""
@@ -229,18 +242,19 @@ class CompressedLayer(HandleLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.select_rows(torch.arange(max(self.batch_size, 0))[indices.cpu()])
 
+    def fork(self, choices: dict[int, Choice]) -> CompressedLayer:
+        """A layer that goes on by itself from here, among those with the same `choices`, and shares the pages that
+        there are."""
+        twin = copy(self)
+        twin.choices, twin.store = choices, self.store.fork(choices)
+        return twin
+
     def offload(self) -> None:
         raise UnsupportedError(
             "a compressed cache cannot be offloaded: it is small enough to stay; drop the offloading option"
         )
 
     prefetch = offload
-
-    def fork(self) -> CompressedLayer:
-        """A layer that goes on by itself from here, and shares the pages that there are."""
-        twin = copy(self)
-        twin.store = self.store.fork()
-        return twin
 
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcomp.errors import KvcompError
+from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.stages import Policy
 
 from .cache import CompressedCache
 from .handles import Call, HandleLayer
 from .layer import CompressedLayer
+from .reconstruct import received
 from .timing import Stopwatch, clock
 
 
@@ -84,11 +86,15 @@ def prefill(
     input_ids: Tensor,
     caches: Sequence[CompressedCache],
     attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
+    chunk: int | None = None,
 ) -> list[Prefilled]:
     """Fill several empty caches with a prompt; each ends up as if it had been filled alone.
 
-    One dense forward serves all caches but those whose stack takes the prompt in chunks (`Stack.prefill_chunk`) and
-    less than all of it at once: these go alone, chunk by chunk. Every cache then holds n tokens and continues with
+    One dense forward serves all caches but those that take less than all of the prompt at once: they go alone, chunk by
+    chunk, and each chunk attends to what is left of those before it, so that no more than the compressed cache and one
+    chunk is ever held. Where a policy `reconstructs` (kvzip), the model then
+    repeats the prompt, with all its K and V still in full precision. Every cache then holds n tokens and continues with
     token n.
 
     Args:
@@ -96,12 +102,16 @@ def prefill(
         input_ids: [B, n] int64, n >= 2.
         caches: empty caches.
         attention_mask: [B, n], 0 where padding. Positions count the other tokens, as in `generate`.
+        chunk: tokens that enter at once, for every cache; by default what the stack asks for (`Stack.prefill_chunk`).
+        tokenizer: the model's; needed where a policy reconstructs, which asks the model to repeat its prompt.
 
     Returns:
         per cache, the logits of the last token and the seconds that it took.
 
     Raises:
-        KvcompError: no caches, one that is not empty, or a prompt of fewer than 2 tokens.
+        KvcompError: no caches, one that is not empty, a chunk that is not positive, a prompt of fewer than 2 tokens, or
+            no tokenizer where one is needed.
+        UnsupportedError: a policy that reconstructs in a stack that takes its prompt in chunks.
     """
     if not caches:
         raise KvcompError("prefill(caches=[]): pass at least one cache")
@@ -111,13 +121,36 @@ def prefill(
         raise KvcompError("prefill: every cache must be empty; call reset() on those that are not")
     positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     prompt, tokens = Prompt(input_ids, attention_mask, positions), input_ids.shape[1]
-    alone = [(cache.stack.prefill_chunk or tokens) < tokens for cache in caches]
+    if chunk is not None and chunk < 1:
+        raise KvcompError(f"prefill(chunk={chunk}): expected a positive number of tokens")
+    chunks = [min(chunk or tokens, cache.stack.prefill_chunk or tokens) for cache in caches]
+    alone = [size < tokens for size in chunks]
+    for cache, size, own in zip(caches, chunks, alone, strict=True):
+        if (policy := _reconstructing(cache)) is not None:
+            if tokenizer is None:
+                raise KvcompError(
+                    f"prefill(tokenizer=None): {policy.name} asks the model to repeat its prompt: pass the tokenizer"
+                )
+            if own:
+                raise UnsupportedError(
+                    f"{policy.name} needs the whole prompt in full precision, but {cache.stack} is to take it in "
+                    f"chunks of {size}: do without one of the two"
+                )
     together = [cache for cache, own in zip(caches, alone, strict=True) if not own]
-    shared = iter(_together(model, prompt, together) if together else [])
-    return [_alone(model, prompt, cache) if own else next(shared) for cache, own in zip(caches, alone, strict=True)]
+    shared = iter(_together(model, prompt, together, tokenizer) if together else [])
+    return [
+        _alone(model, prompt, cache, size) if own else next(shared)
+        for cache, size, own in zip(caches, chunks, alone, strict=True)
+    ]
 
 
-def _together(model: PreTrainedModel, prompt: Prompt, caches: Sequence[CompressedCache]) -> list[Prefilled]:
+def _reconstructing(cache: CompressedCache) -> Policy | None:
+    return next((policy for policy in cache.stack.policies if policy.reconstructs is not None), None)
+
+
+def _together(
+    model: PreTrainedModel, prompt: Prompt, caches: Sequence[CompressedCache], tokenizer: Any
+) -> list[Prefilled]:
     watches = [Stopwatch() for _ in caches]
     layers: list[Any] = []
     for at_layer in zip(*(cache.layers for cache in caches), strict=True):
@@ -131,12 +164,65 @@ def _together(model: PreTrainedModel, prompt: Prompt, caches: Sequence[Compresse
             if not isinstance(layer, SharedLayer):
                 cache.layers[i] = deepcopy(layer)
     own = [watch.seconds() for watch in watches]
-    return [Prefilled(logits, seconds - sum(own), added) for added in own]
+    dense = seconds - sum(own)
+    passes: dict[int, tuple[list[list[Tensor]], float]] = {}  # by tokens repeated at a time: what they saw, and seconds
+    for i, cache in enumerate(caches):
+        policy = _reconstructing(cache)
+        if policy is not None:
+            at_a_time = policy.reconstructs or 0
+            if at_a_time not in passes:
+                start = clock(model.device)
+                found = _repeat(model, prompt, cache, tokenizer, at_a_time)
+                passes[at_a_time] = found, clock(model.device) - start
+            rows, repeated = passes[at_a_time]
+            with watches[i].span(model.device):
+                _choose(policy, cache, rows)
+            own[i] += repeated + watches[i].seconds()
+    return [Prefilled(logits, dense, added) for added in own]
 
 
-def _alone(model: PreTrainedModel, prompt: Prompt, cache: CompressedCache) -> Prefilled:
-    tokens, chunk = prompt.ids.shape[1], cache.stack.prefill_chunk
-    assert chunk is not None
+def _repeat(
+    model: PreTrainedModel, prompt: Prompt, cache: CompressedCache, tokenizer: Any, chunk: int
+) -> list[list[Tensor]]:
+    """What `received` gives for each row of the prompt that lies in the cache, uncompressed so far."""
+    rows, n = prompt.ids.shape
+    found = []
+    for b in range(rows):
+        tokens = torch.arange(n) if prompt.mask is None else prompt.mask[b].nonzero().flatten().cpu()
+        layers: list[Any] = []
+        for layer in cache.layers:
+            if isinstance(layer, CompressedLayer):
+                assert layer.pending is not None
+                layers.append(tuple(x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2]))
+            elif rows > 1 or len(tokens) < n:
+                raise UnsupportedError(
+                    f"{cache.stack}: of a model with other layers than full attention, one row at a time can be "
+                    f"repeated, without padding: prefill the {rows} rows in caches of their own"
+                )
+            else:
+                layers.append(layer)
+        found.append(received(model, tokenizer, prompt.ids[b : b + 1, tokens.to(prompt.ids.device)], layers, chunk))
+    return found
+
+
+def _choose(policy: Policy, cache: CompressedCache, rows: list[list[Tensor]]) -> None:
+    """Let the policy choose by what each row's tokens received, and commit the prompt."""
+    ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    plan = ours[0].plan
+    masks = [policy.choose(row, plan.sinks, plan.recent) for row in rows]
+    for i, layer in enumerate(ours):
+        assert layer.pending is not None
+        chosen = torch.zeros(layer.pending.keys.shape[:3], dtype=torch.bool, device=layer.device)
+        for b, mask in enumerate(masks):
+            tokens = slice(None) if layer.pending.valid is None else layer.pending.valid[b].nonzero().flatten()
+            chosen[b, :, tokens] = mask[i][0]
+        layer.pending = layer.pending._replace(chosen=chosen)
+        if not layer.record_past:
+            layer.commit()
+
+
+def _alone(model: PreTrainedModel, prompt: Prompt, cache: CompressedCache, chunk: int) -> Prefilled:
+    tokens = prompt.ids.shape[1]
     start = clock(model.device)
     for at in range(0, tokens, chunk):
         logits = prompt.enter(model, cache, at, min(at + chunk, tokens))

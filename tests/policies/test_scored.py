@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_part import Rope
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
@@ -29,7 +31,7 @@ def chunk(
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(rows, h, n, D, generator=generator) for h in (heads * group, heads, heads))
     alive = torch.ones(rows, heads, n, dtype=torch.bool)
-    return Chunk(q, k, v, alive, 0, sinks, recent, 0.7, 1, 4)
+    return Chunk(q, k, v, alive, 0, sinks, recent, 0.7, 1, 4, Rope(heads * group, D))
 
 
 def attention(c: Chunk) -> Tensor:
@@ -66,10 +68,33 @@ def definition(name: str, c: Chunk) -> Tensor:
         unit = k / k.norm(dim=-1, keepdim=True)
         mean = unit.mean(2, keepdim=True)
         return -(unit * mean).sum(-1) / mean.norm(dim=-1)
+    if name == "expected_attention":
+        return expected(c)
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("name", ["h2o", "tova", "knorm", "keydiff"])
+def expected(c: Chunk) -> Tensor:
+    """E[exp(q . k)] of a Gaussian of queries at the mean of 512 positions, one query head after the other."""
+    assert c.queries is not None
+    b, heads, n, _ = c.keys.shape
+    group = c.queries.shape[1] // heads
+    rope = Rope(1, 1)
+    turn = torch.stack([rope.matrix(D, n + i) for i in range(512)]).mean(0)
+    scores = torch.zeros(b, heads, n, dtype=torch.float64)
+    for row, head, member in itertools.product(range(b), range(heads), range(group)):
+        q = c.queries[row, head * group + member].double()
+        plain = torch.stack([rope.matrix(D, i).T @ q[i] for i in range(n)])[4:]
+        mean = turn @ plain.mean(0)
+        covariance = turn @ torch.cov(plain.T, correction=0) @ turn.T
+        k = c.keys[row, head, 4:].double()
+        logits = c.scale * k @ mean + c.scale**2 * torch.einsum("ni,ij,nj->n", k, covariance, k) / 2
+        scores[row, head, 4:] += logits.softmax(0) / group
+    scores = scores * c.values.double().norm(dim=-1)
+    scores[..., :4] = 1e9
+    return scores
+
+
+@pytest.mark.parametrize("name", ["h2o", "tova", "knorm", "keydiff", "expected_attention"])
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3), (1, 4), (2, 8)])
 @settings(deadline=None, max_examples=8)
 @given(n=st.integers(12, 70), keep=st.floats(0.2, 0.9), seed=st.integers(0, 1000))
@@ -84,8 +109,46 @@ def test_the_kept_set_is_the_definition(name: str, heads: int, group: int, n: in
     assert kept.sum(-1).unique().tolist() == [count]
     best = scores.sort(-1, descending=True).values
     edge = best[..., count - 1 : count]
-    clear = count == n or bool(((edge - best[..., count : count + 1]).abs() > 1e-9).all())
+    clear = count == n or bool((edge - best[..., count : count + 1] > 1e-6 * edge.abs()).all())
     assert not clear or torch.equal(kept, scores >= edge)
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3), (1, 8)])
+@settings(deadline=None, max_examples=10)
+@given(n=st.integers(12, 70), keep=st.floats(0.2, 0.9), seed=st.integers(0, 1000), alike=st.booleans())
+def test_critical_takes_half_by_attention_and_half_by_what_values_do(
+    heads: int, group: int, n: int, keep: float, seed: int, alike: bool
+) -> None:
+    c = chunk(n, 2, heads, group, seed=seed)
+    assert c.model is not None
+    base = find("h2o")(keep=keep, recent=0.0, heads="own" if alike else "adaptive")
+    policy = replace(base, critical=True)
+    kept, counts = policy.select(c), base.select(c).sum(-1)
+    assert torch.equal(kept.sum(-1), counts)
+    scores = definition("h2o", c) / n
+    for b, h in itertools.product(range(2), range(heads)):
+        norms = sum(
+            (c.values[b, h].double() @ c.model.output()[h * group + g].double()).abs().sum(-1) for g in range(group)
+        )
+        guarded = set(range(c.sinks)) | set(range(n - c.recent, n))
+        order = sorted(set(range(n)) - guarded, key=lambda t: -float(scores[b, h, t]))
+        half = sorted(guarded) + order
+        first = set(half[: int(counts[b, h]) // 2]) | guarded
+        rest = sorted(set(range(n)) - first, key=lambda t: -float((scores[b, h, t] + 1e-4) * norms[t]))
+        wanted = first | set(rest[: int(counts[b, h]) - len(first)])
+        assert set(kept[b, h].nonzero().flatten().tolist()) == wanted
+
+
+def test_a_threshold_keeps_what_scores_enough() -> None:
+    c = chunk(90)
+    scores = definition("h2o", c) / 90
+    kept = find("h2o")(threshold=0.01).select(c)
+    wanted = scores >= 0.01
+    wanted[..., : c.sinks] = wanted[..., -c.recent :] = True
+    assert torch.equal(kept, wanted)
+    assert 0.1 < float(kept.float().mean()) < 0.9
+    assert len(kept.sum(-1).unique()) > 1
+    assert find("h2o")(threshold=0.01).kept(90, 2, 5, 0, 4) == 90
 
 
 @pytest.mark.parametrize(("n", "lag"), [(40, 8), (47, 8), (19, 8), (15, 8), (70, 16)])
@@ -120,6 +183,8 @@ def test_chance_repeats_and_layers_draw_apart() -> None:
 @pytest.mark.parametrize("given_", ["keep=0.4", "budget=37", "keep=0.4, heads=adaptive", "keep=0.4, span=6"])
 def test_budgets_are_exact_and_protect(name: str, given_: str) -> None:
     c = chunk(120)
+    if "span" in given_ and "critical" in name:
+        pytest.skip("a second step breaks spans up: refused")
     (policy,) = Stack.parse(f"{name}({given_}{', window=8' if 'window' in fields(name) else ''})").policies
     kept = policy.select(c)
     count = policy.kept(120, c.sinks, c.recent, c.layer, c.layers)
@@ -224,11 +289,13 @@ def test_rows_of_a_padded_batch_choose_as_they_would_alone(name: str) -> None:
     valid = torch.arange(300) >= torch.tensor([[300 - length] for length in lengths])
     plan = Stack.parse(f"{name}(keep=0.4) + int(bits=8) + window(sinks=2, recent=8)").plan(1, 4)
     batch = LayerStore(plan)
+    batch.model = Rope(4, 16)
     batch.start(k, v)
     batch.write(k, v, valid, q, 0.25)
     for b, length in enumerate(lengths):
         row = (slice(b, b + 1), slice(None), slice(max(lengths) - length, None))
         alone = LayerStore(plan)
+        alone.model = batch.model
         alone.start(k[row], v[row])
         alone.write(k[row], v[row], None, q[row], 0.25)
         assert batch.kept.view(4, 2)[b].tolist() == alone.kept.tolist()
@@ -248,6 +315,13 @@ def test_rows_of_a_padded_batch_choose_as_they_would_alone(name: str) -> None:
         ("lagkv(lag=0)", "lag"),
         ("knorm(heads=all)", "heads"),
         ("h2o(recent=1.5)", "recent"),
+        ("h2o(threshold=0.1, keep=0.1)", "threshold"),
+        ("adakv(threshold=0.1)", "heads"),
+        ("knorm(critical=true)", "critical"),
+        ("chunkkv(critical=true)", "span"),
+        ("expected_attention(critical=true)", "norms"),
+        ("kvzip(keep=0)", "keep"),
+        ("kvzip(layers=pyramid)", "layers"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(spec: str, named: str) -> None:

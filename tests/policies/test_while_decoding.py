@@ -68,6 +68,8 @@ def test_the_pages_that_leave_are_those_that_got_least(heads_choose: str) -> Non
         }
         if heads_choose == "common":
             worth = {(s, p): (worth[0, p] + worth[1, p]) / 2 for s, p in worth}
+        young = {(s, p) for s, p in worth if SINKS + (p + 1) * size > len(held[s]) - budget // 2}  # h2o's newest half
+        worth = {key: x + 2 * (key in young) for key, x in worth.items()}
         for group in [range(heads)] if heads_choose == "adaptive" else [[s] for s in range(heads)]:
             over = sum(len(held[s]) for s in group) - budget * len(group)
             ranked = sorted((key for key in worth if key[0] in group), key=lambda key: worth[key])

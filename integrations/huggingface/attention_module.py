@@ -1,0 +1,94 @@
+"""What a model's attention modules tell: their rotary embedding and their output projection."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvcomp.errors import UnsupportedError
+
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
+OTHER_MODALITIES = ("Vision", "Audio", "Image")
+ROTATION_VARIES = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1", "llama4", "zamba2")
+
+
+def output_projection(module: torch.nn.Module, query_heads: int, v_dim: int) -> Tensor | None:
+    """W_o [Hq, Dv, M], a view of the output projection's weight; None where the module has none of that shape."""
+    for name in OUTPUT_PROJECTIONS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            continue
+        if weight.shape[1] == query_heads * v_dim:
+            return rearrange(weight.detach(), "m (h v) -> h v m", h=query_heads)
+    return None
+
+
+class AttentionModule:
+    """A `ModelPart`: one attention module of a transformers model, whose queries have `query_heads` heads."""
+
+    def __init__(self, module: torch.nn.Module, query_heads: int, v_dim: int) -> None:
+        self.module, self.query_heads, self.v_dim = module, query_heads, v_dim
+        self.config: Any = module.config
+        self.embedding: Any = None
+
+    def output(self) -> Tensor:
+        weight = output_projection(self.module, self.query_heads, self.v_dim)
+        if weight is None:
+            raise UnsupportedError(
+                f"{type(self.module).__name__} has no output projection of {self.query_heads} heads x {self.v_dim}: "
+                "use a policy without critical=true"
+            )
+        return weight
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.embedding is None:
+            self.embedding = self._embedding().to(x.device)
+        options = {"layer_type": self._layer_type()} if self._by_layer_type() else {}
+        cos, sin = self.embedding(x.float(), positions.abs()[None], **options)  # [1, n, R]
+        scaling = (cos.square() + sin.square()).amax(-1, keepdim=True).sqrt()  # yarn's factor, which q and k have
+        cos, sin = cos / scaling, sin / scaling * positions.sign()[None, :, None]
+        turn: Any = vars(sys.modules[type(self.module).__module__])["apply_rotary_pos_emb"]
+        flat = x.reshape(1, -1, *x.shape[-2:])
+        if "k" not in inspect.signature(turn).parameters:
+            raise self._unknown("its rotary embedding is not applied to q and k together")
+        try:
+            turned = turn(flat, flat[:, :1], cos, sin)[0]
+        except RuntimeError:  # the first channels only, and the module itself splits them off
+            part = cos.shape[-1]
+            turned = torch.cat([turn(flat[..., :part], flat[:, :1, :, :part], cos, sin)[0], flat[..., part:]], -1)
+        return turned.view(x.shape)
+
+    def _embedding(self) -> torch.nn.Module:
+        config, names = self.config, vars(sys.modules[type(self.module).__module__])
+        if not getattr(self.module, "use_rope", True):
+            raise self._unknown("some of its layers have no rotary embedding")
+        if config.model_type in ROTATION_VARIES:
+            raise self._unknown("its layers differ in their rotary embedding")
+        found = [
+            thing
+            for name, thing in names.items()
+            if isinstance(thing, type)
+            and name.endswith("RotaryEmbedding")
+            and not any(other in name for other in OTHER_MODALITIES)
+        ]
+        if len(found) != 1 or "apply_rotary_pos_emb" not in names:
+            raise self._unknown("its modeling file has no one rotary embedding")
+        made: torch.nn.Module = found[0](config)
+        return made
+
+    def _by_layer_type(self) -> bool:
+        return "layer_type" in inspect.signature(type(self.embedding).forward).parameters
+
+    def _layer_type(self) -> str:
+        return str(self.config.layer_types[self.module.layer_idx])
+
+    def _unknown(self, why: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.config.model_type}: {why}, so expected_attention cannot turn its queries back: use a policy "
+            "that takes them as they are, such as snapkv"
+        )

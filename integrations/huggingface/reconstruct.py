@@ -1,0 +1,117 @@
+"""The pass in which a model repeats its prompt, to see which of its tokens it needs (KVzip, arXiv 2505.23416)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .handles import Call, HandleLayer
+
+REQUEST = "\n\nRepeat the previous context exactly.\n"
+REQUEST_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
+LEAD = 8  # tokens in front of a later part, which say where it starts
+SINKS = 4  # first tokens, among which a query's attention is shared out, too
+BLOCK = 1 << 22  # elements of attention weights held at once: 16 MiB
+
+
+class RepeatLayer(HandleLayer):
+    """A full-attention layer behind the K and V of a prompt, of which it repeats tokens `start` to `end`.
+
+    keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]; received [1, Hkv, n] float32: the most attention that a token got,
+    among those of its part, the sinks and the repetition. The repetition itself is forgotten.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.prompt = keys, values
+        self.received = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+        self.start = self.end = 0
+
+    def get_seq_length(self) -> int:
+        return self.prompt[0].shape[2]
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        self.own = keys, values
+
+    def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        keys, values = (torch.cat(pair, 2) for pair in zip(self.prompt, self.own, strict=True))
+        m, n = call.query.shape[2], self.get_seq_length()
+        hidden = torch.ones(m, n + m, dtype=torch.bool, device=keys.device).triu(n + 1)
+        mask = torch.zeros(1, 1, m, n + m, dtype=call.query.dtype, device=keys.device)
+        self._watch(call, hidden)
+        return call._replace(mask=mask.masked_fill(hidden, torch.finfo(mask.dtype).min)).dense(keys, values)
+
+    def _watch(self, call: Call, hidden: Tensor) -> None:
+        sinks, m = min(SINKS, self.start), call.query.shape[2]
+        keys = torch.cat([self.prompt[0][:, :, [*range(sinks), *range(self.start, self.end)]], self.own[0]], 2)[
+            0
+        ].float()
+        queries = call.query[0].float().unflatten(0, (len(keys), -1))  # [Hkv, G, m, D]
+        scale = queries.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        softcap = call.kwargs.get("softcap")
+        behind = hidden[:, -m:]
+        part = self.received[0, :, self.start : self.end]
+        block = max(BLOCK // (call.query.shape[1] * keys.shape[1]), 1)
+        for at in range(0, m, block):
+            q = queries[:, :, at : at + block]
+            logits = torch.bmm(q.flatten(1, 2) * scale, keys.mT)
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            logits.unflatten(1, q.shape[1:3])[..., -m:].masked_fill_(behind[at : at + block], -torch.inf)
+            shares = (logits[..., sinks : len(part[0]) + sinks] - logits.logsumexp(-1, keepdim=True)).amax(1).exp()
+            torch.maximum(part, shares, out=part)
+
+    def dense(self, which: int) -> Tensor:
+        raise NotImplementedError("a model that reads keys and values as tensors is refused before its prompt is read")
+
+
+@torch.no_grad()
+def received(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: Tensor,
+    layers: Sequence[Any],
+    chunk: int,
+) -> list[Tensor]:
+    """The most attention that each token of a prompt gets while the model repeats it, `chunk` tokens at a time.
+
+    Args:
+        model: a hooked model.
+        tokenizer: the model's, for the request to repeat.
+        ids: [1, n], without padding.
+        layers: of all the model's layers, (keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]) where they are ours, and the
+            library's cache layer after the prompt where not.
+
+    Returns:
+        [1, Hkv, n] float32 of each layer that is ours.
+    """
+
+    def encoded(text: str) -> Tensor:
+        found = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.as_tensor(found, dtype=ids.dtype, device=ids.device)
+
+    ours = {i: RepeatLayer(*layer) for i, layer in enumerate(layers) if isinstance(layer, tuple)}
+    n = ids.shape[1]
+    for start in range(0, n, chunk):
+        end = min(start + chunk, n)
+        if start == 0:
+            request = encoded(REQUEST)
+        else:
+            request = torch.cat([encoded(REQUEST_FROM), ids[:, start - LEAD : start], encoded("\n")], 1)
+        repeated = torch.cat([request, ids[:, start:end]], 1)
+        for layer in ours.values():
+            layer.start, layer.end = start, end
+        model(
+            input_ids=repeated,
+            position_ids=torch.arange(n, n + repeated.shape[1], device=ids.device)[None],
+            past_key_values=Cache(layers=[ours.get(i) or deepcopy(layer) for i, layer in enumerate(layers)]),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return [layer.received for layer in ours.values()]
