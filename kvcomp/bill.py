@@ -135,10 +135,11 @@ def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -
     read: Counter[str] = Counter()
     flops = 0
     dtype = getattr(torch, shape.dtype)
+    full = [i for i, layer in enumerate(shape.layers) if layer.full]
     for i, layer in enumerate(shape.layers):
         seen = layer.seen(context + 1)
         if layer.full and stack is not None:
-            plan = stack.plan(i, len(shape.layers))
+            plan = stack.plan(i, len(shape.layers), full)
             for total, parts in ((held, held_parts), (read, read_parts)):
                 part = parts(plan, layer.k_dim, layer.v_dim, context, dtype)
                 total.update({name: size * layer.kv_heads for name, size in part.items()})

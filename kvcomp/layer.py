@@ -223,8 +223,8 @@ class LayerStore:
         self.codec.fit(streams.to(self.device), k, v)
         k, v = (x[:, :tokens].unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
         fields = self.codec.encode(k, v, streams.repeat_interleave(m).to(k.device))
-        if self.plan.summarizes is not None:
-            fields |= self.plan.summarizes.summarize(k)
+        if self.plan.chooser is not None:
+            fields |= self.plan.chooser.summarize(k)
         ids = self.pool.allocate(len(k))
         self.pool.write(ids, fields)
         self.table.append(streams, ids.view(len(streams), m))

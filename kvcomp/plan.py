@@ -46,8 +46,8 @@ class LayerPlan:
         return any(policy.watches for policy in self.policies)
 
     @property
-    def summarizes(self) -> Selector | None:
-        """The selector that this layer's pages have summaries for."""
+    def chooser(self) -> Selector | None:
+        """The selector, where this layer chooses for itself: only then its pages have summaries."""
         return self.selector if self.leader is None else None
 
     @property
@@ -89,7 +89,7 @@ class LayerPlan:
         return self._layout(self.quantizer.fields(shape), shape)
 
     def _layout(self, fields: tuple[Field, ...], shape: PageShape) -> PageLayout:
-        summary = self.summarizes.summary_fields(shape) if self.summarizes is not None else ()
+        summary = self.chooser.summary_fields(shape) if self.chooser is not None else ()
         return PageLayout(self.page_size, fields + summary)
 
 

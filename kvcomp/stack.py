@@ -8,6 +8,7 @@ import keyword
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -55,6 +56,13 @@ class Stack:
                     f"use window(sinks={stage.required_sinks}, recent={chosen.recent})"
                 )
         if self.policies and self.selector:
+            for what, argument in self.selector.same_pages.items():
+                for policy in self.policies:
+                    if what not in policy.same_tokens:
+                        raise SpecError(
+                            f"{self.selector.name}({argument}) lets {what} read the same pages, but {policy.name} "
+                            f"keeps other tokens in each of them: leave out {argument}, or {policy.name}"
+                        )
             warnings.warn(
                 f"{self.policies[0].name} drops tokens and {self.selector.name} reads fewer of them: both bet on the "
                 "same redundancy, so measure the accuracy of the two together",
@@ -126,9 +134,15 @@ class Stack:
         """Tokens per chunk of the prompt: the smallest that a stage asks for; None where it enters at once."""
         return min((s.prefill_chunk for s in self.stages if s.prefill_chunk is not None), default=None)
 
-    def plan(self, layer: int, layers: int) -> LayerPlan:
-        """What one of `layers` layers does."""
-        selector = self.selector if self.selector is not None and self.selector.active(layer) else None
+    def plan(self, layer: int, layers: int, full: Sequence[int] | None = None) -> LayerPlan:
+        """What one of `layers` layers does, of which those in `full` go through the stack; None: all."""
+        selector, leader = self.selector, None
+        if selector is not None and selector.active(layer):
+            choosers = [i for i in (range(layers) if full is None else full) if selector.active(i)]
+            at = choosers.index(layer)
+            leader = choosers[at - at % selector.share] if at % selector.share else None
+        else:
+            selector = None
         return LayerPlan(
             self.quantizer,
             self.policies,
@@ -138,6 +152,7 @@ class Stack:
             self.page_size,
             layer,
             layers,
+            leader,
         )
 
     def effective_bits(

@@ -281,7 +281,7 @@ class Policy(Stage):
 
     @property
     def same_tokens(self) -> tuple[str, ...]:
-        """Of "heads" (of a row, in a layer) and "layers" those that always keep the same tokens: their pages line up."""
+        """Of "heads" (of a row, in a layer) and "layers" those that keep the same tokens: their pages line up."""
         return ()
 
 

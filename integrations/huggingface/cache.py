@@ -120,8 +120,8 @@ class CompressedCache(Cache):
 
         The file's tensors take exactly the bytes that the loaded cache holds, apart from constants that the stack alone
         determines (rotations, codebooks). Of what this cache holds they lack, besides those, only what is idle: free
-        pages and those of its forks, spare columns of page tables and their copies on the device, and what views leave
-        unused.
+        pages and those of its forks, spare columns of page tables and their copies on the device, what views leave
+        unused, and which pages the last step chose.
 
         Raises:
             KvcompError: the file cannot be written.

@@ -533,10 +533,10 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
         handed["exact"] += keys.nbytes + values.nbytes
         return exact(queries, keys, values, *rest)
 
-    def watched_select(self, queries, summary, counts, scale):
+    def watched_select(self, queries, summary, counts, scale, heads_of_row):
         page = sum(t[0, 0].nbytes for t in summary.values())
         handed["summaries"] += int(counts.sum()) * page
-        return select(self, queries, summary, counts, scale)
+        return select(self, queries, summary, counts, scale, heads_of_row)
 
     monkeypatch.setattr(layer_module, "attend_pages", watched_pages)
     for module in (exact_module, layer_module):  # the exact buffer, and chunks that are not written yet

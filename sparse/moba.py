@@ -1,0 +1,49 @@
+"""MoBA: the mean key of a page stands for its tokens (arXiv 2502.13189)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcomp.pages import SUMMARY, Field
+from kvcomp.registry import register
+from kvcomp.stages import PageShape, arg
+
+from .ranked import RankedSelector
+from .summaries import decode, encode, vector_fields
+
+MEAN = f"{SUMMARY}mean"
+
+
+@register("moba")
+@dataclass(frozen=True)
+class MoBA(RankedSelector):
+    """MoBA: a decode query reads the `pages` pages whose mean key it attends to most, the newest one among them.
+
+    Logits are q . mean(keys of the page before quantization), as the authors' gate; there each query head chooses by
+    itself, here those of a KV head together. Defaults are the authors' example: 12 blocks, the current one counted. A
+    block is the stack's page: 64 tokens, or what another stage asks for, where theirs are 512 to 4096 and models are
+    trained for them. At a given share of the cache (`keep`) smaller blocks choose finer and scan more.
+    """
+
+    paper: ClassVar[str] = "arXiv:2502.13189"
+
+    pages: int | None = arg(None, "pages that a query reads (none of the four: 12)")
+    last: int = arg(1, "newest pages, read in any case")
+
+    @property
+    def default(self) -> tuple[str, float]:
+        return "pages", 12
+
+    def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
+        return vector_fields((MEAN,), shape.k_dim, self.summary_bits)
+
+    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
+        return encode({MEAN: (keys.float().mean(1), 0)}, self.summary_bits)
+
+    def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
+        return torch.bmm(queries.float(), decode(summary, MEAN).transpose(1, 2))

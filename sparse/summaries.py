@@ -1,0 +1,55 @@
+"""What pages say of themselves: vectors of a channel each, kept in 16 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from kvcomp.pages import SUMMARY, Field
+
+SCALE = f"{SUMMARY}scale"
+SCALES = 8  # of a page in 8 bits: as many float16 as fill the 16 bytes to which a field is padded
+HUGE = torch.finfo(torch.float16).max
+
+
+def vector_fields(names: tuple[str, ...], dim: int, bits: int) -> tuple[Field, ...]:
+    """Fields of vectors of `dim` channels: float16, or int8 codes and the scales that they share."""
+    if bits == 16:
+        return tuple(Field(name, (dim,), torch.float16) for name in names)
+    codes = tuple(Field(name, (dim,), torch.int8) for name in names)
+    return (*codes, Field(SCALE, (gcd(dim, SCALES),), torch.float16))
+
+
+def encode(vectors: Mapping[str, tuple[Tensor, int]], bits: int) -> dict[str, Tensor]:
+    """Fields of vectors float32 [M, D], each rounded down (-1), to the nearest (0) or up (1), within +-65504.
+
+    In 8 bits, a run of D / 8 channels of a page has one scale: a 127th of the largest magnitude in it, rounded up.
+    """
+    if bits == 16:  # float16 rounds by at most 2^-11 relative, 2^-25 absolute
+        rounded = {name: x + way * (x.abs() * 2**-10 + 2**-24) for name, (x, way) in vectors.items()}
+        return {name: x.clamp(-HUGE, HUGE).to(torch.float16) for name, x in rounded.items()}
+    clamped = {name: (x.clamp(-HUGE, HUGE), way) for name, (x, way) in vectors.items()}
+    largest = torch.stack([x.abs() for x, _ in clamped.values()]).amax(0)  # [M, D]
+    largest = largest.unflatten(-1, (gcd(largest.shape[-1], SCALES), -1)).amax(-1)
+    scale = (largest / 127 * (1 + 2**-10) + 2**-24).to(torch.float16)
+    fields = {SCALE: scale}
+    for name, (x, way) in clamped.items():
+        step = _scaled(torch.ones_like(x), scale)
+        codes = (x / step).round()
+        codes += way * (way * (codes * step - x) < 0)  # codes * step is exact in float32, hence a bound
+        fields[name] = codes.to(torch.int8)
+    return fields
+
+
+def decode(summary: Mapping[str, Tensor], name: str) -> Tensor:
+    """A vector [..., D] of the summaries, float32."""
+    x = summary[name].float()
+    return _scaled(x, summary[SCALE]) if SCALE in summary else x
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., D] times the scale [..., g] of each run of D / g channels, float32."""
+    return (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)

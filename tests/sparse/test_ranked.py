@@ -1,0 +1,313 @@
+"""Rules against their definitions, summaries in 16 and 8 bits, and what selectors leave untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcomp import Stack
+from kvcomp.attention import attend
+from kvcomp.errors import SpecError
+from kvcomp.layer import LayerStore
+from kvcomp.plan import held_parts, read_parts
+from kvcomp.sparse.moba import MEAN, MoBA
+from kvcomp.sparse.quest import MAX, MIN, Quest
+from kvcomp.sparse.ranked import RankedSelector
+from kvcomp.sparse.summaries import decode
+from kvcomp.stages import PageShape
+
+QUANTIZERS = (
+    "none",
+    "kivi(bits=4)",
+    "int(bits=4, basis=hadamard)",
+    "turboquant(bits=4)",
+    "klt(bits=4)",
+)
+RULES = ("pages=3", "keep=0.2", "top_p=0.4", "threshold=0.2")
+SELECTORS = {"quest": "dense_layers=0, min_pages=0, ", "moba": ""}  # all layers alike
+MAGNITUDES = [1e-8, 1e-6, 1e-3, 1.0, 300.0, 5e4]
+
+
+def store_of(spec: str, tokens: int = 333, seed: int = 0, lengths: tuple[int, ...] = (333, 301, 23)) -> LayerStore:
+    """A store of 3 rows of so many tokens and 2 heads, whose keys lie in clusters as long as a page."""
+    torch.manual_seed(seed)
+    k, v = (torch.randn(len(lengths), 2, tokens, 64) for _ in range(2))
+    k += torch.randn(len(lengths), 2, -(-tokens // 16), 64).repeat_interleave(16, 2)[:, :, :tokens]
+    store = LayerStore(Stack.parse(spec).plan(0, 1))
+    store.start(k, v)
+    store.write(k, v, torch.arange(tokens) >= tokens - torch.tensor(lengths)[:, None])
+    return store
+
+
+def read_pages(store: LayerStore, q: Tensor) -> Tensor:
+    """bool [S, longest]: what queries [B, Hq, 1, D] choose."""
+    grouped = q.view(store.rows * store.heads, -1, q.shape[-1])
+    choice = store._choose(grouped, store.table.ids(), store.table.counts, 0.125)
+    assert choice is not None
+    positions, valid, _ = choice
+    places = torch.arange(positions.shape[1]) < valid[:, None]
+    read = torch.zeros(len(positions), store.table.longest, dtype=torch.bool)
+    read[torch.arange(len(positions))[:, None].expand_as(positions)[places], positions[places]] = True
+    assert bool((read.sum(1) == valid).all())
+    return read
+
+
+# -- rules ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Given(RankedSelector):
+    """Takes its logits [S, n, G] from the summary."""
+
+    name = "given"
+
+    @property
+    def default(self) -> tuple[str, float]:
+        return "pages", 4
+
+    def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
+        return summary["logits"].mT
+
+
+def by_definition(rule: RankedSelector, shares: list[float]) -> tuple[list[int], float]:
+    """The pages that a stream reads, and how far the next smaller or larger choice was."""
+    n = len(shares)
+    forced = [p < rule.first or p >= n - rule.last for p in range(n)]
+    order = sorted(range(n), key=lambda p: (not forced[p], -shares[p]))
+    sums = [sum(shares[p] for p in order[: i + 1]) for i in range(n)]
+    gap = 1.0
+    if rule.pages is not None:
+        count = rule.pages
+    elif rule.keep is not None:
+        count = max(round(rule.keep * n), 1)
+    elif rule.top_p is not None:
+        count = next((i + 1 for i, total in enumerate(sums) if total >= rule.top_p), n)
+        gap = min((abs(total - rule.top_p) for total in sums), default=1.0)
+    else:
+        count = sum(forced[p] or shares[p] >= rule.threshold for p in range(n))
+        gap = min((abs(share - rule.threshold) for share in shares), default=1.0)
+    count = min(max(count, rule.min_pages, rule.first + rule.last), n)
+    if 0 < count < n and forced[order[count - 1]] == forced[order[count]]:
+        gap = min(gap, shares[order[count - 1]] - shares[order[count]])
+    return sorted(order[:count]), gap
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    rule=st.sampled_from(
+        [{"pages": 1}, {"pages": 5}, {"keep": 0.1}, {"keep": 0.5}, {"keep": 1.0}]
+        + [{"top_p": p} for p in (0.05, 0.5, 0.95)]
+        + [{"threshold": x} for x in (0.01, 0.1, 0.4)]
+    ),
+    first=st.integers(0, 2),
+    last=st.integers(0, 3),
+    minimum=st.integers(0, 4),
+    heads=st.sampled_from([("own", 1), ("own", 2), ("common", 1), ("common", 2), ("common", 3)]),
+    group=st.sampled_from([1, 3]),
+    size=st.sampled_from([0.5, 5.0]),
+    garbage=st.sampled_from([1e4, float("nan"), float("inf")]),
+)
+@settings(deadline=None, max_examples=300)
+def test_rules_are_their_definitions(
+    seed: int,
+    counts: list[int],
+    rule: dict[str, float],
+    first: int,
+    last: int,
+    minimum: int,
+    heads: tuple[str, int],
+    group: int,
+    size: float,
+    garbage: float,
+) -> None:
+    torch.manual_seed(seed)
+    how, per_row = heads
+    counts = [c for c in counts for _ in range(per_row)] if seed % 2 else counts * per_row  # alike in a row, or not
+    n, scale = max(*counts, 1), 0.7
+    logits = size * torch.randn(len(counts), n, group)
+    for s, count in enumerate(counts):
+        logits[s, count:] = garbage
+    ruled = Given(**rule, heads=how, first=first, last=last, min_pages=minimum)
+    positions, valid = ruled.select(torch.zeros(0), {"logits": logits}, torch.tensor(counts), scale, per_row)
+    assert positions.dtype == torch.int64
+    assert positions.shape == (len(counts), max(int(valid.max()), 1))
+    assert 0 <= int(positions.min()) <= int(positions.max()) < n
+    shares = [(scale * logits[s, :c].double()).softmax(0).mean(-1) for s, c in enumerate(counts)]
+    for s, count in enumerate(counts):
+        row = range(s - s % per_row, s - s % per_row + per_row)
+        common = how == "common" and len({counts[i] for i in row}) == 1
+        own = torch.stack([shares[i] for i in row]).mean(0) if common else shares[s]
+        expected, gap = by_definition(ruled, own.tolist())
+        read = positions[s, : int(valid[s])].tolist()
+        assert len(read) <= ruled.reads(count)
+        if ruled.top_p is None and ruled.threshold is None:
+            assert len(read) == ruled.reads(count)
+        if gap > 1e-6:  # closer than float32 can tell
+            assert read == expected
+
+
+def test_one_rule_at_a_time() -> None:
+    for cls, rule in ((Quest, "pages=64"), (MoBA, "pages=12")):
+        assert str(Stack((cls(),))) == f"{cls.name}({rule})"
+        assert Stack((cls(keep=0.1),)) == Stack.parse(str(Stack((cls(keep=0.1),))))
+    assert str(Stack.parse("quest(top_p=0.9, heads=common)")) == "quest(top_p=0.9, heads=common)"
+    assert Quest() == Quest(pages=64, dense_layers=2, min_pages=3)
+    assert MoBA() == MoBA(pages=12, last=1)
+    with pytest.raises(SpecError, match=r"quest\(keep=0.1\): keep must be left out where pages is given"):
+        Quest(pages=8, keep=0.1)
+    for spec, accepted in {
+        "moba(pages=0)": "pages must be positive",
+        "quest(keep=0)": r"keep must be in \(0, 1\]",
+        "quest(top_p=1.1)": r"top_p must be in \(0, 1\]",
+        "moba(threshold=-1)": r"threshold must be in \(0, 1\]",
+        "moba(heads=all)": "heads must be own or common",
+        "moba(first=-1)": "first must be zero or positive",
+        "moba(last=-1)": "last must be zero or positive",
+        "quest(min_pages=-1)": "min_pages must be zero or positive",
+        "quest(summary_bits=4)": "summary_bits must be 8 or 16",
+        "quest(share=0)": "share must be positive",
+    }.items():
+        with pytest.raises(SpecError, match=accepted):
+            Stack.parse(spec)
+
+
+# -- summaries --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    dim=st.sampled_from([1, 8, 12, 64, 80]),
+    size=st.sampled_from([1, 16]),
+    scale=st.sampled_from(MAGNITUDES),
+    offset=st.sampled_from([0.0, *MAGNITUDES]),
+    bits=st.sampled_from([8, 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=150)
+def test_quest_bounds_every_key(
+    seed: int, dim: int, size: int, scale: float, offset: float, bits: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(seed)
+    keys = scale * torch.randn(5, size, dim) + offset * torch.randn(5, 1, dim).sign()
+    keys = keys.clamp(-6e4, 6e4).to(dtype)
+    quest = Quest(summary_bits=bits)
+    summary = quest.summarize(keys)
+    shape = PageShape(size, dim, dim, 1, dtype, torch.device("cpu"), 2)
+    assert {name: (t.dtype, t.shape[1:]) for name, t in summary.items()} == {
+        f.name: (f.dtype, f.shape) for f in quest.summary_fields(shape)
+    }
+    low, high, exact = decode(summary, MIN).double(), decode(summary, MAX).double(), keys.double()
+    assert bool((low <= exact.amin(1)).all())
+    assert bool((high >= exact.amax(1)).all())
+    runs = 8 if dim % 8 == 0 else 4 if dim % 4 == 0 else 1
+    largest = exact.abs().amax(1).unflatten(-1, (runs, -1)).amax(-1).repeat_interleave(dim // runs, -1)  # [M, D]
+    step = 2**-8 * largest if bits == 16 else largest / 120
+    assert bool((exact.amin(1) - low <= step + 1e-6).all())
+    assert bool((high - exact.amax(1) <= step + 1e-6).all())
+    q = torch.randn(1, 3, dim)
+    bound = quest.logits(q, {name: t[None] for name, t in summary.items()})[0].double()
+    logits = torch.einsum("gd,mpd->gmp", q[0].double(), exact).amax(-1)
+    assert bool((bound >= logits - 1e-5 * torch.einsum("gd,mpd->gmp", q[0].double().abs(), exact.abs()).amax(-1)).all())
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(16, 2**-11), (8, 1 / 250)])
+def test_moba_means(bits: int, tolerance: float) -> None:
+    torch.manual_seed(0)
+    keys, q = torch.randn(4, 64, 32), torch.randn(1, 5, 32)
+    moba = MoBA(summary_bits=bits)
+    summary = moba.summarize(keys)
+    mean = keys.mean(1)
+    assert float((decode(summary, MEAN) - mean).abs().max()) <= tolerance * float(mean.abs().max())
+    got = moba.logits(q, {name: t[None] for name, t in summary.items()})
+    torch.testing.assert_close(got[0], q[0] @ mean.T, atol=0.05, rtol=0)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("rule", ["pages=999", "keep=1.0", "top_p=1.0, min_pages=99", "threshold=0.9, last=99"])
+def test_all_pages_are_dense_attention(name: str, quantizer: str, rule: str) -> None:
+    own = SELECTORS[name].replace("min_pages=0, ", "")
+    store = store_of(f"{quantizer} + {name}({own}{rule}) + window(sinks=2, recent=16)")
+    assert store.table.counts.min() == 0 < store.table.counts.max()
+    q = torch.randn(3, 8, 1, 64)
+    ours = store.attend(q, 0.125)
+    for s in range(6):
+        keys, values = store._tokens(s)
+        part = attend(q.view(6, 4, 64)[s : s + 1], keys[None], values[None], 0.125)
+        torch.testing.assert_close(ours.out.view(6, 4, 64)[s], part.out[0], rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(ours.lse.view(6, 4)[s], part.lse[0], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_page_that_is_not_read_is_never_touched(name: str, quantizer: str, rule: str) -> None:
+    store = store_of(f"{quantizer} + {name}({SELECTORS[name]}{rule}) + window(recent=16)")
+    q = 2 * torch.randn(3, 8, 1, 64)
+    before, read = store.attend(q, 0.125), read_pages(store, q)
+    assert 0 < int(read.sum()) < store.table.total
+    assert store.read["pages"] == int(read.sum()) * store.layout.body_bytes
+    unread = (torch.arange(store.table.longest) < store.table.counts[:, None]) & ~read
+    store.pool.data[store.table.ids()[unread].long(), : store.layout.body_bytes] = 0xFF
+    store.pool.data[store.pool.free] = 0xFF
+    after = store.attend(q, 0.125)
+    assert torch.equal(before.out, after.out)
+    assert torch.equal(before.lse, after.lse)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_common_choice_is_the_same_for_all_heads(name: str) -> None:
+    own, common = (store_of(f"{name}({SELECTORS[name]}pages=3, heads={how})") for how in ("own", "common"))
+    q = 2 * torch.randn(3, 8, 1, 64)
+    read = read_pages(common, q).unflatten(0, (3, 2))
+    assert torch.equal(read[:, 0], read[:, 1])
+    assert not torch.equal(read.flatten(0, 1), read_pages(own, q))
+    common.table.drop(torch.arange(common.table.longest)[None] < torch.tensor([[1]] + [[0]] * 5))
+    with_gap = replace(common.plan.selector, heads="own")
+    common_read = read_pages(common, q)
+    common.plan = replace(common.plan, selector=with_gap)
+    assert torch.equal(common_read[:2], read_pages(common, q)[:2])  # whose heads differ chooses by head
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+STACKS = [
+    f"{name}({SELECTORS[name]}{rule}, summary_bits={bits})" for name in SELECTORS for rule in RULES for bits in (16, 8)
+]
+
+
+@pytest.mark.parametrize("spec", STACKS)
+@pytest.mark.parametrize("tokens", [1, 70, 777])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_planned(spec: str, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 3, tokens, 64).to(dtype), torch.randn(2, 3, tokens, 32).to(dtype)
+    store = LayerStore(Stack.parse(spec + " + int(bits=4) + window(sinks=2, recent=5)").plan(0, 1))
+    store.start(k, v)
+    store.write(k, v, None)
+    given = (store.plan, 64, 32, tokens, dtype)
+    held = {name: size for name, size in store.held(set()).items() if size and name not in ("constants", "history")}
+    assert held == {name: 6 * size for name, size in held_parts(*given).items()}
+    store.append(k[:, :, :1], v[:, :, :1])
+    store.attend(torch.randn(2, 6, 1, 64).to(dtype), 0.125)
+    planned, read = ({name: size for name, size in x.items() if size} for x in (read_parts(*given), store.read))
+    planned = {name: 6 * size for name, size in planned.items()}
+    if "top_p" in spec or "threshold" in spec:
+        assert read.pop("pages", 0) <= planned.pop("pages", 0)
+    assert read == planned
+
+
+def test_eight_bits_scan_about_half() -> None:
+    for name, at_most in (("quest", 0.57), ("moba", 0.63)):
+        sixteen, eight = (store_of(f"{name}({SELECTORS[name]}summary_bits={bits})") for bits in (16, 8))
+        assert eight.layout.summary_bytes <= at_most * sixteen.layout.summary_bytes
