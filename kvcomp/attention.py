@@ -53,11 +53,13 @@ def attend(
     softcap: float | None = None,
     bias: Tensor | None = None,
     group: int | None = None,
+    key_bias: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over keys [S, N, Dk], values [S, N, Dv], computed in float32.
 
     `visible` is bool, broadcastable to [S, R, N]. `bias` [S, R] is added to every q . k before it is scaled. Logits are
-    capped as softcap * tanh(logit / softcap) where asked.
+    capped as softcap * tanh(logit / softcap) where asked. `key_bias` [S, N] is added to every logit after that: a key
+    with bias log(w) counts as w keys, and one with bias -inf is not seen.
     Runs over blocks of keys, so that no more than `MAX_LOGITS` logits exist at once. With `group`, which divides N, the
     lse of each run of so many tokens is returned as well.
     """
@@ -70,7 +72,8 @@ def attend(
         for at in range(0, tokens, block):
             piece = slice(at, at + block)
             seen = visible if visible is None or visible.shape[-1] == 1 else visible[..., piece]
-            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap, bias, group))
+            extra = None if key_bias is None else key_bias[:, piece]
+            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap, bias, group, extra))
         return joined(parts)
     logits = torch.bmm(queries.float(), keys.float().transpose(1, 2))  # [S, R, N]
     if bias is not None:
@@ -78,11 +81,14 @@ def attend(
     logits = logits * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
+    if key_bias is not None:
+        logits = logits + key_bias.float()[:, None]
     if visible is not None:
         logits = logits.masked_fill(~visible, -torch.inf)
     groups = None if group is None else logits.unflatten(-1, (-1, group)).logsumexp(-1)
     lse = torch.logsumexp(logits, -1)  # [S, R]
-    safe = lse.masked_fill(lse == -torch.inf, 0) if visible is not None else lse
+    unseen = visible is not None or key_bias is not None  # a row may see nothing
+    safe = lse.masked_fill(lse == -torch.inf, 0) if unseen else lse
     weights = (logits - safe[..., None]).exp()
     return Part(torch.bmm(weights, values.float()), lse, groups)
 

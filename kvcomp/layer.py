@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kvcomp.attention import Part, attend, merge
+from kvcomp.compaction import Compacted, CompactSpans, match
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.exact import ExactBuffer
 from kvcomp.finite import finite, saturated
@@ -70,13 +71,15 @@ class LayerStore:
         self.table = PageTable(self.rows * self.heads, self.device, plan.watched)
         self.pool.join(self.table)
         self.history.start(self.rows)
+        self.compacted: CompactSpans | None = None
         self.tail: int | None = None  # most recent tokens that are surely held; None: all of them
         self.started = True
 
     @property
     def kept(self) -> Tensor:
         """int64 [S]: tokens that each stream holds."""
-        return self.exact.counts + self.table.counts * self.plan.page_size
+        compact = 0 if self.compacted is None else self.compacted.bias.shape[1]
+        return self.exact.counts + self.table.counts * self.plan.page_size + compact
 
     # -- write ----------------------------------------------------------------------------------------------------
 
@@ -251,6 +254,9 @@ class LayerStore:
         exact, self.read = self.exact.attend(q, scale, softcap)
         paged, pages = self._attend_pages(q, n, scale, softcap)
         parts = [part for part in (paged, exact) if part]
+        if self.compacted is not None:
+            parts.append(self.compacted.attend(q, scale, softcap))
+            self.read["compacted"] = self.compacted.nbytes
         if chunk is not None:
             k, v, visible = chunk
             seen = visible.expand(self.rows, n, k.shape[2])[:, None, None]  # [B, 1, 1, n, c]
@@ -310,9 +316,11 @@ class LayerStore:
         For round trips; never on the way of attention.
 
         Raises:
-            UnsupportedError: rows or heads hold different numbers of tokens.
+            UnsupportedError: rows or heads hold different numbers of tokens, or a span was compacted.
         """
         kept = self.kept
+        if self.compacted is not None:
+            raise UnsupportedError("a span was compacted: its tokens have biases, which keys and values alone lack")
         if not bool((kept == kept[0]).all()):
             raise UnsupportedError(f"streams hold different numbers of tokens ({int(kept.min())} to {int(kept.max())})")
         streams = [self._tokens(s) for s in range(len(kept))]
@@ -409,6 +417,59 @@ class LayerStore:
         amount[stream] = pages
         self.table.drop_newest(amount)
 
+    def compactable(self, start: int, end: int) -> tuple[int, int]:
+        """The tokens (start, end) of all whole pages between tokens `start` and `end`.
+
+        Raises:
+            UnsupportedError: tokens were evicted, or rows are padded, so that pages have no certain place.
+            KvcompError: no whole page lies there, or part of it is compacted already.
+        """
+        plan, length = self.plan, self.history.length
+        if plan.policies or self.history.valid() is not None:
+            why = f"{plan.policies[0].name} may drop tokens" if plan.policies else "some rows are padded"
+            raise UnsupportedError(f"compact(span=({start}, {end})): {why}, so that nothing says which pages these are")
+        if not 0 <= start < end <= length:
+            raise KvcompError(f"compact(span=({start}, {end})): expected 0 <= start < end <= {length}, the tokens held")
+        done = () if self.compacted is None else self.compacted.columns
+        for old in done:
+            if start < old[1] and old[0] < end:
+                raise KvcompError(f"compact(span=({start}, {end})): tokens {old[0]} to {old[1]} are compacted already")
+        size, sinks = plan.page_size, plan.sinks
+        paged = sinks + size * self.table.longest + sum(b - a for a, b in done)
+        first = sinks + -(-max(start - sinks, 0) // size) * size
+        last = sinks + max(min(end, paged) - sinks, 0) // size * size
+        if last <= first:
+            raise KvcompError(
+                f"compact(span=({start}, {end})): no whole page of {size} tokens lies there; pages hold the tokens "
+                f"{sinks} to {paged}, the others stay in full precision"
+            )
+        return first, last
+
+    def compact(
+        self, start: int, end: int, queries: Tensor, tokens: int, scale: float, softcap: float | None
+    ) -> Compacted:
+        """Replace tokens `start` to `end`, as `compactable` gives them, by `tokens` that attention takes for them.
+
+        queries [B, Hq, m, Dk] post-RoPE, behind the span: those that attention is matched for.
+        """
+        plan = self.plan
+        before = sum(b - a for a, b in (() if self.compacted is None else self.compacted.columns) if b <= start)
+        first = (start - before - plan.sinks) // plan.page_size
+        pages = slice(first, first + (end - start) // plan.page_size)
+        ids = self.table.ids()[:, pages]
+        decoded = [self._decode(row, stream) for stream, row in enumerate(ids)]
+        k, v = (torch.stack([pair[i] for pair in decoded]) for i in (0, 1))
+        q = rearrange(queries, "b (h g) n d -> (b h) (n g) d", h=self.heads)
+        found = match(q, k, v, scale, tokens, softcap)
+        empty = CompactSpans(k[:, :0], found.bias[:, :0], v[:, :0], ())
+        self.compacted = (empty if self.compacted is None else self.compacted).extended(found, (start, end))
+        gone = torch.zeros(len(ids), self.table.longest, dtype=torch.bool)
+        gone[:, pages] = True
+        self._limit_tail(self.history.length - end)
+        self.table.drop(gone)
+        self.pool.reclaim()
+        return found
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep, repeat and order rows (beams): int64 [B']. Pages are shared, never copied."""
         rows = rows.cpu()
@@ -417,6 +478,7 @@ class LayerStore:
         self.table.select(streams)
         self.history.select(rows)
         self.codec.select(streams.to(self.device))
+        self.compacted = None if self.compacted is None else self.compacted.select(streams)
         self.rows = len(rows)
         self.pool.reclaim()
 
@@ -453,6 +515,7 @@ class LayerStore:
             "exact": self.exact.state(),
             "history": self.history.state(),
             "codec": self.codec.state(),
+            "compacted": None if self.compacted is None else self.compacted._asdict(),
             "tail": self.tail,
         }
 
@@ -475,6 +538,9 @@ class LayerStore:
         self.exact.restore(state["exact"], device)
         self.history.restore(state["history"])
         self.codec.restore({name: tensor.to(device) for name, tensor in state["codec"].items()})
+        if (spans := state.get("compacted")) is not None:
+            keys, bias, values = (spans[name].to(device) for name in ("keys", "bias", "values"))
+            self.compacted = CompactSpans(keys, bias, values, tuple((a, b) for a, b in spans["columns"]))
         self.tail = state["tail"]
 
     # -- accounting -----------------------------------------------------------------------------------------------
@@ -495,6 +561,7 @@ class LayerStore:
             "sinks": sinks,
             "window": exact - sinks,
             "table": storage_bytes([*self.table.tensors(), self.exact.counts], seen),
+            "compacted": 0 if self.compacted is None else storage_bytes(self.compacted.tensors, seen),
             "constants": storage_bytes(self.codec.constants(), seen),
             "choices": storage_bytes(self.choices.get(self.plan.layer, ()), seen),
             "history": storage_bytes(self.history.tensors(), seen),

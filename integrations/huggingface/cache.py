@@ -23,6 +23,7 @@ from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
 from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
 
+from .compact import Compaction, compact
 from .fingerprint import fingerprint
 from .hook import PREFIX, hook
 from .layer import CompressedLayer
@@ -174,6 +175,32 @@ class CompressedCache(Cache):
         twin, choices = copy(self), dict[int, Choice]()
         twin.layers = [x.fork(choices) if isinstance(x, CompressedLayer) else deepcopy(x) for x in self.layers]
         return twin
+
+    def compact(
+        self, span: tuple[int, int], input_ids: Tensor, tokenizer: Any, keep: float = 0.1, model: Any = None
+    ) -> Compaction:
+        """Replace old tokens by fewer ones that attention takes for them, say the first turns of a long chat.
+
+        Of every KV head, a share `keep` of the span's keys stays, with a bias on its logit and a new value, fitted so
+        that queries get the output and the weight that all of the span gave them: those of the model while it repeats
+        the span, in a pass of its own. They are held in full precision. Sinks, the exact window and pages that reach
+        out of the span stay as they are. Attention matching, arXiv 2602.16284.
+
+        Args:
+            span: (start, end) among the tokens that the cache holds.
+            input_ids: [B, n], all tokens that the cache holds.
+            tokenizer: the model's, for the request to repeat.
+            keep: share of the span's tokens, between 0 and 1.
+            model: the model; needed where the cache was made from a config.
+
+        Raises:
+            KvcompError: a span without a whole page, outside of the cache or compacted already, or a bad argument.
+            UnsupportedError: a stack with an eviction policy, padded rows, or MLA.
+        """
+        source = self._source() if model is None else model
+        if not isinstance(source, PreTrainedModel):
+            raise KvcompError("compact(model=None): the cache was made from a config, so pass the model")
+        return compact(self, source, input_ids, span, keep, tokenizer)
 
     def _compressed(self) -> list[CompressedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]

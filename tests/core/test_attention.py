@@ -117,6 +117,31 @@ def test_half_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
     assert_same(ours, naive(q, k, v, 0.125))
 
 
+@given(problems(), st.integers(1, 64))
+@settings(deadline=None, max_examples=60)
+def test_a_key_with_bias_log_w_counts_w_times(problem: tuple, logits: int) -> None:
+    q, k, v, scale, visible, softcap = problem
+    s, n = k.shape[:2]
+    times = torch.randint(0, 4, (n,))  # 0: a bias of -inf, not seen
+    index = torch.arange(n).repeat_interleave(times)
+    seen = None if visible is None else visible.expand(-1, -1, n)[..., index]
+    if not len(index):
+        return
+    expected = naive(q, k[:, index], v[:, index], scale, seen, softcap)
+    bias = times.log().expand(s, n)
+    assert_same(attend(q, k, v, scale, visible, softcap, key_bias=bias), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "MAX_LOGITS", logits)
+        assert_same(attend(q, k, v, scale, visible, softcap, key_bias=bias), expected)
+
+
+def test_key_biases_of_minus_infinity_hide_a_part() -> None:
+    q, k, v = torch.randn(2, 3, 8), torch.randn(2, 9, 8), torch.randn(2, 9, 4)
+    part = attend(q, k, v, 0.3, key_bias=torch.full((2, 9), -torch.inf))
+    assert not bool(part.out.any())
+    assert bool((part.lse == -torch.inf).all())
+
+
 def test_a_sink_logit_takes_its_share_of_the_softmax() -> None:
     q, k, v = torch.randn(2, 3, 8), torch.randn(2, 9, 8), torch.randn(2, 9, 4)
     sink = torch.randn(2, 3)

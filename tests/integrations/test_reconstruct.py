@@ -6,6 +6,7 @@ import pytest
 import tiny_models as models
 import torch
 from generation import tokens
+from letters import Letters
 from torch import Tensor
 
 from kvcomp import CompressedCache
@@ -13,18 +14,6 @@ from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.attention_module import AttentionModule
 from kvcomp.integrations.huggingface.reconstruct import LEAD, REQUEST, REQUEST_FROM, SINKS, received
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    def __call__(self, text: str, add_special_tokens: bool, return_tensors: str) -> dict:
-        assert not add_special_tokens
-
-        class Encoded:
-            input_ids = torch.tensor([[2 + ord(letter) % 200 for letter in text]])
-
-        return Encoded()
 
 
 def encoded(text: str) -> Tensor:
