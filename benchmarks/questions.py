@@ -97,7 +97,7 @@ def main(
     for sample in track(prompts, "contexts", console=console):
         measure(network, tokenizer, sample.prompt, stack, tallies)
     table = Table(title=f"{model}, {context} tokens, {samples} contexts of {questions} questions")
-    columns = ("stack", "bits", "held, MiB", "right, %", f"against {stack[0]}", "prefill, of dense")
+    columns = ("stack", "bits", "held, MiB", "right, %", "against the first", "prefill, of dense")
     for column in columns:
         table.add_column(column, justify="left" if column == "stack" else "right", overflow="fold")
     for name, tally in zip(stack, tallies, strict=True):
