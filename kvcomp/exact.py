@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.attention import Part, attend
 from kvcomp.plan import COUNTER, LayerPlan
+
+
+class Tokens(NamedTuple):
+    """Tokens of S streams: of keys [S, N, Dk] and values [S, N, Dv] a stream's first counts [S] (on the host)."""
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
 
 class ExactBuffer:
@@ -35,6 +47,12 @@ class ExactBuffer:
         return (self.k.shape[-1] + self.v.shape[-1]) * self.k.itemsize
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        """The tokens of the shortest and of the longest stream."""
+        shortest, longest = self.counts.aminmax()
+        return int(shortest), int(longest)
+
+    @property
     def tensors(self) -> list[Tensor]:
         return [self.k, self.v]
 
@@ -48,10 +66,10 @@ class ExactBuffer:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """One more token for every stream: k [S, Dk], v [S, Dv]."""
-        self._reserve(int(self.counts.max()) + 1)
-        first = int(self.counts[0])
-        if bool((self.counts == first).all()):
-            self.k[:, first], self.v[:, first] = k, v
+        shortest, longest = self.bounds
+        self._reserve(longest + 1)
+        if shortest == longest:
+            self.k[:, longest], self.v[:, longest] = k, v
         else:
             every, slot = torch.arange(len(self.counts), device=k.device), self.counts.to(k.device)
             self.k[every, slot], self.v[every, slot] = k, v
@@ -79,18 +97,15 @@ class ExactBuffer:
         k, v = self.k[stream], self.v[stream]
         return (k[:sinks], v[:sinks]), (k[sinks:count], v[sinks:count])
 
-    def attend(self, q: Tensor, scale: float, softcap: float | None) -> tuple[Part | None, dict[str, int]]:
-        """Attention of q [S, R, Dk] over all that is held, and the bytes handed to it by part."""
-        longest, shortest = int(self.counts.max()), int(self.counts.min())
+    def tokens(self) -> tuple[Tokens | None, dict[str, int]]:
+        """All that is held, as far as the longest stream reaches, and its bytes by part; None where that is nothing."""
+        longest = self.bounds[1]
         if longest == 0:
             return None, {}
-        visible = None
-        if shortest < longest:
-            visible = (torch.arange(longest) < self.counts[:, None])[:, None].to(q.device)
         sinks = min(self.plan.sinks, longest)
         column = self.token_bytes * len(self.counts)
         read = {"sinks": sinks * column, "window": (longest - sinks) * column}
-        return attend(q, self.k[:, :longest], self.v[:, :longest], scale, visible, softcap), read
+        return Tokens(self.k[:, :longest], self.v[:, :longest], self.counts), read
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""

@@ -18,10 +18,10 @@ from torch import Tensor
 from kvcomp.attention import Part, attend, merge
 from kvcomp.compaction import Compacted, CompactSpans, match
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.exact import ExactBuffer
+from kvcomp.exact import ExactBuffer, Tokens
 from kvcomp.finite import finite, saturated
 from kvcomp.history import History
-from kvcomp.kernels.reference import attend_pages
+from kvcomp.kernels.dispatch import attend_pages, attend_tokens
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, compact
 from kvcomp.plan import LayerPlan
@@ -87,14 +87,15 @@ class LayerStore:
         """Add one token to every row: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]. The buffer has room after
         `settle`."""
         self.history.append(1, None)
-        self.exact.append(keys.flatten(0, 1)[:, 0], values.flatten(0, 1)[:, 0])
+        streams = self.rows * self.heads
+        self.exact.append(keys.reshape(streams, -1), values.reshape(streams, -1))
         if self.tail is not None:
             self.tail += 1
 
     def settle(self) -> None:
         """Move what overflows the windows into pages, then let the policies expire old pages."""
-        full = (self.exact.counts == self.plan.slots).nonzero().flatten()
-        if len(full):
+        if self.exact.bounds[1] == self.plan.slots:
+            full = (self.exact.counts == self.plan.slots).nonzero().flatten()
             self._encode(full, *self.exact.shift(full), self.plan.page_size)
         self._expire()
 
@@ -249,11 +250,11 @@ class LayerStore:
         """
         n = queries.shape[2]
         group = queries.shape[1] // self.heads
-        q = rearrange(queries, "b (h g) n d -> (b h) (g n) d", h=self.heads)
+        q = queries.reshape(self.rows * self.heads, group * n, -1)
         self.choices.pop(self.plan.layer, None)
-        exact, self.read = self.exact.attend(q, scale, softcap)
-        paged, pages = self._attend_pages(q, n, scale, softcap)
-        parts = [part for part in (paged, exact) if part]
+        tokens, self.read = self.exact.tokens()
+        held, pages = self._attend_held(q, n, scale, softcap, tokens)
+        parts = [] if held is None else [held]
         if self.compacted is not None:
             parts.append(self.compacted.attend(q, scale, softcap))
             self.read["compacted"] = self.compacted.nbytes
@@ -265,21 +266,21 @@ class LayerStore:
             self.read["chunk"] = k.nbytes + v.nbytes
         self.dense_read = self.dense_bytes + self.read.get("chunk", 0)
         part = merge(parts)
-        if paged is not None and paged.groups is not None:
-            mass = (paged.groups - part.lse[..., None]).exp().unflatten(1, (group, n)).mean(1).sum(1)  # [S, k]
+        if held is not None and held.groups is not None:
+            mass = (held.groups - part.lse[..., None]).exp().unflatten(1, (group, n)).mean(1).sum(1)  # [S, k]
             mass = mass if pages is None else mass.new_zeros(len(mass), self.table.longest).scatter_add(1, pages, mass)
             self.table.watch(mass, n)
-        out = rearrange(part.out, "(b h) (g n) d -> b (h g) n d", h=self.heads, n=n)
-        return Part(out, rearrange(part.lse, "(b h) (g n) -> b (h g) n", h=self.heads, n=n))
+        heads = self.heads * group
+        return Part(part.out.reshape(self.rows, heads, n, -1), part.lse.reshape(self.rows, heads, n))
 
-    def _attend_pages(
-        self, q: Tensor, n: int, scale: float, softcap: float | None
+    def _attend_held(
+        self, q: Tensor, n: int, scale: float, softcap: float | None, tokens: Tokens | None
     ) -> tuple[Part | None, Tensor | None]:
-        """Attention over the pages that the selector chooses, and their places [S, k]; None: all of them."""
-        if self.table.longest == 0:
-            return None, None
-        chosen = None
-        ids, counts, total = self.table.ids(), self.table.counts.to(self.device), self.table.total
+        """Attention over exact tokens and the pages that a selector chooses, and their places [S, k]; None: all."""
+        chosen, ids = None, self.table.ids()
+        if ids.shape[1] == 0:
+            return None if tokens is None else attend_tokens(q, tokens, scale, softcap), None
+        counts, total = self.table.counts.to(self.device), self.table.total
         self.read["table"] = ids.nbytes
         if adapted := self.codec.adapted():
             self.read["constants"] = storage_bytes(adapted)
@@ -288,7 +289,7 @@ class LayerStore:
             chosen, counts = choice.positions, choice.valid
             ids, total = ids.gather(1, chosen), int(counts.sum())
         self.read["pages"] = total * self.layout.body_bytes
-        args = (self.layout, self.codec, scale, softcap, self.plan.watched)
+        args = (self.layout, self.codec, scale, softcap, self.plan.watched, tokens)
         return attend_pages(q, self.pool.data, ids, counts, *args), chosen
 
     def _choose(self, q: Tensor, ids: Tensor, counts: Tensor, scale: float) -> Choice | None:

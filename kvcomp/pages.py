@@ -198,8 +198,6 @@ class PageTable:
 
     def ids(self) -> Tensor:
         """int32 [S, longest] page ids on the pages' device; entries past a stream's count are 0."""
-        if self.device.type == "cpu":
-            return self.rows[:, : self.longest]
         if self._mirror is None:
             self._mirror = self.rows[:, : self.longest].to(self.device)
         return self._mirror

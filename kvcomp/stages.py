@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcomp.errors import SpecError
 from kvcomp.fingerprint import Fingerprint
+from kvcomp.kernel_layout import Sides
 from kvcomp.pages import Field
 
 
@@ -103,6 +104,11 @@ class Codec:
     lossless: bool = False
 
     @property
+    def rotates(self) -> bool:
+        """Whether pages have other coordinates than K and V: `read_query` or `read_output` is not the identity."""
+        return True
+
+    @property
     def fields(self) -> tuple[Field, ...]:
         """Fields of a page; the layout of a layer is made from them once."""
         raise NotImplementedError
@@ -126,6 +132,11 @@ class Codec:
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
         return keys, values
+
+    def kernel_sides(self) -> Sides | None:
+        """How kernels can read K and V of a page; None: they cannot, and `decode` is used. The same objects every time,
+        as long as pages are read the same way."""
+        return None
 
     def constants(self) -> list[Tensor]:
         """Tensors that the layer holds besides pages."""

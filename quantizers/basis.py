@@ -52,6 +52,10 @@ class Basis:
         return x if self.mean is None else x + _of(self.mean[..., None, :], streams)
 
     @property
+    def is_identity(self) -> bool:
+        return not self.tensors
+
+    @property
     def _read_matrix(self) -> Tensor | None:
         return self.matrix if self.dual is None else self.dual
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvcomp.finite import saturated
+from kvcomp.kernel_layout import Numbers, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.stages import Codec, PageShape
 
@@ -24,6 +26,10 @@ class Side(Protocol):
     def encode(self, x: Tensor) -> dict[str, Tensor]: ...
     def decode(self, page: Mapping[str, Tensor]) -> Tensor: ...
     def constants(self) -> list[Tensor]: ...
+
+    @property
+    def kernel_layout(self) -> SideLayout | None:
+        """How kernels can read it, as in `Codec.kernel_sides`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class RawSide:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         return page[self.name].float()
 
+    @cached_property
+    def kernel_layout(self) -> SideLayout:
+        return SideLayout((Numbers(self.dim, self.name, self.dtype),))
+
     def constants(self) -> list[Tensor]:
         return []
 
@@ -57,6 +67,10 @@ class GridCodec(Codec):
     v_side: Side
     k_basis: Basis = IDENTITY
     v_basis: Basis = IDENTITY
+
+    @property
+    def rotates(self) -> bool:
+        return not (self.k_basis.is_identity and self.v_basis.is_identity)
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -73,10 +87,16 @@ class GridCodec(Codec):
         return self.k_basis.read(queries), self.k_basis.offset(queries)
 
     def read_output(self, output: Tensor) -> Tensor:
+        if self.v_basis.is_identity:
+            return output
         return self.v_basis.inverse(output, torch.arange(len(output), device=output.device))
 
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         return self.k_basis.inverse(keys, streams), self.v_basis.inverse(values, streams)
+
+    def kernel_sides(self) -> Sides | None:
+        k, v = self.k_side.kernel_layout, self.v_side.kernel_layout
+        return None if k is None or v is None else (k, v)
 
     def constants(self) -> list[Tensor]:
         return [*self.k_basis.tensors, *self.v_basis.tensors, *self.k_side.constants(), *self.v_side.constants()]
@@ -88,6 +108,10 @@ class RawCodec(Codec):
 
     shape: PageShape
     lossless: bool = True
+
+    @property
+    def rotates(self) -> bool:
+        return False
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -102,3 +126,12 @@ class RawCodec(Codec):
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return page["k"].float(), page["v"].float()
+
+    @cached_property
+    def _kernel_sides(self) -> Sides:
+        s = self.shape
+        k, v = (SideLayout((Numbers(dim, name, s.dtype),)) for name, dim in (("k", s.k_dim), ("v", s.v_dim)))
+        return k, v
+
+    def kernel_sides(self) -> Sides:
+        return self._kernel_sides

@@ -80,6 +80,10 @@ class FloatSide:
         codes = (x / scale.float()).clamp_(-largest, largest).to(self.format)  # conversion may overflow to inf or nan
         return {f"{self.name}.codes8": codes, f"{self.name}.scale": scale}
 
+    @property
+    def kernel_layout(self) -> None:
+        return None
+
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = page[f"{self.name}.codes8"].view(torch.uint8)
@@ -107,6 +111,10 @@ class BlockSide:
     @property
     def fields(self) -> tuple[Field, ...]:
         return (*code_fields(self.name, 4, self.page_size, self.dim), *self.scale_fields)
+
+    @property
+    def kernel_layout(self) -> None:
+        return None
 
     @property
     def blocks(self) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvcomp.errors import SpecError
+from kvcomp.kernel_layout import SideLayout, Uniform
 from kvcomp.pages import Field
 
-from .packing import code_fields, pack_codes, unpack_codes
+from .packing import code_fields, code_planes, pack_codes, unpack_codes
 
 SCALE = torch.float16
 TINY = 2.0**-24  # smallest positive float16: a scale below it would read back as zero
@@ -115,6 +117,13 @@ class UniformSide:
             return ((codes - self._levels // 2) * scale).flatten(3).flatten(1, 2)
         zero = page[f"{self.name}.zero"].float()[:, :, None, :, None]
         return torch.addcmul(zero, codes, scale).flatten(3).flatten(1, 2)
+
+    @cached_property
+    def kernel_layout(self) -> SideLayout:
+        planes, groups = code_planes(self.name, self.bits), (self.token_group, self.channel_group)
+        zero = None if self.symmetric else f"{self.name}.zero"
+        middle = self._levels // 2 if self.symmetric else 0
+        return SideLayout((Uniform(self.dim, planes, *groups, f"{self.name}.scale", zero, middle),))
 
     def constants(self) -> list[Tensor]:
         return []

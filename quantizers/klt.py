@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.errors import SpecError
+from kvcomp.kernel_layout import Codebook, Plane, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
@@ -174,6 +175,10 @@ class KltSide:
             parts.append(codebook(self.live, bits, self.device)[codes])
         return torch.cat(parts, -1) * page[f"{self.name}.norm"].float()
 
+    @property
+    def kernel_layout(self) -> SideLayout:
+        return _kernel_layout(self.name, self.widths, self.device)
+
     def constants(self) -> list[Tensor]:
         return [self.dual] if self.mean is None else [self.dual, self.mean]
 
@@ -191,6 +196,19 @@ class KltSide:
 def codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     """float32 [2^bits]: centroids for coordinates of variance 1 whose vectors in R^dim have the norm dim^(1/2)."""
     return sphere_codebook(dim, bits, device) * dim**0.5
+
+
+@cache
+def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device) -> SideLayout:
+    """A segment for each run of equal width; all streams of a layer have the same."""
+    live, at, segments = sum(n for _, n in runs(widths)), 0, []
+    for bits, n in runs(widths):
+        found = []
+        for width in planes(bits):
+            found.append(Plane(f"{name}.codes", width, at))
+            at += n * width // 8
+        segments.append(Codebook(n, tuple(found), f"{name}.norm", codebook(live, bits, device)))
+    return SideLayout(tuple(segments))
 
 
 @cache
@@ -254,6 +272,9 @@ class KltCodec(Codec):
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self.k_side.decode(page), self.v_side.decode(page)
+
+    def kernel_sides(self) -> Sides:
+        return self.k_side.kernel_layout, self.v_side.kernel_layout
 
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.fitted_heads:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
+from kvcomp.kernel_layout import Codebook, SideLayout
 from kvcomp.pages import Field
 
 from .grid import HUGE, SCALE, TINY
-from .packing import code_fields, pack_codes, unpack_codes
+from .packing import code_fields, code_planes, pack_codes, unpack_codes
 
 POINTS = 1 << 17  # of the numeric integrals
 
@@ -75,6 +76,11 @@ class LloydSide:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = unpack_codes(self.name, page, self.bits).int()
         return self.book[codes] * (page[f"{self.name}.norm"].float() * self.dim**0.5)
+
+    @cached_property
+    def kernel_layout(self) -> SideLayout:
+        book = self.book * self.dim**0.5
+        return SideLayout((Codebook(self.dim, code_planes(self.name, self.bits), f"{self.name}.norm", book),))
 
     def constants(self) -> list[Tensor]:
         return [self.book]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import SpecError
+from kvcomp.kernel_layout import Plane
 from kvcomp.pages import Field
 
 
@@ -51,6 +52,11 @@ def code_fields(name: str, bits: int, tokens: int, dim: int) -> tuple[Field, ...
             f"{multiple}; use other bits, or int8 or fp8"
         )
     return tuple(Field(f"{name}.codes{w}", (tokens, dim * w // 8), torch.uint8) for w in planes(bits))
+
+
+def code_planes(name: str, bits: int) -> tuple[Plane, ...]:
+    """Where kernels find the codes in the fields of `code_fields`."""
+    return tuple(Plane(f"{name}.codes{w}", w) for w in planes(bits))
 
 
 def pack_codes(name: str, codes: Tensor, bits: int) -> dict[str, Tensor]:

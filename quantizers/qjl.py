@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
+from kvcomp.kernel_layout import SideLayout, joined
 from kvcomp.pages import Field
 
 from .basis import rotation
@@ -65,6 +66,10 @@ class ResidualSide:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> [a, b] [M, P, 2 D] float32."""
         return torch.cat([self.grid.decode(page), self.signs.decode(page)], -1)
+
+    @cached_property
+    def kernel_layout(self) -> SideLayout | None:
+        return joined((self.grid.kernel_layout, self.signs.kernel_layout))
 
     def constants(self) -> list[Tensor]:
         return [*self.grid.constants(), *self.signs.constants(), self.projection]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from kvcomp.kernel_layout import SideLayout, joined
 from kvcomp.pages import Field
 
 from .codecs import Side
@@ -34,6 +36,10 @@ class SegmentedSide:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, sum of sizes] float32."""
         return torch.cat([side.decode(page) for side in self.sides], -1)
+
+    @cached_property
+    def kernel_layout(self) -> SideLayout | None:
+        return joined(side.kernel_layout for side in self.sides)
 
     def constants(self) -> list[Tensor]:
         return [tensor for side in self.sides for tensor in side.constants()]

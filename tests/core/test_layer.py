@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, KvcompWarning, Stack, UnsupportedError
-from kvcomp import exact as exact_module
 from kvcomp import layer as layer_module
 from kvcomp.layer import LayerStore
 from kvcomp.sparse.quest import Quest
@@ -519,19 +518,29 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
     k, v, q = torch.randn(3, rows, heads, tokens, dim, dtype=torch.bfloat16).unbind()
     store.write(k, v, torch.arange(tokens) >= torch.tensor([[0], [tokens // 2]]), q, 0.125)
     handed: dict[str, int] = {"pages": 0, "summaries": 0, "exact": 0}
-    pages, exact, select = layer_module.attend_pages, layer_module.attend, Quest.select
+    pages, exact, exact_tokens, select = (
+        layer_module.attend_pages,
+        layer_module.attend,
+        layer_module.attend_tokens,
+        Quest.select,
+    )
 
-    def watched_pages(queries, pool, ids, counts, layout, codec, *rest):
+    def watched_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens):
         # every field of these stacks is a multiple of 16 bytes, so nothing is added for alignment
         page = sum(prod(f.shape) * f.dtype.itemsize for f in codec.fields)
         for row, count in zip(ids, counts.tolist(), strict=True):
             assert len(set(row[:count].tolist())) == count  # no page twice
             handed["pages"] += count * page
-        return pages(queries, pool, ids, counts, layout, codec, *rest)
+        handed["exact"] += 0 if tokens is None else tokens.nbytes
+        return pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens)
 
     def watched_exact(queries, keys, values, *rest):
         handed["exact"] += keys.nbytes + values.nbytes
         return exact(queries, keys, values, *rest)
+
+    def watched_tokens(queries, tokens, *rest):
+        handed["exact"] += tokens.nbytes
+        return exact_tokens(queries, tokens, *rest)
 
     def watched_select(self, queries, summary, counts, scale, heads_of_row):
         page = sum(t[0, 0].nbytes for t in summary.values())
@@ -539,8 +548,8 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
         return select(self, queries, summary, counts, scale, heads_of_row)
 
     monkeypatch.setattr(layer_module, "attend_pages", watched_pages)
-    for module in (exact_module, layer_module):  # the exact buffer, and chunks that are not written yet
-        monkeypatch.setattr(module, "attend", watched_exact)
+    monkeypatch.setattr(layer_module, "attend", watched_exact)  # chunks that are not written yet
+    monkeypatch.setattr(layer_module, "attend_tokens", watched_tokens)
     monkeypatch.setattr(Quest, "select", watched_select)
     store.attend(torch.randn(rows, 2 * heads, 1, dim, dtype=torch.bfloat16), 0.125)
     read = store.read

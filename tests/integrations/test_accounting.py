@@ -12,7 +12,6 @@ from generation import greedy, left_padded, tokens
 from reachable import reachable_bytes
 from torch import Tensor
 
-import kvcomp.exact
 import kvcomp.layer
 from kvcomp import CompressedCache, KvcompError, Stack
 from kvcomp.integrations.huggingface.masks import _read_masks
@@ -79,19 +78,20 @@ def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.Monke
     with torch.no_grad():
         model(tokens(1, 700), past_key_values=cache)
     handed = {"pages": 0, "exact": 0, "summaries": 0}
-    real_pages, real_attend = kvcomp.layer.attend_pages, kvcomp.exact.attend
+    real_pages, real_tokens = kvcomp.layer.attend_pages, kvcomp.layer.attend_tokens
 
     def pages(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: Any, *rest: Any) -> Any:
+        handed["exact"] += 0 if rest[-1] is None else rest[-1].nbytes
         body = sum(round_up(f.nbytes, 16) for f in layout.fields if not f.name.startswith(SUMMARY))
         handed["pages"] += int(counts.sum()) * body
         return real_pages(q, pool, ids, counts, layout, *rest)
 
-    def exact(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-        handed["exact"] += k.nbytes + v.nbytes
-        return real_attend(q, k, v, *rest)
+    def exact(q: Tensor, tokens: Any, *rest: Any) -> Any:
+        handed["exact"] += tokens.nbytes
+        return real_tokens(q, tokens, *rest)
 
     monkeypatch.setattr(kvcomp.layer, "attend_pages", pages)
-    monkeypatch.setattr(kvcomp.exact, "attend", exact)
+    monkeypatch.setattr(kvcomp.layer, "attend_tokens", exact)
     for layer in cache._compressed():
         selector = layer.plan.selector
         if selector is not None:

@@ -1,0 +1,98 @@
+"""Which kernel attends over pages: chosen by device, by what the codec says of its pages, and by what is installed."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvcomp.attention import Part, attend, merge
+from kvcomp.errors import KvcompWarning
+from kvcomp.exact import Tokens
+from kvcomp.pages import PageLayout
+from kvcomp.stages import Codec
+
+from . import cpu, reference
+
+MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
+MISSING = (
+    "the C kernel is not installed, so attention over compressed pages runs in PyTorch, several times slower: "
+    "install kvcomp again where there is a C compiler (gcc or clang)"
+)
+
+
+def attend_pages(
+    queries: Tensor,
+    pool: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    layout: PageLayout,
+    codec: Codec,
+    scale: float,
+    softcap: float | None = None,
+    lse_of_pages: bool = False,
+    tokens: Tokens | None = None,
+) -> Part:
+    """As `reference.attend_pages`, by the fastest kernel that there is for these pages, and over exact `tokens` too."""
+    sides = codec.kernel_sides()
+    if sides is None or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
+        part = reference.attend_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages)
+        return _with_tokens(queries, tokens, scale, softcap, part)
+    pages = cpu.Pages(pool, ids, counts, layout, sides)
+    if codec.rotates or (tokens is not None and not cpu.readable(tokens)):
+        rotated, bias = codec.read_query(queries.float())
+        part = cpu.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
+        return _with_tokens(queries, tokens, scale, softcap, part._replace(out=codec.read_output(part.out)))
+    return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
+
+
+def attend_tokens(
+    queries: Tensor, tokens: Tokens, scale: float, softcap: float | None = None, prior: Part | None = None
+) -> Part:
+    """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
+    if queries.shape[1] <= MOST_ROWS and cpu.library() is not None and cpu.readable(tokens):
+        return cpu.attend(queries, None, tokens, scale, softcap, prior=prior)
+    longest, visible = tokens.keys.shape[1], None
+    if bool((tokens.counts < longest).any()):
+        visible = (torch.arange(longest) < tokens.counts[:, None])[:, None].to(queries.device)
+    part = attend(queries, tokens.keys, tokens.values, scale, visible, softcap)
+    return part if prior is None else merge([prior, part])
+
+
+def _with_tokens(queries: Tensor, tokens: Tokens | None, scale: float, softcap: float | None, part: Part) -> Part:
+    """The part and exact tokens; its groups stay."""
+    return part if tokens is None else attend_tokens(queries, tokens, scale, softcap, part)._replace(groups=part.groups)
+
+
+def explain(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 1) -> str:
+    """Which kernel `attend_pages` takes for `rows` queries of a stream, and why it is no faster one."""
+    why = obstacle(codec, layout, device, rows)
+    if why is not None:
+        return f"PyTorch: {why}"
+    return f"C, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads"
+
+
+def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 1) -> str | None:
+    """Why pages are read by the reference; None: they are not."""
+    if device.type != "cpu":
+        return f"there is no other kernel for {device.type}"
+    sides = codec.kernel_sides()
+    if sides is None:
+        return f"{type(codec).__name__} does not tell kernels how to read its pages"
+    for side in sides:
+        if (why := cpu.described(side, layout).obstacle) is not None:
+            return why
+    if cpu.library() is None:
+        _warn()
+        return MISSING
+    if rows > MOST_ROWS:
+        return f"{rows} queries of a stream are more than {MOST_ROWS}"
+    return None
+
+
+@cache
+def _warn() -> None:
+    """Once in a process."""
+    warnings.warn(MISSING, KvcompWarning, stacklevel=2)
