@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvcomp.errors import UnsupportedError
+
 from .handles import Call, HandleLayer
 
 REQUEST = "\n\nRepeat the previous context exactly.\n"
@@ -68,7 +70,10 @@ class RepeatLayer(HandleLayer):
             torch.maximum(part, shares, out=part)
 
     def dense(self, which: int) -> Tensor:
-        raise NotImplementedError("a model that reads keys and values as tensors is refused before its prompt is read")
+        raise UnsupportedError(
+            "this model reads keys and values as tensors instead of through its attention function, so that nothing "
+            "says what its tokens receive: use a policy that does not let it repeat the prompt"
+        )
 
 
 @torch.no_grad()
