@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 # One colour a series, dark enough for white numbers on it and light enough for a dark page.
 PALETTE = ["#1f77b4", "#b85c00", "#227a22", "#d62728", "#7d55a8", "#8c564b", "#b34d95", "#666666", "#0e7c88"]
+ACCURACY = "accuracy, %"
 INK = "#0a0b0c"  # replaced by the page's own text colour, so that a chart follows light and dark
 
 
@@ -32,10 +33,11 @@ def scatter(points: Sequence[Point], label: str) -> str:
     return _svg(drawn)
 
 
-def lines(points: Sequence[Point], label: str) -> str:
-    """Draw accuracy over x, logarithmic: a line per series, its points and intervals side by side at each x."""
+def lines(points: Sequence[Point], label: str, what: str = ACCURACY) -> str:
+    """Draw accuracy (or `what` else) over x, logarithmic: a line per series, its points and intervals side by side at
+    each x."""
     numbers = list(dict.fromkeys(point.number for point in points))
-    with _drawing(label, [point.x for point in points], label, exact=True) as (axes, drawn):
+    with _drawing(label, [point.x for point in points], label, exact=True, what=what) as (axes, drawn):
         for place, number in enumerate(numbers):
             shift = 1.02 ** (place - (len(numbers) - 1) / 2)
             mine = [point._replace(x=point.x * shift) for point in points if point.number == number]
@@ -69,7 +71,9 @@ def _number(axes: Any, points: Sequence[Point]) -> None:
 
 
 @contextmanager
-def _drawing(label: str, xs: Sequence[float], salt: str, exact: bool = False) -> Iterator[tuple[Any, io.StringIO]]:
+def _drawing(
+    label: str, xs: Sequence[float], salt: str, exact: bool = False, what: str = ACCURACY
+) -> Iterator[tuple[Any, io.StringIO]]:
     """Give axes to draw on, and where their SVG will be. exact: ticks at the values instead of powers of two."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -102,7 +106,7 @@ def _drawing(label: str, xs: Sequence[float], salt: str, exact: bool = False) ->
         axes.set_ylim(-4, 118)
         axes.set_yticks(range(0, 101, 20))
         axes.set_xlabel(label)
-        axes.set_ylabel("accuracy, %")
+        axes.set_ylabel(what)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,10 +1,11 @@
-"""`kvcomp calibrate`: a file with what a calibrated quantizer needs to know of a model."""
+"""`kvcomp calibrate`: a file with what a calibrated stage needs to know of a model."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,7 +25,7 @@ EXAMPLES = """Examples:
 
 
 def calibrate(
-    method: Annotated[str, typer.Option(help="The quantizer to calibrate: oscar, svd, think or klt.")],
+    method: Annotated[str, typer.Option(help="The stage to calibrate: oscar, svd, think, klt or dsa.")],
     text: Annotated[
         list[Path], typer.Option(help="A text file for the model to read; repeat it. Each gives an equal share.")
     ],
@@ -36,7 +37,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use.")] = 20480,
     context: Annotated[int, typer.Option(min=1, help="Tokens that the model sees together.")] = 2048,
 ) -> None:
-    """Run a model over texts, and write what a calibrated quantizer needs of its queries, keys and values.
+    """Run a model over texts, and write what a calibrated quantizer or selector needs of its queries, keys and values.
 
     The file serves every bit width and rank of the method, for the model that it was made with and no other; name it in
     a stack, as in oscar(bits=2, calibration='FILE').
@@ -57,11 +58,19 @@ def calibrate(
     console.print(f"Loading {escape(model)} ...", soft_wrap=True, highlight=False)
     network, tokenizer = load_model(model)
     start = time.perf_counter()
-    columns = (TextColumn("{task.completed:,} of {task.total:,} tokens"), BarColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.completed:,} of {task.total:,} {task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=tokens)
+        bar = progress.add_task("tokens", total=tokens)
+
+        def fitting(layers: Collection[Any]) -> Iterable[Any]:
+            return progress.track(layers, description="layers")
+
         found = calibration.calibrate(
-            network, tokenizer, method, text, tokens, context, model, lambda done: progress.advance(bar, done)
+            network, tokenizer, method, text, tokens, context, model, lambda done: progress.advance(bar, done), fitting
         )
     found.save(out)
     seconds = time.perf_counter() - start

@@ -22,15 +22,15 @@ from kvcomp.exact import ExactBuffer, Tokens
 from kvcomp.finite import finite, saturated
 from kvcomp.history import History
 from kvcomp.kernels.dispatch import attend_pages, attend_tokens
+from kvcomp.kernels.select import regroup
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, compact
 from kvcomp.plan import LayerPlan
-from kvcomp.stages import Chunk, Held, ModelPart, PageShape
+from kvcomp.stages import Choice, Chunk, Held, ModelPart, PageShape, Summaries
 
 
-class Choice(NamedTuple):
-    """The pages that a step reads: positions int64 [S, k] in each stream's list, of which the first `valid` [S] count,
-    among the `pages` [S] (on the host) that there were."""
+class Shared(NamedTuple):
+    """What a step of one layer reads, for those that follow it: a `Choice` among `pages` [S] (on the host)."""
 
     positions: Tensor
     valid: Tensor
@@ -46,7 +46,7 @@ class LayerStore:
     choices: by layer, what those of the current step chose that others follow; one dict for the stores of a cache.
     """
 
-    def __init__(self, plan: LayerPlan, choices: dict[int, Choice] | None = None) -> None:
+    def __init__(self, plan: LayerPlan, choices: dict[int, Shared] | None = None) -> None:
         self.plan = plan
         self.choices = {} if choices is None else choices
         self.choices.pop(plan.layer, None)
@@ -66,6 +66,8 @@ class LayerStore:
         self.dtype, self.device = keys.dtype, keys.device
         shape = PageShape(plan.page_size, self.k_dim, self.v_dim, self.heads, self.dtype, self.device, plan.layer)
         self.codec, self.layout = plan.build(shape)
+        self.index = None if plan.chooser is None else plan.chooser.index(shape)
+        self.by_tokens = plan.by_tokens(self.layout)
         self.exact = ExactBuffer(plan, keys, values)
         self.pool = PagePool(self.layout, self.device)
         self.table = PageTable(self.rows * self.heads, self.device, plan.watched)
@@ -158,9 +160,8 @@ class LayerStore:
         n = k.shape[2]
         streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
         tail = None if self.tail is None else self.tail + n
-        if q is not None and n and self.plan.quantizer.needs_queries:
-            seen = rearrange(q, "b (h g) n d -> (b h) (g n) d", h=self.heads)
-            self.codec.observe(streams.to(self.device), finite(seen, f"queries of layer {self.plan.layer}"))
+        if q is not None and n:
+            self._observe(streams.to(self.device), rearrange(q, "b (h g) n d -> (b h) (g n) d", h=self.heads))
         if not self.plan.policies or n == 0:
             if n:
                 self._extend(streams, k.flatten(0, 1), v.flatten(0, 1))
@@ -177,6 +178,17 @@ class LayerStore:
             index = kept[on].nonzero()[:, 1].view(len(same), count, 1)
             self._extend(streams[same], k[on].take_along_dim(index, 1), v[on].take_along_dim(index, 1))
         return tail
+
+    def _observe(self, streams: Tensor, queries: Tensor) -> None:
+        """Show queries [s, R, Dk] to what adapts to them."""
+        chooser = self.plan.chooser
+        by_index = chooser is not None and chooser.needs_queries
+        if by_index or self.plan.quantizer.needs_queries:
+            queries = finite(queries, f"queries of layer {self.plan.layer}")
+        if self.plan.quantizer.needs_queries:
+            self.codec.observe(streams, queries)
+        if self.index is not None and by_index:
+            self.index.observe(streams, queries)
 
     def _select(self, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, past: int, scale: float) -> Tensor:
         """bool [b, H, n]: what the policies keep of a chunk."""
@@ -224,11 +236,15 @@ class LayerStore:
         m = tokens // size
         if not self.codec.lossless:
             k, v = (finite(x, f"{name} of layer {self.plan.layer}") for name, x in (("keys", k), ("values", v)))
-        self.codec.fit(streams.to(self.device), k, v)
+        on = streams.to(self.device)
+        self.codec.fit(on, k, v)
+        if self.index is not None:
+            self.index.fit(on, k)
         k, v = (x[:, :tokens].unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
-        fields = self.codec.encode(k, v, streams.repeat_interleave(m).to(k.device))
-        if self.plan.chooser is not None:
-            fields |= self.plan.chooser.summarize(k)
+        on = on.repeat_interleave(m)
+        fields = self.codec.encode(k, v, on)
+        if self.index is not None:
+            fields |= self.index.summarize(k, v, on)
         ids = self.pool.allocate(len(k))
         self.pool.write(ids, fields)
         self.table.append(streams, ids.view(len(streams), m))
@@ -253,8 +269,8 @@ class LayerStore:
         q = queries.reshape(self.rows * self.heads, group * n, -1)
         self.choices.pop(self.plan.layer, None)
         tokens, self.read = self.exact.tokens()
-        held, pages = self._attend_held(q, n, scale, softcap, tokens)
-        parts = [] if held is None else [held]
+        parts, pages = self._attend_held(q, n, scale, softcap, tokens)
+        groups = parts[0].groups if parts else None
         if self.compacted is not None:
             parts.append(self.compacted.attend(q, scale, softcap))
             self.read["compacted"] = self.compacted.nbytes
@@ -266,8 +282,8 @@ class LayerStore:
             self.read["chunk"] = k.nbytes + v.nbytes
         self.dense_read = self.dense_bytes + self.read.get("chunk", 0)
         part = merge(parts)
-        if held is not None and held.groups is not None:
-            mass = (held.groups - part.lse[..., None]).exp().unflatten(1, (group, n)).mean(1).sum(1)  # [S, k]
+        if groups is not None:
+            mass = (groups - part.lse[..., None]).exp().unflatten(1, (group, n)).mean(1).sum(1)  # [S, k]
             mass = mass if pages is None else mass.new_zeros(len(mass), self.table.longest).scatter_add(1, pages, mass)
             self.table.watch(mass, n)
         heads = self.heads * group
@@ -275,40 +291,54 @@ class LayerStore:
 
     def _attend_held(
         self, q: Tensor, n: int, scale: float, softcap: float | None, tokens: Tokens | None
-    ) -> tuple[Part | None, Tensor | None]:
-        """Attention over exact tokens and the pages that a selector chooses, and their places [S, k]; None: all."""
-        chosen, ids = None, self.table.ids()
+    ) -> tuple[list[Part], Tensor | None]:
+        """Attention over exact tokens and what a selector chooses, and what it lets stand for the rest; and the places
+        [S, k] of the pages read; None: all."""
+        ids, pool = self.table.ids(), self.pool.data
         if ids.shape[1] == 0:
-            return None if tokens is None else attend_tokens(q, tokens, scale, softcap), None
+            return [] if tokens is None else [attend_tokens(q, tokens, scale, softcap)], None
         counts, total = self.table.counts.to(self.device), self.table.total
         self.read["table"] = ids.nbytes
         if adapted := self.codec.adapted():
             self.read["constants"] = storage_bytes(adapted)
-        choice = self._choose(q, ids, counts, scale) if n == 1 else None
+        choice, rest = self._choose(q, ids, counts, scale, softcap) if n == 1 else (None, None)
         if choice is not None:
-            chosen, counts = choice.positions, choice.valid
-            ids, total = ids.gather(1, chosen), int(counts.sum())
+            counts = choice.valid
+            if self.by_tokens:
+                counts = counts // self.layout.page_size
+                pool = regroup(self.layout, pool, ids, choice.positions)
+                ids = torch.arange(len(pool), device=self.device).view(len(ids), -1)
+            else:
+                ids = ids.gather(1, choice.positions)
+            total = int(counts.sum())
         self.read["pages"] = total * self.layout.body_bytes
         args = (self.layout, self.codec, scale, softcap, self.plan.watched, tokens)
-        return attend_pages(q, self.pool.data, ids, counts, *args), chosen
+        parts = [attend_pages(q, pool, ids, counts, *args)]
+        return parts if rest is None else [*parts, rest], None if choice is None else choice.positions
 
-    def _choose(self, q: Tensor, ids: Tensor, counts: Tensor, scale: float) -> Choice | None:
-        """The pages that single queries read; None: all. A follower's are its leader's, if that had as many to choose
-        from in every stream."""
+    def _choose(
+        self, q: Tensor, ids: Tensor, counts: Tensor, scale: float, softcap: float | None = None
+    ) -> tuple[Choice | None, Part | None]:
+        """What single queries read (None: all pages), and attention over what stands for the rest.
+
+        A follower reads what its leader does, if that had as many pages to choose from in every stream."""
         selector, pages = self.plan.selector, self.table.counts
         if selector is None:
-            return None
-        if self.plan.leader is not None:
-            choice = self.choices.get(self.plan.leader)
-            if choice is None or not torch.equal(choice.pages, pages):
-                return None
-            return Choice(choice.positions.to(self.device), choice.valid.to(self.device), pages)
+            return None, None
+        if self.index is None:
+            shared = None if self.plan.leader is None else self.choices.get(self.plan.leader)
+            if shared is None or not torch.equal(shared.pages, pages):
+                return None, None
+            return Choice(shared.positions.to(self.device), shared.valid.to(self.device)), None
         summary = self.layout.gather(self.pool.data, ids, summary=True)
         self.read["summaries"] = self.table.total * self.layout.summary_bytes
-        choice = Choice(*selector.select(q, summary, counts, scale, self.heads), pages.clone())
+        if adapted := self.index.adapted():
+            self.read["constants"] = self.read.get("constants", 0) + storage_bytes(adapted)
+        held = Summaries(summary, counts, self.heads, self.layout.page_size, self.by_tokens)
+        choice = self.index.choose(q, scale, held)
         if selector.share > 1:
-            self.choices[self.plan.layer] = choice
-        return choice
+            self.choices[self.plan.layer] = Shared(*choice, pages.clone())
+        return choice, self.index.rest(q, scale, held, choice, softcap)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Everything held, decoded: keys [B, Hkv, N', Dk] and values [B, Hkv, N', Dv] in the model's dtype, oldest
@@ -479,11 +509,13 @@ class LayerStore:
         self.table.select(streams)
         self.history.select(rows)
         self.codec.select(streams.to(self.device))
+        if self.index is not None:
+            self.index.select(streams.to(self.device))
         self.compacted = None if self.compacted is None else self.compacted.select(streams)
         self.rows = len(rows)
         self.pool.reclaim()
 
-    def fork(self, choices: dict[int, Choice] | None = None) -> LayerStore:
+    def fork(self, choices: dict[int, Shared] | None = None) -> LayerStore:
         """A store that goes on by itself from here, with the `choices` of its own cache. The two share the pages that
         there are, and the pool of later ones; the rest is copied."""
         twin = copy(self)
@@ -491,6 +523,7 @@ class LayerStore:
         twin.history, twin.read = self.history.fork(), dict(self.read)
         if self.started:
             twin.exact, twin.codec, twin.table = self.exact.fork(), self.codec.fork(), deepcopy(self.table)
+            twin.index = None if self.index is None else self.index.fork()
             twin.pool.join(twin.table)
         return twin
 
@@ -516,6 +549,7 @@ class LayerStore:
             "exact": self.exact.state(),
             "history": self.history.state(),
             "codec": self.codec.state(),
+            "index": {} if self.index is None else self.index.state(),
             "compacted": None if self.compacted is None else self.compacted._asdict(),
             "tail": self.tail,
         }
@@ -539,6 +573,8 @@ class LayerStore:
         self.exact.restore(state["exact"], device)
         self.history.restore(state["history"])
         self.codec.restore({name: tensor.to(device) for name, tensor in state["codec"].items()})
+        if self.index is not None:
+            self.index.restore({name: tensor.to(device) for name, tensor in state.get("index", {}).items()})
         if (spans := state.get("compacted")) is not None:
             keys, bias, values = (spans[name].to(device) for name in ("keys", "bias", "values"))
             self.compacted = CompactSpans(keys, bias, values, tuple((a, b) for a, b in spans["columns"]))
@@ -555,6 +591,7 @@ class LayerStore:
         sinks = exact * min(self.plan.sinks, slots) // slots
         pool = storage_bytes([self.pool.data], seen)
         used = len(self.pool.owned()) if pool else 0
+        constants = [] if self.index is None else self.index.constants()
         return {
             "pages": used * self.layout.body_bytes,
             "summaries": used * self.layout.summary_bytes,
@@ -563,7 +600,7 @@ class LayerStore:
             "window": exact - sinks,
             "table": storage_bytes([*self.table.tensors(), self.exact.counts], seen),
             "compacted": 0 if self.compacted is None else storage_bytes(self.compacted.tensors, seen),
-            "constants": storage_bytes(self.codec.constants(), seen),
+            "constants": storage_bytes([*self.codec.constants(), *constants], seen),
             "choices": storage_bytes(self.choices.get(self.plan.layer, ()), seen),
             "history": storage_bytes(self.history.tensors(), seen),
         }

@@ -69,6 +69,12 @@ class PageLayout:
         kinds = [f.name.startswith(SUMMARY) for f in self.fields]
         assert kinds == sorted(kinds), "summaries come last, so that attention and selectors each read one run of bytes"
 
+    @cached_property
+    def tokenwise(self) -> bool:
+        """Whether attention can read single tokens: no two of a page share anything. Each field that attention reads
+        begins with a dimension of tokens, or of groups of them."""
+        return all(f.shape[0] == self.page_size for f in self.fields if not f.name.startswith(SUMMARY))
+
     def views(self, records: Tensor, summary: bool = False, start: int = 0) -> dict[str, Tensor]:
         """Fields of page records [..., bytes] uint8 as strided views [..., *shape], without a copy.
 

@@ -30,7 +30,8 @@ class LayerPlan:
 
     @property
     def needs_queries(self) -> bool:
-        return self.quantizer.needs_queries or any(policy.needs_queries for policy in self.policies)
+        stages = (self.quantizer, self.chooser, *self.policies)
+        return any(stage.needs_queries for stage in stages if stage is not None)
 
     @property
     def needs_model(self) -> bool:
@@ -73,7 +74,11 @@ class LayerPlan:
 
     def chosen(self, pages: int) -> int:
         """How many of a stream's pages a decode query reads, or the most where the selector's rule gives no number."""
-        return pages if self.selector is None else self.selector.reads(pages)
+        return pages if self.selector is None else self.selector.reads(pages, self.page_size)
+
+    def by_tokens(self, layout: PageLayout) -> bool:
+        """Whether decode queries read single tokens. Attention that a policy watches is that of pages."""
+        return self.selector is not None and self.selector.by_tokens and layout.tokenwise and not self.watched
 
     def attended(self, tokens: int) -> int:
         """Tokens that the query of a decode step after prefilling `tokens` tokens attends to, its own included."""
@@ -98,7 +103,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
 
     Constants that streams share (a Hadamard matrix, a calibrated basis) and the log of padding are left out.
     """
-    layout, adapted = _layout(plan, k_dim, v_dim, dtype)
+    layout, (adapted, _) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     slots = plan.room(exact)
     token = (k_dim + v_dim) * dtype.itemsize
@@ -119,7 +124,7 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     The step's own token is in the window by then. A step reads the stream's whole table, all its summaries where it
     selects, the pages chosen, and the exact buffer.
     """
-    layout, adapted = _layout(plan, k_dim, v_dim, dtype)
+    layout, (_, adapted) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, exact + 1)
@@ -143,10 +148,12 @@ def read_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: 
     return sum(read_parts(plan, k_dim, v_dim, tokens, dtype).values())
 
 
-def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[PageLayout, int]:
-    """A page's layout, and the bytes that a stream holds of constants made for it."""
+def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[PageLayout, tuple[int, int]]:
+    """A page's layout, and the bytes of constants made for a stream: those it holds, and those that a step reads."""
     shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
-    return plan.layout(shape), plan.quantizer.adapted_bytes(shape)
+    codec = plan.quantizer.adapted_bytes(shape)
+    held, read = (0, 0) if plan.chooser is None else plan.chooser.index_bytes(shape)
+    return plan.layout(shape), (codec + held, codec + read)
 
 
 def _present(**parts: int) -> dict[str, int]:

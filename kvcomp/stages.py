@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kvcomp.attention import Part
 from kvcomp.errors import SpecError
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.kernel_layout import Sides
@@ -296,11 +297,102 @@ class Policy(Stage):
         return ()
 
 
+class Summaries(NamedTuple):
+    """What a selector chooses from: summary fields [S, n, ...] of pages of `page_size` tokens.
+
+    Of a stream's n pages the first counts [S] exist. Each row has `heads` KV heads: stream = row * heads + head.
+    by_tokens: single tokens are read.
+    """
+
+    fields: Mapping[str, Tensor]
+    counts: Tensor
+    heads: int
+    page_size: int
+    by_tokens: bool = False
+
+
+class Choice(NamedTuple):
+    """What a step reads: positions int64 [S, k], valid ones first and ascending, and how many are `valid` [S].
+
+    Positions of pages in each stream's list, or of tokens in those pages.
+    """
+
+    positions: Tensor
+    valid: Tensor
+
+
+class Index:
+    """One layer's selector, as `Codec` is one layer's quantizer. A stream is row * heads + head.
+
+    What is not overridden here is a selector that knows nothing but the summaries of pages.
+    """
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
+
+    def observe(self, streams: Tensor, queries: Tensor) -> None:
+        """As `Codec.observe`, where the selector `needs_queries`."""
+
+    def fit(self, streams: Tensor, keys: Tensor) -> None:
+        """See keys [s, n, Dk] of `streams`, as `Codec.fit`."""
+
+    def summarize(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        """Summary fields [M, ...] of M pages, from their keys [M, P, Dk] and values [M, P, Dv] before quantization; the
+        stream of each is int64 [M]."""
+        return self.selector.summarize(keys, values)
+
+    def choose(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
+        """What each stream reads, as `Selector.select`."""
+        return self.selector.select(queries, scale, held)
+
+    def rest(
+        self, queries: Tensor, scale: float, held: Summaries, choice: Choice, softcap: float | None
+    ) -> Part | None:
+        """Attention of queries [S, G, Dk] over what stands for all that was not chosen; None: nothing does."""
+        return None
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that the layer holds besides summaries."""
+        return []
+
+    def adapted(self) -> list[Tensor]:
+        """Those of `constants` that a decode step loads."""
+        return []
+
+    def select(self, streams: Tensor) -> None:
+        """Keep, repeat and order streams (beams): int64 [S']."""
+
+    def fork(self) -> Index:
+        """An index that goes on by itself from here, as `Codec.fork`."""
+        return copy(self)
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Codec.state`."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of an index for the same layer gave."""
+
+
 @dataclass(frozen=True)
 class Selector(Stage):
-    """Decides which pages a decode query reads."""
+    """Decides which pages, or tokens, a decode query reads."""
 
     family: ClassVar[str] = "selector"
+    by_tokens: ClassVar[bool] = False  # chooses single tokens, where the fields of pages allow to read them
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether `Index.observe` has to be called."""
+        return False
+
+    def index(self, shape: PageShape) -> Index:
+        """What one layer needs."""
+        return Index(self)
+
+    def index_bytes(self, shape: PageShape) -> tuple[int, int]:
+        """Bytes per stream of `Index.constants` and of `Index.adapted`, once the stream has pages."""
+        return 0, 0
 
     def active(self, layer: int) -> bool:
         """Whether that layer reads selectively; an inactive layer stores no summaries."""
@@ -320,21 +412,15 @@ class Selector(Stage):
     def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
         raise NotImplementedError
 
-    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
-        """Summary fields [M, ...] of M pages from their keys [M, P, Dk] before quantization, post-RoPE."""
+    def summarize(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Summary fields [M, ...] of M pages from their keys [M, P, Dk] (post-RoPE) and values [M, P, Dv] before
+        quantization; for selectors whose `index` needs no more than that."""
         raise NotImplementedError
 
-    def select(
-        self, queries: Tensor, summary: Mapping[str, Tensor], counts: Tensor, scale: float, heads: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Which pages each stream reads.
-
-        queries [S, G, Dk], summary fields [S, n, ...], counts [S] pages that exist (the rest of n is padding) ->
-        (positions [S, k] int64 into the stream's page list, valid ones first and ascending; how many are valid [S]).
-        Each row has `heads` KV heads: stream = row * heads + head.
-        """
+    def select(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
+        """What queries [S, G, Dk] of each stream read: pages, or, `held.by_tokens`, as many tokens as fill pages."""
         raise NotImplementedError
 
-    def reads(self, pages: int) -> int:
-        """How many of `pages` pages a step reads, or the most; what a plan is computed from."""
+    def reads(self, pages: int, page_size: int) -> int:
+        """How many of `pages` pages a step reads, or as many tokens, or the most; what a plan is computed from."""
         raise NotImplementedError

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcomp.calibration import FILE
 from kvcomp.errors import SpecError
+from kvcomp.fitting import QueryMoments
 from kvcomp.kernel_layout import Codebook, Plane, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
+from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, rotation
-from .calibration import FILE, Calibrated
+from .calibrated import CalibratedQuantizer
 from .grid import HUGE, SCALE, TINY
 from .lloyd import sphere_codebook
 from .packing import pack, planes, unpack
-from .statistics import Statistics, weighted_directions
 from .widths import BITS, WidthQuantizer
 
 UNIT = 8  # channels that share a width: a bit each fills a byte
@@ -225,47 +227,31 @@ class KltCodec(Codec):
 
     def __init__(self, k_side: KltSide, v_side: KltSide, fitted_heads: bool = False) -> None:
         self.k_side, self.v_side, self.fitted_heads = k_side, v_side, fitted_heads
-        self.moment = torch.zeros(0, k_side.dim, k_side.dim, device=k_side.device)  # [S, Dk, Dk] sums of q q'
-        self.fitted = torch.zeros(0, dtype=torch.bool, device=k_side.device)  # [S]
+        self.queries = QueryMoments(k_side.dim, k_side.device)
 
     @property
     def fields(self) -> tuple[Field, ...]:
         return self.k_side.fields + self.v_side.fields
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
-        if self.fitted_heads:
-            return
-        self._room(int(streams.max()) + 1)
-        new = streams[~self.fitted[streams]]
-        if len(new):
-            missing = len(self.fitted) - len(self.moment)
-            self.moment = F.pad(self.moment, (0, 0, 0, 0, 0, missing))
-            q = queries[~self.fitted[streams]].float()
-            self.moment = self.moment.index_add(0, new, q.mT @ q)  # forks share the old one
+        if not self.fitted_heads:
+            self.queries.add(streams, queries)
 
     def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
         if self.fitted_heads:
             return
-        self._room(int(streams.max()) + 1)
-        new = ~self.fitted[streams]
+        new = self.queries.missing(streams)
         if not bool(new.any()):
             return
         ours = streams[new]
-        weight = self.moment[ours] if len(self.moment) else torch.zeros_like(self.k_side.dual[ours]).float()
-        empty = weight.diagonal(dim1=1, dim2=2).sum(-1) == 0  # no query was seen: all directions count the same
-        weight[empty] = torch.eye(self.k_side.dim, device=weight.device)
-        self.k_side.fit(ours, keys[new], weight)
+        weight = self.queries.take(ours)
         identity = torch.eye(self.v_side.dim, device=weight.device)
+        self.k_side.fit(ours, keys[new], weight)
         self.v_side.fit(ours, values[new], identity.expand(len(ours), -1, -1))
-        self.fitted = self.fitted.index_fill(0, ours, True)
-        if bool(self.fitted.all()):
-            self.moment = self.moment[:0].clone()
 
     def _room(self, streams: int) -> None:
-        if streams > len(self.fitted):
-            self.fitted = F.pad(self.fitted, (0, streams - len(self.fitted)))
-            for side in (self.k_side, self.v_side):
-                side.room(streams)
+        for side in (self.k_side, self.v_side):
+            side.room(streams)
 
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
         return self.k_side.encode(keys, streams) | self.v_side.encode(values, streams)
@@ -292,28 +278,26 @@ class KltCodec(Codec):
         if self.fitted_heads:
             return
         self._room(int(streams.max()) + 1 if len(streams) else 0)
-        self.fitted = self.fitted[streams]
-        if len(self.moment):
-            self.moment = F.pad(self.moment, (0, 0, 0, 0, 0, int(streams.max()) + 1 - len(self.moment)))[streams]
+        self.queries.select(streams)
         for side in (self.k_side, self.v_side):
             side.select(streams)
 
     def fork(self) -> KltCodec:
         twin = copy(self)
-        twin.k_side, twin.v_side = copy(self.k_side), copy(self.v_side)
+        twin.k_side, twin.v_side, twin.queries = copy(self.k_side), copy(self.v_side), self.queries.fork()
         return twin
 
     def constants(self) -> list[Tensor]:
-        return [*self.k_side.constants(), *self.v_side.constants(), self.moment, self.fitted]
+        return [*self.k_side.constants(), *self.v_side.constants(), *self.queries.constants()]
 
     def adapted(self) -> list[Tensor]:
         return [] if self.fitted_heads else [*self.k_side.constants(), *self.v_side.constants()]
 
     def state(self) -> dict[str, Tensor]:
-        return self.k_side.state() | self.v_side.state() | {"moment": self.moment, "fitted": self.fitted}
+        return self.k_side.state() | self.v_side.state() | self.queries.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.moment, self.fitted = state["moment"], state["fitted"]
+        self.queries.restore(state)
         for side in (self.k_side, self.v_side):
             side.restore(state)
 
@@ -349,7 +333,7 @@ def shrinkage(covariance: Tensor, tokens: int) -> Tensor:
 
 @register("klt")
 @dataclass(frozen=True)
-class Klt(WidthQuantizer, Calibrated):
+class Klt(WidthQuantizer, CalibratedQuantizer):
     """Transform coding: an attention-weighted Karhunen-Loeve basis per head, with bits where the variance is.
 
     Per KV head, with S the second moment of its queries and C the covariance of its keys, the eigenvectors of
@@ -378,12 +362,12 @@ class Klt(WidthQuantizer, Calibrated):
         return 4, 128
 
     @classmethod
-    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
+    def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """Per side: the basis [H, D, D] and the variances [H, D]; of keys the mean [H, D]."""
-        k = scaled_directions(stats.key_covariance, stats.queries)
-        identity = torch.eye(stats.value_mean.shape[-1], dtype=torch.float64).expand_as(stats.value_directions)
-        v = scaled_directions(stats.value_directions * len(identity[0]), identity)
-        return {"k.basis": k[0], "k.variance": k[1], "k.mean": stats.key_mean, "v.basis": v[0], "v.variance": v[1]}
+        k = scaled_directions(seen.key_covariance, seen.queries)
+        identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64).expand_as(seen.value_directions)
+        v = scaled_directions(seen.value_directions * len(identity[0]), identity)
+        return {"k.basis": k[0], "k.variance": k[1], "k.mean": seen.key_mean, "v.basis": v[0], "v.variance": v[1]}
 
     def _sides(self, shape: PageShape) -> tuple[KltSide, KltSide]:
         return (

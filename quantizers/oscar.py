@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvcomp.calibration import FILE, Calibration
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.statistics import Statistics
 
 from .basis import Basis, hadamard
-from .calibration import FILE, Calibrated, Calibration
+from .calibrated import CalibratedQuantizer
 from .grid import UniformSide, channel_group
-from .statistics import Statistics
 from .widths import BITS, WidthQuantizer
 
 
@@ -37,7 +38,7 @@ class ClippedSide(UniformSide):
 
 @register("oscar")
 @dataclass(frozen=True)
-class Oscar(WidthQuantizer, Calibrated):
+class Oscar(WidthQuantizer, CalibratedQuantizer):
     """OSCAR: clipped integers per token, in a rotation in which every channel matters equally to attention.
 
     Needs a file of `kvcomp calibrate --method oscar`. K is rotated by the eigenvectors of the mean of q q', V by those
@@ -66,9 +67,9 @@ class Oscar(WidthQuantizer, Calibrated):
         return 64, 256
 
     @classmethod
-    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
+    def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """k and v [H, D, D]: the rotations."""
-        return {"k": spread_rotation(stats.queries), "v": spread_rotation(stats.value_scored)}
+        return {"k": spread_rotation(seen.queries), "v": spread_rotation(seen.value_scored)}
 
     def sides(self, shape: PageShape) -> tuple[ClippedSide, ClippedSide]:
         return (

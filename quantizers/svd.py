@@ -8,22 +8,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvcomp.calibration import FILE, Calibration, own
 from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, hadamard
-from .calibration import FILE, Calibrated, Calibration, own
+from .calibrated import CalibratedQuantizer
 from .codecs import RawSide, Side
 from .grid import UniformSide
-from .statistics import Statistics, weighted_directions
 
 MULTIPLE = 8  # channels: codes of any width then fill bytes
 
 
 @register("svd")
 @dataclass(frozen=True)
-class Svd(Calibrated):
+class Svd(CalibratedQuantizer):
     """Low rank: each KV head keeps the few directions of K and V that matter most, as they are or as integers.
 
     Needs a file of `kvcomp calibrate --method svd`, which serves every rank. K's directions have the least expected
@@ -49,16 +50,16 @@ class Svd(Calibrated):
         self.check(self.bits is None or 2 <= self.bits <= 8, "bits", "None or 2 to 8")
 
     @classmethod
-    def calibrate(cls, stats: Statistics, *, damping: float = 1e-4) -> dict[str, Tensor]:
+    def calibrate(cls, seen: Statistics, *, damping: float = 1e-4) -> dict[str, Tensor]:
         """k, v [H, D, D]: how to write, by falling importance; k_dual, v_dual: how to read; k_mean, v_mean [H, D].
 
         damping: share of the mean weight that every direction gets at least, which keeps the inverse bounded.
         """
-        k, k_dual = weighted_directions(stats.key_covariance, stats.queries, damping)
-        even = torch.eye(stats.value_mean.shape[-1], dtype=stats.value_mean.dtype).expand_as(stats.value_covariance)
-        cost = even if stats.output is None else stats.output
-        v, v_dual = weighted_directions(stats.value_covariance, cost, damping)
-        means = {"k_mean": stats.key_mean, "v_mean": stats.value_mean}
+        k, k_dual = weighted_directions(seen.key_covariance, seen.queries, damping)
+        even = torch.eye(seen.value_mean.shape[-1], dtype=seen.value_mean.dtype).expand_as(seen.value_covariance)
+        cost = even if seen.output is None else seen.output
+        v, v_dual = weighted_directions(seen.value_covariance, cost, damping)
+        means = {"k_mean": seen.key_mean, "v_mean": seen.value_mean}
         return {"k": k, "k_dual": k_dual, "v": v, "v_dual": v_dual, **means}
 
     def sides(self, shape: PageShape) -> tuple[Side, Side]:
@@ -88,7 +89,7 @@ class Svd(Calibrated):
         return Basis(own(write), own(read), calibration.tensor(f"{name}_mean", shape, dim))
 
 
-def check_amount(stage: Calibrated, argument: str) -> None:
+def check_amount(stage: CalibratedQuantizer, argument: str) -> None:
     """Raise a SpecError unless the argument is a positive number of channels or a share of them."""
     value = getattr(stage, argument)
     ok = value >= 1 if isinstance(value, int) else 0 < value <= 1

@@ -8,20 +8,21 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcomp.calibration import FILE, Calibration
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.statistics import Statistics
 
 from .basis import IDENTITY, Basis
-from .calibration import FILE, Calibrated, Calibration
+from .calibrated import CalibratedQuantizer
 from .codecs import RawSide, Side
 from .grid import UniformSide, channel_group
-from .statistics import Statistics
 from .svd import check_amount, kept
 
 
 @register("think")
 @dataclass(frozen=True)
-class Think(Calibrated):
+class Think(CalibratedQuantizer):
     """ThinK: of K only the channels with the largest E[q_c^2] E[k_c^2]; of V all.
 
     Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the prompt at hand and the
@@ -51,10 +52,10 @@ class Think(Calibrated):
         return 0, 32
 
     @classmethod
-    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
+    def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """score [H, Dk]: E[q_c^2] E[k_c^2]."""
-        keys = stats.key_covariance.diagonal(dim1=1, dim2=2) + stats.key_mean.square()
-        return {"score": stats.queries.diagonal(dim1=1, dim2=2) * keys}
+        keys = seen.key_covariance.diagonal(dim1=1, dim2=2) + seen.key_mean.square()
+        return {"score": seen.queries.diagonal(dim1=1, dim2=2) * keys}
 
     def sides(self, shape: PageShape) -> tuple[Side, Side]:
         channels = kept(self.keep, shape.k_dim, "think", "keep")

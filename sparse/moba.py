@@ -13,15 +13,14 @@ from kvcomp.pages import SUMMARY, Field
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
-from .ranked import RankedSelector
-from .summaries import decode, encode, vector_fields
+from .summaries import VectorSelector, decode, encode, vector_fields
 
 MEAN = f"{SUMMARY}mean"
 
 
 @register("moba")
 @dataclass(frozen=True)
-class MoBA(RankedSelector):
+class MoBA(VectorSelector):
     """MoBA: a decode query reads the `pages` pages whose mean key it attends to most, the newest one among them.
 
     Logits are q . mean(keys of the page before quantization), as the authors' gate; there each query head chooses by
@@ -32,7 +31,7 @@ class MoBA(RankedSelector):
 
     paper: ClassVar[str] = "arXiv:2502.13189"
 
-    pages: int | None = arg(None, "pages that a query reads (none of the four: 12)")
+    pages: int | None = arg(None, "pages that a query reads (none of the five: 12)")
     last: int = arg(1, "newest pages, read in any case")
 
     @property
@@ -42,7 +41,7 @@ class MoBA(RankedSelector):
     def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
         return vector_fields((MEAN,), shape.k_dim, self.summary_bits)
 
-    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
+    def summarize(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return encode({MEAN: (keys.float().mean(1), 0)}, self.summary_bits)
 
     def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:

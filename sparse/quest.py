@@ -13,8 +13,7 @@ from kvcomp.pages import SUMMARY, Field
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
-from .ranked import RankedSelector
-from .summaries import decode, encode, vector_fields
+from .summaries import VectorSelector, decode, encode, vector_fields
 
 MIN, MAX = f"{SUMMARY}min", f"{SUMMARY}max"
 
@@ -30,7 +29,7 @@ def bounds(queries: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 @register("quest")
 @dataclass(frozen=True)
-class Quest(RankedSelector):
+class Quest(VectorSelector):
     """Quest: a decode query reads only the `pages` pages with the highest bound on its logits.
 
     The summary is each channel's minimum and maximum over the page's keys, rounded outwards so that it really bounds,
@@ -41,7 +40,7 @@ class Quest(RankedSelector):
 
     paper: ClassVar[str] = "arXiv:2406.10774"
 
-    pages: int | None = arg(None, "pages that a query reads (none of the four: 64)")
+    pages: int | None = arg(None, "pages that a query reads (none of the five: 64)")
     dense_layers: int = arg(2, "first layers that read everything")
     min_pages: int = arg(3, "pages read at least")
 
@@ -56,7 +55,7 @@ class Quest(RankedSelector):
     def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
         return vector_fields((MIN, MAX), shape.k_dim, self.summary_bits)
 
-    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
+    def summarize(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         low, high = torch.aminmax(keys.float(), dim=1)
         return encode({MIN: (low, -1), MAX: (high, 1)}, self.summary_bits)
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 
 from kvcomp import saving
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import Choice
+from kvcomp.layer import Shared
 from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
 from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
@@ -62,7 +62,7 @@ class CompressedCache(Cache):
             max_tokens = getattr(config, "max_position_embeddings", None)
         types, kwargs = get_layer_types_and_kwargs(config)
         full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-        choices: dict[int, Choice] = {}
+        choices: dict[int, Shared] = {}
         layers: list[Any] = []
         for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
             if kind == "full_attention":
@@ -172,7 +172,7 @@ class CompressedCache(Cache):
         copied. Pages of a fork that is no longer in use are taken by those that are. Forks are not to be used from
         several threads at a time.
         """
-        twin, choices = copy(self), dict[int, Choice]()
+        twin, choices = copy(self), dict[int, Shared]()
         twin.layers = [x.fork(choices) if isinstance(x, CompressedLayer) else deepcopy(x) for x in self.layers]
         return twin
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
+from kvcomp.calibration import Calibrated, Calibration, Seen
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.quantizers.calibration import Calibrated, Calibration
-from kvcomp.quantizers.statistics import Moments, Statistics
 from kvcomp.registry import find, stages
+from kvcomp.statistics import Moments
 
 from .attention_module import output_projection
 from .fingerprint import fingerprint
@@ -27,12 +27,12 @@ from .hook import hook
 TOKENS, CONTEXT, SHORTEST = 20480, 2048, 16
 
 
-class MomentsLayer(HandleLayer):
-    """A full-attention layer that attends densely to one context and keeps nothing of it but its moments."""
+class ReadingLayer(HandleLayer):
+    """A full-attention layer that attends densely to one context and keeps nothing of it but what `seen` takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Seen) -> None:
         super().__init__()
-        self.moments = Moments()
+        self.seen, self.begun = seen, False
         self.output: Tensor | None = None  # as in Statistics
 
     def take(self, keys: Tensor, values: Tensor) -> None:
@@ -41,9 +41,10 @@ class MomentsLayer(HandleLayer):
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         keys, values = self.chunk
         result = call.dense(keys, values)
-        if self.moments.tokens == 0:
+        if not self.begun:
+            self.begun = True
             self.output = output_cost(call.module, call.query.shape[1], keys.shape[1], values.shape[3])
-        self.moments.add(call.query, keys, values)
+        self.seen.add(call.query, keys, values)
         return result
 
     def dense(self, which: int) -> Tensor:
@@ -74,29 +75,31 @@ def calibrate(
     context: int = CONTEXT,
     name: str | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
+    fitting: Callable[[Collection[Any]], Iterable[Any]] = iter,
     **settings: Any,
 ) -> Calibration:
-    """Run a model over texts and compute what a calibrated quantizer needs; `Calibration.save` writes it.
+    """Run a model over texts and compute what a calibrated stage needs; `Calibration.save` writes it.
 
     Args:
         model: a decoder whose attention goes through transformers' attention interface, as for `CompressedCache`.
         tokenizer: the model's.
-        method: a calibrated quantizer: oscar, svd, think, or one of another package.
+        method: a calibrated stage: oscar, svd, think, klt, dsa, or one of another package.
         texts: files, each of which gives an equal share of the tokens, from its beginning.
         tokens: how many tokens to use in all; fewer where the texts have fewer.
         context: tokens that the model sees together.
         name: what the file is to call the model; by default what its config says.
         advance: called with the number of tokens of each context that is done.
+        fitting: goes through the layers once all is read, as a progress bar does.
         settings: keyword-only arguments of the method's `calibrate`.
 
     Raises:
         KvcompError: no such method or setting, or a text that cannot be read or is too short.
         UnsupportedError: a model whose attention cannot be hooked.
     """
-    quantizer = method_of(method)
-    settings = settings_of(quantizer, settings)
+    stage = method_of(method)
+    settings = settings_of(stage, settings)
     contexts = read_contexts(tokenizer, texts, tokens, context)
-    gathered = gather(model, contexts, advance)
+    gathered = gather(model, contexts, advance, stage.seen)
     return Calibration(
         method=method,
         settings=settings,
@@ -106,14 +109,14 @@ def calibrate(
         context=context,
         tensors={
             f"{layer}.{key}": tensor.float()
-            for layer, statistics in gathered.items()
-            for key, tensor in quantizer.calibrate(statistics, **settings).items()
+            for layer, seen in fitting(gathered.items())
+            for key, tensor in stage.calibrate(seen, **settings).items()
         },
     )
 
 
 def method_of(name: str) -> type[Calibrated]:
-    """The calibrated quantizer of that name.
+    """The calibrated stage of that name.
 
     Raises:
         KvcompError: there is none; the message names those that there are.
@@ -126,13 +129,13 @@ def method_of(name: str) -> type[Calibrated]:
     return found
 
 
-def settings_of(quantizer: type[Calibrated], given: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(stage: type[Calibrated], given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of a method's `calibrate`, those given and the defaults of the others."""
-    parameters = inspect.signature(quantizer.calibrate).parameters.values()
+    parameters = inspect.signature(stage.calibrate).parameters.values()
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for name in given:
         if name not in known:
-            raise KvcompError(f"{quantizer.name} has no setting {name!r}: it has {', '.join(known) or 'none'}")
+            raise KvcompError(f"{stage.name} has no setting {name!r}: it has {', '.join(known) or 'none'}")
     return known | dict(given)
 
 
@@ -182,9 +185,12 @@ def read_text(path: Path) -> str:
 
 @torch.inference_mode()
 def gather(
-    model: PreTrainedModel, contexts: Sequence[Sequence[int]], advance: Callable[[int], None] = lambda tokens: None
-) -> dict[int, Statistics]:
-    """Statistics of every full-attention layer, by its number, over contexts of token ids.
+    model: PreTrainedModel,
+    contexts: Sequence[Sequence[int]],
+    advance: Callable[[int], None] = lambda tokens: None,
+    seen: Callable[[], Seen] = Moments,
+) -> dict[int, Any]:
+    """What `seen` makes of every full-attention layer, by its number, over contexts of token ids.
 
     Raises:
         UnsupportedError: a model whose attention cannot be hooked, that caches latents (MLA), or has no full attention.
@@ -197,7 +203,7 @@ def gather(
     if limit is not None and longest > limit:
         raise KvcompError(f"context: {longest} is more than the {limit} positions of {config.model_type}")
     kinds, options = get_layer_types_and_kwargs(config)
-    ours = {i: MomentsLayer() for i, kind in enumerate(kinds) if kind == "full_attention"}
+    ours = {i: ReadingLayer(seen()) for i, kind in enumerate(kinds) if kind == "full_attention"}
     if not ours:
         raise UnsupportedError(f"no layer of this {config.model_type} is full attention: nothing to calibrate")
     implementation = config._attn_implementation
@@ -213,4 +219,4 @@ def gather(
             advance(len(ids))
     finally:
         config._attn_implementation = implementation
-    return {i: layer.moments.statistics(layer.output) for i, layer in ours.items()}
+    return {i: layer.seen.result(layer.output) for i, layer in ours.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, sink_logit
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import Choice, LayerStore
+from kvcomp.layer import LayerStore, Shared
 from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 
@@ -62,7 +62,7 @@ class CompressedLayer(HandleLayer):
         plan: LayerPlan,
         max_tokens: int | None,
         prefill_chunk: int | None = None,
-        choices: dict[int, Choice] | None = None,
+        choices: dict[int, Shared] | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.max_tokens, self.prefill_chunk, self.choices = plan, max_tokens, prefill_chunk, choices
@@ -242,7 +242,7 @@ class CompressedLayer(HandleLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.select_rows(torch.arange(max(self.batch_size, 0))[indices.cpu()])
 
-    def fork(self, choices: dict[int, Choice]) -> CompressedLayer:
+    def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
         """A layer that goes on by itself from here, among those with the same `choices`, and shares the pages that
         there are."""
         twin = copy(self)

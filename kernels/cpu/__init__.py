@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from kvcomp.attention import Part
 from kvcomp.exact import Tokens
 from kvcomp.kernel_layout import Codebook, Numbers, Segment, SideLayout, Sides, Uniform
-from kvcomp.pages import PageLayout
+from kvcomp.pages import SUMMARY, PageLayout
 
 KINDS = {"uniform": 0, "codebook": 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 LEVELS = ("portable", "AVX2", "AVX-512")
@@ -93,14 +93,26 @@ def library() -> ctypes.CDLL | None:
     except OSError:
         return None
     found.kvcomp_attend.argtypes, found.kvcomp_attend.restype = [POINTER(_Problem)], c_int
+    number, place = c_int64, c_void_p
+    found.kvcomp_code_dots.argtypes = [place, place, place, *[number] * 8, place]
+    found.kvcomp_shares.argtypes = [place, place, number, number, number, place]
+    found.kvcomp_largest.argtypes = [place, place, number, number, number, place]
+    sizes = [number] * 3
+    found.kvcomp_regroup.argtypes = [place, number, place, number, place, *sizes, place, place, number, place, number]
+    found.kvcomp_code_dots.restype = found.kvcomp_shares.restype = found.kvcomp_regroup.restype = None
+    found.kvcomp_largest.restype = c_int
+    return found
+
+
+def _compiled() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
     return found
 
 
 def level() -> int:
     """The best of `LEVELS` on this machine."""
-    found = library()
-    assert found is not None
-    return int(found.kvcomp_level())
+    return int(_compiled().kvcomp_level())
 
 
 class Described:
@@ -217,11 +229,60 @@ def attend(
         softcap or 0,
         level(),
     )
-    found = library()
-    assert found is not None
-    if found.kvcomp_attend(byref(problem)):
+    if _compiled().kvcomp_attend(byref(problem)):
         raise MemoryError("no memory for attention over compressed pages")
     return Part(out, lse, groups)
+
+
+def code_dots(queries: Tensor, offset: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """As `select.code_dots`; offset [S, J, 1]."""
+    queries, offset = queries.contiguous(), offset.contiguous()
+    if codes.stride()[2:] != (codes.shape[3], 1):
+        codes = codes.contiguous()
+    streams, pages, rows, size = codes.shape
+    heads = queries.shape[1]
+    out = empty(streams, heads, pages * size)
+    places = queries.data_ptr(), offset.data_ptr(), codes.data_ptr()
+    sizes = codes.stride(0), codes.stride(1), streams, heads, rows, bits, pages, size
+    _compiled().kvcomp_code_dots(*places, *sizes, out.data_ptr())
+    return out
+
+
+def shares(logits: Tensor, counts: Tensor) -> Tensor:
+    """As `select.shares`."""
+    logits, counts = logits.float().contiguous(), counts.to(torch.int64).contiguous()
+    streams, heads, n = logits.shape
+    out = empty(streams, n)
+    _compiled().kvcomp_shares(logits.data_ptr(), counts.data_ptr(), streams, heads, n, out.data_ptr())
+    return out
+
+
+def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
+    """As `select.largest`, of `width` columns."""
+    x, wanted = x.float().contiguous(), wanted.to(torch.int64).contiguous()
+    out = empty(len(x), width, dtype=torch.int64)
+    if _compiled().kvcomp_largest(x.data_ptr(), wanted.data_ptr(), *x.shape, width, out.data_ptr()):
+        raise MemoryError("no memory to choose what to read")
+    return out
+
+
+def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor, records: Tensor) -> None:
+    """As `select.regroup`, into `records`."""
+    ids, tokens = ids.to(torch.int32), tokens.contiguous()
+    ids = ids if ids.stride(1) == 1 else ids.contiguous()
+    offsets, rows = _rows_of(layout)
+    _compiled().kvcomp_regroup(
+        *(pool.data_ptr(), pool.stride(0), ids.data_ptr(), ids.stride(0), tokens.data_ptr(), *tokens.shape),
+        *(layout.page_size, offsets, rows, len(offsets), records.data_ptr(), records.stride(0)),
+    )
+
+
+@cache
+def _rows_of(layout: PageLayout) -> tuple[ctypes.Array[c_int64], ctypes.Array[c_int64]]:
+    """Where each field that attention reads begins in a page, and its bytes a token."""
+    body = [f for f in layout.fields if not f.name.startswith(SUMMARY)]
+    offsets, rows = [layout.offsets[f.name] for f in body], [f.nbytes // layout.page_size for f in body]
+    return (c_int64 * len(body))(*offsets), (c_int64 * len(body))(*rows)
 
 
 def readable(tokens: Tokens) -> bool:

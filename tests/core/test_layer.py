@@ -542,10 +542,10 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
         handed["exact"] += tokens.nbytes
         return exact_tokens(queries, tokens, *rest)
 
-    def watched_select(self, queries, summary, counts, scale, heads_of_row):
-        page = sum(t[0, 0].nbytes for t in summary.values())
-        handed["summaries"] += int(counts.sum()) * page
-        return select(self, queries, summary, counts, scale, heads_of_row)
+    def watched_select(self, queries, scale, held):
+        page = sum(t[0, 0].nbytes for t in held.fields.values())
+        handed["summaries"] += int(held.counts.sum()) * page
+        return select(self, queries, scale, held)
 
     monkeypatch.setattr(layer_module, "attend_pages", watched_pages)
     monkeypatch.setattr(layer_module, "attend", watched_exact)  # chunks that are not written yet

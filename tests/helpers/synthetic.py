@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvcomp.calibration import Calibration
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.integrations.huggingface.calibrate import method_of, settings_of
-from kvcomp.quantizers.calibration import Calibration
-from kvcomp.quantizers.statistics import Moments, Statistics
+from kvcomp.statistics import Moments, Statistics
 
 MODEL = Fingerprint("a synthetic model", "config", "weights")
 
@@ -36,7 +36,7 @@ def chunk(
 def statistics(heads: int, k_dim: int, v_dim: int | None = None, seed: int = 0) -> Statistics:
     moments = Moments()
     moments.add(*chunk(heads, k_dim, v_dim, seed=seed))
-    return moments.statistics()
+    return moments.result()
 
 
 def write(path: Path, method: str, heads: int, k_dim: int, v_dim: int | None = None, layers: int = 1) -> Path:

@@ -16,6 +16,7 @@ import kvcomp.layer
 from kvcomp import CompressedCache, KvcompError, Stack
 from kvcomp.integrations.huggingface.masks import _read_masks
 from kvcomp.pages import SUMMARY, round_up
+from kvcomp.stages import Summaries
 
 STACKS = (
     "none",
@@ -116,9 +117,9 @@ def _counting(select: Any, handed: dict[str, int]) -> Any:
     if hasattr(select, "counted"):
         return select
 
-    def wrapped(self: Any, q: Tensor, summary: dict[str, Tensor], *rest: Any) -> Any:
-        handed["summaries"] += sum(field.nbytes for field in summary.values())
-        return select(self, q, summary, *rest)
+    def wrapped(self: Any, q: Tensor, scale: float, held: Summaries) -> Any:
+        handed["summaries"] += sum(field.nbytes for field in held.fields.values())
+        return select(self, q, scale, held)
 
     wrapped.counted = True
     return wrapped

@@ -18,9 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import kvcomp
 from kvcomp import CompressedCache, KvcompError, Stack, UnsupportedError
+from kvcomp.calibration import CalibrationError, load
 from kvcomp.integrations.huggingface.calibrate import calibrate, gather, read_contexts
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
-from kvcomp.quantizers.calibration import CalibrationError, load
 
 METHODS = ("oscar", "svd", "think", "klt")
 CONTEXTS = [tokens(1, n, seed=n)[0].tolist() for n in (40, 64, 7)]

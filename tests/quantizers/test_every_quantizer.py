@@ -13,14 +13,14 @@ from synthetic import chunk, save
 from torch import Tensor
 
 from kvcomp import KvcompWarning, SpecError, Stack
+from kvcomp.calibration import Calibrated
 from kvcomp.layer import LayerStore
 from kvcomp.ledger import storage_bytes
-from kvcomp.quantizers.calibration import Calibrated
 from kvcomp.quantizers.int import Int
-from kvcomp.quantizers.statistics import Moments
 from kvcomp.quantizers.widths import WidthQuantizer
 from kvcomp.registry import find, stages
 from kvcomp.stages import Quantizer
+from kvcomp.statistics import Moments
 from kvcomp.window import Window
 
 D, HEADS, TOKENS, LOUD = 32, 2, 128, 7
@@ -110,7 +110,7 @@ class Lab:
         if not file.exists():
             moments = Moments()
             moments.add(*given)
-            save(file, quantizer.name, [moments.statistics()])
+            save(file, quantizer.name, [moments.result()])
         return replace(quantizer, calibration=str(file))
 
     def store(self, spec: str, kind: str = "plain", given: Inputs | None = None, **window: int) -> LayerStore:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp import Stack
 from kvcomp.layer import LayerStore
 from kvcomp.sparse.quest import MAX, MIN, Quest, bounds
-from kvcomp.stages import PageShape
+from kvcomp.stages import PageShape, Summaries
 
 MAGNITUDES = [1e-8, 1e-6, 1e-3, 1.0, 300.0, 5e4]
 
@@ -32,7 +32,7 @@ def test_the_bound_holds_after_rounding(
     torch.manual_seed(seed)
     keys = (scale * torch.rand(5, size, dim) * 2 - scale + offset * torch.randn(5, 1, dim).sign()).clamp(-6e4, 6e4)
     keys = keys.to(dtype)
-    summary = Quest().summarize(keys)
+    summary = Quest().summarize(keys, keys)
     assert {name: (t.dtype, t.shape) for name, t in summary.items()} == {
         f.name: (f.dtype, torch.Size((5, *f.shape)))
         for f in Quest().summary_fields(PageShape(size, dim, dim, 1, dtype, torch.device("cpu"), 2))
@@ -50,7 +50,7 @@ def test_the_bound_is_tight() -> None:
     """Of a page that holds one token, it is that token's logit, but for float16."""
     torch.manual_seed(0)
     keys, q = torch.randn(50, 1, 64), torch.randn(1, 4, 64)
-    summary = Quest().summarize(keys)
+    summary = Quest().summarize(keys, keys)
     bound = bounds(q, summary[MIN][None], summary[MAX][None])[0]
     size = torch.einsum("gd,md->gm", q[0].abs(), keys[:, 0].abs())
     assert bool(((bound - torch.einsum("gd,md->gm", q[0], keys[:, 0])).abs() <= 2e-3 * size).all())
@@ -80,15 +80,18 @@ def test_selection_over_ragged_streams(
     keys = torch.randn(streams, n, 16, dim)
     q = size * torch.randn(streams, group, dim)
     quest = Quest(pages=pages, min_pages=minimum)
-    summary = {name: t.unflatten(0, (streams, n)) for name, t in quest.summarize(keys.flatten(0, 1)).items()}
+    summary = {
+        name: t.unflatten(0, (streams, n))
+        for name, t in quest.summarize(keys.flatten(0, 1), keys.flatten(0, 1)).items()
+    }
     for t in summary.values():  # what no stream owns may be anything
         t[torch.arange(n) >= torch.tensor(counts)[:, None]] = garbage
-    chosen, valid = quest.select(q, summary, torch.tensor(counts), scale)
+    chosen, valid = quest.select(q, scale, Summaries(summary, torch.tensor(counts), 1, 16))
     assert chosen.dtype == torch.int64
-    assert chosen.shape == (streams, quest.reads(n))
+    assert chosen.shape == (streams, quest.reads(n, 16))
     for s, count in enumerate(counts):
         own = chosen[s, : int(valid[s])].tolist()
-        assert len(own) == min(count, max(pages, minimum)) == quest.reads(count)
+        assert len(own) == min(count, max(pages, minimum)) == quest.reads(count, 16)
         assert own == sorted(set(own))
         assert all(0 <= page < count for page in own)
         assert int(chosen[s].max()) < n
@@ -104,7 +107,7 @@ def test_selection_over_ragged_streams(
 def test_reads_is_what_a_query_reads() -> None:
     for quest in (Quest(), Quest(pages=1), Quest(pages=2, min_pages=5), Quest(pages=10, min_pages=0)):
         for n in range(80):
-            assert quest.reads(n) == min(n, max(quest.pages, quest.min_pages))
+            assert quest.reads(n, 16) == min(n, max(quest.pages, quest.min_pages))
     assert Quest() == Quest(pages=64, dense_layers=2, min_pages=3)
     assert [Quest().active(layer) for layer in range(4)] == [False, False, True, True]
 

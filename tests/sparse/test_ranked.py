@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import save
 from torch import Tensor
 
 from kvcomp import Stack
@@ -16,11 +17,14 @@ from kvcomp.attention import attend
 from kvcomp.errors import SpecError
 from kvcomp.layer import LayerStore
 from kvcomp.plan import held_parts, read_parts
+from kvcomp.sparse.dsa import Dsa, Traces
 from kvcomp.sparse.moba import MEAN, MoBA
+from kvcomp.sparse.nsa import NSA
 from kvcomp.sparse.quest import MAX, MIN, Quest
 from kvcomp.sparse.ranked import RankedSelector
+from kvcomp.sparse.sketch import Sketch
 from kvcomp.sparse.summaries import decode
-from kvcomp.stages import PageShape
+from kvcomp.stages import PageShape, Summaries
 
 QUANTIZERS = (
     "none",
@@ -30,8 +34,21 @@ QUANTIZERS = (
     "klt(bits=4)",
 )
 RULES = ("pages=3", "keep=0.2", "top_p=0.4", "threshold=0.2")
-SELECTORS = {"quest": "dense_layers=0, min_pages=0, ", "moba": ""}  # all layers alike
+SELECTORS = {"quest": "dense_layers=0, min_pages=0, ", "moba": "", "nsa": "first=0, last=0, ", "sketch": "rank=12, "}
+VECTORS = ("quest", "moba", "nsa")
+BY_TOKENS = ("sketch", "dsa")
+NAMES = (*VECTORS, *BY_TOKENS)
 MAGNITUDES = [1e-8, 1e-6, 1e-3, 1.0, 300.0, 5e4]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dsa_file(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `dsa` needs, for the 2 heads of `store_of`, whose 8 query heads are groups of 4."""
+    torch.manual_seed(1)
+    seen = Traces()
+    seen.add(torch.randn(1, 8, 200, 64), torch.randn(1, 2, 200, 64), torch.zeros(0))
+    file = save(tmp_path_factory.mktemp("dsa") / "dsa.safetensors", "dsa", [seen])
+    SELECTORS["dsa"] = f"calibration={str(file)!r}, "
 
 
 def store_of(spec: str, tokens: int = 333, seed: int = 0, lengths: tuple[int, ...] = (333, 301, 23)) -> LayerStore:
@@ -41,18 +58,20 @@ def store_of(spec: str, tokens: int = 333, seed: int = 0, lengths: tuple[int, ..
     k += torch.randn(len(lengths), 2, -(-tokens // 16), 64).repeat_interleave(16, 2)[:, :, :tokens]
     store = LayerStore(Stack.parse(spec).plan(0, 1))
     store.start(k, v)
-    store.write(k, v, torch.arange(tokens) >= tokens - torch.tensor(lengths)[:, None])
+    q = torch.randn(len(lengths), 8, tokens, 64)
+    store.write(k, v, torch.arange(tokens) >= tokens - torch.tensor(lengths)[:, None], q)
     return store
 
 
 def read_pages(store: LayerStore, q: Tensor) -> Tensor:
-    """bool [S, longest]: what queries [B, Hq, 1, D] choose."""
+    """bool [S, longest], times the tokens of a page if single ones are read: what queries [B, Hq, 1, D] choose."""
     grouped = q.view(store.rows * store.heads, -1, q.shape[-1])
-    choice = store._choose(grouped, store.table.ids(), store.table.counts, 0.125)
+    choice, _ = store._choose(grouped, store.table.ids(), store.table.counts, 0.125)
     assert choice is not None
-    positions, valid, _ = choice
+    positions, valid = choice
     places = torch.arange(positions.shape[1]) < valid[:, None]
-    read = torch.zeros(len(positions), store.table.longest, dtype=torch.bool)
+    each = store.layout.page_size if store.by_tokens else 1
+    read = torch.zeros(len(positions), store.table.longest * each, dtype=torch.bool)
     read[torch.arange(len(positions))[:, None].expand_as(positions)[places], positions[places]] = True
     assert bool((read.sum(1) == valid).all())
     return read
@@ -135,7 +154,9 @@ def test_rules_are_their_definitions(
     for s, count in enumerate(counts):
         logits[s, count:] = garbage
     ruled = Given(**rule, heads=how, first=first, last=last, min_pages=minimum)
-    positions, valid = ruled.select(torch.zeros(0), {"logits": logits}, torch.tensor(counts), scale, per_row)
+    positions, valid = ruled.select(
+        torch.zeros(0), scale, Summaries({"logits": logits}, torch.tensor(counts), per_row, 16)
+    )
     assert positions.dtype == torch.int64
     assert positions.shape == (len(counts), max(int(valid.max()), 1))
     assert 0 <= int(positions.min()) <= int(positions.max()) < n
@@ -146,15 +167,16 @@ def test_rules_are_their_definitions(
         own = torch.stack([shares[i] for i in row]).mean(0) if common else shares[s]
         expected, gap = by_definition(ruled, own.tolist())
         read = positions[s, : int(valid[s])].tolist()
-        assert len(read) <= ruled.reads(count)
+        assert len(read) <= ruled.reads(count, 16)
         if ruled.top_p is None and ruled.threshold is None:
-            assert len(read) == ruled.reads(count)
+            assert len(read) == ruled.reads(count, 16)
         if gap > 1e-6:  # closer than float32 can tell
             assert read == expected
 
 
 def test_one_rule_at_a_time() -> None:
-    for cls, rule in ((Quest, "pages=64"), (MoBA, "pages=12")):
+    defaults = ((Quest, "pages=64"), (MoBA, "pages=12"), (NSA, "pages=16"), (Sketch, "keep=0.1"), (Dsa, "tokens=2048"))
+    for cls, rule in defaults:
         assert str(Stack((cls(),))) == f"{cls.name}({rule})"
         assert Stack((cls(keep=0.1),)) == Stack.parse(str(Stack((cls(keep=0.1),))))
     assert str(Stack.parse("quest(top_p=0.9, heads=common)")) == "quest(top_p=0.9, heads=common)"
@@ -173,6 +195,12 @@ def test_one_rule_at_a_time() -> None:
         "quest(min_pages=-1)": "min_pages must be zero or positive",
         "quest(summary_bits=4)": "summary_bits must be 8 or 16",
         "quest(share=0)": "share must be positive",
+        "quest(tokens=0)": "tokens must be positive",
+        "nsa(block=24)": "block must be a divisor of 64",
+        "nsa(share=2)": "share must be 1",
+        "sketch(rank=3)": "rank must be positive and even",
+        "sketch(bits=2)": "bits must be 4 or 8",
+        "dsa(rank=18)": "rank must be even and at most 16",
     }.items():
         with pytest.raises(SpecError, match=accepted):
             Stack.parse(spec)
@@ -198,7 +226,7 @@ def test_quest_bounds_every_key(
     keys = scale * torch.randn(5, size, dim) + offset * torch.randn(5, 1, dim).sign()
     keys = keys.clamp(-6e4, 6e4).to(dtype)
     quest = Quest(summary_bits=bits)
-    summary = quest.summarize(keys)
+    summary = quest.summarize(keys, keys)
     shape = PageShape(size, dim, dim, 1, dtype, torch.device("cpu"), 2)
     assert {name: (t.dtype, t.shape[1:]) for name, t in summary.items()} == {
         f.name: (f.dtype, f.shape) for f in quest.summary_fields(shape)
@@ -222,7 +250,7 @@ def test_moba_means(bits: int, tolerance: float) -> None:
     torch.manual_seed(0)
     keys, q = torch.randn(4, 64, 32), torch.randn(1, 5, 32)
     moba = MoBA(summary_bits=bits)
-    summary = moba.summarize(keys)
+    summary = moba.summarize(keys, keys)
     mean = keys.mean(1)
     assert float((decode(summary, MEAN) - mean).abs().max()) <= tolerance * float(mean.abs().max())
     got = moba.logits(q, {name: t[None] for name, t in summary.items()})
@@ -233,10 +261,12 @@ def test_moba_means(bits: int, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("rule", ["pages=999", "keep=1.0", "top_p=1.0, min_pages=99", "threshold=0.9, last=99"])
-def test_all_pages_are_dense_attention(name: str, quantizer: str, rule: str) -> None:
-    own = SELECTORS[name].replace("min_pages=0, ", "")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "rule", ["pages=999", "tokens=9999", "keep=1.0", "top_p=1.0, min_pages=99", "threshold=0.9, last=99"]
+)
+def test_everything_read_is_dense_attention(name: str, quantizer: str, rule: str) -> None:
+    own = SELECTORS[name].replace("min_pages=0, ", "").replace("last=0, ", "")
     store = store_of(f"{quantizer} + {name}({own}{rule}) + window(sinks=2, recent=16)")
     assert store.table.counts.min() == 0 < store.table.counts.max()
     q = torch.randn(3, 8, 1, 64)
@@ -249,29 +279,44 @@ def test_all_pages_are_dense_attention(name: str, quantizer: str, rule: str) -> 
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_page_that_is_not_read_is_never_touched(name: str, quantizer: str, rule: str) -> None:
+def test_what_is_not_read_is_never_touched(name: str, quantizer: str, rule: str) -> None:
+    if name in BY_TOKENS and "kivi" not in quantizer:
+        rule = rule.replace("threshold=0.2", "threshold=0.02")  # a token has less
     store = store_of(f"{quantizer} + {name}({SELECTORS[name]}{rule}) + window(recent=16)")
     q = 2 * torch.randn(3, 8, 1, 64)
     before, read = store.attend(q, 0.125), read_pages(store, q)
-    assert 0 < int(read.sum()) < store.table.total
-    assert store.read["pages"] == int(read.sum()) * store.layout.body_bytes
-    unread = (torch.arange(store.table.longest) < store.table.counts[:, None]) & ~read
-    store.pool.data[store.table.ids()[unread].long(), : store.layout.body_bytes] = 0xFF
+    each = store.layout.page_size if store.by_tokens else 1
+    assert store.by_tokens == (name in BY_TOKENS and "kivi" not in quantizer)
+    assert 0 < int(read.sum()) < store.table.total * each
+    assert store.read["pages"] == int(read.sum()) // each * store.layout.body_bytes
+    unread = (torch.arange(read.shape[1]) < store.table.counts[:, None] * each) & ~read
+    if store.by_tokens:
+        stream, token = unread.nonzero().unbind(1)
+        page = store.table.ids()[stream, token // each].long()
+        for field in store.layout.fields:
+            if not field.name.startswith("summary"):  # a page may be another stream's, too: there are no such here
+                row, at = field.nbytes // each, store.layout.offsets[field.name] + token % each * field.nbytes // each
+                store.pool.data[page[:, None], at[:, None] + torch.arange(row)] = 0xFF
+    else:
+        store.pool.data[store.table.ids()[unread].long(), : store.layout.body_bytes] = 0xFF
     store.pool.data[store.pool.free] = 0xFF
     after = store.attend(q, 0.125)
     assert torch.equal(before.out, after.out)
     assert torch.equal(before.lse, after.lse)
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_common_choice_is_the_same_for_all_heads(name: str) -> None:
-    own, common = (store_of(f"{name}({SELECTORS[name]}pages=3, heads={how})") for how in ("own", "common"))
+    rest = "pages=3, heads={}) + window(recent=16)"
+    own, common = (store_of(f"{name}({SELECTORS[name]}{rest.format(how)}") for how in ("own", "common"))
     q = 2 * torch.randn(3, 8, 1, 64)
     read = read_pages(common, q).unflatten(0, (3, 2))
     assert torch.equal(read[:, 0], read[:, 1])
     assert not torch.equal(read.flatten(0, 1), read_pages(own, q))
+    if name in BY_TOKENS:
+        return
     common.table.drop(torch.arange(common.table.longest)[None] < torch.tensor([[1]] + [[0]] * 5))
     with_gap = replace(common.plan.selector, heads="own")
     common_read = read_pages(common, q)
@@ -281,28 +326,34 @@ def test_a_common_choice_is_the_same_for_all_heads(name: str) -> None:
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
-STACKS = [
-    f"{name}({SELECTORS[name]}{rule}, summary_bits={bits})" for name in SELECTORS for rule in RULES for bits in (16, 8)
+STACKS = [(name, f"{rule}, summary_bits={bits}") for name in VECTORS for rule in RULES for bits in (16, 8)] + [
+    (name, f"{rule}, bits={bits}, rank=8") for name in BY_TOKENS for rule in RULES for bits in (4, 8)
 ]
 
 
-@pytest.mark.parametrize("spec", STACKS)
+@pytest.mark.parametrize(("name", "arguments"), STACKS)
 @pytest.mark.parametrize("tokens", [1, 70, 777])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_planned(spec: str, tokens: int, dtype: torch.dtype) -> None:
+def test_bytes_are_planned(name: str, arguments: str, tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    k, v = torch.randn(2, 3, tokens, 64).to(dtype), torch.randn(2, 3, tokens, 32).to(dtype)
+    spec = f"{name}({SELECTORS[name].replace('rank=12, ', '')}{arguments})"
+    k, v = torch.randn(2, 2, tokens, 64).to(dtype), torch.randn(2, 2, tokens, 32).to(dtype)
     store = LayerStore(Stack.parse(spec + " + int(bits=4) + window(sinks=2, recent=5)").plan(0, 1))
     store.start(k, v)
     store.write(k, v, None)
     given = (store.plan, 64, 32, tokens, dtype)
-    held = {name: size for name, size in store.held(set()).items() if size and name not in ("constants", "history")}
-    assert held == {name: 6 * size for name, size in held_parts(*given).items()}
+    held = {part: size for part, size in store.held(set()).items() if size and part not in ("constants", "history")}
+    planned = {part: 4 * size for part, size in held_parts(*given).items()}
+    if name == "sketch" and store.table.total:
+        fitted = store.index.queries.fitted.nbytes
+        shared = sum(t.nbytes for t in store.codec.constants())
+        assert planned.pop("constants") == store.held(set())["constants"] - fitted - shared
+    assert held == planned
     store.append(k[:, :, :1], v[:, :, :1])
-    store.attend(torch.randn(2, 6, 1, 64).to(dtype), 0.125)
-    planned, read = ({name: size for name, size in x.items() if size} for x in (read_parts(*given), store.read))
-    planned = {name: 6 * size for name, size in planned.items()}
-    if "top_p" in spec or "threshold" in spec:
+    store.attend(torch.randn(2, 8, 1, 64).to(dtype), 0.125)
+    planned, read = ({part: size for part, size in x.items() if size} for x in (read_parts(*given), store.read))
+    planned = {part: 4 * size for part, size in planned.items()}
+    if "top_p" in arguments or "threshold" in arguments:
         assert read.pop("pages", 0) <= planned.pop("pages", 0)
     assert read == planned
 

@@ -62,7 +62,7 @@ class Moments:
         self.sums = {name: total + self.sums[name] if self.tokens else total for name, total in chunk.items()}
         self.tokens += tokens
 
-    def statistics(self, output: Tensor | None = None) -> Statistics:
+    def result(self, output: Tensor | None = None) -> Statistics:
         """What was added so far; at least one token."""
         mean = {name: (total / self.tokens).cpu() for name, total in self.sums.items()}
         key, value = mean["key"], mean["value"]

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import MODEL, write
 
-import kvcomp.quantizers.calibration as module
+import kvcomp.calibration as module
 from kvcomp import SpecError, Stack
+from kvcomp.calibration import CalibrationError, digest, load
 from kvcomp.fingerprint import Fingerprint
-from kvcomp.quantizers.calibration import CalibrationError, digest, load
 from kvcomp.stages import PageShape
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Calibration files: what `kvcomp calibrate` writes, and the quantizers that read it."""
+"""Calibration files: what `kvcomp calibrate` writes, and the stages that read it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
 from kvcomp.fingerprint import Fingerprint
-from kvcomp.pages import Field
-from kvcomp.stages import Codec, PageShape, Quantizer
-
-from .basis import Basis
-from .codecs import GridCodec, Side
-from .statistics import Statistics
+from kvcomp.stages import PageShape, Stage
+from kvcomp.statistics import Moments
 
 KIND = "kvcomp calibration 2"
 FILE = "file that `kvcomp calibrate` wrote for this method and model"
@@ -64,8 +60,8 @@ class Calibration:
     def layers(self) -> list[int]:
         return sorted({int(name.partition(".")[0]) for name in self.tensors})
 
-    def tensor(self, name: str, shape: PageShape, *dims: int) -> Tensor:
-        """float32 [heads, *dims] of the layer that `shape` describes, on its device.
+    def tensor(self, name: str, shape: PageShape, *dims: int | None) -> Tensor:
+        """float32 [heads, *dims] of the layer that `shape` describes, on its device; None: any size.
 
         Raises:
             CalibrationError: the file lacks that layer, or has it for other heads or head dimensions.
@@ -77,7 +73,8 @@ class Calibration:
                 f"{str(self.path)!r} has no {name} of layer {shape.layer}, only layers {layers}: calibrate the model "
                 "that the cache is for"
             )
-        if tuple(found.shape) != (shape.heads, *dims):
+        wanted = (shape.heads, *dims)
+        if found.dim() != len(wanted) or any(w not in (None, n) for w, n in zip(wanted, found.shape, strict=True)):
             raise CalibrationError(
                 f"{str(self.path)!r} has {found.shape[0]} KV heads of {found.shape[1]} channels in layer "
                 f"{shape.layer}, and the cache {shape.heads} of {dims[0]}: calibrate the model that the cache is for"
@@ -181,29 +178,30 @@ def _read(path: Path, changed: int, size: int) -> Calibration:
     )
 
 
-class Calibrated(Quantizer):
-    """A quantizer whose bases come from a calibration file, which its argument `calibration` names.
+class Seen(Protocol):
+    """What calibration keeps of one layer while the model reads: chunks of post-RoPE tensors go in, without padding."""
 
-    Subclasses say what a page's fields are (`sides`), what the file has to hold (`calibrate`) and how bases are made of
-    that (`bases`). Fields need no file: a plan is made before there is one.
+    def add(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Add a chunk: queries [B, Hq, n, Dk], keys [B, H, n, Dk], values [B, H, n, Dv]."""
 
-    required: whether there is no other way, such as fitting the bases to the prompt.
+    def result(self, output: Tensor | None) -> Any:
+        """What `Calibrated.calibrate` gets; output as in `Statistics`."""
+
+
+class Calibrated(Stage):
+    """A stage that reads a calibration file, which its argument `calibration` names.
+
+    required: whether there is no other way, such as fitting to the prompt. seen: what it is computed from.
     """
 
     required: ClassVar[bool] = True
+    seen: ClassVar[type[Seen]] = Moments
     calibration: str | None
 
     @classmethod
-    def calibrate(cls, stats: Statistics) -> dict[str, Tensor]:
-        """Tensors of one layer, each [H, ...]; keyword-only arguments are settings, and are recorded in the file."""
-        raise NotImplementedError
-
-    def sides(self, shape: PageShape) -> tuple[Side, Side]:
-        """The grids of K and of V."""
-        raise NotImplementedError
-
-    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
-        """The bases of K and of V."""
+    def calibrate(cls, seen: Any) -> dict[str, Tensor]:
+        """Tensors of one layer, each [H, ...], from what `Seen.result` gave; keyword-only arguments are settings, and
+        are recorded in the file."""
         raise NotImplementedError
 
     def load(self) -> Calibration:
@@ -217,12 +215,6 @@ class Calibrated(Quantizer):
                 f"{self.name} needs calibration='FILE', a file that `kvcomp calibrate --method {self.name}` wrote"
             )
         return load(self.calibration, self.name)
-
-    def fields(self, shape: PageShape) -> tuple[Field, ...]:
-        return tuple(field for side in self.sides(shape) for field in side.fields)
-
-    def codec(self, shape: PageShape) -> Codec:
-        return GridCodec(*self.sides(shape), *self.bases(self.load(), shape))
 
     def serves(self, model: Callable[[], Fingerprint]) -> None:
         if self.calibration is None and not self.required:

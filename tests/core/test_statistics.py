@@ -7,7 +7,7 @@ import torch
 from synthetic import chunk, statistics
 from torch import Tensor
 
-from kvcomp.quantizers.statistics import Moments, Statistics, weighted_directions
+from kvcomp.statistics import Moments, Statistics, weighted_directions
 
 
 def test_moments_are_those_of_the_tokens_of_each_head() -> None:
@@ -32,7 +32,7 @@ def statistics_of(chunks: list[tuple[Tensor, Tensor, Tensor]]) -> Statistics:
     moments = Moments()
     for piece in chunks:
         moments.add(*piece)
-    return moments.statistics()
+    return moments.result()
 
 
 def test_chunks_of_any_size_add_up() -> None:

@@ -1,0 +1,152 @@
+"""Sketch: a few coordinates of every key, in 4 bits, tell which tokens to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvcomp.fitting import QueryMoments
+from kvcomp.kernels.select import code_dots
+from kvcomp.pages import Field
+from kvcomp.registry import register
+from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.statistics import weighted_directions
+
+from .codes import BITS, CODES, code_fields, encode, step
+from .ranked import RankedSelector
+
+DAMPING = 0.1  # share of the mean weight that every direction gets: queries to come are not quite those of the prompt
+
+
+class Directions(Index):
+    """Per stream, fitted when its first page is written: `write` [S, D, r] and `offset` [S, r] give the coordinates of
+    keys in steps, `read` [S, D, r] those of queries, times the steps."""
+
+    def __init__(self, selector: Sketch, shape: PageShape) -> None:
+        super().__init__(selector)
+        self.bits = selector.bits
+        self.queries = QueryMoments(shape.k_dim, shape.device)
+        self.write = torch.zeros(0, shape.k_dim, selector.rank, device=shape.device)
+        self.read = self.write.clone()
+        self.offset = torch.zeros(0, selector.rank, device=shape.device)
+
+    def observe(self, streams: Tensor, queries: Tensor) -> None:
+        self.queries.add(streams, queries)
+
+    def fit(self, streams: Tensor, keys: Tensor) -> None:
+        new = self.queries.missing(streams)
+        if not bool(new.any()):
+            return
+        ours, x = streams[new], keys[new].double()
+        mean = x.mean(1, keepdim=True)
+        x = x - mean
+        weight = self.queries.take(ours).double()
+        write, read = weighted_directions(x.mT @ x / x.shape[1], weight, DAMPING)
+        write, read = (directions[..., : self.write.shape[-1]] for directions in (write, read))
+        steps = step((x @ write).square().mean(1, keepdim=True).sqrt(), self.bits)  # [s, 1, r]
+        self._room(int(streams.max()) + 1)
+        self.write = self.write.index_put((ours,), (write / steps).float())  # forks share the old ones
+        self.read = self.read.index_put((ours,), (read * steps).float())
+        self.offset = self.offset.index_put((ours,), (mean @ (write / steps)).squeeze(1).float())
+
+    def _room(self, streams: int) -> None:
+        missing = streams - len(self.write)
+        if missing > 0:
+            self.write, self.read = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (self.write, self.read))
+            self.offset = F.pad(self.offset, (0, 0, 0, missing))
+
+    def summarize(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        return encode(torch.bmm(keys.float(), self.write[streams]) - self.offset[streams][:, None], self.bits)
+
+    def choose(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
+        self._room(len(queries))
+        return self.selector.select(torch.bmm(queries.float(), self.read), scale, held)
+
+    def constants(self) -> list[Tensor]:
+        return [self.write, self.read, self.offset, *self.queries.constants()]
+
+    def adapted(self) -> list[Tensor]:
+        return [self.read]
+
+    def select(self, streams: Tensor) -> None:
+        self._room(int(streams.max()) + 1 if len(streams) else 0)
+        self.write, self.read, self.offset = self.write[streams], self.read[streams], self.offset[streams]
+        self.queries.select(streams)
+
+    def fork(self) -> Directions:
+        twin = super().fork()
+        assert isinstance(twin, Directions)
+        twin.queries = self.queries.fork()
+        return twin
+
+    def state(self) -> dict[str, Tensor]:
+        return {"write": self.write, "read": self.read, "offset": self.offset} | self.queries.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.write, self.read, self.offset = state["write"], state["read"], state["offset"]
+        self.queries.restore(state)
+
+
+@register("sketch")
+@dataclass(frozen=True)
+class Sketch(RankedSelector):
+    """Sketch: a decode query reads the single tokens that a few coordinates of their keys promise most attention.
+
+    A page holds `rank` coordinates of each key in `bits` bits: 8 bytes a token, where a key of 128 channels and its
+    value are 512 in bfloat16. They lie along the directions that matter most to q . k, as in `klt`: per KV head, the
+    eigenvectors of S^1/2 C S^1/2, S the second moment of the prompt's queries and C the covariance of its keys, fitted
+    when the first page is written. So no calibration is needed, and the scan gives every token an estimate of its
+    attention, where methods of pages mix near and far. Tokens are read one by one where the quantizer's fields are per
+    token (none, int8, turboquant, klt, ...); else, as with kivi, whole pages by the sum of what their tokens promise.
+    Cf. Loki (principal components of keys) and Double Sparsity (a few of their channels).
+    """
+
+    paper: ClassVar[str] = "kvcomp; cf. arXiv:2406.02542, arXiv:2408.07092"
+    by_tokens: ClassVar[bool] = True
+
+    rank: int = arg(16, "coordinates of a key, even")
+    bits: int = arg(4, "bits of a coordinate, 4 or 8")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.rank > 0 and self.rank % 2 == 0, "rank", "positive and even")
+        self.check(self.bits in BITS, "bits", "4 or 8")
+
+    @property
+    def default(self) -> tuple[str, float]:
+        return "keep", 0.1
+
+    @property
+    def default_window(self) -> tuple[int, int]:
+        return 4, 64
+
+    @property
+    def page_multiple(self) -> int:
+        return 16  # what is not in pages yet is read in full: little
+
+    @property
+    def needs_queries(self) -> bool:
+        return True
+
+    def index(self, shape: PageShape) -> Directions:
+        self._fits(shape)
+        return Directions(self, shape)
+
+    def index_bytes(self, shape: PageShape) -> tuple[int, int]:
+        directions = shape.k_dim * self.rank * torch.float32.itemsize
+        return 2 * directions + self.rank * torch.float32.itemsize, directions
+
+    def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
+        self._fits(shape)
+        return code_fields(shape.page_size, self.rank, self.bits)
+
+    def _fits(self, shape: PageShape) -> None:
+        self.check(self.rank <= shape.k_dim, "rank", f"at most the {shape.k_dim} channels of a key")
+
+    def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
+        return code_dots(queries, summary[CODES], self.bits)

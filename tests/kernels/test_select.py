@@ -1,0 +1,101 @@
+"""What selectors compute in C against its specification in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcomp.kernels import cpu, select
+from kvcomp.pages import SUMMARY, Field, PageLayout
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed")
+
+
+def specified(call: Callable[[], Tensor]) -> Tensor:
+    """What PyTorch gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: None)
+        return call()
+
+
+@given(
+    streams=st.integers(1, 5),
+    heads=st.sampled_from([1, 3, 4, 8]),
+    rank=st.sampled_from([2, 6, 8, 16, 64]),
+    pages=st.sampled_from([1, 3, 65, 130]),
+    size=st.sampled_from([16, 48, 64, 80, 128]),
+    bits=st.sampled_from([4, 8]),
+)
+@settings(deadline=None, max_examples=60)
+def test_code_dots(streams: int, heads: int, rank: int, pages: int, size: int, bits: int) -> None:
+    torch.manual_seed(rank * pages)
+    record = torch.randint(0, 256, (streams, pages, rank * bits // 8 * size + 32), dtype=torch.uint8)
+    codes = record[..., 16 : 16 + rank * bits // 8 * size].unflatten(-1, (-1, size))  # strided, as in a page
+    q = torch.randn(streams, heads, rank)
+    got, expected = select.code_dots(q, codes, bits), specified(lambda: select.code_dots(q, codes, bits))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3 * 2**bits / 16)
+    plain = codes.float() if bits == 8 else torch.cat([codes & 15, codes >> 4], 2).float()
+    by_definition = torch.einsum("sjr,snrp->sjnp", q, plain + 0.5 - 2 ** (bits - 1)).flatten(2)
+    torch.testing.assert_close(got, by_definition, rtol=1e-4, atol=1e-3 * 2**bits / 16)
+
+
+@given(
+    counts=st.lists(st.integers(0, 700), min_size=1, max_size=5),
+    heads=st.sampled_from([1, 3, 8]),
+    size=st.sampled_from([0.1, 10.0, 1000.0]),
+    spoilt=st.sampled_from([None, float("nan"), float("inf"), float("-inf")]),
+)
+@settings(deadline=None, max_examples=80)
+def test_shares(counts: list[int], heads: int, size: float, spoilt: float | None) -> None:
+    torch.manual_seed(sum(counts))
+    n = max(*counts, 1)
+    logits, held = size * torch.randn(len(counts), heads, n), torch.tensor(counts)
+    logits.masked_fill_((torch.arange(n) >= held[:, None])[:, None], float("nan"))  # what is not there is not read
+    if spoilt is not None:
+        logits[0, 0, 0] = spoilt
+    expected = specified(lambda: select.shares(logits.clone(), held))
+    got = select.shares(logits.clone(), held)
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-7)
+    if spoilt is None:
+        torch.testing.assert_close(got.sum(1), (held > 0).float(), rtol=1e-4, atol=1e-4)
+
+
+@given(
+    data=st.data(),
+    n=st.sampled_from([1, 2, 17, 700, 3000]),
+    streams=st.integers(1, 4),
+    levels=st.sampled_from([1, 2, 5, 10**6]),
+)
+@settings(deadline=None, max_examples=120)
+def test_largest(data: st.DataObject, n: int, streams: int, levels: int) -> None:
+    torch.manual_seed(n + streams)
+    x = torch.randint(0, levels, (streams, n)).float()  # few levels: many equals
+    wanted = torch.tensor([data.draw(st.integers(0, n)) for _ in range(streams)])
+    got = select.largest(x, wanted)
+    assert got.shape == (streams, max(int(wanted.max()), 1))
+    for row, places, k in zip(x, got, wanted.tolist(), strict=True):
+        assert bool((places[:k].diff() > 0).all())
+        torch.testing.assert_close(row[places[:k]].sort().values, row.sort().values[n - k :])
+        assert bool((places[k:] == n - 1).all())
+
+
+def test_regroup() -> None:
+    torch.manual_seed(0)
+    fields = (
+        Field("k", (16, 40), torch.uint8),
+        Field("scale", (16, 3), torch.float16),
+        Field("v", (16, 5), torch.float32),
+    )
+    layout = PageLayout(16, (*fields, Field(f"{SUMMARY}mean", (8,), torch.float16)))
+    pool = torch.randint(0, 256, (30, layout.bytes_per_page), dtype=torch.uint8)
+    ids = torch.randint(0, 30, (4, 7), dtype=torch.int32)
+    tokens = torch.randint(0, 7 * 16, (4, 48))
+    got = layout.views(select.regroup(layout, pool, ids, tokens))
+    expected = layout.views(specified(lambda: select.regroup(layout, pool, ids, tokens)))
+    for name in ("k", "scale", "v"):
+        assert torch.equal(got[name].view(torch.uint8), expected[name].view(torch.uint8))
