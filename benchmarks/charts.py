@@ -33,20 +33,20 @@ def scatter(points: Sequence[Point], label: str) -> str:
     return _svg(drawn)
 
 
-def lines(points: Sequence[Point], label: str, what: str = ACCURACY) -> str:
+def lines(points: Sequence[Point], label: str, what: str = ACCURACY, scale: float | None = 100) -> str:
     """Draw accuracy (or `what` else) over x, logarithmic: a line per series, its points and intervals side by side at
-    each x."""
-    numbers = list(dict.fromkeys(point.number for point in points))
-    with _drawing(label, [point.x for point in points], label, exact=True, what=what) as (axes, drawn):
+    each x. scale: of the axis, 100 for percent; None: plain numbers from 0."""
+    numbers, xs_of_all = list(dict.fromkeys(point.number for point in points)), [point.x for point in points]
+    with _drawing(label, xs_of_all, label, True, what, scale is not None) as (axes, drawn):
         for place, number in enumerate(numbers):
             shift = 1.02 ** (place - (len(numbers) - 1) / 2)
             mine = [point._replace(x=point.x * shift) for point in points if point.number == number]
             for point in mine:
-                _interval(axes, point, point.x)
-            xs, ys = [point.x for point in mine], [100 * point.accuracy for point in mine]
+                _interval(axes, point, point.x, scale or 1)
+            xs, ys = [point.x for point in mine], [(scale or 1) * point.accuracy for point in mine]
             axes.plot(xs, ys, "o-", color=_colour(mine[0]), ms=6, lw=1.5)
         last = max(point.x for point in points)
-        _number(axes, [point for point in points if point.x == last])
+        _number(axes, [point for point in points if point.x == last], scale or 1)
     return _svg(drawn)
 
 
@@ -54,16 +54,16 @@ def _colour(point: Point) -> str:
     return PALETTE[(point.number - 1) % len(PALETTE)]
 
 
-def _interval(axes: Any, point: Point, x: float) -> None:
-    axes.plot([x] * 2, [100 * point.low, 100 * point.high], color=_colour(point), alpha=0.5, lw=2)
+def _interval(axes: Any, point: Point, x: float, scale: float = 100) -> None:
+    axes.plot([x] * 2, [scale * point.low, scale * point.high], color=_colour(point), alpha=0.5, lw=2)
 
 
-def _number(axes: Any, points: Sequence[Point]) -> None:
+def _number(axes: Any, points: Sequence[Point], scale: float = 100) -> None:
     """Write each point's number beside it, higher where another one is in the way."""
     written: list[tuple[float, float]] = []
     for point in points:
-        x, y = point.x, 100 * point.accuracy
-        close = sum(1 / 1.2 < x / other < 1.2 and abs(y - height) < 12 for other, height in written)
+        x, y = point.x, scale * point.accuracy
+        close = sum(1 / 1.2 < x / other < 1.2 and abs(y - height) < 0.12 * scale for other, height in written)
         axes.annotate(
             str(point.number), (x, y), (6 + 12 * (close // 3), 3 + 11 * (close % 3)), textcoords="offset points"
         )
@@ -72,7 +72,7 @@ def _number(axes: Any, points: Sequence[Point]) -> None:
 
 @contextmanager
 def _drawing(
-    label: str, xs: Sequence[float], salt: str, exact: bool = False, what: str = ACCURACY
+    label: str, xs: Sequence[float], salt: str, exact: bool = False, what: str = ACCURACY, percent: bool = True
 ) -> Iterator[tuple[Any, io.StringIO]]:
     """Give axes to draw on, and where their SVG will be. exact: ticks at the values instead of powers of two."""
     import matplotlib
@@ -103,8 +103,11 @@ def _drawing(
         axes.set_xticks(ticks, [f"{tick:g}" if tick < 1e6 else f"{tick:.0f}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylim(-4, 118)
-        axes.set_yticks(range(0, 101, 20))
+        if percent:
+            axes.set_ylim(-4, 118)
+            axes.set_yticks(range(0, 101, 20))
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel(label)
         axes.set_ylabel(what)
         axes.grid(alpha=0.2)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch import Tensor
 from kvcomp.attention import Part, attend, merge
 from kvcomp.errors import KvcompWarning
 from kvcomp.exact import Tokens
+from kvcomp.kernel_layout import Sides
 from kvcomp.pages import PageLayout
 from kvcomp.stages import Codec
 
@@ -21,6 +25,12 @@ MISSING = (
     "the C kernel is not installed, so attention over compressed pages runs in PyTorch, several times slower: "
     "install kvcomp again where there is a C compiler (gcc or clang)"
 )
+NO_TRITON = (
+    "triton is not installed, so attention over compressed pages runs in PyTorch on the GPU, several times slower: "
+    "pip install triton"
+)
+_reference_only = False
+OLDEST_GPU = (8, 0)  # compute capability: the first with products of bfloat16
 
 
 def attend_pages(
@@ -40,6 +50,8 @@ def attend_pages(
     if sides is None or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
         part = reference.attend_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages)
         return _with_tokens(queries, tokens, scale, softcap, part)
+    if pool.is_cuda:
+        return by_triton(queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens)
     pages = cpu.Pages(pool, ids, counts, layout, sides)
     if codec.rotates or (tokens is not None and not cpu.readable(tokens)):
         rotated, bias = codec.read_query(queries.float())
@@ -48,11 +60,43 @@ def attend_pages(
     return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
 
 
+def by_triton(
+    queries: Tensor,
+    pool: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    layout: PageLayout,
+    codec: Codec,
+    sides: Sides,
+    scale: float,
+    softcap: float | None,
+    lse_of_pages: bool,
+    tokens: Tokens | None,
+) -> Part:
+    """As `attend_pages`, by the Triton kernels; exact where queries are float32."""
+    from . import triton
+
+    pages = triton.Pages(pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device))
+    if not codec.rotates:
+        return triton.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
+    rotated, bias = codec.read_query(queries.float())
+    part = triton.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
+    part = part._replace(out=codec.read_output(part.out))
+    if tokens is None:
+        return part
+    return triton.attend(queries, None, tokens, scale, softcap, prior=part)._replace(groups=part.groups)
+
+
 def attend_tokens(
     queries: Tensor, tokens: Tokens, scale: float, softcap: float | None = None, prior: Part | None = None
 ) -> Part:
     """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
-    if queries.shape[1] <= MOST_ROWS and cpu.library() is not None and cpu.readable(tokens):
+    few = queries.shape[1] <= MOST_ROWS and not _reference_only
+    if few and queries.is_cuda and _gpu_obstacle(queries.device) is None:
+        from . import triton
+
+        return triton.attend(queries, None, tokens, scale, softcap, prior=prior)
+    if few and cpu.library() is not None and cpu.readable(tokens):
         return cpu.attend(queries, None, tokens, scale, softcap, prior=prior)
     longest, visible = tokens.keys.shape[1], None
     if bool((tokens.counts < longest).any()):
@@ -71,28 +115,60 @@ def explain(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 
     why = obstacle(codec, layout, device, rows)
     if why is not None:
         return f"PyTorch: {why}"
+    if device.type == "cuda":
+        return f"Triton, {torch.cuda.get_device_name(device)}"
     return f"C, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Inside, everything is computed by the reference: what kernels are checked against."""
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
 
 
 def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 1) -> str | None:
     """Why pages are read by the reference; None: they are not."""
-    if device.type != "cpu":
+    if _reference_only:
+        return "it was asked for"
+    if device.type not in ("cpu", "cuda"):
         return f"there is no other kernel for {device.type}"
     sides = codec.kernel_sides()
     if sides is None:
         return f"{type(codec).__name__} does not tell kernels how to read its pages"
+    why = _gpu_obstacle(device, sides) if device.type == "cuda" else _cpu_obstacle(sides, layout)
+    if why is None and rows > MOST_ROWS:
+        return f"{rows} queries of a stream are more than {MOST_ROWS}"
+    return why
+
+
+def _cpu_obstacle(sides: Sides, layout: PageLayout) -> str | None:
     for side in sides:
         if (why := cpu.described(side, layout).obstacle) is not None:
             return why
     if cpu.library() is None:
-        _warn()
+        _warn(MISSING)
         return MISSING
-    if rows > MOST_ROWS:
-        return f"{rows} queries of a stream are more than {MOST_ROWS}"
     return None
 
 
+def _gpu_obstacle(device: torch.device, sides: Sides | None = None) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return f"a GPU of compute capability {capability[0]}.{capability[1]}, before {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    if find_spec("triton") is None:
+        _warn(NO_TRITON)
+        return NO_TRITON
+    from . import triton
+
+    return None if sides is None else triton.obstacle(sides)
+
+
 @cache
-def _warn() -> None:
+def _warn(what: str) -> None:
     """Once in a process."""
-    warnings.warn(MISSING, KvcompWarning, stacklevel=2)
+    warnings.warn(what, KvcompWarning, stacklevel=2)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from kvcomp import cli_calibrate, cli_data, cli_plan, cli_report
+from kvcomp import cli_calibrate, cli_data, cli_doctor, cli_plan, cli_report, cli_speed
 from kvcomp.errors import KvcompError
 from kvcomp.options import whole_numbers
 
@@ -270,5 +270,7 @@ def bench(
 
 app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
 app.command(epilog=cli_plan.EXAMPLES)(cli_plan.plan)
+app.command(epilog=cli_speed.EXAMPLES)(cli_speed.speed)
+app.command(epilog=cli_doctor.EXAMPLES)(cli_doctor.doctor)
 app.command(epilog=cli_calibrate.EXAMPLES)(cli_calibrate.calibrate)
 app.add_typer(cli_data.app, name="data")

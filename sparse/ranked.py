@@ -84,21 +84,17 @@ class RankedSelector(Selector):
     def reads(self, pages: int, page_size: int) -> int:
         """How many of `pages` pages a step reads, or as many tokens: exact for pages, tokens and keep; all, the most,
         for top_p and threshold."""
-        return int(self._wanted(torch.tensor(pages), page_size))
-
-    def _wanted(self, counts: Tensor, page_size: int) -> Tensor:
-        """`reads` of many."""
-        wanted = counts
+        wanted = pages
         if self.pages is not None:
-            wanted = torch.full_like(counts, self.pages)
+            wanted = self.pages
         elif self.tokens is not None:
-            wanted = torch.full_like(counts, -(-self.tokens // page_size))
+            wanted = -(-self.tokens // page_size)
         elif self.keep is not None:
-            wanted = (counts.double() * self.keep).round().long().clamp_min(1)
-        return self._bounded(wanted, counts)
+            wanted = max(round(pages * self.keep), 1)
+        return self._bounded(wanted, pages)
 
-    def _bounded(self, wanted: Tensor, counts: Tensor) -> Tensor:
-        return wanted.clamp_min(max(self.min_pages, self.first + self.last)).minimum(counts)
+    def _bounded(self, wanted: int, pages: int) -> int:
+        return min(max(wanted, self.min_pages, self.first + self.last), pages)
 
     def select(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
         return self.best(self.logits(queries, held.fields) * scale, held)
@@ -110,21 +106,25 @@ class RankedSelector(Selector):
         share = shares(logits, counts * each)  # [S, n * u]
         if unit != each:
             share = share.unflatten(-1, (pages, each)).sum(-1)
-        counts, n = counts * unit, pages * unit
         if self.heads == "common":
             share = _common(share, counts, held.heads)
-        place, exists = torch.arange(n, device=counts.device), _exists(n, counts)
-        forced = exists & ((place < self.first * unit) | (place >= counts[:, None] - self.last * unit))
-        ranks = (share + 2.0 * forced).masked_fill(~exists, -1)
-        valid = self._wanted(held.counts, size)
+        own = counts.tolist()
+        wanted, ranks, forced = [self.reads(count, size) for count in own], share, None
+        exists = _exists(pages * unit, counts * unit)
+        if self.first or self.last:
+            place = torch.arange(pages * unit, device=counts.device)
+            forced = exists & ((place < self.first * unit) | (place >= (counts[:, None] - self.last) * unit))
+            ranks = ranks + 2.0 * forced
+        ranks = ranks.masked_fill(~exists, -1)
         if self.top_p is not None:
             ordered = share.gather(1, ranks.sort(-1, descending=True).indices)
-            wanted = (ordered.cumsum(-1) < self.top_p).sum(-1) + 1
-            valid = self._bounded(-(-wanted // unit), held.counts)
+            enough = ((ordered.cumsum(-1) < self.top_p).sum(-1) + 1).tolist()
+            wanted = [self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
         elif self.threshold is not None:
-            wanted = (((share >= self.threshold) | forced) & exists).sum(-1)
-            valid = self._bounded(-(-wanted // unit), held.counts)
-        valid = valid * unit
+            taken = share >= self.threshold if forced is None else (share >= self.threshold) | forced
+            enough = (taken & exists).sum(-1).tolist()
+            wanted = [self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
+        valid = unit * torch.tensor(wanted, device=counts.device)
         return Choice(largest(ranks, valid, unit), valid)
 
 

@@ -15,30 +15,60 @@
 #endif
 enum { PAGES = 64, MOST = 64 }; /* pages at a time; tokens of a page handled at a time */
 
-/* out[j][t] = sum_c q[j][c] * code[c][t] + offset[j], for n tokens; 4 bits: channel c in the low half of row c, and
- * channel rows + c in its high half. */
-FAST static void dots_of_page(const float *q, const float *offset, const uint8_t *codes, int64_t heads, int64_t rows,
-                              int bits, int64_t n, int64_t row_bytes, float *out, int64_t out_stride) {
+/* out[j][t] = sum_c q[j][c] * code[c][t] + offset[j], for the n = pages * size tokens of a few pages; 4 bits: channel c in
+ * the low half of row c of a page, and channel rows + c in its high half. Inlined: size may be a constant. */
+static inline __attribute__((always_inline)) void dots(const float *q, const float *offset, const uint8_t *codes,
+                                                       int64_t page_bytes, int64_t pages, const int64_t size,
+                                                       int64_t row_bytes, int64_t heads, int64_t rows, int bits, float *out,
+                                                       int64_t out_stride) {
     float low[MOST], high[MOST];
-    int64_t channels = bits == 4 ? 2 * rows : rows;
+    int64_t channels = bits == 4 ? 2 * rows : rows, n = pages * size;
     for (int64_t j = 0; j < heads; j++)
         for (int64_t t = 0; t < n; t++) out[j * out_stride + t] = offset[j];
     for (int64_t c = 0; c < rows; c++) {
-        const uint8_t *from = codes + c * row_bytes;
-        if (bits == 4) {
-            for (int64_t t = 0; t < n; t++) low[t] = (float)(int32_t)(from[t] & 15);
-            for (int64_t t = 0; t < n; t++) high[t] = (float)(int32_t)(from[t] >> 4);
-        } else {
-            for (int64_t t = 0; t < n; t++) low[t] = (float)(int32_t)from[t];
+        for (int64_t p = 0; p < pages; p++) {
+            const uint8_t *from = codes + p * page_bytes + c * row_bytes;
+            float *first = low + p * size, *second = high + p * size;
+            if (bits == 8) {
+#pragma omp simd
+                for (int64_t t = 0; t < size; t++) first[t] = (float)(int32_t)from[t];
+            } else {
+#pragma omp simd
+                for (int64_t t = 0; t < size; t++) {
+                    first[t] = (float)(int32_t)(from[t] & 15);
+                    second[t] = (float)(int32_t)(from[t] >> 4);
+                }
+            }
         }
         for (int64_t j = 0; j < heads; j++) {
             float *to = out + j * out_stride, first = q[j * channels + c];
-            for (int64_t t = 0; t < n; t++) to[t] += first * low[t];
-            if (bits == 4) {
+            if (bits == 8) {
+#pragma omp simd
+                for (int64_t t = 0; t < n; t++) to[t] += first * low[t];
+            } else {
                 float second = q[j * channels + rows + c];
-                for (int64_t t = 0; t < n; t++) to[t] += second * high[t];
+#pragma omp simd
+                for (int64_t t = 0; t < n; t++) to[t] += first * low[t] + second * high[t];
             }
         }
+    }
+}
+
+/* `dots` of the pages [from, to) of a stream, of `size` tokens. */
+FAST static void dots_of_pages(const float *q, const float *offset, const uint8_t *codes, int64_t page_bytes, int64_t from,
+                               int64_t to, int64_t heads, int64_t rows, int bits, int64_t size, float *out,
+                               int64_t out_stride) {
+    int64_t each = size < MOST ? MOST / size : 1;
+    for (int64_t p = from; p < to; p += each) {
+        const uint8_t *page = codes + p * page_bytes;
+        int64_t n = to - p < each ? to - p : each;
+        float *here = out + p * size;
+        if (size == 16)
+            dots(q, offset, page, page_bytes, n, 16, 16, heads, rows, bits, here, out_stride);
+        else
+            for (int64_t t = 0; t < size; t += MOST)
+                dots(q, offset, page + t, page_bytes, n, size - t < MOST ? size - t : MOST, size, heads, rows, bits,
+                     here + t, out_stride);
     }
 }
 
@@ -50,20 +80,15 @@ void kvcomp_code_dots(const float *q, const float *offset, const uint8_t *codes,
 #pragma omp parallel for schedule(static) if (streams * blocks > 8)
     for (int64_t i = 0; i < streams * blocks; i++) {
         int64_t s = i / blocks, from = i % blocks * PAGES, to = from + PAGES < pages ? from + PAGES : pages;
-        for (int64_t p = from; p < to; p++) {
-            const uint8_t *page = codes + s * stream_bytes + p * page_bytes;
-            for (int64_t t = 0; t < size; t += MOST) {
-                int64_t n = size - t < MOST ? size - t : MOST;
-                dots_of_page(q + s * heads * channels, offset + s * heads, page + t, heads, rows, (int)bits, n, size,
-                             out + s * heads * pages * size + p * size + t, pages * size);
-            }
-        }
+        dots_of_pages(q + s * heads * channels, offset + s * heads, codes + s * stream_bytes, page_bytes, from, to, heads,
+                      rows, (int)bits, size, out + s * heads * pages * size, pages * size);
     }
 }
 
 /* x[i] = exp(x[i] - most), to 2e-7 relative; returns their sum. */
 FAST static float soften(float *x, int64_t n, float most) {
     float sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) {
         float y = x[i] - most;
         y = y > -87.0f ? y : -87.0f;
@@ -79,17 +104,21 @@ FAST static float soften(float *x, int64_t n, float most) {
         e = e * r + 4.1665795894e-2f;
         e = e * r + 1.6666665459e-1f;
         e = e * r + 5.0000001201e-1f;
-        x[i] = (e * r * r + r + 1.0f) * two.f;
+        y = (e * r * r + r + 1.0f) * two.f;
+        x[i] = y;
+        sum += y;
     }
-    for (int64_t i = 0; i < n; i++) sum += x[i];
     return sum;
 }
 
 /* The largest of x; no number where one of them is none, or is infinite. */
 FAST static float largest(const float *x, int64_t n) {
     float most = -INFINITY, wrong = 0;
-    for (int64_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-    for (int64_t i = 0; i < n; i++) wrong += x[i] * 0.0f;
+#pragma omp simd reduction(max : most) reduction(+ : wrong)
+    for (int64_t i = 0; i < n; i++) {
+        most = x[i] > most ? x[i] : most;
+        wrong += x[i] * 0.0f;
+    }
     return most + wrong;
 }
 
@@ -109,48 +138,58 @@ void kvcomp_shares(float *logits, const int64_t *counts, int64_t streams, int64_
         }
 }
 
-/* The k-th largest of x [n], which is reordered; 0 < k <= n. */
-static float kth(float *x, int64_t n, int64_t k) {
-    int64_t from = 0, to = n - 1;
-    while (from < to) {
-        float pivot = x[from + (to - from) / 2];
-        int64_t i = from, j = to;
-        while (i <= j) {
-            while (x[i] > pivot) i++;
-            while (x[j] < pivot) j--;
-            if (i <= j) {
-                float y = x[i];
-                x[i++] = x[j], x[j--] = y;
-            }
+/* Numbers in the order of floats that are no nan. */
+static inline uint32_t ordered(float x) {
+    union {
+        float f;
+        uint32_t u;
+    } y = {x + 0.0f}; /* -0 is 0 */
+    return y.u & 0x80000000u ? ~y.u : y.u | 0x80000000u;
+}
+
+/* The k-th largest of `ordered` numbers x [n], 0 < k <= n, and in *above how many are larger: by their digits, the
+ * highest first, without a branch on what they are. Those that a digit leaves in question are gathered in room [n]. */
+static uint32_t kth(const uint32_t *x, int64_t n, int64_t k, uint32_t *room, int64_t *above) {
+    static const int shifts[] = {21, 10, 0};
+    uint32_t found = 0;
+    *above = 0;
+    for (int i = 0; i < 3; i++) {
+        int32_t count[2048] = {0}, mask = i < 2 ? 2047 : 1023;
+        int64_t left = 0;
+        uint32_t digit = mask;
+        for (int64_t t = 0; t < n; t++) count[x[t] >> shifts[i] & mask]++;
+        for (; *above + count[digit] < k; digit--) *above += count[digit];
+        for (int64_t t = 0; t < n; t++) {
+            uint32_t mine = x[t]; /* x may be room */
+            room[left] = mine;
+            left += (mine >> shifts[i] & mask) == digit;
         }
-        if (k - 1 <= j)
-            to = j;
-        else if (k - 1 >= i)
-            from = i;
-        else
-            break;
+        found |= digit << shifts[i];
+        x = room, n = left;
     }
-    return x[k - 1];
+    return found;
 }
 
 /* out [streams, width]: where the wanted[s] largest of x [streams, n] are, ascending, the first ones of equals; then
  * n - 1. Returns 0, or 1 where memory ran out. */
 int kvcomp_largest(const float *x, const int64_t *wanted, int64_t streams, int64_t n, int64_t width, int64_t *out) {
-    float *room = malloc(streams * n * sizeof(float) + 1);
+    uint32_t *room = malloc(2 * streams * n * sizeof(uint32_t) + 1);
     if (!room) return 1;
 #pragma omp parallel for schedule(static) if (streams > 1 && n > 512)
     for (int64_t s = 0; s < streams; s++) {
-        const float *mine = x + s * n;
-        int64_t k = wanted[s], at = 0, above = 0;
+        int64_t k = wanted[s], at = 0, above;
         int64_t *to = out + s * width;
         if (k > 0) {
-            float *copy = room + s * n;
-            memcpy(copy, mine, n * sizeof(float));
-            float least = kth(copy, n, k);
-            for (int64_t i = 0; i < n; i++) above += mine[i] > least;
+            uint32_t *mine = room + 2 * s * n;
+            for (int64_t i = 0; i < n; i++) mine[i] = ordered(x[s * n + i]);
+            uint32_t least = kth(mine, n, k, mine + n, &above);
             int64_t equals = k - above;
-            for (int64_t i = 0; i < n && at < k; i++)
-                if (mine[i] > least || (mine[i] == least && equals-- > 0)) to[at++] = i;
+            for (int64_t i = 0; i < n && at < k; i++) {
+                int64_t equal = mine[i] == least;
+                to[at] = i;
+                at += (mine[i] > least) | (equal & (equals > 0));
+                equals -= equal;
+            }
         }
         for (; at < width; at++) to[at] = n - 1;
     }

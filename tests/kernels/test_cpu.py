@@ -61,7 +61,7 @@ def filled(spec: str, pages: int, dims: tuple[int, int], dtype: torch.dtype) -> 
     codec.fit(stream[:1], k.flatten(0, 1)[None], v.flatten(0, 1)[None])
     fields = codec.encode(k, v, stream)
     if plan.selector is not None:
-        fields |= plan.selector.summarize(k)
+        fields |= plan.selector.summarize(k, v)
     pool.write(ids, fields)
     return pool, layout, codec
 

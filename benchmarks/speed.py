@@ -1,0 +1,225 @@
+"""Decode speed: attention of one layer alone, and whole decode steps of a model, every stack beside dense peers.
+
+What is compared runs in turns, a step each, so that a busy machine slows all of them alike; figures are medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kvcomp.errors import KvcompError
+from kvcomp.kernels import dispatch
+from kvcomp.layer import LayerStore
+from kvcomp.stack import Stack
+
+ATTENTION, MODEL = "attention", "model"
+SDPA, DYNAMIC = "sdpa", "DynamicCache + sdpa"
+QUANTO = "HF QuantizedCache, quanto 4 bit"
+WARM = 3  # steps of each that are not counted
+COPY = 1 << 28  # bytes of the tensor whose copy shows the bandwidth
+TOLERANCE = 2e-3  # relative error of attention against the reference
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median milliseconds of a step, and of its quartiles; bytes of the cache that it reads (0: not known)."""
+
+    what: str
+    label: str
+    context: int
+    batch: int
+    ms: float
+    low: float
+    high: float
+    read: int
+    ratio: float  # to the first of the same context and batch: how many times faster
+
+    @property
+    def gbps(self) -> float:
+        """Bytes of the cache that a second reads, in GB."""
+        return self.read / self.ms / 1e6
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Attention of one layer: query heads, KV heads, channels."""
+
+    query_heads: int
+    heads: int
+    k_dim: int
+    v_dim: int
+
+
+def bandwidth(device: torch.device) -> float:
+    """GB/s that a copy of a large tensor reads and writes."""
+    source = torch.zeros(COPY // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(7):
+        start = _now(device)
+        target.copy_(source)
+        seconds.append(_now(device) - start)
+    return 2 * COPY / statistics.median(seconds) / 1e9
+
+
+def attention(
+    geometry: Geometry,
+    stacks: Sequence[str],
+    context: int,
+    batch: int,
+    steps: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    layer: int,
+) -> list[Timing]:
+    """One decode query of each row over random K and V of one layer; each stack is checked against the reference.
+
+    Raises:
+        KvcompError: a kernel that does not agree with the reference.
+    """
+    torch.manual_seed(0)
+    shape = (batch, geometry.heads, context)
+    k, v = (torch.randn(*shape, dim, dtype=dtype, device=device) for dim in (geometry.k_dim, geometry.v_dim))
+    query = torch.randn(batch, geometry.query_heads, 1, geometry.k_dim, dtype=dtype, device=device)
+    scale = geometry.k_dim**-0.5
+
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(query, k, v, enable_gqa=True)
+
+    calls: dict[str, Callable[[], Any]] = {SDPA: dense}
+    read = {SDPA: k.nbytes + v.nbytes}
+    for spec in stacks:
+        stack = Stack.parse(spec)
+        store = LayerStore(stack.plan(layer, layer + 1))
+        store.start(k, v)
+        seen = query.expand(-1, -1, context, -1) + torch.randn(1, 1, context, 1, dtype=dtype, device=device)
+        store.write(k, v, None, seen if store.plan.needs_queries else None, scale)
+        calls[str(stack)] = _checked(store, query, scale, str(stack))
+        read[str(stack)] = sum(store.read.values())
+    return list(_timed(ATTENTION, calls, read, context, batch, steps, device))
+
+
+def _checked(store: LayerStore, query: Tensor, scale: float, label: str) -> Callable[[], Any]:
+    """A step of the store, once it agrees with the reference."""
+    fast = store.attend(query, scale).out
+    with dispatch.reference_only():
+        slow = store.attend(query, scale).out
+    error = float((fast - slow).norm() / slow.norm())
+    if not error < TOLERANCE:
+        raise KvcompError(f"{label}: the kernel is off by {error:.2g} of the reference's norm; its speed means nothing")
+    store.attend(query, scale)
+    return lambda: store.attend(query, scale)
+
+
+@torch.inference_mode()
+def model(
+    network: Any, tokenizer: Any, stacks: Sequence[str], context: int, batch: int, steps: int, peers: Sequence[str]
+) -> list[Timing]:
+    """Whole decode steps of a model after a prompt of `context` tokens of text, in `batch` equal rows.
+
+    Raises:
+        KvcompError: the packaged text is shorter, or the model's context is.
+    """
+    from transformers import DynamicCache
+
+    from kvcomp import CompressedCache
+    from kvcomp.integrations.huggingface import prefill
+
+    text = next(f for f in files("kvcomp.benchmarks").joinpath("data").iterdir() if f.name.endswith(".txt")).read_text()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :context]
+    if ids.shape[1] < context:
+        raise KvcompError(f"context: {context} is more than the {ids.shape[1]} tokens of the packaged text")
+    ids = ids.expand(batch, -1).to(network.device)
+    rows: list[Any] = [DynamicCache(config=network.config)]
+    network(ids, past_key_values=rows[0], logits_to_keep=1)
+    if QUANTO in peers:
+        rows.append(_quanto(network, rows[0]))
+    labels = [DYNAMIC, *peers]
+    caches = [CompressedCache(stack, network) for stack in stacks]
+    prefill(network, ids, caches)
+    token = ids[:, -1:]
+    calls: dict[str, Callable[[], Any]] = {}
+    read = dict.fromkeys(labels, 0)
+    for label, cache in zip([*labels, *(str(c.stack) for c in caches)], [*rows, *caches], strict=True):
+        if cache in caches:
+            calls[label] = partial(network, token, past_key_values=cache, logits_to_keep=1)
+            calls[label]()
+            read[label] = cache.traffic().read
+        else:
+            calls[label] = partial(_plain, network, token, cache)
+    return list(_timed(MODEL, calls, read, context, batch, steps, network.device))
+
+
+def _plain(network: Any, token: Tensor, cache: Any) -> None:
+    """A step of a model as the library has it, without kvcomp's attention in its way."""
+    with _unhooked(network):
+        network(token, past_key_values=cache, logits_to_keep=1)
+
+
+@contextmanager
+def _unhooked(network: Any) -> Iterator[None]:
+    config = network.config.get_text_config(decoder=True)
+    name = config._attn_implementation
+    config._attn_implementation = (name or "sdpa").removeprefix("kvcomp_")
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
+
+
+def peers() -> list[str]:
+    """Other caches that are installed."""
+    return [QUANTO] if find_spec("optimum") and find_spec("optimum.quanto") else []
+
+
+def _quanto(network: Any, dense: Any) -> Any:
+    """transformers' own cache of 4 bits, filled with what the dense one holds."""
+    from transformers import QuantizedCache
+
+    cache = QuantizedCache("quanto", network.config, nbits=4)
+    for i, layer in enumerate(dense.layers):
+        cache.update(layer.keys.clone(), layer.values.clone(), i)
+    return cache
+
+
+def _timed(
+    what: str,
+    calls: dict[str, Callable[[], Any]],
+    read: dict[str, int],
+    context: int,
+    batch: int,
+    steps: int,
+    device: torch.device,
+) -> Iterator[Timing]:
+    """Run all in turns, and compare them with the first."""
+    taken: dict[str, list[float]] = {label: [] for label in calls}
+    for step in range(WARM + steps):
+        for label, call in calls.items():
+            start = _now(device)
+            call()
+            if step >= WARM:
+                taken[label].append(1e3 * (_now(device) - start))
+            else:
+                _now(device)
+    first = statistics.median(next(iter(taken.values())))
+    for label, times in taken.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        yield Timing(what, label, context, batch, median, low, high, read[label], first / median)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

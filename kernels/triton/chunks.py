@@ -1,0 +1,230 @@
+"""Pages as the Triton kernels take them: each side cut into chunks of channels that one tile of a kernel reads.
+
+A chunk is up to `WIDEST` columns of `lanes` neighbouring channels each: a column is a number, or a byte of the widest
+plane of codes. Lane j of column i is channel `channel + i * lanes + j`. Kernels treat each lane as a tile of its own:
+codes are unpacked with a shift and a mask, and nothing moves between threads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcomp.kernel_layout import Codebook, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.pages import PageLayout
+
+NUMBERS, BOOK = "numbers", "book"  # x = number; x = book[code] * norm of the token
+OF_TOKEN, OF_CHANNEL, OF_BLOCK = "token", "channel", "block"  # x = code * scale + zero, by what has a scale in a chunk
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+NARROWEST, WIDEST = 16, 128  # columns: what tensor cores take, and what registers hold
+IDLE = 1.75  # what tiles may have in channels, of those that there are
+FOLDED = 32  # columns with a common scale from which on it folds into a product of its own
+TILE = 64  # tokens at once, at most: half of it where books, a quarter where many tiles of numbers fill the registers
+MANY = 16
+NOTHING = -1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some channels of a side. All places are in bytes from the start of a page, or of a stream's exact tokens.
+
+    columns: how many there are, in a tile of `block`. planes: (offset, bytes from a token to the next, width) of each,
+    the highest bits first. scale, zero: of the segment, float16 in rows of `groups`, a row for each `token_group`
+    tokens; `inner` is the chunk's first channel in the segment. middle: the code that is read as 0, for codes about 0
+    lose less in 16 bits; the zeros that are stored are those of code 0. book: its first entry among the side's.
+    """
+
+    kind: str
+    channel: int
+    lanes: int
+    columns: int
+    block: int
+    planes: tuple[tuple[int, int, int], ...]
+    dtype: str = ""
+    scale: int = NOTHING
+    zero: int = NOTHING
+    middle: int = 0
+    token_group: int = 1
+    channel_group: int = 1
+    groups: int = 1
+    inner: int = 0
+    book: int = NOTHING
+
+    @property
+    def adds(self) -> bool:
+        """Whether each token adds a zero to all of the chunk's channels."""
+        return self.kind == OF_TOKEN and self.zero != NOTHING
+
+    @property
+    def whole(self) -> bool:
+        """Whether codes have one plane, and a column is a byte of it."""
+        return len(self.planes) == 1 and self.lanes * self.planes[0][2] == 8
+
+
+Chunks = tuple[Chunk, ...]
+
+
+def cut(columns: int) -> Iterable[tuple[int, int, int]]:
+    """(first column, columns, width of the tile) of powers of two that cover `columns`; only the last has idle ones."""
+    at = 0
+    while at < columns:
+        left = columns - at
+        block = NARROWEST if left < NARROWEST else min(1 << left.bit_length() - 1, WIDEST)
+        yield at, min(left, block), block
+        at += block
+
+
+def numbers(channels: int, dtype: torch.dtype, channel: int = 0, offset: int = 0, stride: int = 0) -> Chunks:
+    """Chunks of numbers side by side; `stride` bytes a token, 0: as many as they are."""
+    size = dtype.itemsize
+    return tuple(
+        Chunk(NUMBERS, channel + at, 1, n, block, ((offset + at * size, stride or channels * size, 0),), DTYPES[dtype])
+        for at, n, block in cut(channels)
+    )
+
+
+def chunks(side: SideLayout, layout: PageLayout) -> Chunks:
+    """A side of pages."""
+    found: list[Chunk] = []
+    channel = book = 0
+    strides = {f.name: f.nbytes // layout.page_size for f in layout.fields}
+    for segment in side.segments:
+        if isinstance(segment, Numbers):
+            offset = layout.offsets[segment.field]
+            found += numbers(segment.channels, segment.dtype, channel, offset, strides[segment.field])
+        else:
+            found += _codes(segment, layout, strides, channel, book)
+        if isinstance(segment, Codebook):
+            book += len(segment.book)
+        channel += segment.channels
+    return tuple(found)
+
+
+def _codes(
+    segment: Uniform | Codebook, layout: PageLayout, strides: dict[str, int], channel: int, book: int
+) -> list[Chunk]:
+    offsets, lanes, columns = layout.offsets, lanes_of(segment), segment.channels // lanes_of(segment)
+    if isinstance(segment, Codebook):
+        kind, run = BOOK, columns
+        shared: dict[str, Any] = {"scale": offsets[segment.norm], "channel_group": segment.channels, "book": book}
+    else:
+        group = segment.channel_group // lanes
+        kind, run = (OF_CHANNEL if segment.token_group > 1 else OF_TOKEN), columns
+        if kind == OF_TOKEN and group < columns:
+            kind, run = (OF_BLOCK, columns) if group < FOLDED and power_of_two(group) else (OF_TOKEN, group)
+        shared = {
+            "scale": offsets[segment.scale],
+            "zero": NOTHING if segment.zero is None else offsets[segment.zero],
+            "middle": segment.middle if segment.zero is None else 1 << sum(p.width for p in segment.planes) - 1,
+            "token_group": segment.token_group,
+            "channel_group": segment.channel_group,
+            "groups": segment.channels // segment.channel_group,
+        }
+    found = []
+    for first in range(0, columns, run):
+        for at, n, block in cut(run):
+            inner = (first + at) * lanes
+            planes = tuple(
+                (offsets[p.field] + p.start + inner * p.width // 8, strides[p.field], p.width) for p in segment.planes
+            )
+            found.append(Chunk(kind, channel + inner, lanes, n, block, planes, inner=inner, **shared))
+    return found
+
+
+def power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def lanes_of(segment: Uniform | Codebook) -> int:
+    """Channels of a column: those of a byte of the widest plane, or fewer where tiles would be idle for the most part.
+
+    Then several columns read the same byte.
+    """
+    lanes = 8 // segment.planes[0].width
+    filled = {n: n * sum(block for _, _, block in cut(segment.channels // n)) for n in (8, 4, 2, 1) if n <= lanes}
+    return next(
+        (n for n, room in filled.items() if room <= IDLE * segment.channels), min(filled, key=filled.__getitem__)
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a kernel is compiled for: pages of `page_size` tokens and `page_bytes` bytes, in tiles of `tile` tokens."""
+
+    k: Chunks
+    v: Chunks
+    page_size: int
+    page_bytes: int
+    tile: int
+
+    @property
+    def lanes(self) -> int:
+        """Tiles of numbers that a tile of tokens is decoded into."""
+        return sum(chunk.lanes for side in (self.k, self.v) for chunk in side)
+
+    @property
+    def v_dim(self) -> int:
+        return sum(c.columns * c.lanes for c in self.v)
+
+    def __str__(self) -> str:
+        """A form that custom ops take; `parsed` reads it."""
+        return json.dumps(astuple(self), separators=(",", ":"))
+
+
+@cache
+def parsed(text: str) -> Description:
+    """Inverse of `str`."""
+    k, v, *sizes = json.loads(text)
+    sides = [tuple(_chunk(fields) for fields in side) for side in (k, v)]
+    return Description(sides[0], sides[1], *sizes)
+
+
+def _chunk(fields: list[Any]) -> Chunk:
+    fields[5] = tuple(map(tuple, fields[5]))
+    return Chunk(*fields)
+
+
+def described(sides: Sides, layout: PageLayout) -> Description:
+    """Pages of this layout whose K and V are to be read as `sides` say."""
+    shared = [s.token_group for side in sides for s in side.segments if isinstance(s, Uniform) and s.token_group > 1]
+    k, v = (chunks(side, layout) for side in sides)
+    description = Description(k, v, layout.page_size, layout.bytes_per_page, TILE)
+    most = TILE // 4 if description.lanes > MANY else TILE // 2 if any(c.kind == BOOK for c in (*k, *v)) else TILE
+    return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
+
+
+def within_pages(description: Description) -> Description:
+    """The same pages in tiles that lie within one page each."""
+    size = description.page_size
+    return replace(description, tile=min(description.tile, size & -size))
+
+
+def books(side: SideLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The entries [n] of all books of a side in the order of its segments; one idle entry where it has none."""
+    found = [s.book for s in side.segments if isinstance(s, Codebook)]
+    return torch.cat([b.to(device, dtype) for b in found]) if found else torch.zeros(1, dtype=dtype, device=device)
+
+
+def obstacle(sides: Sides) -> str | None:
+    """Why the kernel cannot read pages; None: it can."""
+    return next((why for side in sides for s in side.segments if (why := _obstacle(s)) is not None), None)
+
+
+def _obstacle(segment: Segment) -> str | None:
+    if isinstance(segment, Numbers):
+        return None if segment.dtype in DTYPES else f"numbers of {segment.dtype}"
+    if [p.width for p in segment.planes] != sorted((p.width for p in segment.planes), reverse=True):
+        return "planes of codes that are not in the order of their widths"
+    if isinstance(segment, Uniform):
+        if segment.token_group > 1 and segment.token_group % NARROWEST:
+            return f"scales that {segment.token_group} tokens share, no multiple of {NARROWEST}"
+        whole = 8 // segment.planes[-1].width  # a group begins with a byte of each plane
+        if segment.token_group == 1 and segment.channel_group % whole:
+            return f"scales that {segment.channel_group} channels share, no multiple of {whole}"
+    return None

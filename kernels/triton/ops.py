@@ -1,0 +1,237 @@
+"""The kernels as operators of `torch.ops.kvcomp`, which torch.compile takes as they are and CUDA graphs record.
+
+Nothing here looks into a tensor: what is launched follows from shapes alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import attention, chunks, summaries
+from .plan import blocked, tokens_tile
+
+SPLITS = 16  # that a program merges at once
+WARPS, STAGES = 4, 3
+REGISTERS, ALL_REGISTERS = 168, 255  # of a thread; with 168, three programs share a processor
+SCORED = 64  # pages of a program
+
+
+Exact = tuple[chunks.Chunks, chunks.Chunks]  # keys and values that are no pages
+
+
+def attention_constants(
+    layout: chunks.Description, tokens: Exact, tokens_tile: int, rows: int, exact: bool
+) -> dict[str, Any]:
+    """What a kernel of `attention` is compiled for, and how. rows: of a program; `exact` takes the most room."""
+    return {
+        "K": layout.k,
+        "V": layout.v,
+        "TOKENS_K": tokens[0],
+        "TOKENS_V": tokens[1],
+        "PAGE": layout.page_size,
+        "BYTES": layout.page_bytes,
+        "TILE": layout.tile,
+        "TOKENS_TILE": tokens_tile,
+        "ROWS": rows,
+        "EXACT": exact,
+        "num_warps": WARPS if rows == chunks.NARROWEST else 2 * WARPS,
+        "num_stages": STAGES,
+        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.lanes > chunks.MANY else REGISTERS,
+    }
+
+
+def scores_constants(rows: int, dim: int, page_bytes: int, exact: bool) -> dict[str, Any]:
+    """As `attention_constants`, of the kernel of `summaries`."""
+    return {
+        "D": dim,
+        "BYTES": page_bytes,
+        "ROWS": max(triton.next_power_of_2(rows), chunks.NARROWEST),
+        "BLOCK": min(max(triton.next_power_of_2(dim), chunks.NARROWEST), SCORED),
+        "PAGES": SCORED,
+        "EXACT": exact,
+        "num_warps": WARPS,
+    }
+
+
+def workspace_size(streams: int, rows: int, splits: int, v_dim: int) -> int:
+    """Float32 numbers that `attend_pages` keeps between its two kernels; the exact tokens count as a split."""
+    return streams * rows * splits * (v_dim + 1)
+
+
+@torch.library.custom_op("kvcomp::attend_pages", mutates_args=("workspace",))
+def attend_pages(
+    queries: Tensor,
+    bias: Tensor | None,
+    pool: Tensor | None,
+    ids: Tensor | None,
+    counts: Tensor | None,
+    k_book: Tensor | None,
+    v_book: Tensor | None,
+    keys: Tensor | None,
+    values: Tensor | None,
+    token_counts: Tensor | None,
+    prior_out: Tensor | None,
+    prior_lse: Tensor | None,
+    workspace: Tensor | None,
+    description: str,
+    split_pages: int,
+    scale: float,
+    softcap: float,
+    lse_of_pages: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [S, R, Dv], lse [S, R] and the lse of each page [S, R, n], all float32, of attention over pages (pool uint8
+    [pages, bytes], ids [S, n], counts [S]), exact tokens (keys [S, N, Dk], values [S, N, Dv], token_counts [S]) and
+    what came before (prior).
+
+    queries [S, R, Dk], bias float32 [S, R]; description: of `chunks.Description`; k_book, v_book: as of `chunks.books`;
+    split_pages: pages of a split; workspace: float32 of `workspace_size`; softcap 0: none; n is 0 unless
+    `lse_of_pages`.
+    """
+    streams, rows, k_dim = queries.shape
+    out, lse, groups = _results(queries, ids, values, description, lse_of_pages)
+    v_dim, block = out.shape[2], blocked(rows)
+    layout, pages, splits = chunks.Description((), (), 0, 0, chunks.TILE), 0, 0
+    if ids is not None and ids.shape[1]:
+        layout, pages = chunks.parsed(description), ids.shape[1]
+        splits = triton.cdiv(pages, split_pages)
+    tokens: Exact = (), ()
+    strides, window = [0, 0], chunks.NARROWEST
+    if keys is not None and values is not None:
+        tokens = chunks.numbers(keys.shape[2], keys.dtype), chunks.numbers(values.shape[2], values.dtype)
+        window = tokens_tile(keys.shape[2] * keys.itemsize)
+        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+        strides, splits = [keys.stride(0), values.stride(0)], splits + 1
+    tiles = 0
+    if lse_of_pages:
+        layout = chunks.within_pages(layout)
+        tiles = pages * (layout.page_size // layout.tile)
+    lse_of_tiles = queries.new_full((streams, rows, tiles), -torch.inf, dtype=torch.float32)
+    needed = workspace_size(streams, rows, splits, v_dim)
+    if workspace is None:
+        workspace = torch.empty(needed, device=queries.device)
+    if workspace.numel() < needed:
+        raise ValueError(f"workspace has {workspace.numel()} numbers, and {needed} are needed: see workspace_size")
+    partial_lse = workspace[streams * rows * splits * v_dim :]
+    idle = queries  # stands for pointers that are not used
+    with torch.cuda.device_of(queries):
+        attention.attend_kernel[(streams * triton.cdiv(rows, block), splits)](
+            queries,
+            *(idle if x is None else x for x in (bias, pool, ids, counts, k_book, v_book, keys, values, token_counts)),
+            workspace,
+            partial_lse,
+            lse_of_tiles,
+            rows,
+            k_dim,
+            v_dim,
+            0 if ids is None else ids.stride(0),
+            *strides,
+            tiles,
+            split_pages,
+            scale,
+            softcap,
+            **attention_constants(layout, tokens, window, block, exact),
+            BIAS=bias is not None,
+            SOFTCAP=softcap > 0,
+            LSE_OF_TILES=lse_of_pages,
+        )
+        attention.merge_kernel[(streams * rows,)](
+            workspace,
+            partial_lse,
+            idle if prior_out is None else prior_out,
+            idle if prior_lse is None else prior_lse,
+            out,
+            lse,
+            splits,
+            rows,
+            v_dim,
+            PRIOR=prior_out is not None,
+            SPLITS=SPLITS,
+            BLOCK=triton.next_power_of_2(v_dim),
+            num_warps=WARPS,
+        )
+    if lse_of_pages and pages:
+        groups = lse_of_tiles.unflatten(-1, (pages, -1)).logsumexp(-1)
+    return out, lse, groups
+
+
+@attend_pages.register_fake
+def _(
+    queries: Tensor,
+    bias: Tensor | None,
+    pool: Tensor | None,
+    ids: Tensor | None,
+    counts: Tensor | None,
+    k_book: Tensor | None,
+    v_book: Tensor | None,
+    keys: Tensor | None,
+    values: Tensor | None,
+    token_counts: Tensor | None,
+    prior_out: Tensor | None,
+    prior_lse: Tensor | None,
+    workspace: Tensor | None,
+    description: str,
+    split_pages: int,
+    scale: float,
+    softcap: float,
+    lse_of_pages: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(queries, ids, values, description, lse_of_pages)
+
+
+def _results(
+    queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `attend_pages` returns."""
+    streams, rows, _ = queries.shape
+    v_dim = values.shape[2] if values is not None else chunks.parsed(description).v_dim
+    pages = ids.shape[1] if lse_of_pages and ids is not None else 0
+    shapes = (streams, rows, v_dim), (streams, rows), (streams, rows, pages)
+    out, lse, groups = (torch.empty(shape, dtype=torch.float32, device=queries.device) for shape in shapes)
+    return out, lse, groups
+
+
+@torch.library.custom_op("kvcomp::page_scores", mutates_args=())
+def page_scores(
+    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, low: int, high: int, scale: int, run: int, exact: bool
+) -> Tensor:
+    """float32 [S, R, n]: bounds or logits of pages, unscaled, -inf where there is none.
+
+    queries [S, R, D], pool uint8 [pages, bytes], ids [S, n], counts [S]. high: offset in a page of the maxima, and low
+    of the minima; or low = -1 and high that of the mean. scale: offset of the scales of `run` channels of int8 each, or
+    -1 where vectors are float16.
+    """
+    streams, rows, dim = queries.shape
+    pages = ids.shape[1]
+    out = torch.empty(streams, rows, pages, dtype=torch.float32, device=queries.device)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(queries):
+        summaries.scores_kernel[(streams, triton.cdiv(pages, SCORED))](
+            queries,
+            pool,
+            ids,
+            counts,
+            out,
+            rows,
+            pages,
+            ids.stride(0),
+            **scores_constants(rows, dim, pool.shape[1], exact),
+            LOW=low,
+            HIGH=high,
+            SCALE=scale,
+            RUN=run,
+        )
+    return out
+
+
+@page_scores.register_fake
+def _(
+    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, low: int, high: int, scale: int, run: int, exact: bool
+) -> Tensor:
+    return torch.empty(*queries.shape[:2], ids.shape[1], dtype=torch.float32, device=queries.device)

@@ -1,0 +1,39 @@
+"""What is launched, decided from shapes alone, so that a step can be recorded once and replayed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+MOST_ROWS = 64  # query rows that a program has in registers
+FEWEST_ROWS = 16  # what tensor cores take
+PROGRAMS = 4  # per processor: as many as have room there, and their tails then even out
+LEAST = 256  # tokens of a split: fewer cost more to merge than they save
+FULL = 8192  # bytes of a tile of exact keys
+
+
+def blocked(rows: int) -> int:
+    """Rows of a program for so many query rows of a stream."""
+    return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), MOST_ROWS)
+
+
+def split_pages(streams: int, rows: int, pages: int, page_size: int, processors: int) -> int:
+    """Pages of a split: as few as give every one of the device's `processors` something to do, `LEAST` tokens at least.
+
+    pages: of the longest stream. Shorter ones have idle splits, which end at once.
+    """
+    programs = streams * -(-rows // blocked(rows))
+    splits = max(PROGRAMS * processors // programs, 1)
+    return max(-(-pages // splits), -(-LEAST // page_size))
+
+
+def tokens_tile(token_bytes: int) -> int:
+    """Exact tokens at once, of so many bytes of keys each."""
+    return 64 if token_bytes * 64 <= FULL else 32 if token_bytes * 32 <= FULL else 16
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once, at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

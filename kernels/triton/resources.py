@@ -1,0 +1,171 @@
+"""What the kernels need of a chip: `python -m kvcomp.kernels.triton.resources`. Compiles them; no GPU is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvcomp import Stack
+from kvcomp.pages import PageLayout
+from kvcomp.stages import Codec, PageShape
+
+from . import attention, chunks, ops, plan, summaries
+
+LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory a program, by compute capability
+REGISTERS, PROGRAMS, THREADS = 65536, 32, 2048  # of a processor
+RESERVED = 1024  # bytes of shared memory that each program takes besides
+STACKS = ("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)", "klt(bits=2)")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+POINTERS = {
+    "q": "*bf16",
+    "pool": "*u8",
+    "ids": "*i32",
+    "counts": "*i64",
+    "k_book": "*fp16",
+    "v_book": "*bf16",
+    "keys": "*u8",
+    "values": "*u8",
+    "token_counts": "*i64",
+}
+FLOATS = ("bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
+SCALARS = ("scale", "softcap")
+ALIGNED = ("k_dim", "v_dim", "keys_stride", "values_stride")  # multiples of 16, for all usual dimensions
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a kernel on a chip: registers a thread, bytes of stack and local memory a thread (what is spilled), bytes of
+    shared memory a program, and how many programs a processor has room for."""
+
+    kernel: str
+    stack: str
+    capability: int
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+
+
+def compiled(kernel: Any, constants: dict[str, Any], capability: int, name: str, **pointers: str) -> Resources:
+    """Resources of `kernel`, compiled for a chip and for `constants`, options among them."""
+    options = {key: constants.pop(key) for key in OPTIONS if key in constants}
+    known = POINTERS | dict.fromkeys(FLOATS, "*fp32") | pointers
+    signature, attributes = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        signature[argument] = known.get(argument, "fp32" if argument in SCALARS else "i32")
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in known or argument in ALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _usage(made.asm["cubin"])
+    threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
+    rooms = REGISTERS // (usage["REG"] * threads), THREADS // threads, PROGRAMS
+    programs = min(*rooms, (LIMITS[capability] + 1) * 1024 // (shared + RESERVED))
+    spilled = usage["STACK"] + usage["LOCAL"]
+    return Resources(
+        kernel.fn.__name__.removesuffix("_kernel"), name, capability, usage["REG"], spilled, shared, programs
+    )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of the only function in it."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def built(spec: str, dim: int) -> tuple[Codec, PageLayout]:
+    """The codec and pages of a stack; one that fits its basis has seen keys whose channels differ in size."""
+    stack = Stack.parse(spec).plan(0, 1)
+    codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0))
+    seen = torch.randn(1, 512, dim, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, -2, dim).exp()
+    codec.fit(torch.zeros(1, dtype=torch.int64), seen, seen)
+    return codec, layout
+
+
+def attend(spec: str, capability: int, rows: int = 16, dim: int = 128) -> Resources:
+    """Of attention with the window in the same launch, unless the stack's pages have another basis."""
+    codec, layout = built(spec, dim)
+    sides = codec.kernel_sides()
+    assert sides is not None
+    one = chunks.numbers(dim, torch.bfloat16)
+    constants = ops.attention_constants(
+        chunks.described(sides, layout),
+        ((), ()) if codec.rotates else (one, one),
+        plan.tokens_tile(dim * torch.bfloat16.itemsize),
+        rows,
+        exact=False,
+    )
+    constants |= {"BIAS": codec.rotates, "SOFTCAP": False, "LSE_OF_TILES": False}
+    queries = "*fp32" if codec.rotates else "*bf16"
+    return compiled(
+        attention.attend_kernel,
+        constants,
+        capability,
+        spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows",
+        q=queries,
+    )
+
+
+def merge(capability: int, dim: int = 128) -> Resources:
+    constants = {"PRIOR": True, "SPLITS": ops.SPLITS, "BLOCK": dim, "num_warps": ops.WARPS}
+    return compiled(attention.merge_kernel, constants, capability, "all")
+
+
+def score(capability: int, bits: int, dim: int = 128) -> Resources:
+    """Of Quest's bounds, from summaries of 8 or 16 bits a channel."""
+    size = dim * bits // 8
+    constants = ops.scores_constants(16, dim, 1 << 14, exact=False)
+    constants |= {"LOW": 0, "HIGH": size, "SCALE": chunks.NOTHING if bits == 16 else 2 * size, "RUN": dim // 8}
+    return compiled(summaries.scores_kernel, constants, capability, f"quest(summary_bits={bits})")
+
+
+def every(capabilities: list[int]) -> Iterator[Resources]:
+    for capability in capabilities:
+        yield from (attend(spec, capability) for spec in STACKS)
+        yield attend("int(bits=4)", capability, rows=64)
+        yield from (score(capability, bits) for bits in (16, 8))
+        yield merge(capability)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kvcomp.kernels.triton.resources", description=__doc__)
+    parser.add_argument("--capability", type=int, nargs="+", choices=LIMITS, default=list(LIMITS), help="80: sm_80")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each kernel instead of a table")
+    options = parser.parse_args()
+    if options.json:
+        for found in every(options.capability):
+            print(json.dumps(asdict(found)))
+        return
+    table = Table("kernel", "pages", "chip", "registers", "spilled", "KiB", "programs", box=None, header_style="bold")
+    for found in every(options.capability):
+        shared = f"{found.shared / 1024:.1f}"
+        numbers = found.registers, found.spilled, shared, found.programs
+        table.add_row(found.kernel, found.stack, f"sm_{found.capability}", *map(str, numbers))
+    for column in table.columns:
+        column.no_wrap = True
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

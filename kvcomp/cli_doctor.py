@@ -1,0 +1,92 @@
+"""`kvcomp doctor`: what this machine has, and which kernel serves which stack."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("kvcomp", "torch", "transformers", "triton", "flashinfer-python", "vllm", "optimum-quanto", "lm-eval")
+
+EXAMPLES = """Examples:
+
+  kvcomp doctor
+
+  kvcomp doctor --stack "turboquant(bits=2.5)" --head-dim 80"""
+
+
+def doctor(
+    stack: Annotated[
+        list[str] | None, typer.Option(help="A stack to ask about; repeat it.  \\[default: every quantizer]")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
+) -> None:
+    """Say what is installed, and which kernel attends over the pages of each stack here, or why none does.
+
+    Without --stack, all quantizers with their defaults but those that need a calibration file.
+    """
+    import torch
+
+    from kvcomp.kernels import cpu
+
+    about = Table.grid(padding=(0, 2))
+    for package in PACKAGES:
+        about.add_row(package, _version(package))
+    about.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    about.add_row("CPU", f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()} threads")
+    found = cpu.library() is not None
+    about.add_row("C kernels", f"installed, {cpu.LEVELS[cpu.level()]}" if found else "not installed")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    about.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
+    console = Console(width=120)
+    console.print(about)
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
+    table = Table("stack", *(f"decode attention on {device}" for device in devices))
+    for spec in stack or _quantizers():
+        table.add_row(spec, *(_kernel(spec, head_dim, device) for device in devices))
+    console.print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _quantizers() -> list[str]:
+    """All that need no file."""
+    from kvcomp.calibration import Calibrated
+    from kvcomp.registry import stages
+    from kvcomp.stages import Quantizer
+
+    return [
+        name
+        for name, stage in stages().items()
+        if issubclass(stage, Quantizer) and not (issubclass(stage, Calibrated) and stage.required)
+    ]
+
+
+def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
+    """Which kernel attends over the pages of a stack, once it has some."""
+    import torch
+
+    from kvcomp.kernels.dispatch import explain
+    from kvcomp.layer import LayerStore
+    from kvcomp.stack import Stack
+
+    plan = Stack.parse(spec).plan(8, 32)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    x = torch.randn(1, 1, plan.slots, head_dim, dtype=dtype, device=device)
+    store = LayerStore(plan)
+    store.start(x, x)
+    store.write(x, x, None, x)  # some quantizers settle their layout by what comes first
+    return explain(store.codec, store.layout, device)

@@ -1,0 +1,99 @@
+"""`kvcomp speed` and `kvcomp doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_folder
+import torch
+from command import refused, run
+
+from kvcomp.benchmarks import speed
+from kvcomp.errors import KvcompError
+from kvcomp.kernels import cpu, dispatch
+from kvcomp.layer import LayerStore
+from kvcomp.stack import Stack
+
+STACKS = ("--stack", "kivi(bits=4)", "--stack", "sketch(keep=0.2) + int8")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder.save(tmp_path_factory.mktemp("tiny"))
+
+
+def test_all_stacks_beside_dense(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "speed"
+    result = run("speed", "--model", tiny, *STACKS, "--context", "100,300", "--batch", 2, "--steps", 4, "--out", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "speed.json").read_text())
+    labels = {"attention": [speed.SDPA], "model": [speed.DYNAMIC, *speed.peers()]}
+    stacks = ["kivi(bits=4)", "sketch(keep=0.2) + int8"]
+    for what, dense in labels.items():
+        for context in (100, 300):
+            rows = [t for t in found["timings"] if (t["what"], t["context"]) == (what, context)]
+            assert [t["label"] for t in rows] == [*dense, *stacks]
+            assert rows[0]["ratio"] == 1
+            for row in rows:
+                assert 0 < row["low"] <= row["ms"] <= row["high"]
+                assert row["ratio"] == pytest.approx(rows[0]["ms"] / row["ms"])
+            assert all(row["read"] > 0 for row in rows[-2:])
+    assert found["copy_gbps"] > 0
+    assert (out / "speed.svg").read_text().startswith("<svg")
+    for part in ("Attention of one layer", "Decode step", "GB/s", "of a copy", *stacks):
+        assert part in result.stdout
+
+
+def test_bytes_are_those_of_the_stack() -> None:
+    geometry, stack = speed.Geometry(6, 2, 64, 32), "quest(keep=0.1, dense_layers=0)"
+    few, all_ = speed.attention(
+        geometry, [stack, "none"], 2000, 1, 4, torch.float32, torch.device("cpu"), layer=3
+    )[1:]  # fmt: skip
+    assert few.read < 0.2 * all_.read
+    assert all_.read == pytest.approx(2000 * 2 * (64 + 32) * 4, rel=0.01)
+    assert all_.gbps == pytest.approx(all_.read / all_.ms / 1e6)
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed")
+def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *args, **more: right(*args, **more)._replace(out=torch.ones(1, 1, 64)))
+    with pytest.raises(KvcompError, match=r"kivi\(bits=4\): the kernel is off by"):
+        speed.attention(
+            speed.Geometry(1, 1, 64, 64), ["kivi(bits=4)"], 500, 1, 4, torch.float32, torch.device("cpu"), 0
+        )
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed")
+def test_the_reference_alone_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = torch.randn(1, 2, 300, 64)
+    store = LayerStore(Stack.parse("kivi(bits=4)").plan(0, 1))
+    store.start(k, k)
+    store.write(k, k, None)
+    fast = store.attend(k[:, :, :1], 0.125).out
+    monkeypatch.setattr(cpu, "attend", None)
+    with dispatch.reference_only():
+        torch.testing.assert_close(store.attend(k[:, :, :1], 0.125).out, fast, rtol=1e-3, atol=1e-4)
+        assert dispatch.explain(store.codec, store.layout, torch.device("cpu")) == "PyTorch: it was asked for"
+    assert dispatch.explain(store.codec, store.layout, torch.device("cpu")).startswith("C, ")
+
+
+def test_what_it_refuses(tiny: Path, tmp_path: Path) -> None:
+    refused(run("speed", "--stack", "kivi", "--geometry", "qwen3-8b"), "geometry", "--attention")
+    refused(run("speed", "--stack", "kivi", "--attention", "--dtype", "int8"), "dtype", "int8", "bfloat16")
+    refused(run("speed", "--stack", "kivii", "--attention", "--context", 64), "kivii", "kivi")
+    refused(run("speed", "--model", tiny, "--stack", "kivi", "--context", "10 tokens"), "context", "10 tokens")
+
+
+def test_doctor() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for part in ("torch", "C kernels", "kivi", "turboquant", "decode attention on cpu"):
+        assert part in result.stdout
+    kernel = "C, " if cpu.library() is not None else "PyTorch: the C kernel is not installed"
+    asked = run("doctor", "--stack", "kivi(bits=2) + quest(pages=4)", "--head-dim", 64)
+    assert kernel in asked.stdout
+    assert "PyTorch: GridCodec does not tell kernels" in run("doctor", "--stack", "nvfp4").stdout
+    refused(run("doctor", "--stack", "kivii"), "kivii", "kivi")
