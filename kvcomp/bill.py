@@ -14,7 +14,7 @@ import torch
 
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.hardware import Gpu
-from kvcomp.plan import held_parts, read_parts
+from kvcomp.plan import held_parts, read_parts, shared_bytes
 from kvcomp.roofline import ModelShape, Work, step
 from kvcomp.stack import Stack
 
@@ -133,13 +133,14 @@ def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -
         )
     held: Counter[str] = Counter()
     read: Counter[str] = Counter()
-    flops = 0
+    flops = shared = 0
     dtype = getattr(torch, shape.dtype)
     full = [i for i, layer in enumerate(shape.layers) if layer.full]
     for i, layer in enumerate(shape.layers):
         seen = layer.seen(context + 1)
         if layer.full and stack is not None:
             plan = stack.plan(i, len(shape.layers), full)
+            shared += shared_bytes(plan, layer.k_dim, layer.v_dim, layer.kv_heads, dtype)
             for total, parts in ((held, held_parts), (read, read_parts)):
                 part = parts(plan, layer.k_dim, layer.v_dim, context, dtype)
                 total.update({name: size * layer.kv_heads for name, size in part.items()})
@@ -150,11 +151,12 @@ def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -
         flops += 2 * layer.heads * layer.decode_width * seen
     for total, tokens in ((held, context), (read, context + 1)):
         total["library"] += shape.fixed_bytes(tokens)
+    parts = Counter(_times(held, batch)) + Counter({"constants": float(shared)})
     return Bill(
         stack,
         context,
         batch,
-        _times(held, batch),
+        dict(parts),
         _times(read, batch),
         (batch * shape.cache_bytes(context), batch * shape.cache_bytes(context + 1)),
         batch * context * shape.token_bytes // shape.itemsize,

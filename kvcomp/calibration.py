@@ -178,6 +178,20 @@ def _read(path: Path, changed: int, size: int) -> Calibration:
     )
 
 
+class Tensors(Protocol):
+    """What a calibrated stage takes from its file."""
+
+    def tensor(self, name: str, shape: PageShape, *dims: int | None) -> Tensor:
+        """As `Calibration.tensor`."""
+
+
+class Blank:
+    """Stands for a file that need not be there yet: tensors of ones, of the right shapes. For plans."""
+
+    def tensor(self, name: str, shape: PageShape, *dims: int | None) -> Tensor:
+        return torch.ones(shape.heads, *(dim or 1 for dim in dims))
+
+
 class Seen(Protocol):
     """What calibration keeps of one layer while the model reads: chunks of post-RoPE tensors go in, without padding."""
 

@@ -101,7 +101,8 @@ class LayerPlan:
 def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that one stream of the layer holds after prefilling `tokens` tokens, by part as in `LayerStore.held`.
 
-    Constants that streams share (a Hadamard matrix, a calibrated basis) and the log of padding are left out.
+    Constants that streams share (a Hadamard matrix, a calibrated basis: `shared_bytes`) and the log of padding are left
+    out.
     """
     layout, (adapted, _) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
@@ -115,6 +116,13 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         window=slots * token - sinks,
         table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + 2 * COUNTER.itemsize,
         constants=adapted if pages else 0,
+    )
+
+
+def shared_bytes(plan: LayerPlan, k_dim: int, v_dim: int, heads: int, dtype: torch.dtype) -> int:
+    """Bytes that the layer holds for all of its streams, whatever the context and the batch."""
+    return plan.quantizer.shared_bytes(
+        PageShape(plan.page_size, k_dim, v_dim, heads, dtype, torch.device("cpu"), plan.layer)
     )
 
 

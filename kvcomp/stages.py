@@ -190,6 +190,10 @@ class Quantizer(Stage):
         """Bytes per stream of `Codec.adapted`, once the stream has pages."""
         return 0
 
+    def shared_bytes(self, shape: PageShape) -> int:
+        """Bytes that a layer holds for all of its `shape.heads` heads and rows, whatever the context."""
+        return 0
+
     def fields(self, shape: PageShape) -> tuple[Field, ...]:
         """Fields of a page, which a plan needs before there is anything to load."""
         return self.codec(shape).fields

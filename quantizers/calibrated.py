@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvcomp.calibration import Calibrated, Calibration
+from kvcomp.calibration import Blank, Calibrated, Tensors
+from kvcomp.ledger import storage_bytes
 from kvcomp.pages import Field
 from kvcomp.stages import Codec, PageShape, Quantizer
 from kvcomp.statistics import Statistics
@@ -28,12 +29,21 @@ class CalibratedQuantizer(Calibrated, Quantizer):
         """The grids of K and of V."""
         raise NotImplementedError
 
-    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+    def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         """The bases of K and of V."""
         raise NotImplementedError
 
     def fields(self, shape: PageShape) -> tuple[Field, ...]:
         return tuple(field for side in self.sides(shape) for field in side.fields)
 
+    def made_of(self, calibration: Tensors, shape: PageShape) -> Codec:
+        """The codec that a file gives."""
+        return GridCodec(*self.sides(shape), *self.bases(calibration, shape))
+
     def codec(self, shape: PageShape) -> Codec:
-        return GridCodec(*self.sides(shape), *self.bases(self.load(), shape))
+        return self.made_of(self.load(), shape)
+
+    def shared_bytes(self, shape: PageShape) -> int:
+        if self.calibration is None and not self.required:
+            return 0
+        return storage_bytes(self.made_of(Blank(), shape).constants())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.calibration import FILE
+from kvcomp.calibration import FILE, Tensors
 from kvcomp.errors import SpecError
 from kvcomp.fitting import QueryMoments
 from kvcomp.kernel_layout import Codebook, Plane, SideLayout, Sides
@@ -382,14 +382,14 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
         bases = (shape.k_dim**2 + shape.v_dim**2) * SCALE.itemsize
         return 0 if self.calibration else bases + shape.k_dim * MEAN.itemsize
 
-    def codec(self, shape: PageShape) -> KltCodec:
-        sides = self._sides(shape)
-        if self.calibration is None:
-            return KltCodec(*sides)
-        file, heads = self.load(), torch.arange(shape.heads, device=shape.device)
+    def codec(self, shape: PageShape) -> Codec:
+        return KltCodec(*self._sides(shape)) if self.calibration is None else super().codec(shape)
+
+    def made_of(self, calibration: Tensors, shape: PageShape) -> Codec:
+        sides, heads = self._sides(shape), torch.arange(shape.heads, device=shape.device)
         for side in sides:
-            basis = file.tensor(f"{side.name}.basis", shape, side.dim, side.dim)
-            variance = file.tensor(f"{side.name}.variance", shape, side.dim)
-            mean = torch.zeros_like(variance) if side.mean is None else file.tensor("k.mean", shape, side.dim)
+            basis = calibration.tensor(f"{side.name}.basis", shape, side.dim, side.dim)
+            variance = calibration.tensor(f"{side.name}.variance", shape, side.dim)
+            mean = torch.zeros_like(variance) if side.mean is None else calibration.tensor("k.mean", shape, side.dim)
             side.take(heads, basis, variance, mean)
         return KltCodec(*sides, fitted_heads=True)

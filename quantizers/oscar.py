@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import FILE, Calibration
+from kvcomp.calibration import FILE, Tensors
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 from kvcomp.statistics import Statistics
@@ -81,7 +81,7 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
         group = channel_group(self.name, self.group, dim, 8)
         return ClippedSide(name, shape.page_size, dim, int(bits), 1, group, quantile=clip)
 
-    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+    def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         return (
             Basis(calibration.tensor("k", shape, shape.k_dim, shape.k_dim)),
             Basis(calibration.tensor("v", shape, shape.v_dim, shape.v_dim)),

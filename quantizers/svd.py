@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import FILE, Calibration, own
+from kvcomp.calibration import FILE, Tensors, own
 from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
@@ -76,10 +76,10 @@ class Svd(CalibratedQuantizer):
             return RawSide(name, shape.page_size, rank, shape.dtype)
         return UniformSide(name, shape.page_size, rank, self.bits, 1, rank)
 
-    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+    def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         return self._basis("k", calibration, shape, shape.k_dim), self._basis("v", calibration, shape, shape.v_dim)
 
-    def _basis(self, name: str, calibration: Calibration, shape: PageShape, dim: int) -> Basis:
+    def _basis(self, name: str, calibration: Tensors, shape: PageShape, dim: int) -> Basis:
         rank = self._kept(name, dim)
         write, read = (calibration.tensor(n, shape, dim, dim)[..., :rank] for n in (name, f"{name}_dual"))
         if self.bits is not None:

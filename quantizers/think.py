@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.calibration import FILE, Calibration
+from kvcomp.calibration import FILE, Tensors
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 from kvcomp.statistics import Statistics
@@ -70,7 +70,7 @@ class Think(CalibratedQuantizer):
             UniformSide("v", shape.page_size, shape.v_dim, self.bits, 1, group),
         )
 
-    def bases(self, calibration: Calibration, shape: PageShape) -> tuple[Basis, Basis]:
+    def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         channels = kept(self.keep, shape.k_dim, "think", "keep")
         return selection(calibration.tensor("score", shape, shape.k_dim), channels), IDENTITY
 

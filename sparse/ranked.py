@@ -109,20 +109,22 @@ class RankedSelector(Selector):
         if self.heads == "common":
             share = _common(share, counts, held.heads)
         own = counts.tolist()
-        wanted, ranks, forced = [self.reads(count, size) for count in own], share, None
-        exists = _exists(pages * unit, counts * unit)
+        wanted, ranks, exists = [self.reads(count, size) for count in own], share, None
+        if min(own) < pages:
+            exists = _exists(pages * unit, counts * unit)
+            ranks = ranks.masked_fill(~exists, -1)
+        forced = torch.zeros((), dtype=torch.bool, device=counts.device)
         if self.first or self.last:
             place = torch.arange(pages * unit, device=counts.device)
-            forced = exists & ((place < self.first * unit) | (place >= (counts[:, None] - self.last) * unit))
+            forced = (place < self.first * unit) | (place >= (counts[:, None] - self.last) * unit)
+            forced = forced if exists is None else forced & exists
             ranks = ranks + 2.0 * forced
-        ranks = ranks.masked_fill(~exists, -1)
         if self.top_p is not None:
             ordered = share.gather(1, ranks.sort(-1, descending=True).indices)
             enough = ((ordered.cumsum(-1) < self.top_p).sum(-1) + 1).tolist()
             wanted = [self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
         elif self.threshold is not None:
-            taken = share >= self.threshold if forced is None else (share >= self.threshold) | forced
-            enough = (taken & exists).sum(-1).tolist()
+            enough = ((share >= self.threshold) | forced).sum(-1).tolist()  # what does not exist has no share
             wanted = [self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
         valid = unit * torch.tensor(wanted, device=counts.device)
         return Choice(largest(ranks, valid, unit), valid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import kvcomp
 from kvcomp import CompressedCache, KvcompError, Stack, UnsupportedError
+from kvcomp.bill import bill
 from kvcomp.calibration import CalibrationError, load
 from kvcomp.integrations.huggingface.calibrate import calibrate, gather, read_contexts
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
+from kvcomp.integrations.shapes import shape_of
 
 METHODS = ("oscar", "svd", "think", "klt")
 CONTEXTS = [tokens(1, n, seed=n)[0].tolist() for n in (40, 64, 7)]
@@ -281,3 +284,21 @@ def test_effective_bits_are_foretold_without_the_file(files: dict[str, Path]) ->
         constants = 8 * cache.memory().parts["constants"] / (4 * 2 * 2 * 16 * 700)
         told = Stack.parse(f"{method} + window(sinks=0, recent=0)").effective_bits(16, 700, torch.float32, layers=4)
         assert cache.memory().effective_bits - constants == pytest.approx(told, rel=2e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_knows_what_a_calibrated_cache_holds_and_reads(files: dict[str, Path], method: str) -> None:
+    """Low rank, few bits and sparse reads together: the bytes are those foretold without the file."""
+    bits = {"svd": "rank=0.5, bits=4", "think": "keep=0.5, bits=4", "oscar": "bits=4", "klt": "bits=2"}[method]
+    rest = "+ sketch(keep=0.2, rank=8) + window(sinks=2, recent=16)"
+    model = make("llama")
+    cache = CompressedCache(f"{method}({bits}, calibration={str(files[method])!r}) {rest}", model)
+    ids = tokens(1, 901)
+    with torch.inference_mode():
+        model(ids[:, :900], past_key_values=cache)
+        held = cache.memory().held
+        model(ids[:, 900:], past_key_values=cache)
+    shape = replace(shape_of(model.config, "tiny"), dtype="float32", itemsize=4)
+    foretold = bill(shape, Stack.parse(f"{method}({bits}, calibration='no such file') {rest}"), 900)
+    assert held == pytest.approx(foretold.held, rel=0.01)
+    assert cache.traffic().read == pytest.approx(foretold.read, rel=0.01)
