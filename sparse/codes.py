@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from kvcomp.kernels.select import code_dots
 from kvcomp.pages import SUMMARY, Field
+from kvcomp.stages import PageShape, arg
+
+from .ranked import RankedSelector
 
 CODES = f"{SUMMARY}codes"
 CLIP = {4: 3.0, 8: 5.0}  # standard deviations that codes reach
-BITS = tuple(CLIP)
+
+
+@dataclass(frozen=True)
+class TokenSelector(RankedSelector):
+    """A selector of single tokens, whose summaries are codes of a few coordinates of each key."""
+
+    by_tokens: ClassVar[bool] = True
+
+    rank: int = arg(16, "coordinates of a key, even")
+    bits: int = arg(4, "bits of a coordinate, 4 or 8")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.rank > 0 and self.rank % 2 == 0, "rank", "positive and even")
+        self.check(self.bits in CLIP, "bits", "4 or 8")
+
+    @property
+    def default_window(self) -> tuple[int, int]:
+        return 4, 64
+
+    @property
+    def page_multiple(self) -> int:
+        return 16  # what is not in pages yet is read in full: little
+
+    def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
+        self.check(self.rank <= shape.k_dim, "rank", f"at most the {shape.k_dim} channels of a key")
+        return code_fields(shape.page_size, self.rank, self.bits)
+
+    def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
+        """As `RankedSelector.logits`; queries [S, J, r] are coordinates times steps."""
+        return code_dots(queries, summary[CODES], self.bits)
 
 
 def step(deviation: Tensor, bits: int) -> Tensor:

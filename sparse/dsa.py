@@ -11,16 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.calibration import FILE, Calibrated
-from kvcomp.kernels.select import code_dots
-from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
 from kvcomp.statistics import weighted_directions
 
-from .codes import BITS, CODES, code_fields, encode, step
-from .ranked import RankedSelector
+from .codes import TokenSelector, encode, step
 
 CONTEXTS = 8  # that are kept to distil from
+MOST = 16  # coordinates in a file
 QUERIES = 32  # of each, from its second half
 DAMPING = 0.1
 
@@ -69,8 +67,8 @@ class Indexer(Index):
         q = rearrange(queries.float(), "(b h) g d -> b h g d", h=self.heads)
         index = torch.einsum("bhgd,hgdr->bhgr", q, self.query).flatten(0, 1)
         weight = (torch.einsum("bhgd,hgd->bhg", q, self.weight) + self.bias).flatten(0, 1)[:, None]
-        scores = torch.bmm(weight, code_dots(index, held.fields[CODES], self.bits).relu())  # [S, 1, n * P]
         assert isinstance(self.selector, Dsa)
+        scores = torch.bmm(weight, self.selector.logits(index, held.fields).relu())  # [S, 1, n * P]
         return self.selector.best(scores, held)
 
     def constants(self) -> list[Tensor]:
@@ -79,7 +77,7 @@ class Indexer(Index):
 
 @register("dsa")
 @dataclass(frozen=True)
-class Dsa(RankedSelector, Calibrated):
+class Dsa(TokenSelector, Calibrated):
     """DSA: a decode query reads the tokens with the highest index scores, sum_g w_g relu(q_g . k).
 
     The lightning indexer of DeepSeek-V3.2, distilled for models that have none, by `kvcomp calibrate --method dsa`: per
@@ -90,7 +88,6 @@ class Dsa(RankedSelector, Calibrated):
     """
 
     paper: ClassVar[str] = "arXiv:2512.02556"
-    by_tokens: ClassVar[bool] = True
     seen: ClassVar[type[Traces]] = Traces
 
     tokens: int | None = arg(None, "tokens that a query reads, in full pages (none of the five: 2048)")
@@ -100,20 +97,11 @@ class Dsa(RankedSelector, Calibrated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(0 < self.rank <= 16 and self.rank % 2 == 0, "rank", "even and at most 16")
-        self.check(self.bits in BITS, "bits", "4 or 8")
+        self.check(self.rank <= MOST, "rank", f"at most {MOST}")
 
     @property
     def default(self) -> tuple[str, float]:
         return "tokens", 2048
-
-    @property
-    def default_window(self) -> tuple[int, int]:
-        return 4, 64
-
-    @property
-    def page_multiple(self) -> int:
-        return 16  # what is not in pages yet is read in full: little
 
     @classmethod
     def calibrate(cls, seen: Traces, *, steps: int = 100, rate: float = 0.02) -> dict[str, Tensor]:
@@ -127,7 +115,7 @@ class Dsa(RankedSelector, Calibrated):
         centred = (keys - mean[:, None]).double()
         q = torch.cat([q.flatten(1, 2) for _, q, _ in contexts], 1).double()
         write, read = weighted_directions(centred.mT @ centred / keys.shape[1], q.mT @ q / q.shape[1], DAMPING)
-        rank, group = min(16, keys.shape[-1]), first.shape[1]
+        rank, group = min(MOST, keys.shape[-1]), first.shape[1]
         key = write[..., :rank].float().requires_grad_()
         query = (scale * read[:, None, :, :rank].float()).repeat(1, group, 1, 1).requires_grad_()
         weight = torch.zeros(len(keys), group, keys.shape[-1], requires_grad=True)
@@ -167,6 +155,3 @@ class Dsa(RankedSelector, Calibrated):
 
     def index(self, shape: PageShape) -> Indexer:
         return Indexer(self, shape)
-
-    def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
-        return code_fields(shape.page_size, self.rank, self.bits)

@@ -11,14 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.fitting import QueryMoments
-from kvcomp.kernels.select import code_dots
-from kvcomp.pages import Field
 from kvcomp.registry import register
-from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages import Choice, Index, PageShape, Summaries
 from kvcomp.statistics import weighted_directions
 
-from .codes import BITS, CODES, code_fields, encode, step
-from .ranked import RankedSelector
+from .codes import TokenSelector, encode, step
 
 DAMPING = 0.1  # share of the mean weight that every direction gets: queries to come are not quite those of the prompt
 
@@ -94,7 +91,7 @@ class Directions(Index):
 
 @register("sketch")
 @dataclass(frozen=True)
-class Sketch(RankedSelector):
+class Sketch(TokenSelector):
     """Sketch: a decode query reads the single tokens that a few coordinates of their keys promise most attention.
 
     A page holds `rank` coordinates of each key in `bits` bits: 8 bytes a token, where a key of 128 channels and its
@@ -107,46 +104,18 @@ class Sketch(RankedSelector):
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2406.02542, arXiv:2408.07092"
-    by_tokens: ClassVar[bool] = True
-
-    rank: int = arg(16, "coordinates of a key, even")
-    bits: int = arg(4, "bits of a coordinate, 4 or 8")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check(self.rank > 0 and self.rank % 2 == 0, "rank", "positive and even")
-        self.check(self.bits in BITS, "bits", "4 or 8")
 
     @property
     def default(self) -> tuple[str, float]:
         return "keep", 0.1
 
     @property
-    def default_window(self) -> tuple[int, int]:
-        return 4, 64
-
-    @property
-    def page_multiple(self) -> int:
-        return 16  # what is not in pages yet is read in full: little
-
-    @property
     def needs_queries(self) -> bool:
         return True
 
     def index(self, shape: PageShape) -> Directions:
-        self._fits(shape)
         return Directions(self, shape)
 
     def index_bytes(self, shape: PageShape) -> tuple[int, int]:
         directions = shape.k_dim * self.rank * torch.float32.itemsize
         return 2 * directions + self.rank * torch.float32.itemsize, directions
-
-    def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
-        self._fits(shape)
-        return code_fields(shape.page_size, self.rank, self.bits)
-
-    def _fits(self, shape: PageShape) -> None:
-        self.check(self.rank <= shape.k_dim, "rank", f"at most the {shape.k_dim} channels of a key")
-
-    def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
-        return code_dots(queries, summary[CODES], self.bits)
