@@ -24,7 +24,7 @@ from kvcomp.statistics import Statistics, weighted_directions
 from .basis import Basis, rotation
 from .calibrated import CalibratedQuantizer
 from .grid import HUGE, SCALE, TINY
-from .lloyd import sphere_codebook
+from .lloyd import nearest, sphere_codebook
 from .packing import pack, planes, unpack
 from .widths import BITS, WidthQuantizer
 
@@ -152,7 +152,7 @@ class KltSide:
             part = z[..., at : at + n].contiguous()
             at += n
             book = codebook(self.live, bits, self.device)
-            codes = torch.bucketize(part, (book[1:] + book[:-1]) / 2).to(torch.uint8)
+            codes = nearest(part, book)
             weight = 4.0**bits  # what water-filling gives so many bits has so much of the weighted variance
             coded = book[codes.int()]
             own += weight * part.square().sum(-1, keepdim=True)

@@ -11,17 +11,20 @@ from kvcomp.errors import SpecError
 from kvcomp.kernel_layout import Plane
 from kvcomp.pages import Field
 
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as so many bytes
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., n] of 1, 2, 4 or 8 `bits` -> uint8 [..., n * bits / 8], the first code in the low bits."""
     per = 8 // bits
     if per == 1:
         return codes
-    lanes = codes.unflatten(-1, (-1, per))
-    packed = lanes[..., 0].clone()
+    # as many codes at a time as share a byte, each shifted down to its place: little-endian, as in `unpack`
+    words = codes.contiguous().view(WORDS[per])
+    packed = words.clone()
     for i in range(1, per):
-        packed |= lanes[..., i] << (bits * i)
-    return packed
+        packed |= words >> ((8 - bits) * i)
+    return (packed & 255).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
