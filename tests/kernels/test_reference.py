@@ -35,7 +35,7 @@ def filled(spec: str, pages: int, dims: tuple[int, int], dtype: torch.dtype) -> 
     k, v = torch.randn(pages, size, dims[0]).to(dtype), torch.randn(pages, size, dims[1]).to(dtype)
     fields = codec.encode(k, v, torch.zeros(pages, dtype=torch.int64))
     if plan.selector is not None:
-        fields |= plan.selector.summarize(k)
+        fields |= plan.selector.summarize(k, v)
     pool.write(ids, fields)
     return pool, layout, codec
 
