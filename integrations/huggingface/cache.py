@@ -26,8 +26,11 @@ from kvcomp.stack import Stack
 from .compact import Compaction, compact
 from .fingerprint import fingerprint
 from .hook import PREFIX, hook
+from .indexed import IndexedLayer
 from .layer import CompressedLayer
 from .saving import differences, essentials, layer_state, restore_layer, weights
+
+OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
 
 class CompressedCache(Cache):
@@ -61,13 +64,13 @@ class CompressedCache(Cache):
         if max_tokens is None:
             max_tokens = getattr(config, "max_position_embeddings", None)
         types, kwargs = get_layer_types_and_kwargs(config)
-        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        full = [i for i, kind in enumerate(types) if kind in OURS]
         choices: dict[int, Shared] = {}
         layers: list[Any] = []
         for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
-            if kind == "full_attention":
+            if kind in OURS:
                 plan = self.stack.plan(i, len(types), full)
-                layers.append(CompressedLayer(plan, max_tokens, self.stack.prefill_chunk, choices))
+                layers.append(OURS[kind](plan, max_tokens, self.stack.prefill_chunk, choices))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
@@ -206,8 +209,9 @@ class CompressedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def _library(self) -> list[Tensor]:
-        """Tensors of the layers that are the library's own."""
-        return [t for layer in self.layers if not isinstance(layer, CompressedLayer) for t in _tensors(vars(layer))]
+        """Tensors of the layers that are the library's own, and what ours hold as those would."""
+        own = [layer.library() if isinstance(layer, CompressedLayer) else vars(layer) for layer in self.layers]
+        return list(_tensors(own))
 
     def memory(self) -> Memory:
         """Bytes held, dense equivalent, effective bits and breakdown of the whole cache as it is now.

@@ -36,10 +36,16 @@ def _attention_function(base: str) -> Attention:
         value: Any,
         attention_mask: Tensor | None,
         scaling: float | None = None,
+        indices: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         function = _base_attention(base, module)
         if isinstance(key, Handle):
+            if indices is not None:
+                raise UnsupportedError(
+                    f"{type(module).__name__} chooses by itself which tokens attention sees, which compressed keys and "
+                    "values cannot follow yet: use the model's own cache"
+                )
             return key.layer.attention(Call(function, module, query, attention_mask, scaling, kwargs))
         n, length = query.shape[2], key.shape[2]
         if (
@@ -59,9 +65,24 @@ def _attention_function(base: str) -> Attention:
                 dtype=query.dtype,
                 device=query.device,
             )
+        if indices is not None:
+            attention_mask = _chosen(attention_mask, indices, length, query)
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     return kvcomp_attention
+
+
+def _chosen(mask: Tensor | None, indices: Tensor, length: int, query: Tensor) -> Tensor:
+    """The mask [B, 1, n, N] without what the model's indexer leaves out.
+
+    indices [B, n, k] of the tokens that a query sees: models with an indexer mask the others by themselves only where
+    they know the attention by its name.
+    """
+    hidden = torch.ones(*indices.shape[:2], length, dtype=torch.bool, device=query.device)
+    hidden = hidden.scatter(-1, indices.long(), False)[:, None]
+    if mask is None or mask.dtype == torch.bool:
+        return ~hidden if mask is None else mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(query.dtype).min)
 
 
 def hook(config: PreTrainedConfig) -> str:

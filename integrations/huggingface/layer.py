@@ -272,6 +272,10 @@ class CompressedLayer(HandleLayer):
             self.pending = Pending(*values)
         self.record_past, self.warned = state["record_past"], state["warned"]
 
+    def library(self) -> list[Tensor]:
+        """What the layer holds as transformers would, beside keys and values."""
+        return []
+
     def held(self, seen: set[int]) -> dict[str, int]:
         parts = self.store.held(seen)
         if self.pending is not None:

@@ -74,8 +74,9 @@ def mask_function(base: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Tensor | None:
         """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on. Everything else as the
-        base does."""
-        if mask_function is causal_mask_function and q_length > 1 and q_offset > 0 and kv_offset == 0:
+        base does, and where the model itself reads the mask."""
+        ours = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
+        if ours and q_length > 1 and q_offset > 0 and kv_offset == 0:
             return attention_mask
         return own(
             batch_size=batch_size,
