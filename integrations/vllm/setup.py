@@ -1,0 +1,185 @@
+"""What an engine's config asks of kvcomp, and what of it cannot be done: told before any memory is taken."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvcomp.errors import SpecError, UnsupportedError
+from kvcomp.plan import LayerPlan
+from kvcomp.policies.streaming import Streaming
+from kvcomp.stack import Stack
+from kvcomp.stages import PageShape
+
+from .plugin import VARIABLE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OPTION = "kvcomp"
+
+
+def stack_of(config: VllmConfig) -> Stack | None:
+    """The stack of `--additional-config '{"kvcomp": {"stack": ...}}'`, or of KVCOMP_STACK; None where neither is."""
+    given = config.additional_config
+    options = given.get(OPTION) if isinstance(given, dict) else None
+    if options is not None and (not isinstance(options, dict) or set(options) != {"stack"}):
+        raise SpecError(f'additional_config["{OPTION}"]={options!r}: expected {{"stack": "kivi(bits=2)"}}')
+    spec = options["stack"] if options is not None else os.environ.get(VARIABLE)
+    return Stack.parse(spec) if spec else None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stack in an engine of `layers` layers, with heads of `dim` channels in `dtype`.
+
+    Where every field of a page has a row per token, and nothing is asked of the newest tokens, a token is written into
+    its page at once: `by_token`. Otherwise each request has a window in full precision (sinks, recent tokens, a page
+    that is not full yet and `drafts` that may be rejected), out of which whole pages are encoded.
+    """
+
+    stack: Stack
+    layers: int
+    dim: int
+    dtype: torch.dtype
+    drafts: int
+
+    @classmethod
+    def of(cls, config: VllmConfig) -> Setup:
+        """What `config` asks for.
+
+        Raises:
+            SpecError, UnsupportedError: what cannot be done, and what to change.
+        """
+        stack = stack_of(config)
+        assert stack is not None
+        model, speculative = config.model_config, config.speculative_config
+        drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
+        if model.use_mla:
+            raise UnsupportedError(
+                f"{stack}: the model's attention is latent (MLA), its cache has no KV heads to compress: serve it "
+                "without a stack"
+            )
+        setup = cls(stack, model.get_total_num_hidden_layers(), model.get_head_size(), model.dtype, drafts)
+        setup._check_stages(config)
+        setup._check_engine(config)
+        return setup
+
+    def _check_engine(self, config: VllmConfig) -> None:
+        parallel, cache = config.parallel_config, config.cache_config
+        if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+            raise UnsupportedError(
+                f"{self.stack}: --kv-cache-dtype {cache.cache_dtype} would quantize what the stack quantizes: leave "
+                "it out"
+            )
+        if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+            raise UnsupportedError(f"{self.stack}: context parallelism splits a request's pages: leave it out")
+        if cache.enable_prefix_caching and self.stack_window:
+            raise UnsupportedError(
+                f"{self.stack} keeps {self.stack_window} in full precision per request, which a prefix found in the "
+                "cache would lack: serve with --no-enable-prefix-caching, or add window(sinks=0, recent=0)"
+                + (", or leave out streaming" if self.streaming else "")
+            )
+        # A block size that nobody asked for is final only once the platform has had its say.
+        if cache.user_specified_block_size and cache.block_size % self.page_size:
+            raise UnsupportedError(
+                f"{self.stack}: --block-size {cache.block_size} is no multiple of the stack's pages of "
+                f"{self.page_size} tokens: use --block-size {self.page_size}"
+            )
+
+    def _check_stages(self, config: VllmConfig) -> None:
+        stack, quantizer = self.stack, self.stack.quantizer
+        for policy in stack.policies:
+            if not isinstance(policy, Streaming):
+                raise UnsupportedError(
+                    f"{policy.name} keeps other tokens in each layer or head, and a block of vLLM holds the same "
+                    "tokens of all of them: use streaming, or leave it out"
+                )
+            if policy.prefill_chunk is not None:
+                raise UnsupportedError(
+                    f"streaming(chunk={policy.prefill_chunk}): vLLM decides how prompts are cut "
+                    "(--max-num-batched-tokens): leave chunk out"
+                )
+        shape = self.shape(1, 0)
+        if quantizer.needs_queries or quantizer.adapted_bytes(shape):
+            raise UnsupportedError(
+                f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: give it a "
+                "calibration file where it takes one, or use int, kivi or turboquant"
+            )
+        selector = stack.selector
+        if selector is not None and (selector.needs_queries or any(selector.index_bytes(shape))):
+            raise UnsupportedError(
+                f"{selector.name} fits itself to each request, which has no place in vLLM's blocks: use quest or moba"
+            )
+        if config.parallel_config.tensor_parallel_size > 1 and getattr(quantizer, "calibration", None) is not None:
+            raise UnsupportedError(
+                f"{quantizer.name}: a calibration knows all heads, and a rank has some: use one rank"
+            )
+
+    # -- what follows from the stack ------------------------------------------------------------------------------
+
+    @property
+    def page_size(self) -> int:
+        return self.stack.page_size
+
+    @property
+    def sinks(self) -> int:
+        return self.stack.window.sinks
+
+    @property
+    def recent(self) -> int:
+        return self.stack.window.recent
+
+    @property
+    def stack_window(self) -> str:
+        """The exact tokens that the stack asks for, in words; empty where it asks for none."""
+        parts = [f"{n} {what}" for n, what in ((self.sinks, "sinks"), (self.recent, "recent tokens")) if n]
+        return " and ".join(parts)
+
+    @property
+    def streaming(self) -> int | None:
+        """How many recent tokens stay; None: all do."""
+        kept = [p.recent for p in self.stack.policies if isinstance(p, Streaming)]
+        return min(kept) if kept else None
+
+    @cached_property
+    def by_token(self) -> bool:
+        """Whether a token can be written into its page by itself."""
+        asks = self.sinks or self.recent or self.stack.selector or self.stack.policies
+        return not asks and self.plan(0).layout(self.shape(1, 0)).tokenwise
+
+    @property
+    def ring(self) -> int:
+        """Slots of a request's window behind its sinks."""
+        return self.recent + self.page_size + self.drafts
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the window of a request has room for; 0 where it needs none."""
+        return 0 if self.by_token else self.sinks + self.ring
+
+    def paged(self, tokens: int) -> int:
+        """How many pages of a request's first `tokens` tokens are encoded."""
+        return max(tokens - self.sinks - self.recent, 0) // self.page_size
+
+    def expired(self, tokens: int) -> int:
+        """How many of the oldest pages a query behind `tokens` tokens no longer sees, once the prompt is in."""
+        if self.streaming is None:
+            return 0
+        return min(max(tokens - self.sinks - self.streaming, 0) // self.page_size, self.paged(tokens))
+
+    def plan(self, layer: int) -> LayerPlan:
+        return self.stack.plan(layer, self.layers)
+
+    def shape(self, heads: int, layer: int) -> PageShape:
+        """What the codec of a layer is made for, where `heads` KV heads of it are on this rank."""
+        return PageShape(self.page_size, self.dim, self.dim, heads, self.dtype, torch.device("cpu"), layer)
+
+    def record_bytes(self, heads: int) -> int:
+        """Bytes of a (block, head) cell: the largest page of any layer, filled up to a whole number a token."""
+        layouts = (self.plan(i).layout(self.shape(heads, i)) for i in range(self.layers))
+        return -(-max(layout.bytes_per_page for layout in layouts) // self.page_size) * self.page_size

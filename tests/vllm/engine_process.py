@@ -1,0 +1,93 @@
+"""vLLM engines, one after another, in a process of their own: a line on stdin asks for one, a line on stdout answers.
+
+A question is {"options": arguments of vllm.LLM, "rounds": [[{"prompt": [token ids], "tokens": how many to generate,
+"abort_after": generated tokens after which the request is aborted, or null}]]}.
+The answer is {"error"} where the engine refused to start, or {"capacity": tokens, as vLLM reports it, "block_size",
+"rounds": [{"outputs": [[token ids]], "cached": [prompt tokens found in the prefix cache], "held": [blocks in use after
+each step], "written": [tokens of all requests after each step], "at": [seconds of processor time from the start to the
+end of each step], "prompts_in": the step after which each request has a token}], "metrics": {name: value}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def run(engine: Any, requests: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    """All requests at once, greedily, until each has as many tokens as it asked for or was aborted."""
+    from vllm import SamplingParams
+
+    names = [f"{number}-{i}" for i in range(len(requests))]
+    for name, request in zip(names, requests, strict=True):
+        params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+        engine.add_request(name, {"prompt_token_ids": request["prompt"]}, params)
+    aborts = {name: r["abort_after"] for name, r in zip(names, requests, strict=True) if r.get("abort_after")}
+    outputs: dict[str, list[int]] = {name: [] for name in names}
+    cached = dict.fromkeys(names, 0)
+    pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    held, written, at, start = [], [], [], time.process_time()
+    prompts_in: int | None = None
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            outputs[output.request_id] = list(output.outputs[0].token_ids)
+            cached[output.request_id] = output.num_cached_tokens or 0
+            if len(outputs[output.request_id]) >= aborts.get(output.request_id, sys.maxsize):
+                engine.abort_request([output.request_id])
+                del aborts[output.request_id]
+        held.append(pool.num_gpu_blocks - pool.get_num_free_blocks() - 1)  # block 0 is nobody's
+        if prompts_in is None and all(outputs.values()):
+            prompts_in = len(at)
+        written.append(sum(map(len, outputs.values())))
+        at.append(time.process_time() - start)
+    return {
+        "outputs": [outputs[name] for name in names],
+        "cached": [cached[name] for name in names],
+        "held": held,
+        "written": written,
+        "prompts_in": prompts_in,
+        "at": at,
+    }
+
+
+def answer(given: dict[str, Any]) -> dict[str, Any]:
+    """What comes of one question; the engine is gone behind it."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    _cached_get_attn_backend.cache_clear()  # it knows nothing of stacks
+    try:
+        llm = LLM(**given["options"])
+    except Exception as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        cleanup_dist_env_and_memory()
+        return {"error": " | ".join(str(cause) for cause in causes)}
+    engine = llm.llm_engine
+    cache = engine.vllm_config.cache_config
+    result = {
+        "capacity": cache.kv_cache_size_tokens,
+        "block_size": cache.block_size,
+        "rounds": [run(engine, requests, i) for i, requests in enumerate(given["rounds"])],
+        "metrics": {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")},
+    }
+    engine.engine_core.shutdown()
+    del llm, engine
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # where vLLM writes its log
+    for question in sys.stdin:
+        print(json.dumps(answer(json.loads(question))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

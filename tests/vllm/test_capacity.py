@@ -1,0 +1,42 @@
+"""A pool of the same bytes holds more tokens, as vLLM reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+ENGINE = Callable[..., dict[str, Any]]
+
+LENGTH = 8192
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict[str, int]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("stack", "times"),
+    [
+        (None, 1.0),
+        ("none", 1.0),
+        ("int8", 1.85),
+        ("int(bits=4)", 3.5),
+        ("turboquant(bits=4)", 3.5),
+        ("int(bits=2)", 6.0),
+        ("turboquant(bits=2)", 6.0),
+        ("kivi(bits=2, group=64) + window(sinks=0, recent=0)", 6.0),
+    ],
+)
+def test_capacity(
+    engine: Callable[..., dict[str, Any]], dense: dict[str, int], stack: str | None, times: float
+) -> None:
+    options = {"dtype": "bfloat16", "max_model_len": LENGTH, "kv_cache_memory_bytes": 256 << 20}
+    result = engine(stack, [], **options)
+    assert "error" not in result, result
+    capacity = result["capacity"]
+    if stack is None:
+        dense["capacity"] = capacity
+    assert capacity >= times * dense["capacity"] * 0.999

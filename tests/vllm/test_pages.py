@@ -1,0 +1,78 @@
+"""Records in a pool as vLLM lays it out, and a step's view of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvcomp.integrations.vllm.pages import Pages
+from kvcomp.integrations.vllm.setup import Setup
+from kvcomp.integrations.vllm.step import Step
+from kvcomp.stack import Stack
+
+HEADS, DIM, BLOCKS = 3, 64, 7
+
+
+def setup_of(stack: str, drafts: int = 0) -> Setup:
+    return Setup(Stack.parse(stack), layers=4, dim=DIM, dtype=torch.float32, drafts=drafts)
+
+
+def bound(setup: Setup) -> Pages:
+    """Pages of layer 3 in a pool that holds nothing but NaN, whatever its bytes are read as."""
+    cell = setup.record_bytes(HEADS) // setup.page_size
+    pool = torch.full((BLOCKS, HEADS, setup.page_size, cell), 255, dtype=torch.uint8)
+    return Pages(setup, 3, HEADS).at(pool)
+
+
+@pytest.mark.parametrize(
+    "stack",
+    ["none", "int8", "int(bits=3)", "int(bits=4, basis=hadamard, group=32)", "fp8", "mxfp4", "turboquant(bits=4)"],
+)
+def test_token_by_token_makes_the_page_that_is_encoded_whole(stack: str) -> None:
+    """In any order and in any company, and padding is written nowhere."""
+    setup = setup_of(stack)
+    assert setup.by_token
+    size = setup.page_size
+    k, v = torch.randn(2, 2 * size, HEADS, DIM)
+    slots = torch.cat([5 * size + torch.arange(size), 2 * size + torch.arange(size)])  # blocks 5 and 2
+    single, whole = bound(setup), bound(setup)
+    for run in torch.randperm(2 * size).split(37):
+        padded = torch.nn.functional.pad(slots[run], (0, 2), value=-1)
+        single.write_tokens(*(torch.nn.functional.pad(x[run], (0, 0, 0, 0, 0, 2)) for x in (k, v)), padded)
+    records = torch.tensor([5, 2]) * HEADS + torch.arange(HEADS)[:, None]
+    whole.write_pages(k.transpose(0, 1), v.transpose(0, 1), records)
+    assert torch.equal(single.pool, whole.pool)
+    assert (single.pool.view(BLOCKS, -1)[[0, 1, 3, 4, 6]] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "stack", ["kivi(bits=2)", "nvfp4", "int(bits=4, per=channel)", "int8 + quest(pages=4)", "int8 + window(recent=1)"]
+)
+def test_what_needs_a_window(stack: str) -> None:
+    setup = setup_of(stack, drafts=3)
+    assert not setup.by_token
+    assert setup.slots == setup.sinks + setup.recent + setup.page_size + 3
+
+
+@pytest.mark.parametrize(
+    "stack", ["int8", "int8 + window(sinks=4, recent=70)", "kivi(bits=2)", "streaming(sinks=4, recent=64) + int8"]
+)
+def test_every_token_is_read_once(stack: str) -> None:
+    """Pages, exact tokens and what streaming let go are all tokens before the step's own, of each request."""
+    setup = setup_of(stack)
+    table = torch.arange(1, 1 + 3 * 20).view(3, 20)
+    for past in (0, 1, 3, 63, 64, 65, 133, 138, 139, 300):
+        lengths = [past + 1, past + 2, past + 5]
+        step = Step.of(setup, HEADS, [0, 1, 3, 8], lengths, [False] * 3, table, torch.zeros(8, dtype=torch.int64))
+        seen = torch.cat([group.tokens.flatten() for group in step.groups])
+        assert sorted(seen.tolist()) == list(range(8))
+        for group in step.groups:
+            for row, request in enumerate(group.requests.tolist()):
+                pages = int(group.counts[row * HEADS])
+                gone = setup.expired(past)
+                assert (pages + gone) * setup.page_size + int(group.exact[row]) == past
+                blocks = table[request, gone : gone + pages] * HEADS
+                assert group.pages[row * HEADS, :pages].tolist() == blocks.tolist()
+                slots = group.slots[row, : group.exact[row]].tolist()
+                assert len(set(slots)) == len(slots)
+                assert all(slot < setup.sinks + setup.ring for slot in slots)

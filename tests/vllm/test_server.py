@@ -1,0 +1,103 @@
+"""`vllm serve` with the plugin, asked by the OpenAI client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STACK = "kivi(bits=4) + window(recent=64)"
+TOKENS = 24
+
+
+@pytest.fixture
+def server(folder: str, tmp_path: Path) -> Iterator[str]:
+    """The address of a server with the stack in its environment."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    # What `vllm serve` runs; that command itself asks for a distribution named vllm, which the build for CPUs is not.
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            folder,
+            "--served-model-name",
+            "model",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ),
+        *("--attention-backend", "CUSTOM", "--block-size", "64", "--no-enable-prefix-caching", "--dtype", "float32"),
+        *("--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20)),
+        *("--enforce-eager", "--max-num-batched-tokens", "4096"),
+    ]
+    environment = {
+        "KVCOMP_STACK": STACK,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=output, stderr=output)
+    try:
+        address, until = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < until, "the server did not start: " + log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_eight_streams_at_once(
+    server: str, hugging_face: Any, text: Callable[[int, int], list[int]], folder: str
+) -> None:
+    """Eight requests of mixed length, streamed at once: each the text of the Hugging Face integration."""
+    import openai
+    from transformers import AutoTokenizer
+
+    prompts = [text(n, 30 * i) for i, n in enumerate((10, 700, 65, 300, 128, 40, 500, 190))]
+    client = openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none")
+
+    async def streamed(prompt: list[int]) -> tuple[str, int]:
+        pieces: list[str] = []
+        stream = await client.completions.create(
+            model="model",
+            prompt=prompt,
+            max_tokens=TOKENS,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        async for event in stream:
+            pieces += [choice.text for choice in event.choices]
+        return "".join(pieces), len(pieces)
+
+    async def all_at_once() -> list[tuple[str, int]]:
+        return list(await asyncio.gather(*(streamed(prompt) for prompt in prompts)))
+
+    answers = asyncio.run(all_at_once())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = [tokenizer.decode(hugging_face(STACK, prompt, TOKENS)) for prompt in prompts]
+    assert [answer for answer, _ in answers] == expected
+    assert all(pieces > 1 for _, pieces in answers)
