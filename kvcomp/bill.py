@@ -151,14 +151,14 @@ def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -
         flops += 2 * layer.heads * layer.decode_width * seen
     for total, tokens in ((held, context), (read, context + 1)):
         total["library"] += shape.fixed_bytes(tokens)
-    parts = _times(held, batch)
+    together = _times(held, batch)
     if shared:
-        parts["constants"] = parts.get("constants", 0.0) + shared
+        together["constants"] = together.get("constants", 0.0) + shared
     return Bill(
         stack,
         context,
         batch,
-        parts,
+        together,
         _times(read, batch),
         (batch * shape.cache_bytes(context), batch * shape.cache_bytes(context + 1)),
         batch * context * shape.token_bytes // shape.itemsize,
