@@ -39,6 +39,21 @@ MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXED = ["sliding_attention", "full_attention"] * 2
 
 
+LATENT = dict(
+    **MOE,
+    num_key_value_heads=4,
+    kv_lora_rank=32,
+    q_lora_rank=32,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    qk_nope_head_dim=16,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+)
+
+
 def _configs() -> dict:
     return {
         "llama": (LlamaForCausalLM, LlamaConfig, {}),
@@ -79,17 +94,7 @@ def _configs() -> dict:
             DeepseekV32ForCausalLM,
             DeepseekV32Config,
             dict(
-                **MOE,
-                num_key_value_heads=4,
-                kv_lora_rank=32,
-                q_lora_rank=32,
-                qk_rope_head_dim=16,
-                v_head_dim=16,
-                qk_nope_head_dim=16,
-                n_routed_experts=4,
-                n_group=1,
-                topk_group=1,
-                first_k_dense_replace=1,
+                **LATENT,
                 index_n_heads=4,
                 index_head_dim=32,
                 index_topk=24,
@@ -99,17 +104,7 @@ def _configs() -> dict:
             DeepseekV3ForCausalLM,
             DeepseekV3Config,
             dict(
-                **MOE,
-                num_key_value_heads=4,
-                kv_lora_rank=32,
-                q_lora_rank=32,
-                qk_rope_head_dim=16,
-                v_head_dim=16,
-                qk_nope_head_dim=16,
-                n_routed_experts=4,
-                n_group=1,
-                topk_group=1,
-                first_k_dense_replace=1,
+                **LATENT,
             ),
         ),
     }
