@@ -138,7 +138,7 @@ class Described:
             scale = offsets[segment.scale]
             return _Segment(KINDS["uniform"], segment.channels, len(planes), *groups, scale, zero, None, bits, planes)
         room = 1 << (FEW_BITS if bits <= FEW_BITS else 8)
-        self.books.append(F.pad(segment.book.float(), (0, room - len(segment.book))).contiguous())
+        self.books.append(segment.book.float().repeat(room // len(segment.book)))
         places = offsets[segment.norm], NOTHING, self.books[-1].data_ptr(), bits, planes
         return _Segment(KINDS["codebook"], segment.channels, len(planes), 1, segment.channels, 0, *places)
 

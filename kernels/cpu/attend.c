@@ -6,6 +6,11 @@
  * share fold into q, those of one token into its logit; on the V side into the outputs and the probabilities. So an
  * element costs its unpacking, shared by all rows of a stream, and one multiplication and addition a row.
  *
+ * Codes are unpacked where they are multiplied, from words of 32 bits in vectors: shifted, and looked up in a table of 16.
+ * For K a vector has a word of each of its tokens (a small transposition), for V the words of one token or of some in a
+ * row, and probabilities times scales are spread over them; sums over V stay in the order of words until the end. V
+ * that comes in several planes, or shares scales along tokens, is unpacked to bytes first.
+ *
  * Tiles of T tokens lie within a page. Blocks of tiles: all logits, one maximum and one rescaling a row (online softmax),
  * all values. Work is cut into equal runs of tiles, whatever the streams' lengths; runs of a stream merge by log-sum-exp.
  * Moved: each listed page once per 16 rows, so bytes_per_page less the summaries.
@@ -21,7 +26,8 @@
 #endif
 
 enum { UNIFORM, CODEBOOK, FLOAT32, FLOAT16, BFLOAT16 };
-enum { ROWS = 16, TOKENS = 256, PIECES = 4, LEAST = 8 };
+enum { CAST, TABLE, BOOK };
+enum { ROWS = 16, TILE = 32, TOKENS = 256, PIECES = 4, LEAST = 8 };
 #define NOTHING (-1)
 
 /* One plane of codes: `width` bits each, the first in the low bits; token t's begin at byte offset + t * stride. */
@@ -81,9 +87,9 @@ typedef struct {
     int n;
 } Place;
 
-/* Sizes that depend on the layout alone; widths are padded to whole vectors. */
+/* Sizes that depend on the layout alone; widths are padded to whole vectors. out_width: of sums before `in_order`. */
 typedef struct {
-    int64_t tile, k_width, v_width, channels, codes;
+    int64_t tile, k_width, v_width, out_width, channels, codes;
 } Shape;
 
 static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -96,20 +102,43 @@ static int64_t stream_tiles(const Source *s, int64_t stream, const Shape *shape)
     return (stream_tokens(s, stream) + shape->tile - 1) / shape->tile;
 }
 
+/* How V of a segment is read by words of 32 bits: words of a token, and how many tokens lie in one vector. */
+typedef struct {
+    int words, together;
+} Words;
+
+/* words 0: it is read by bytes, as its planes, its scales or the machine want it. */
+static Words words_of(const Segment *g, int lanes) {
+    Words w = {0, 1};
+    int width = g->kind > CODEBOOK ? 0 : g->plane[0].width, shared = g->kind == UNIFORM && g->token_group > 1;
+    if (lanes < 8 || !width || g->planes > 1 || shared || g->channel_group * width % 32) return w;
+    w.words = g->channels * width / 32;
+    while (2 * w.together * w.words <= lanes && g->plane[0].stride == 4 * w.words) w.together *= 2;
+    return w;
+}
+
+/* Floats that the sums over a segment's V take. */
+static int64_t out_room(const Segment *g) {
+    Words w = words_of(g, 16);
+    int64_t plain = round_up(g->channels, 16);
+    return w.words ? round_up(w.words, 16) * (32 / g->plane[0].width + 1) : plain;
+}
+
 static Shape shape_of(const Problem *p) {
-    Shape shape = {32, 0, 0, 0, 0};
+    Shape shape = {TILE, 0, 0, 0, 0, 0};
     for (int i = 0; i < 2 * p->sources; i++) {
         const Source *from = &p->source[i / 2];
         const Side *side = i % 2 ? &from->v : &from->k;
-        int64_t *width = i % 2 ? &shape.v_width : &shape.k_width, sum = 0;
+        int64_t *width = i % 2 ? &shape.v_width : &shape.k_width, sum = 0, room = 0;
         for (int j = 0; j < side->count; j++) {
             const Segment *g = &side->segments[j];
             int64_t channels = round_up(g->channels, 16);
-            sum += channels;
+            sum += channels, room += i % 2 ? out_room(g) : 0;
             shape.channels = channels > shape.channels ? channels : shape.channels;
             if (g->kind == UNIFORM && g->token_group > 1 && g->token_group % 32) shape.tile = 16;
         }
         *width = sum > *width ? sum : *width;
+        shape.out_width = room > shape.out_width ? room : shape.out_width;
         if (from->ids && from->page_tokens % 32) shape.tile = 16;
     }
     shape.codes = round_up(shape.channels, 128) + 128;
@@ -127,6 +156,13 @@ static float half_to_float(uint16_t h) {
     }
     return h & 0x8000 ? -value : value;
 }
+
+/* Books of the codes themselves: the low 1, 2 or 4 bits of a number below 16. */
+static const float CODES[5][16] = {
+    [1] = {0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1},
+    [2] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3},
+    [4] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+};
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

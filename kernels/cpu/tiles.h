@@ -1,10 +1,13 @@
 /* One run of tiles for one instruction set: included with LEVEL, VL (floats in a vector), TARGET and NAME(x). */
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
+#define APART static __attribute__((noinline)) TARGET
 #define vf NAME(vf)
 #define vi NAME(vi)
+#define vu NAME(vu)
 typedef float vf __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 
 INLINE vf NAME(load)(const float *from) { return *(const vf *)from; }
 INLINE void NAME(store)(float *to, vf x) { *(vf *)to = x; }
@@ -57,6 +60,28 @@ INLINE vf NAME(entries)(const uint8_t *from, const float *book, int bits) {
 #endif
 }
 
+/* Numbers of codes in vectors: CAST: the codes; TABLE: entries of a book of 16; BOOK: of one of 256. */
+INLINE vf NAME(number)(vu code, const float *book, const int kind) {
+    if (kind == CAST) return __builtin_convertvector((vi)code, vf);
+#if LEVEL == 2
+    if (kind == TABLE) return (vf)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(book));
+    return (vf)_mm512_i32gather_ps((__m512i)code, book, 4);
+#elif LEVEL == 1
+    if (kind == BOOK) return (vf)_mm256_i32gather_ps(book, (__m256i)code, 4);
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book), (__m256i)code);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book + 8), (__m256i)code);
+    return (vf)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)code, 28)));
+#else
+    return (vf){book[code[0]], book[code[1]], book[code[2]], book[code[3]]};
+#endif
+}
+
+/* Numbers of the codes of `width` bits from bit `shift` of words on; TABLE of AVX-512 looks at 4 bits and no more. */
+INLINE vf NAME(pick)(vu words, int shift, const int width, const float *book, const int kind) {
+    if (LEVEL == 2 && kind == TABLE) return NAME(number)(words >> shift, book, kind);
+    return NAME(number)(words >> shift & ((1u << width) - 1), book, kind);
+}
+
 /* n float16 numbers at any address. */
 INLINE void NAME(halves)(float *to, const uint8_t *from, int64_t n) {
     int64_t i = 0;
@@ -92,51 +117,69 @@ INLINE vf NAME(exponential)(vf x) {
 }
 #define exponential NAME(exponential)
 
-INLINE void NAME(riffle)(u8x16 y[16], const u8x16 x[16]) {
+/* Lanes of a and b in turn: those of their first halves, of their second halves. */
+#if VL == 16
+#define FIRST(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define SECOND(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif VL == 8
+#define FIRST(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define SECOND(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define FIRST(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define SECOND(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#endif
+
+/* Words [VL, W] of VL tokens, in W vectors, to [W, VL]: each round turns the address (token, word) by one bit. */
+INLINE void NAME(turn_words)(vi *x, const int W) {
+    vi y[16];
+#pragma GCC unroll 4
+    for (int round = 1; round < VL; round *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) y[i] = x[i];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        y[2 * i] = LOW(x[i], x[i + 8]);
-        y[2 * i + 1] = HIGH(x[i], x[i + 8]);
-    }
-}
-
-/* 16 x 16 bytes to their transpose: each round turns the address (row, column) of 8 bits by one bit. */
-INLINE void NAME(transpose)(u8x16 x[16]) {
-    u8x16 y[16];
-    NAME(riffle)(y, x);
-    NAME(riffle)(x, y);
-    NAME(riffle)(y, x);
-    NAME(riffle)(x, y);
-}
-
-/* K: one plane of T tokens to codes [channels, T], behind the bits that are there already. */
-INLINE void NAME(k_plane)(uint8_t *codes, const uint8_t *from, int64_t stride, int channels, int tile, const int width,
-                          int more) {
-    const int per = 8 / width, bytes = channels / per;
-    const uint8_t mask = (uint8_t)((1 << width) - 1);
-    for (int t = 0; t < tile; t += 16, from += 16 * stride) {
-        for (int b = 0; b < bytes; b += 16) {
-            u8x16 x[16];
-            int n = bytes - b < 16 ? bytes - b : 16;
-            if (n == 16) {
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) x[i] = BYTES(from + i * stride + b);
-            } else {
-                uint8_t part[16][16] = {{0}};
-                for (int i = 0; i < 16; i++) memcpy(part[i], from + i * stride + b, n);
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) x[i] = BYTES(part[i]);
-            }
-            NAME(transpose)(x);
-            for (int j = 0; j < n; j++) {
-                for (int i = 0; i < per; i++) {
-                    uint8_t *to = codes + ((b + j) * per + i) * tile + t;
-                    u8x16 y = (x[j] >> (uint8_t)(width * i)) & mask;
-                    BYTES(to) = more ? y | BYTES(to) << (uint8_t)width : y;
-                }
-            }
+        for (int i = 0; i < W / 2; i++) {
+            x[2 * i] = FIRST(y[i], y[i + W / 2]);
+            x[2 * i + 1] = SECOND(y[i], y[i + W / 2]);
         }
     }
+}
+#undef FIRST
+#undef SECOND
+
+/* K: W words of each of T tokens, `stride` bytes from one to the next, to [W, T]. */
+INLINE void NAME(k_chunk)(vu *to, const uint8_t *from, int64_t stride, int tile, const int W) {
+    for (int t = 0; t < tile; t += VL, from += VL * stride) {
+        vi x[16];
+        int32_t rows[VL * 16];
+        const int32_t *words = (const int32_t *)from;
+        if (stride != 4 * W) {
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) memcpy(rows + i * W, from + i * stride, 4 * W);
+            words = rows;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) x[i] = *(const vi *)(words + i * VL);
+        NAME(turn_words)(x, W);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) to[(i * tile + t) / VL] = (vu)x[i];
+    }
+}
+
+/* K: one plane of T tokens to words [words, T] of 32 bits; returns where the next plane's go. */
+APART vu *NAME(k_plane)(vu *to, const uint8_t *from, int64_t stride, int bytes, int tile) {
+    int at = 0, per = tile / VL;
+    for (; bytes - at >= 64; at += 64, to += 16 * per) NAME(k_chunk)(to, from + at, stride, tile, 16);
+    if (bytes - at >= 32) NAME(k_chunk)(to, from + at, stride, tile, 8), at += 32, to += 8 * per;
+    if (bytes - at >= 16) NAME(k_chunk)(to, from + at, stride, tile, 4), at += 16, to += 4 * per;
+    if (bytes - at >= 8) NAME(k_chunk)(to, from + at, stride, tile, 2), at += 8, to += 2 * per;
+    for (; bytes > at; at += 4, to += per) { /* the last word of a row may end with it */
+        for (int t = 0; t < tile; t++) {
+            int32_t word = 0;
+            memcpy(&word, from + t * stride + at, bytes - at < 4 ? bytes - at : 4);
+            memcpy((int32_t *)to + t, &word, 4);
+        }
+    }
+    return to;
 }
 
 /* V: 16 packed bytes to 16 * 8 / width codes in their order. */
@@ -189,8 +232,12 @@ INLINE void NAME(v_plane)(uint8_t *codes, const uint8_t *from, int64_t stride, i
         }                                                                           \
     }
 
-static TARGET void NAME(k_codes)(const Segment *g, const uint8_t *page, int64_t token, int tile, uint8_t *codes) {
-    PLANES(k_plane, g->channels, tile)
+static TARGET void NAME(k_words)(const Segment *g, const uint8_t *page, int64_t token, int tile, vu *words) {
+    for (int i = 0; i < g->planes; i++) {
+        const Plane *plane = &g->plane[i];
+        const uint8_t *from = page + plane->offset + token * plane->stride;
+        words = NAME(k_plane)(words, from, plane->stride, g->channels * plane->width / 8, tile);
+    }
 }
 
 static TARGET void NAME(v_codes)(const Segment *g, const uint8_t *page, int64_t token, int tile, uint8_t *codes,
@@ -226,25 +273,78 @@ INLINE const float *NAME(rows_of)(const Segment *g, const uint8_t *page, int64_t
     return to;
 }
 
-/* acc[r, t] = sum_d q[r, d] codes[d, t] for RN rows and VN vectors of tokens. */
-INLINE void NAME(k_block)(float *acc, int64_t room, const float *q, int64_t q_room, const uint8_t *codes, int channels,
-                          int tile, const float *book, int bits, const int RN, const int VN) {
+/* Words of a tile: n of each token, codes of one plane that fill them; where codes go on in a plane of lower bits, its
+ * words and the first code's bit in them. */
+typedef struct {
+    const vu *words, *low;
+    int n, bit;
+} NAME(Codes);
+#define Codes NAME(Codes)
+
+/* acc[r, t] = sum_d q[r, d] x[d, t] for RN rows and VN vectors of tokens; x: numbers of codes of width + rest bits. */
+INLINE void NAME(k_block)(float *acc, int64_t room, const float *q, int64_t q_room, Codes from, int tile,
+                          const float *book, const int width, const int rest, const int kind, const int RN,
+                          const int VN) {
+    const vu *words = from.words;
+    vf a[4][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VN; v++) a[r][v] = all(0);
+    for (int j = 0; j < from.n; j++, words += tile / VL, q += 32 / width, from.bit += 32 / width * rest) {
+        vu low[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < VN && rest; v++) low[v] = from.low[from.bit / 32 * (tile / VL) + v] >> from.bit % 32;
+#pragma GCC unroll 8
+        for (int i = 0; i < 32 / width; i++) {
+            vf x[2];
+#pragma GCC unroll 2
+            for (int v = 0; v < VN; v++) {
+                if (rest) {
+                    vu high = words[v] >> i * width & ((1u << width) - 1);
+                    x[v] = NAME(number)(high << rest | (low[v] >> i * rest & ((1u << rest) - 1)), book, kind);
+                } else {
+                    x[v] = NAME(pick)(words[v], i * width, width, book, kind);
+                }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < RN; r++)
+#pragma GCC unroll 2
+                for (int v = 0; v < VN; v++) a[r][v] += q[r * q_room + i] * x[v];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VN; v++) store(acc + r * room + v * VL, a[r][v]);
+}
+
+/* The same of `channels` channels from `first` on, where codes have several planes, or end within a word. */
+INLINE void NAME(k_mixed)(float *acc, int64_t room, const float *q, int64_t q_room, const vu *words, const Segment *g,
+                          int first, int channels, int tile, const int kind, const int RN, const int VN) {
     vf a[4][2];
 #pragma GCC unroll 4
     for (int r = 0; r < RN; r++)
 #pragma GCC unroll 2
         for (int v = 0; v < VN; v++) a[r][v] = all(0);
     for (int d = 0; d < channels; d++) {
-        vf x[2];
+        vu code[2] = {{0}, {0}};
+        const vu *from = words;
+        for (int i = 0; i < g->planes; i++) {
+            int width = g->plane[i].width, bit = (first + d) * width;
+#pragma GCC unroll 2
+            for (int v = 0; v < VN; v++) {
+                vu part = from[bit / 32 * (tile / VL) + v] >> bit % 32 & ((1u << width) - 1);
+                code[v] = code[v] << width | part;
+            }
+            from += (g->channels * width + 31) / 32 * (tile / VL);
+        }
 #pragma GCC unroll 2
         for (int v = 0; v < VN; v++) {
-            const uint8_t *from = codes + d * tile + v * VL;
-            x[v] = book ? NAME(entries)(from, book, bits) : NAME(numbers)(from);
-        }
+            vf x = NAME(number)(code[v], g->book, kind);
 #pragma GCC unroll 4
-        for (int r = 0; r < RN; r++)
-#pragma GCC unroll 2
-            for (int v = 0; v < VN; v++) a[r][v] += q[r * q_room + d] * x[v];
+            for (int r = 0; r < RN; r++) a[r][v] += q[r * q_room + d] * x;
+        }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < RN; r++)
@@ -316,25 +416,6 @@ INLINE void NAME(dot_block)(float *acc, int64_t room, const float *q, int64_t q_
         }                                      \
     }
 
-INLINE void NAME(k_rows)(float *acc, int64_t room, const float *q, int64_t q_room, const uint8_t *codes, int channels,
-                         int tile, const float *book, int bits, int rows) {
-    for (int t = 0; t < tile;) {
-        if (tile - t >= 2 * VL) {
-#define CALL(RN) \
-    NAME(k_block)(acc + r * room + t, room, q + r * q_room, q_room, codes + t, channels, tile, book, bits, RN, 2)
-            BY_ROWS(rows, CALL)
-#undef CALL
-            t += 2 * VL;
-        } else {
-#define CALL(RN) \
-    NAME(k_block)(acc + r * room + t, room, q + r * q_room, q_room, codes + t, channels, tile, book, bits, RN, 1)
-            BY_ROWS(rows, CALL)
-#undef CALL
-            t += VL;
-        }
-    }
-}
-
 INLINE void NAME(v_rows)(float *out, int64_t room, const float *p, int64_t p_room, const float *x, const uint8_t *codes,
                          int64_t stride, int n, const float *book, int bits, int channels, int rows) {
     for (int c = 0; c < channels;) {
@@ -366,16 +447,87 @@ INLINE void NAME(v_rows)(float *out, int64_t room, const float *p, int64_t p_roo
     }
 }
 
-/* One for numbers, one for codes, one for books, so that each compiles to a loop without branches. */
-static TARGET void NAME(k_numbers)(float *acc, int64_t room, const float *q, int64_t q_room, const uint8_t *codes,
-                                   const Segment *g, int channels, int tile, int rows) {
-    if (g->kind == UNIFORM)
-        NAME(k_rows)(acc, room, q, q_room, codes, channels, tile, 0, 0, rows);
-    else if (g->bits <= 4)
-        NAME(k_rows)(acc, room, q, q_room, codes, channels, tile, g->book, 4, rows);
-    else
-        NAME(k_rows)(acc, room, q, q_room, codes, channels, tile, g->book, 8, rows);
+/* acc[r, t] = q[r] . x[t] over the codes. */
+INLINE void NAME(k_full)(float *acc, const float *q, int64_t q_room, Codes from, int tile, const float *book, int rows,
+                         const int width, const int rest, const int kind) {
+    for (int t = 0; t < tile;) {
+        if (tile - t >= 2 * VL) {
+#define CALL(RN) \
+    NAME(k_block)(acc + r * tile + t, tile, q + r * q_room, q_room, from, tile, book, width, rest, kind, RN, 2)
+            BY_ROWS(rows, CALL)
+#undef CALL
+            t += 2 * VL, from.words += 2, from.low += 2;
+        } else {
+#define CALL(RN) \
+    NAME(k_block)(acc + r * tile + t, tile, q + r * q_room, q_room, from, tile, book, width, rest, kind, RN, 1)
+            BY_ROWS(rows, CALL)
+#undef CALL
+            t += VL, from.words += 1, from.low += 1;
+        }
+    }
 }
+
+/* The same of `channels` channels from `first` on, whatever their planes. */
+INLINE void NAME(k_any)(float *acc, const float *q, int64_t q_room, const vu *words, const Segment *g, int first,
+                        int channels, int tile, int rows, const int kind) {
+    for (int t = 0; t < tile; t += VL) {
+#define CALL(RN)                                                                                                    \
+    NAME(k_mixed)(acc + r * tile + t, tile, q + r * q_room, q_room, words + t / VL, g, first, channels, tile, kind, RN, 1)
+        BY_ROWS(rows, CALL)
+#undef CALL
+    }
+}
+
+#define FULL(width, rest, kind)                                                                                  \
+    APART void NAME(k_##kind##width##rest)(float *acc, const float *q, int64_t q_room, Codes from, int tile,      \
+                                           const float *book, int rows) {                                         \
+        NAME(k_full)(acc, q, q_room, from, tile, book, rows, width, rest, kind);                                  \
+    }
+#define ANY(kind)                                                                                               \
+    APART void NAME(k_any_##kind)(float *acc, const float *q, int64_t q_room, const vu *words, const Segment *g, \
+                                  int first, int channels, int tile, int rows) {                                \
+        NAME(k_any)(acc, q, q_room, words, g, first, channels, tile, rows, kind);                               \
+    }
+FULL(1, 0, TABLE) FULL(2, 0, TABLE) FULL(4, 0, TABLE) FULL(8, 0, CAST) FULL(8, 0, BOOK)
+FULL(2, 1, TABLE) FULL(2, 1, CAST) FULL(4, 1, CAST) FULL(4, 1, BOOK) FULL(4, 2, CAST) FULL(4, 2, BOOK)
+ANY(TABLE) ANY(CAST) ANY(BOOK)
+#if LEVEL < 2
+FULL(1, 0, CAST) FULL(2, 0, CAST) FULL(4, 0, CAST)
+#define SMALL(width) uniform ? NAME(k_CAST##width##0) : NAME(k_TABLE##width##0)
+#else
+#define SMALL(width) NAME(k_TABLE##width##0)
+#endif
+#undef FULL
+#undef ANY
+
+/* acc[r, t] = q[r] . x[t] over the channels of one group, from `first` on; x = the codes, or entries of the book. */
+static TARGET void NAME(k_numbers)(float *acc, const float *q, int64_t q_room, const vu *words, const Segment *g,
+                                   int first, int channels, int tile, int rows) {
+    int uniform = g->kind == UNIFORM, width = g->plane[0].width, rest = g->planes > 1 ? g->plane[1].width : 0;
+    if (g->planes > 2 || first * width % 32 || channels * width % 32) {
+        if (uniform)
+            NAME(k_any_CAST)(acc, q, q_room, words, g, first, channels, tile, rows);
+        else if (g->bits <= 4)
+            NAME(k_any_TABLE)(acc, q, q_room, words, g, first, channels, tile, rows);
+        else
+            NAME(k_any_BOOK)(acc, q, q_room, words, g, first, channels, tile, rows);
+        return;
+    }
+    const float *book = uniform ? CODES[width <= 4 ? width : 0] : g->book;
+    int each = tile / VL;
+    const vu *low = words + (g->channels * width + 31) / 32 * each;
+    Codes from = {words + first * width / 32 * each, low, channels * width / 32, first * rest};
+    switch (10 * width + rest) {
+        case 10: (SMALL(1))(acc, q, q_room, from, tile, book, rows); break;
+        case 20: (SMALL(2))(acc, q, q_room, from, tile, book, rows); break;
+        case 21: (uniform ? NAME(k_CAST21) : NAME(k_TABLE21))(acc, q, q_room, from, tile, book, rows); break;
+        case 40: (SMALL(4))(acc, q, q_room, from, tile, book, rows); break;
+        case 41: (uniform ? NAME(k_CAST41) : NAME(k_BOOK41))(acc, q, q_room, from, tile, book, rows); break;
+        case 42: (uniform ? NAME(k_CAST42) : NAME(k_BOOK42))(acc, q, q_room, from, tile, book, rows); break;
+        default: (uniform ? NAME(k_CAST80) : NAME(k_BOOK80))(acc, q, q_room, from, tile, book, rows);
+    }
+}
+#undef SMALL
 
 static TARGET void NAME(v_numbers)(float *out, int64_t room, const float *p, int64_t p_room, const uint8_t *codes,
                                    int64_t stride, int n, const Segment *g, int channels, int rows) {
@@ -399,31 +551,224 @@ static TARGET void NAME(k_raw)(float *acc, int64_t room, const float *q, int64_t
 #undef CALL
 }
 
+/* Which token (from the first of a vector on), which scale (likewise) and whether any word lies in each lane; what is
+ * summed where none lies is never looked at. */
+typedef struct {
+    vi token, scale, mask;
+    int whole, first; /* all lanes; the first group of channels */
+} NAME(Lanes);
+#define Lanes NAME(Lanes)
+
+#if LEVEL > 0
+/* Lane l of a vector of words: a[index[l]]. */
+INLINE vf NAME(lanes)(vf a, vi index) {
+#if LEVEL == 2
+    return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)a);
+#else
+    return (vf)_mm256_permutevar8x32_ps((__m256)a, (__m256i)index);
+#endif
+}
+
+INLINE vu NAME(some_words)(const uint8_t *from, vi mask, int whole) {
+    if (whole) return *(const vu *)from;
+#if LEVEL == 2
+    return (vu)_mm512_maskz_loadu_epi32(_mm512_movepi32_mask((__m512i)mask), from);
+#else
+    return (vu)_mm256_maskload_epi32((const int *)from, (__m256i)mask);
+#endif
+}
+
+INLINE Lanes NAME(lanes_of)(const Segment *g, Words w, int chunk) {
+    Lanes x;
+    int per = 32 / g->plane[0].width, groups = g->channels / g->channel_group;
+    x.first = chunk * VL * per / g->channel_group;
+    x.whole = 1;
+    for (int l = 0; l < VL; l++) {
+        int token = w.together > 1 ? l / w.words : 0, word = w.together > 1 ? l % w.words : chunk * VL + l;
+        int used = token < w.together && word < w.words;
+        x.token[l] = used ? token : 0;
+        x.scale[l] = used ? token * groups + word * per / g->channel_group - x.first : 0;
+        x.mask[l] = used ? -1 : 0;
+        x.whole &= used;
+    }
+    return x;
+}
+
+INLINE void NAME(all_lanes)(const Segment *g, Lanes *to) {
+    Words w = words_of(g, VL);
+    for (int chunk = 0; chunk * VL < w.words; chunk++) to[chunk] = NAME(lanes_of)(g, w, chunk);
+}
+
+/* weights [rows, TILE, VL]: p of each lane's token, times its scale; sums [rows, VL] gain p times zero. */
+INLINE void NAME(v_weights)(float *weights, float *sums, int64_t room, const float *p, const Segment *g, const Lanes *x,
+                            int together, int tile, const float *scale, const float *zero, const int RN) {
+    const int groups = g->channels / g->channel_group, uniform = g->kind == UNIFORM;
+    vf sum[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++) sum[r] = uniform ? load(sums + r * room) : all(0);
+    scale += x->first, zero += x->first;
+    for (int t = 0; t < tile; t += VL, p += VL) {
+        vf many[4];
+        vi token = x->token;
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++) many[r] = load(p + r * TOKENS);
+        for (int i = 0; i < VL; i += together, token += together, weights += VL) {
+            vf s = NAME(lanes)(load(scale), x->scale), z = all(0);
+            scale += together * groups;
+            if (uniform) z = NAME(lanes)(load(zero), x->scale), zero += together * groups;
+#pragma GCC unroll 4
+            for (int r = 0; r < RN; r++) {
+                vf y = NAME(lanes)(many[r], token);
+                store(weights + r * (TILE * VL), y * s);
+                sum[r] += y * z;
+            }
+        }
+    }
+    if (uniform) {
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++) store(sums + r * room, sum[r]);
+    }
+}
+
+APART void NAME(all_weights)(float *weights, float *sums, int64_t room, const float *p, const Segment *g, const Lanes *x,
+                             int together, int tile, const float *scale, const float *zero, int rows) {
+#define CALL(RN)                                                                                                 \
+    NAME(v_weights)(weights + r * (TILE * VL), sums + r * room, room, p + r * TOKENS, g, x, together, tile, scale, \
+                    zero, RN)
+    BY_ROWS(rows, CALL)
+#undef CALL
+}
+
+/* out [rows, codes of a word, VL] gains weights . x for RN rows and NI codes of each word, from bit `low` on. */
+INLINE void NAME(v_words)(float *out, int64_t room, const float *weights, const uint8_t *from, int64_t stride,
+                          const Lanes *x, int steps, int low, const float *book, const int width,
+                          const int kind, const int RN, const int NI) {
+    vf a[4][8];
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < NI; i++) a[r][i] = load(out + r * room + i * VL);
+    for (int t = 0; t < steps; t++, from += stride, weights += VL) {
+        vu w = NAME(some_words)(from, x->mask, x->whole) >> low;
+#pragma GCC unroll 8
+        for (int i = 0; i < NI; i++) {
+            vf y = NAME(pick)(w, i * width, width, book, kind);
+#pragma GCC unroll 4
+            for (int r = 0; r < RN; r++) a[r][i] += load(weights + r * (TILE * VL)) * y;
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < NI; i++) store(out + r * room + i * VL, a[r][i]);
+}
+
+/* As many codes at a time as there are registers for. */
+INLINE void NAME(v_codes_of)(float *out, int64_t room, const float *weights, const uint8_t *from, int64_t stride,
+                             const Lanes *x, int steps, const float *book, int rows, const int width,
+                             const int kind) {
+    const int many = LEVEL == 2 && width < 8 ? 8 : 4, few = LEVEL == 2 ? 4 : 2;
+    for (int i = 0; i < 32 / width; i += many) {
+#define CALL(RN)                                                                                                       \
+    for (int j = 0; j < many; j += RN > 3 ? few : many)                                                                \
+        NAME(v_words)(out + r * room + (i + j) * VL, room, weights + r * (TILE * VL), from, stride, x, steps,   \
+                      (i + j) * width, book, width, kind, RN, RN > 3 ? few : many);
+        BY_ROWS(rows, CALL)
+#undef CALL
+    }
+}
+
+#define WORDS(width, kind)                                                                                             \
+    APART void NAME(v_##kind##width)(float *out, int64_t room, const float *weights, const uint8_t *from,      \
+                                             int64_t stride, const Lanes *x, int steps, const float *book,             \
+                                             int rows) {                                                               \
+        NAME(v_codes_of)(out, room, weights, from, stride, x, steps, book, rows, width, kind);                   \
+    }
+WORDS(1, TABLE) WORDS(2, TABLE) WORDS(4, TABLE) WORDS(8, CAST) WORDS(8, BOOK)
+#if LEVEL == 1
+WORDS(1, CAST) WORDS(2, CAST) WORDS(4, CAST)
+#define SMALL(width) uniform ? NAME(v_CAST##width) : NAME(v_TABLE##width)
+#else
+#define SMALL(width) NAME(v_TABLE##width)
+#endif
+#undef WORDS
+
+/* Add p v of one segment to out, which is [rows, chunks, codes of a word and one for the zeros, VL]. */
+APART void NAME(v_whole)(const Segment *g, Words w, const uint8_t *page, int64_t token, int tile, const float *p,
+                                 int rows, float *out, int64_t room, const float *scale, const float *zero,
+                                 float *weights, const Lanes *x) {
+    const Plane *plane = &g->plane[0];
+    int uniform = g->kind == UNIFORM, width = plane->width, per = 32 / width;
+    const float *book = uniform ? CODES[width <= 4 ? width : 0] : g->book;
+    const uint8_t *from = page + plane->offset + token * plane->stride;
+    for (int at = 0; at < w.words; at += VL, x++, out += (per + 1) * VL, from += 4 * VL) {
+        NAME(all_weights)(weights, out + per * VL, room, p, g, x, w.together, tile, scale, zero, rows);
+        int steps = tile / w.together;
+        int64_t stride = w.together * plane->stride;
+        switch (width) {
+            case 1: (SMALL(1))(out, room, weights, from, stride, x, steps, book, rows); break;
+            case 2: (SMALL(2))(out, room, weights, from, stride, x, steps, book, rows); break;
+            case 4: (SMALL(4))(out, room, weights, from, stride, x, steps, book, rows); break;
+            default: (uniform ? NAME(v_CAST8) : NAME(v_BOOK8))(out, room, weights, from, stride, x, steps, book, rows);
+        }
+    }
+}
+#undef SMALL
+#endif
+
+/* A row of out as the segments' words have it, to one in the order of channels; both padded segment by segment. */
+static TARGET void NAME(in_order)(const Side *v, const float *out, float *to) {
+    for (int j = 0; j < v->count; j++) {
+        const Segment *g = &v->segments[j];
+        Words w = words_of(g, VL);
+        if (!w.words) {
+            memcpy(to, out, round_up(g->channels, 16) * sizeof(float));
+        } else {
+            int per = 32 / g->plane[0].width;
+            const float *from = out;
+            memset(to, 0, round_up(g->channels, 16) * sizeof(float));
+            for (int chunk = 0; chunk * VL < w.words; chunk++, from += (per + 1) * VL) {
+                for (int l = 0; l < VL; l++) {
+                    int word = w.together > 1 ? l % w.words : chunk * VL + l;
+                    if (word >= w.words || l >= w.together * w.words) continue;
+                    for (int i = 0; i < per; i++) to[word * per + i] += from[i * VL + l] + from[per * VL + l];
+                }
+            }
+        }
+        out += out_room(g), to += round_up(g->channels, 16);
+    }
+}
+
 /* What a thread works with. */
 typedef struct {
-    float *q, *scaled, *sums, *logits, *out, *p, *acc, *x, *scale, *zero, *spare;
+    float *q, *scaled, *sums, *logits, *out, *p, *acc, *x, *scale, *zero, *spare, *weights;
     uint8_t *codes;
+    vu *words;
+    uint8_t *lanes;
 } NAME(Scratch);
 #define Scratch NAME(Scratch)
 
 /* Lay the scratch out in memory; returns its bytes. */
 static int64_t NAME(laid_out)(const Shape *shape, uint8_t *memory, Scratch *s) {
-    int64_t at = 0, tile = shape->tile, wide = shape->k_width > shape->v_width ? shape->k_width : shape->v_width;
+    int64_t at = 0, tile = shape->tile, wide = shape->channels;
 #define TAKE(field, count, type)                \
     s->field = memory ? (type *)(memory + at) : 0; \
     at += round_up((count) * (int64_t)sizeof(type), 64);
     TAKE(q, ROWS * shape->k_width, float)
     TAKE(scaled, ROWS * shape->channels, float)
     TAKE(sums, ROWS * shape->k_width, float)
-    TAKE(logits, ROWS * TOKENS, float)
-    TAKE(out, ROWS * shape->v_width, float)
+    TAKE(logits, ROWS * TOKENS + 16, float)
+    TAKE(out, ROWS * shape->out_width, float)
     TAKE(p, ROWS * tile, float)
     TAKE(acc, ROWS * (shape->channels > tile ? shape->channels : tile), float)
     TAKE(x, tile * shape->channels, float)
-    TAKE(scale, tile * shape->channels, float)
-    TAKE(zero, tile * shape->channels, float)
+    TAKE(scale, tile * shape->channels + 16, float)
+    TAKE(zero, tile * shape->channels + 16, float)
     TAKE(spare, tile * wide, float)
     TAKE(codes, tile * shape->codes, uint8_t)
+    TAKE(weights, ROWS * TILE * 16, float)
+    TAKE(lanes, shape->out_width / 16 * 256, uint8_t)
+    TAKE(words, tile * (shape->channels / 4 + 4) / VL, vu)
 #undef TAKE
     return at;
 }
@@ -476,7 +821,7 @@ static TARGET void NAME(token_grid)(const Segment *g, const uint8_t *page, int64
 }
 
 /* Scales and zeros of the channels of a tile whose tokens share them, into s->scale and s->zero. */
-static TARGET void NAME(channel_grid)(const Segment *g, const uint8_t *page, int64_t token, int groups, Scratch *s) {
+APART void NAME(channel_grid)(const Segment *g, const uint8_t *page, int64_t token, int groups, Scratch *s) {
     NAME(grid)(g, page, token / g->token_group * groups, groups, s->scale, s->zero);
     if (g->channel_group > 1) {
         for (int d = g->channels - 1; d >= 0; d--) {
@@ -487,7 +832,7 @@ static TARGET void NAME(channel_grid)(const Segment *g, const uint8_t *page, int
 }
 
 /* Add q . k of one segment to the logits [rows, tile] of n tokens. q [rows, k_width] and sums are the segment's. */
-static TARGET void NAME(k_segment)(const Segment *g, const Shape *shape, const uint8_t *page, int64_t token, int n,
+APART void NAME(k_segment)(const Segment *g, const Shape *shape, const uint8_t *page, int64_t token, int n,
                                    const float *q, const float *sums, int rows, float *logits, Scratch *s) {
     int tile = (int)shape->tile, groups = g->channels / g->channel_group;
     int64_t q_room = shape->k_width;
@@ -497,12 +842,12 @@ static TARGET void NAME(k_segment)(const Segment *g, const Shape *shape, const u
         NAME(k_raw)(logits, TOKENS, q, q_room, x, x_room, g->channels, n, rows);
         return;
     }
-    NAME(k_codes)(g, page, token, tile, s->codes);
+    NAME(k_words)(g, page, token, tile, s->words);
     if (g->kind == CODEBOOK || g->token_group == 1) {
         NAME(token_grid)(g, page, token, tile, groups, s);
         for (int i = 0; i < groups; i++) {
             int c = i * g->channel_group;
-            NAME(k_numbers)(s->acc, tile, q + c, q_room, s->codes + c * tile, g, g->channel_group, tile, rows);
+            NAME(k_numbers)(s->acc, q + c, q_room, s->words, g, c, g->channel_group, tile, rows);
             for (int r = 0; r < rows; r++) {
                 vf sum = all(sums[r * q_room + i]);
                 for (int t = 0; t < tile; t += VL) {
@@ -532,7 +877,7 @@ static TARGET void NAME(k_segment)(const Segment *g, const Shape *shape, const u
             offset[r] += q[r * q_room + d] * s->zero[d];
         }
     }
-    NAME(k_numbers)(s->acc, tile, s->scaled, room, s->codes, g, g->channels, tile, rows);
+    NAME(k_numbers)(s->acc, s->scaled, room, s->words, g, 0, g->channels, tile, rows);
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tile; t += VL) {
             float *to = logits + r * TOKENS + t;
@@ -541,13 +886,22 @@ static TARGET void NAME(k_segment)(const Segment *g, const Shape *shape, const u
 }
 
 /* Add p v of one segment for n tokens to out [rows, v_width]; p [rows, TOKENS]. */
-static TARGET void NAME(v_segment)(const Segment *g, const Shape *shape, const uint8_t *page, int64_t token, int n,
-                                   const float *p, int rows, float *out, Scratch *s) {
+APART void NAME(v_segment)(const Segment *g, const Shape *shape, const uint8_t *page, int64_t token, int n,
+                                   const float *p, int rows, float *out, Scratch *s, const void *lanes) {
     int tile = (int)shape->tile, groups = g->channels / g->channel_group;
+#if LEVEL > 0
+    Words w = words_of(g, VL);
+    if (w.words) {
+        NAME(grid)(g, page, token * groups, tile * groups, s->scale, s->zero);
+        NAME(v_whole)(g, w, page, token, tile, p, rows, out, shape->out_width, s->scale, s->zero, s->weights,
+                      lanes);
+        return;
+    }
+#endif
     if (g->kind >= FLOAT32) {
         int64_t x_room;
         const float *x = NAME(rows_of)(g, page, token, n, s->x, &x_room);
-        NAME(v_raw)(out, shape->v_width, p, TOKENS, x, x_room, n, g->channels, rows);
+        NAME(v_raw)(out, shape->out_width, p, TOKENS, x, x_room, n, g->channels, rows);
         return;
     }
     NAME(v_codes)(g, page, token, tile, s->codes, shape->codes);
@@ -563,13 +917,13 @@ static TARGET void NAME(v_segment)(const Segment *g, const Shape *shape, const u
                     sum += x * load(s->zero + i * tile + t);
                 }
                 if (g->kind == UNIFORM) {
-                    float zero = NAME(sum)(sum), *to = out + r * shape->v_width + c;
+                    float zero = NAME(sum)(sum), *to = out + r * shape->out_width + c;
                     int d = 0;
                     for (; d + VL <= g->channel_group; d += VL) store(to + d, load(to + d) + zero);
                     for (; d < g->channel_group; d++) to[d] += zero;
                 }
             }
-            NAME(v_numbers)(out + c, shape->v_width, s->p, tile, s->codes + c, shape->codes, tile, g, g->channel_group,
+            NAME(v_numbers)(out + c, shape->out_width, s->p, tile, s->codes + c, shape->codes, tile, g, g->channel_group,
                             rows);
         }
         return;
@@ -579,7 +933,7 @@ static TARGET void NAME(v_segment)(const Segment *g, const Shape *shape, const u
     memset(s->acc, 0, rows * room * sizeof(float));
     NAME(v_numbers)(s->acc, room, p, TOKENS, s->codes, shape->codes, tile, g, g->channels, rows);
     for (int r = 0; r < rows; r++) {
-        float mass = 0, *to = out + r * shape->v_width;
+        float mass = 0, *to = out + r * shape->out_width;
         for (int t = 0; t < tile; t++) mass += p[r * TOKENS + t];
         for (int d = 0; d < g->channels; d++) to[d] += s->scale[d] * s->acc[r * room + d] + s->zero[d] * mass;
     }
@@ -614,7 +968,7 @@ static TARGET void NAME(add_page)(float *lse, const float *logits, int tile) {
 }
 
 /* Logits of a block to exp(logit - m), m their running maximum; out and the running sum follow. */
-static TARGET void NAME(soften)(float *logits, int tokens, float *out, int64_t width, float *m, float *sum) {
+APART void NAME(soften)(float *logits, int tokens, float *out, int64_t width, float *m, float *sum) {
     vf most = all(-INFINITY);
     for (int t = 0; t < tokens; t += VL) {
         vf x = load(logits + t);
@@ -674,10 +1028,10 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
     Scratch s;
     NAME(laid_out)(shape, memory, &s);
     int rows = (int)(p->rows - item->row < ROWS ? p->rows - item->row : ROWS), tile = (int)shape->tile;
-    int64_t k_width = shape->k_width, v_width = shape->v_width, at = item->stream * p->rows + item->row;
+    int64_t k_width = shape->k_width, out_width = shape->out_width, v_width = shape->v_width, at = item->stream * p->rows + item->row;
     const Side *k = &item->source->k, *v = &item->source->v;
     memset(s.q, 0, rows * k_width * sizeof(float));
-    memset(s.out, 0, rows * v_width * sizeof(float));
+    memset(s.out, 0, rows * out_width * sizeof(float));
     float bias[ROWS], m[ROWS], sum[ROWS];
     for (int r = 0; r < rows; r++) {
         const float *q = p->q + (at + r) * p->k_dim;
@@ -694,6 +1048,10 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
             q += g->channels, to += round_up(g->channels, 16);
         }
     }
+#if LEVEL > 0
+    for (int64_t j = 0, offset = 0; j < v->count; offset += out_room(&v->segments[j++]))
+        NAME(all_lanes)(&v->segments[j], (Lanes *)s.lanes + offset / 16);
+#endif
     int64_t block = TOKENS / tile;
     for (int64_t first = item->first; first < item->last; first += block) {
         int64_t last = item->last - first < block ? item->last : first + block;
@@ -715,7 +1073,7 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
                     NAME(add_page)(p->lse_of_pages + (at + r) * p->pages + here.which, logits + r * TOKENS, tile);
         }
         for (int r = 0; r < rows; r++)
-            NAME(soften)(s.logits + r * TOKENS, (int)(last - first) * tile, s.out + r * v_width, v_width, &m[r], &sum[r]);
+            NAME(soften)(s.logits + r * TOKENS, (int)(last - first) * tile, s.out + r * out_width, out_width, &m[r], &sum[r]);
         for (int64_t i = first; i < last; i++) {
             Place here = NAME(place)(v, item, i, tile);
             if (i + 1 < item->last) NAME(fetch)(i + 1 < last ? v : k, item, i + 1, tile);
@@ -723,19 +1081,20 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
             for (int j = 0; j < v->count; j++) {
                 const Segment *g = &v->segments[j];
                 NAME(v_segment)(g, shape, here.page, here.token, here.n, s.logits + (i - first) * tile, rows,
-                                s.out + offset, &s);
-                offset += round_up(g->channels, 16);
+                                s.out + offset, &s, (Lanes *)s.lanes + offset / 16);
+                offset += out_room(g);
             }
         }
     }
     for (int r = 0; r < rows; r++) {
         float *to = item->partial + r * (v_width + 2);
-        memcpy(to, s.out + r * v_width, v_width * sizeof(float));
+        NAME(in_order)(v, s.out + r * out_width, to);
         to[v_width] = m[r], to[v_width + 1] = sum[r];
     }
 }
 
 #undef INLINE
+#undef APART
 #undef vf
 #undef vi
 #undef load
@@ -745,6 +1104,9 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
 #undef PLANES
 #undef BY_ROWS
 #undef Scratch
+#undef Lanes
+#undef Codes
+#undef vu
 #undef LEVEL
 #undef NAME
 #undef TARGET
