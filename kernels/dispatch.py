@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvcomp.attention import Part, attend, merge
 from kvcomp.errors import KvcompWarning
-from kvcomp.exact import Tokens
+from kvcomp.exact import ExactBuffer, Tokens
 from kvcomp.kernel_layout import Sides
-from kvcomp.pages import PageLayout
+from kvcomp.pages import PageLayout, PagePool
 from kvcomp.stages import Codec
 
 from . import cpu, reference
@@ -87,22 +87,77 @@ def by_triton(
     return triton.attend(queries, None, tokens, scale, softcap, prior=part)._replace(groups=part.groups)
 
 
+def write_pages(
+    pool: PagePool,
+    ids: Tensor,
+    codec: Codec,
+    keys: Tensor,
+    values: Tensor,
+    streams: Tensor,
+    summaries: Mapping[str, Tensor],
+) -> None:
+    """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, and summary fields
+    [M, ...], in the pages ids int64 [M] of the pool: in one pass, where a kernel can."""
+    if not (on_gpu(pool.data) and write_by_triton(pool, ids, codec, keys, values, streams, summaries)):
+        pool.write(ids, codec.encode(keys, values, streams) | dict(summaries))
+
+
+def write_by_triton(
+    pool: PagePool,
+    ids: Tensor,
+    codec: Codec,
+    keys: Tensor,
+    values: Tensor,
+    streams: Tensor,
+    summaries: Mapping[str, Tensor],
+) -> bool:
+    """As `write_pages`, by the Triton kernel; False, and nothing is written, where it cannot write these pages."""
+    from . import triton
+
+    sides = codec.kernel_sides()
+    if sides is None or triton.write_obstacle(sides) is not None:
+        return False
+    x = codec.kernel_input(keys, values, streams)
+    if x is None:
+        return False
+    triton.write(pool.data, ids, *x, triton.written(sides, pool.layout, pool.data.device))
+    for name, view in pool.layout.views(pool.data, summary=True).items():
+        view[ids.to(view.device)] = summaries[name]
+    return True
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the Triton kernels take x."""
+    return x.is_cuda and not _reference_only and _gpu_obstacle(x.device) is None
+
+
 def attend_tokens(
     queries: Tensor, tokens: Tokens, scale: float, softcap: float | None = None, prior: Part | None = None
 ) -> Part:
     """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
     few = queries.shape[1] <= MOST_ROWS and not _reference_only
-    if few and queries.is_cuda and _gpu_obstacle(queries.device) is None:
+    if few and on_gpu(queries):
         from . import triton
 
         return triton.attend(queries, None, tokens, scale, softcap, prior=prior)
     if few and cpu.library() is not None and cpu.readable(tokens):
         return cpu.attend(queries, None, tokens, scale, softcap, prior=prior)
-    longest, visible = tokens.keys.shape[1], None
+    longest, visible = int(tokens.counts.max()), None
     if bool((tokens.counts < longest).any()):
         visible = (torch.arange(longest) < tokens.counts[:, None])[:, None].to(queries.device)
-    part = attend(queries, tokens.keys, tokens.values, scale, visible, softcap)
+    part = attend(queries, tokens.keys[:, :longest], tokens.values[:, :longest], scale, visible, softcap)
     return part if prior is None else merge([prior, part])
+
+
+def append_token(exact: ExactBuffer, keys: Tensor, values: Tensor) -> None:
+    """One more token for every stream of a buffer: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
+    if keys.is_cpu and cpu.library() is not None and keys.is_contiguous() and values.is_contiguous():
+        exact.make_room()
+        if cpu.append(exact.k, exact.v, exact.counts, keys, values):
+            exact.grown()
+            return
+    streams = len(exact.counts)
+    exact.append(keys.reshape(streams, -1), values.reshape(streams, -1))
 
 
 def _with_tokens(queries: Tensor, tokens: Tokens | None, scale: float, softcap: float | None, part: Part) -> Part:
@@ -147,9 +202,9 @@ def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int =
 
 
 def _cpu_obstacle(sides: Sides, layout: PageLayout) -> str | None:
-    for side in sides:
-        if (why := cpu.described(side, layout).obstacle) is not None:
-            return why
+    for side in cpu.described(sides, layout):
+        if side.obstacle is not None:
+            return side.obstacle
     if cpu.library() is None:
         _warn(MISSING)
         return MISSING

@@ -1,28 +1,78 @@
 """What a selector computes before attention: estimates, shares, the largest, and pages of single tokens.
 
-Plain PyTorch is the specification; on the CPU the C kernel does the same, several times faster.
+Plain PyTorch is the specification; on the CPU the C kernel does the same, several times faster, and on a GPU Triton
+kernels compute estimates and make pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from kvcomp.pages import PageLayout
+from kvcomp.pages import PageLayout, Summary
 
 from . import cpu
+from .dispatch import MOST_ROWS, on_gpu
 
 
-def code_dots(queries: Tensor, codes: Tensor, bits: int) -> Tensor:
+def vector_dots(
+    queries: Tensor, summary: Mapping[str, Tensor], names: tuple[str, ...], scale: str | None = None
+) -> Tensor:
+    """[S, G, n * u] float32: queries [S, G, D] times the vectors of a field, u of each page.
+
+    Of two fields the first is multiplied with what is negative in the queries, the second with the rest: their
+    products with the least and the greatest of each channel add up to the most that any key between can give.
+
+    Fields [S, n, D] or [S, n, u, D] are float16, or int8 codes of which each run of D / g shares a float16 number of
+    the field `scale` [S, n, g] or [S, n, u, g].
+    """
+    if isinstance(summary, Summary) and summary.pool.is_cpu and cpu.library() is not None:
+        return cpu.vector_dots(queries, summary, names, scale)
+    q = queries.float()
+    each = (q,) if len(names) == 1 else (q.clamp(max=0), q.clamp(min=0))
+    if (held := _on_gpu(queries, summary)) is not None:
+        from . import triton
+
+        return triton.vector_dots(dict(zip(names, each, strict=True)), *held, scale)
+    dots = [x @ vectors(summary, n, scale).flatten(1, -2).transpose(1, 2) for x, n in zip(each, names, strict=True)]
+    return dots[0] if len(dots) == 1 else dots[0] + dots[1]
+
+
+def _on_gpu(queries: Tensor, summary: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, PageLayout] | None:
+    """Pool, ids, counts and layout of pages whose summaries Triton reads where they lie, for few queries [S, R, D]."""
+    if isinstance(summary, Summary) and on_gpu(summary.pool) and queries.shape[1] <= MOST_ROWS:
+        return summary.pool, summary.ids, summary.counts, summary.layout
+    return None
+
+
+def vectors(summary: Mapping[str, Tensor], name: str, scale: str | None) -> Tensor:
+    """The vectors of a field, as `vector_dots` has them, float32."""
+    x = summary[name].float()
+    return scaled(x, summary[scale]) if scale is not None and scale in summary else x
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., D] times the scale [..., g] of each run of D / g channels, float32."""
+    return (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)
+
+
+def code_dots(queries: Tensor, summary: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
     """[S, J, n * P] float32: queries [S, J, r] times the codes of every token, q . (c + 1/2 - 2^bits / 2).
 
-    codes uint8 [S, n, rows, P]: with 8 bits, r rows of a channel each; with 4, r / 2 rows, of which row c has channel c
-    in the low bits and channel r / 2 + c in the high ones.
+    The field's codes are uint8 [S, n, rows, P]: with 8 bits, r rows of a channel each; with 4, r / 2 rows, of which row
+    c has channel c in the low bits and channel r / 2 + c in the high ones.
     """
+    if (held := _on_gpu(queries, summary)) is not None:
+        from . import triton
+
+        return triton.code_dots(queries, *held, name, bits)
     queries = queries.float()
     offset = queries.sum(-1, keepdim=True) * (0.5 - 2 ** (bits - 1))
-    if codes.is_cpu and cpu.library() is not None:
-        return cpu.code_dots(queries, offset, codes, bits)
+    if isinstance(summary, Summary) and summary.pool.is_cpu and cpu.library() is not None:
+        return cpu.code_dots(queries, offset, summary, name, bits)
+    codes = summary[name]
     flat = codes.transpose(1, 2).flatten(2)  # [S, rows, n * P]
     if bits == 8:
         return torch.baddbmm(offset, queries, flat.float())
@@ -43,9 +93,45 @@ def shares(logits: Tensor, counts: Tensor) -> Tensor:
     return torch.where(right, each, 0).mean(1)
 
 
-def largest(x: Tensor, wanted: Tensor, least: int = 1) -> Tensor:
-    """int64 [S, max wanted, or `least`]: where the wanted [S] largest of x [S, n] are, ascending, and then n - 1."""
-    n, width = x.shape[1], max(int(wanted.max()), least)
+def choose(
+    logits: Tensor,
+    scale: float,
+    counts: Tensor,
+    unit: int,
+    wanted: Tensor,
+    width: int,
+    pages: int,
+    ends: tuple[int, int],
+) -> Tensor:
+    """int64 [S, width]: of what a stream's first counts [S] of `pages` pages hold, the wanted [S] of the largest
+    `shares` by logits [S, G, pages * u] times scale, ascending; then the last place there is.
+
+    unit 1: pages, by the sum of their u shares; else u: each by itself. ends: so many first and last pages are among
+    them. The logits may be overwritten.
+    """
+    if logits.is_cpu and cpu.library() is not None:
+        return cpu.choose(logits, scale, counts, unit, wanted, width, pages, ends)
+    each = logits.shape[-1] // pages
+    share = by_unit(shares(logits * scale, counts * each), pages, unit)
+    return largest(forced(share, counts, unit, ends), wanted, width)
+
+
+def by_unit(share: Tensor, pages: int, unit: int) -> Tensor:
+    """Shares [S, pages * u] of what is chosen: with unit 1 pages [S, pages], by the sum of their u."""
+    each = share.shape[-1] // pages
+    return share if each == unit else share.unflatten(-1, (pages, each)).sum(-1)
+
+
+def forced(share: Tensor, counts: Tensor, unit: int, ends: tuple[int, int]) -> Tensor:
+    """Shares [S, n] with 2 added in the first and last pages of those that exist, and -1 where there are none."""
+    place, end = torch.arange(share.shape[1], device=share.device), counts[:, None] * unit
+    at_ends = (place < ends[0] * unit) | (place >= end - ends[1] * unit)
+    return (share + 2.0 * at_ends).masked_fill(place >= end, -1)
+
+
+def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
+    """int64 [S, width]: where the wanted [S] <= width largest of x [S, n] are, ascending, and then n - 1."""
+    n = x.shape[1]
     if x.is_cpu and cpu.library() is not None:
         return cpu.largest(x, wanted, width)
     top = x.topk(width, -1).indices
@@ -59,6 +145,10 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     ids [S, n]: pages of each stream; tokens [S, m * P]: which of their n * P tokens, in the order wanted. Nothing else
     of the pool is read.
     """
+    if on_gpu(pool):
+        from . import triton
+
+        return triton.regroup(layout, pool, ids, tokens)
     size = layout.page_size
     records = pool.new_empty(tokens.numel() // size, layout.body_bytes)
     if pool.is_cpu and cpu.library() is not None:

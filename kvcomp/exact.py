@@ -22,7 +22,8 @@ class Tokens(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of the slots that attention reads: those up to the end of the longest stream."""
+        return int(self.counts.max()) * sum(x[:, 0].nbytes for x in (self.keys, self.values))
 
 
 class ExactBuffer:
@@ -40,6 +41,7 @@ class ExactBuffer:
         self.k = keys.new_zeros(streams, 0, keys.shape[-1])
         self.v = values.new_zeros(streams, 0, values.shape[-1])
         self.counts = torch.zeros(streams, dtype=COUNTER)
+        self._bounds: tuple[int, int] | None = None  # forgotten wherever counts change by more than one for all
 
     @property
     def token_bytes(self) -> int:
@@ -49,8 +51,10 @@ class ExactBuffer:
     @property
     def bounds(self) -> tuple[int, int]:
         """The tokens of the shortest and of the longest stream."""
-        shortest, longest = self.counts.aminmax()
-        return int(shortest), int(longest)
+        if self._bounds is None:
+            shortest, longest = self.counts.aminmax()
+            self._bounds = int(shortest), int(longest)
+        return self._bounds
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -62,18 +66,34 @@ class ExactBuffer:
         self._reserve(end)
         where = streams.to(self.k.device)
         self.k[where, at:end], self.v[where, at:end] = k, v
-        self.counts[streams] = end
+        self.recount(streams, end)
+
+    def recount(self, streams: Tensor | slice | int, counts: Tensor | int) -> None:
+        """Let these streams hold so many tokens."""
+        self.counts[streams] = counts
+        self._bounds = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """One more token for every stream: k [S, Dk], v [S, Dv]."""
-        shortest, longest = self.bounds
-        self._reserve(longest + 1)
+        shortest, longest = self.make_room()
         if shortest == longest:
             self.k[:, longest], self.v[:, longest] = k, v
         else:
             every, slot = torch.arange(len(self.counts), device=k.device), self.counts.to(k.device)
             self.k[every, slot], self.v[every, slot] = k, v
         self.counts += 1
+        self._bounds = shortest + 1, longest + 1
+
+    def make_room(self) -> tuple[int, int]:
+        """Room for one more token of every stream; returns the `bounds`."""
+        bounds = self.bounds
+        self._reserve(bounds[1] + 1)
+        return bounds
+
+    def grown(self) -> None:
+        """Count a token that somebody else wrote for every stream: `counts` has it already."""
+        shortest, longest = self.bounds
+        self._bounds = shortest + 1, longest + 1
 
     def window(self, streams: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Copies of what streams that hold `count` tokens have behind their sinks: [s, count - sinks, D]."""
@@ -98,19 +118,19 @@ class ExactBuffer:
         return (k[:sinks], v[:sinks]), (k[sinks:count], v[sinks:count])
 
     def tokens(self) -> tuple[Tokens | None, dict[str, int]]:
-        """All that is held, as far as the longest stream reaches, and its bytes by part; None where that is nothing."""
+        """All that is held, and its bytes by part, as far as the longest stream reaches; None where that is nothing."""
         longest = self.bounds[1]
         if longest == 0:
             return None, {}
         sinks = min(self.plan.sinks, longest)
         column = self.token_bytes * len(self.counts)
         read = {"sinks": sinks * column, "window": (longest - sinks) * column}
-        return Tokens(self.k[:, :longest], self.v[:, :longest], self.counts), read
+        return Tokens(self.k, self.v, self.counts), read
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""
         on = streams.to(self.k.device)
-        self.k, self.v, self.counts = self.k[on], self.v[on], self.counts[streams]
+        self.k, self.v, self.counts, self._bounds = self.k[on], self.v[on], self.counts[streams], None
 
     def fork(self) -> ExactBuffer:
         """A copy that goes on by itself."""
@@ -129,6 +149,7 @@ class ExactBuffer:
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Become the buffer whose `state` this is, on `device`."""
         self.k, self.v, self.counts = state["k"].to(device), state["v"].to(device), state["counts"]
+        self._bounds = None
 
     def _reserve(self, tokens: int) -> None:
         more = self.plan.room(tokens) - self.k.shape[1]

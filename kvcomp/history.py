@@ -20,10 +20,31 @@ class History:
     def __init__(self) -> None:
         self.runs: list[tuple[int, Tensor | None]] = []
         self.length = 0
-        self.counts = torch.zeros(0, dtype=torch.int64)
+        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._ahead = 0  # columns without padding that `_counts` lacks
+        self._total: int | None = 0  # forgotten where rows come, go or differ
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [B]: real tokens."""
+        if self._ahead:
+            self._counts += self._ahead
+            self._ahead = 0
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self._counts, self._ahead = counts, 0
 
     def start(self, rows: int) -> None:
-        self.counts = torch.zeros(rows, dtype=torch.int64)
+        self.counts, self._total = torch.zeros(rows, dtype=torch.int64), 0
+
+    @property
+    def total(self) -> int:
+        """Real tokens of all rows."""
+        if self._total is None:
+            self._total = int(self.counts.sum())
+        return self._total
 
     def append(self, n: int, valid: Tensor | None) -> None:
         """n more columns; valid bool [B, n], or None where none is padding."""
@@ -32,7 +53,12 @@ class History:
         else:
             self.runs.append((n, valid))
         self.length += n
-        self.counts += n if valid is None else valid.sum(-1).cpu()
+        if valid is None:
+            self._ahead += n
+            self._total = None if self._total is None else self._total + n * len(self._counts)
+        else:
+            self.counts += valid.sum(-1).cpu()
+            self._total = None
 
     def newest(self, n: int) -> Tensor:
         """int64 [B]: real tokens among the last n columns."""
@@ -48,6 +74,7 @@ class History:
     def crop(self, n: int) -> None:
         """Forget the last n columns."""
         self.counts -= self.newest(n)
+        self._total = None
         self.length -= n
         while n:
             size, valid = self.runs.pop()
@@ -57,7 +84,7 @@ class History:
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat and order rows."""
-        self.counts = self.counts[rows]
+        self.counts, self._total = self.counts[rows], None
         self.runs = [(n, None if valid is None else valid[rows.to(valid.device)]) for n, valid in self.runs]
 
     def fork(self) -> History:
@@ -80,7 +107,7 @@ class History:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Become the history whose `state` this is."""
-        self.counts = state["counts"]
+        self.counts, self._total = state["counts"], None
         self.runs = [(n, valid) for n, valid in state["runs"]]
         self.length = sum(n for n, _ in self.runs)
 

@@ -37,6 +37,7 @@ class Uniform:
     """x = code * scale + zero, with float16 scales [P / token_group, channels / channel_group] in a field.
 
     planes: the highest bits of the codes first. zero: a field of the scale's shape, or None for -middle * scale.
+    clip: the share of a block's range that codes cover, for kernels that write.
     """
 
     channels: int
@@ -46,19 +47,43 @@ class Uniform:
     scale: str
     zero: str | None
     middle: int = 0
+    clip: float = 1.0
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """x = book[code] * norm, with a book float32 [2^bits] and float16 norms [P, 1] in a field."""
+    """x = book[code] * norm, with a book float32 [2^bits] and float16 norms [P, 1] in a field.
+
+    middles: float32 [2^bits - 1], ascending: norm is |x| / channels^1/2, and the code how many of them x / |x| exceeds.
+    None: what is written follows from more than the segment.
+    """
 
     channels: int
     planes: tuple[Plane, ...]
     norm: str
     book: Tensor = field(repr=False)
+    middles: Tensor | None = field(default=None, repr=False)
 
 
-Segment = Numbers | Uniform | Codebook
+@dataclass(frozen=True)
+class Floats:
+    """x = number * scale, with numbers of the format "e2m1" in 4 bits, "e4m3" or "e5m2" in 8, in one plane.
+
+    Each `channel_group` channels of a token, the last perhaps fewer, share a scale of the format "bf16", "e4m3" or
+    "e8m0" in the field `scale` [P, ceil(channels / channel_group)]; page_scale: a float32 field [1] that multiplies
+    them, or None.
+    """
+
+    channels: int
+    planes: tuple[Plane, ...]
+    format: str
+    channel_group: int
+    scale: str
+    scale_format: str
+    page_scale: str | None = None
+
+
+Segment = Numbers | Uniform | Codebook | Floats
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,10 +21,10 @@ from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.exact import ExactBuffer, Tokens
 from kvcomp.finite import finite, saturated
 from kvcomp.history import History
-from kvcomp.kernels.dispatch import attend_pages, attend_tokens
+from kvcomp.kernels.dispatch import append_token, attend_pages, attend_tokens, write_pages
 from kvcomp.kernels.select import regroup
 from kvcomp.ledger import storage_bytes
-from kvcomp.pages import PagePool, PageTable, compact
+from kvcomp.pages import PagePool, PageTable, Summary, compact
 from kvcomp.plan import LayerPlan
 from kvcomp.stages import Choice, Chunk, Held, ModelPart, PageShape, Summaries
 
@@ -89,8 +89,7 @@ class LayerStore:
         """Add one token to every row: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]. The buffer has room after
         `settle`."""
         self.history.append(1, None)
-        streams = self.rows * self.heads
-        self.exact.append(keys.reshape(streams, -1), values.reshape(streams, -1))
+        append_token(self.exact, keys, values)
         if self.tail is not None:
             self.tail += 1
 
@@ -242,11 +241,9 @@ class LayerStore:
             self.index.fit(on, k)
         k, v = (x[:, :tokens].unflatten(1, (m, size)).flatten(0, 1) for x in (k, v))  # [s * m, P, D]
         on = on.repeat_interleave(m)
-        fields = self.codec.encode(k, v, on)
-        if self.index is not None:
-            fields |= self.index.summarize(k, v, on)
+        summaries = {} if self.index is None else self.index.summarize(k, v, on)
         ids = self.pool.allocate(len(k))
-        self.pool.write(ids, fields)
+        write_pages(self.pool, ids, self.codec, k, v, on, summaries)
         self.table.append(streams, ids.view(len(streams), m))
 
     # -- read -----------------------------------------------------------------------------------------------------
@@ -294,10 +291,10 @@ class LayerStore:
     ) -> tuple[list[Part], Tensor | None]:
         """Attention over exact tokens and what a selector chooses, and what it lets stand for the rest; and the places
         [S, k] of the pages read; None: all."""
-        ids, pool = self.table.ids(), self.pool.data
+        (ids, counts), pool = self.table.held(), self.pool.data
         if ids.shape[1] == 0:
             return [] if tokens is None else [attend_tokens(q, tokens, scale, softcap)], None
-        counts, total = self.table.counts.to(self.device), self.table.total
+        total = self.table.total
         self.read["table"] = ids.nbytes
         if adapted := self.codec.adapted():
             self.read["constants"] = storage_bytes(adapted)
@@ -310,7 +307,7 @@ class LayerStore:
                 ids = torch.arange(len(pool), device=self.device).view(len(ids), -1)
             else:
                 ids = ids.gather(1, choice.positions)
-            total = int(counts.sum())
+            total = sum(counts.tolist())
         self.read["pages"] = total * self.layout.body_bytes
         args = (self.layout, self.codec, scale, softcap, self.plan.watched, tokens)
         parts = [attend_pages(q, pool, ids, counts, *args)]
@@ -330,7 +327,7 @@ class LayerStore:
             if shared is None or not torch.equal(shared.pages, pages):
                 return None, None
             return Choice(shared.positions.to(self.device), shared.valid.to(self.device)), None
-        summary = self.layout.gather(self.pool.data, ids, summary=True)
+        summary = Summary(self.layout, self.pool.data, ids, counts)
         self.read["summaries"] = self.table.total * self.layout.summary_bytes
         if adapted := self.index.adapted():
             self.read["constants"] = self.read.get("constants", 0) + storage_bytes(adapted)
@@ -427,7 +424,7 @@ class LayerStore:
             )
         for stream in deep.nonzero().flatten().tolist():
             self._unpage(stream, int(remove[stream]))
-        self.exact.counts -= remove
+        self.exact.recount(slice(None), self.exact.counts - remove)
         self.history.crop(tokens)
         if self.tail is not None:
             self.tail -= int(gone.max())
@@ -443,7 +440,7 @@ class LayerStore:
         left = window + pages * plan.page_size - remove  # tokens that stay behind the sinks
         back = max(left, 0)
         self.exact.put(torch.tensor([stream]), plan.sinks, k[None, :back], v[None, :back])
-        self.exact.counts[stream] = plan.sinks + left + remove
+        self.exact.recount(stream, plan.sinks + left + remove)
         amount = torch.zeros_like(self.table.counts)
         amount[stream] = pages
         self.table.drop_newest(amount)
@@ -610,4 +607,4 @@ class LayerStore:
         """Bytes of full-precision K and V for all tokens seen, padding excluded."""
         if not self.started:
             return 0
-        return int(self.history.counts.sum()) * self.heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+        return self.history.total * self.heads * (self.k_dim + self.v_dim) * self.dtype.itemsize

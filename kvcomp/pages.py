@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +65,13 @@ class PageLayout:
         """Bytes of a page that attention reads."""
         return self.bytes_per_page - self.summary_bytes
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.page_size, self.fields))
+
+    def __hash__(self) -> int:  # computed once: kernels look up what they know of a layout in every step
+        return self._hash
+
     def __post_init__(self) -> None:
         kinds = [f.name.startswith(SUMMARY) for f in self.fields]
         assert kinds == sorted(kinds), "summaries come last, so that attention and selectors each read one run of bytes"
@@ -95,6 +102,27 @@ class PageLayout:
         words = pool.view(torch.int64)[:, start // 8 : end // 8]  # eight bytes at a time: fields are 16-byte aligned
         records = words.index_select(0, ids.flatten()).view(torch.uint8).unflatten(0, ids.shape)
         return self.views(records, summary, start)
+
+
+class Summary(Mapping[str, Tensor]):
+    """Summary fields [S, n, *shape] of pages ids [S, n] of a pool, of which the first counts [S] exist: copied out when
+    one is looked at, so that kernels that read them where they are need no copy."""
+
+    def __init__(self, layout: PageLayout, pool: Tensor, ids: Tensor, counts: Tensor) -> None:
+        self.layout, self.pool, self.ids, self.counts = layout, pool, ids, counts
+
+    @cached_property
+    def _copies(self) -> dict[str, Tensor]:
+        return self.layout.gather(self.pool, self.ids, summary=True)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._copies[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f.name for f in self.layout.fields if f.name.startswith(SUMMARY))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class PagePool:
@@ -191,7 +219,8 @@ class PageTable:
         self.rows = torch.zeros(streams, 0, dtype=torch.int32)
         self.counts = torch.zeros(streams, dtype=torch.int64)
         self.received = torch.zeros(streams, 0, 2) if watched else None
-        self._mirror: Tensor | None = None
+        self._mirror: tuple[Tensor, Tensor] | None = None
+        self._total: int | None = None
 
     @property
     def longest(self) -> int:
@@ -200,12 +229,18 @@ class PageTable:
     @property
     def total(self) -> int:
         """Pages over all streams, shared ones counted once per stream."""
-        return int(self.counts.sum())
+        if self._total is None:
+            self._total = int(self.counts.sum())
+        return self._total
 
     def ids(self) -> Tensor:
         """int32 [S, longest] page ids on the pages' device; entries past a stream's count are 0."""
+        return self.held()[0]
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """`ids`, and the counts int64 [S], on the pages' device."""
         if self._mirror is None:
-            self._mirror = self.rows[:, : self.longest].to(self.device)
+            self._mirror = self.rows[:, : self.longest].to(self.device), self.counts.to(self.device)
         return self._mirror
 
     def append(self, streams: Tensor, ids: Tensor) -> None:
@@ -224,7 +259,7 @@ class PageTable:
         columns = self.counts[streams, None] + torch.arange(m)
         self.rows[streams[:, None], columns] = ids.to(torch.int32)
         self.counts[streams] += m
-        self._mirror = None
+        self._mirror = self._total = None
 
     def drop(self, gone: Tensor) -> None:
         """Forget pages: bool [S, longest]; those that stay keep their order."""
@@ -236,7 +271,7 @@ class PageTable:
         self.rows = (self.rows.gather(1, order) * inside).to(torch.int32)
         if self.received is not None:
             self.received = self.received.gather(1, order[..., None].expand_as(self.received)) * inside[..., None]
-        self._mirror = None
+        self._mirror = self._total = None
 
     def drop_newest(self, amount: Tensor) -> None:
         """Forget each stream's `amount` [S] newest pages."""
@@ -245,7 +280,7 @@ class PageTable:
         self.rows *= inside
         if self.received is not None:
             self.received *= inside[..., None]
-        self._mirror = None
+        self._mirror = self._total = None
 
     def watch(self, mass: Tensor, queries: int) -> None:
         """Add the attention mass [S, longest] that pages received from `queries` queries."""
@@ -262,7 +297,8 @@ class PageTable:
 
     def select(self, streams: Tensor) -> None:
         """Keep (and repeat, and order) the given streams."""
-        self.rows, self.counts, self._mirror = self.rows[streams], self.counts[streams], None
+        self.rows, self.counts = self.rows[streams], self.counts[streams]
+        self._mirror = self._total = None
         self.received = None if self.received is None else self.received[streams]
 
     def owned(self) -> Tensor:
@@ -277,11 +313,11 @@ class PageTable:
 
     def renumber(self, owned: Tensor) -> None:
         """Make each page's place in the sorted ids `owned` its id."""
-        self.rows, self._mirror = self.places(owned), None
+        self.rows, self._mirror = self.places(owned), None  # as many of them
         self.received = None if self.received is None else self.received[:, : self.longest].clone()
 
     def tensors(self) -> Iterable[Tensor]:
-        return [t for t in (self.rows, self.counts, self.received, self._mirror) if t is not None]
+        return [t for t in (self.rows, self.counts, self.received, *(self._mirror or ())) if t is not None]
 
 
 def compact(pool: PagePool, table: PageTable) -> tuple[Tensor, Tensor]:

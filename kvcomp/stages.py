@@ -18,7 +18,7 @@ from kvcomp.attention import Part
 from kvcomp.errors import SpecError
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.kernel_layout import Sides
-from kvcomp.pages import Field
+from kvcomp.pages import Field, Summary
 
 
 def arg(default: Any, help: str) -> Any:
@@ -117,6 +117,11 @@ class Codec:
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
         """Fields [M, *shape] of M pages; streams int64 [M]."""
         raise NotImplementedError
+
+    def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_sides` at a time, what
+        `encode` gives; None: they cannot."""
+        return None
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys [M, P, Rk] and values [M, P, Rv] in basis coordinates, float32."""
@@ -313,6 +318,12 @@ class Summaries(NamedTuple):
     heads: int
     page_size: int
     by_tokens: bool = False
+
+    @property
+    def pages(self) -> int:
+        """n"""
+        fields = self.fields
+        return fields.ids.shape[1] if isinstance(fields, Summary) else next(iter(fields.values())).shape[1]
 
 
 class Choice(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcomp.kernels.dispatch import on_gpu
+
 BLOCK = 1 << 22  # elements of attention weights held at once: 16 MiB
 
 
@@ -12,8 +14,12 @@ def votes(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = 
     """Attention weights of the last w queries, summed over them: [b, Hq, n] float32.
 
     queries [b, Hq, w, D] of the last w tokens, keys [b, Hkv, n, D]; causal; visible [b, Hkv, n] hides evicted tokens.
-    Never more than `BLOCK` weights exist at once, whatever w is.
+    Never more than `BLOCK` weights exist at once, whatever w is; on a GPU, where a kernel sums them, none do.
     """
+    if on_gpu(queries):
+        from kvcomp.kernels import triton
+
+        return triton.attention_received(queries, keys, scale, visible)
     b, hq, w, _ = queries.shape
     hkv, n = keys.shape[1], keys.shape[2]
     grouped = queries.float().unflatten(1, (hkv, -1)).flatten(0, 1) * scale  # [s, G, w, D] of s = b * Hkv streams

@@ -24,6 +24,9 @@ class Side(Protocol):
     @property
     def fields(self) -> tuple[Field, ...]: ...
     def encode(self, x: Tensor) -> dict[str, Tensor]: ...
+    def kernel_input(self, x: Tensor) -> Tensor | None:
+        """What kernels write of x, as in `Codec.kernel_input`."""
+
     def decode(self, page: Mapping[str, Tensor]) -> Tensor: ...
     def constants(self) -> list[Tensor]: ...
 
@@ -47,6 +50,9 @@ class RawSide:
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         return {self.name: saturated(x, self.dtype)}
+
+    def kernel_input(self, x: Tensor) -> Tensor:
+        return saturated(x, self.dtype)
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         return page[self.name].float()
@@ -79,6 +85,11 @@ class GridCodec(Codec):
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
         k, v = self.k_basis.write(keys, streams), self.v_basis.write(values, streams)
         return self.k_side.encode(k) | self.v_side.encode(v)
+
+    def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
+        sides = ((self.k_side, self.k_basis, keys), (self.v_side, self.v_basis, values))
+        k, v = (side.kernel_input(x if basis.is_identity else basis.write(x, streams)) for side, basis, x in sides)
+        return None if k is None or v is None else (k, v)
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self.k_side.decode(page), self.v_side.decode(page)
@@ -123,6 +134,9 @@ class RawCodec(Codec):
 
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
         return {"k": keys, "v": values}
+
+    def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return page["k"].float(), page["v"].float()

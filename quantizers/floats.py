@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvcomp.kernel_layout import Floats, Plane, SideLayout
 from kvcomp.pages import Field
 
-from .packing import code_fields, pack_codes, unpack_codes
+from .packing import code_fields, code_planes, pack_codes, unpack_codes
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; bit 3 is the sign
 E2M1_MAX = E2M1[-1]
 E2M1_EMAX = 2  # 6 = 1.5 * 2^2
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 E4M3_LEAST = torch.finfo(torch.float8_e4m3fn).smallest_normal / 8  # smallest positive number
+FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 LEAST = 2.0**-126  # of scales: not zero, and a normal number. Their upper bounds keep scale * code finite.
 
 
@@ -80,9 +82,13 @@ class FloatSide:
         codes = (x / scale.float()).clamp_(-largest, largest).to(self.format)  # conversion may overflow to inf or nan
         return {f"{self.name}.codes8": codes, f"{self.name}.scale": scale}
 
-    @property
-    def kernel_layout(self) -> None:
-        return None
+    def kernel_input(self, x: Tensor) -> Tensor:
+        return x
+
+    @cached_property
+    def kernel_layout(self) -> SideLayout:
+        planes, format = (Plane(f"{self.name}.codes8", 8),), FORMATS[self.format]
+        return SideLayout((Floats(self.dim, planes, format, self.dim, f"{self.name}.scale", "bf16"),))
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
@@ -102,6 +108,7 @@ class BlockSide:
     """
 
     block: ClassVar[int]
+    scale_format: ClassVar[str]
 
     name: str
     page_size: int
@@ -112,9 +119,14 @@ class BlockSide:
     def fields(self) -> tuple[Field, ...]:
         return (*code_fields(self.name, 4, self.page_size, self.dim), *self.scale_fields)
 
-    @property
-    def kernel_layout(self) -> None:
-        return None
+    def kernel_input(self, x: Tensor) -> Tensor:
+        return x
+
+    @cached_property
+    def kernel_layout(self) -> SideLayout:
+        page = f"{self.name}.page_scale"
+        shared = f"{self.name}.scale", self.scale_format, page if page in [f.name for f in self.scale_fields] else None
+        return SideLayout((Floats(self.dim, code_planes(self.name, 4), "e2m1", self.block, *shared),))
 
     @property
     def blocks(self) -> int:
@@ -163,6 +175,7 @@ class NvSide(BlockSide):
     """
 
     block: ClassVar[int] = 16
+    scale_format: ClassVar[str] = "e4m3"
 
     @property
     def scale_fields(self) -> tuple[Field, ...]:
@@ -189,6 +202,7 @@ class MxSide(BlockSide):
     """
 
     block: ClassVar[int] = 32
+    scale_format: ClassVar[str] = "e8m0"
 
     @property
     def scale_fields(self) -> tuple[Field, ...]:

@@ -109,6 +109,9 @@ class UniformSide:
         stored = {"scale": scale, "zero": zero.to(SCALE)}
         return fields | {f"{self.name}.{what}": stored[what] for what in self._stored}
 
+    def kernel_input(self, x: Tensor) -> Tensor:
+        return x
+
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = self._blocks(unpack_codes(self.name, page, self.bits).float())
@@ -123,7 +126,7 @@ class UniformSide:
         planes, groups = code_planes(self.name, self.bits), (self.token_group, self.channel_group)
         zero = None if self.symmetric else f"{self.name}.zero"
         middle = self._levels // 2 if self.symmetric else 0
-        return SideLayout((Uniform(self.dim, planes, *groups, f"{self.name}.scale", zero, middle),))
+        return SideLayout((Uniform(self.dim, planes, *groups, f"{self.name}.scale", zero, middle, self.clip),))
 
     def constants(self) -> list[Tensor]:
         return []

@@ -45,9 +45,14 @@ def sphere_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     return centroids.float().to(device)
 
 
+def between(book: Tensor) -> Tensor:
+    """[n - 1]: the numbers halfway between the neighbours of a book [n]."""
+    return (book[1:] + book[:-1]) / 2
+
+
 def nearest(x: Tensor, book: Tensor) -> Tensor:
     """uint8, as x: which entry of the ascending `book` [n], n <= 256, is nearest; the lower one of two equally near."""
-    middles = (book[1:] + book[:-1]) / 2
+    middles = between(book)
     if len(book) > FEW:
         return torch.bucketize(x, middles).to(torch.uint8)
     codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
@@ -83,6 +88,9 @@ class LloydSide:
         unit = x / (norm.float() * self.dim**0.5).clamp_min(TINY)
         return pack_codes(self.name, nearest(unit, self.book), self.bits) | {f"{self.name}.norm": norm}
 
+    def kernel_input(self, x: Tensor) -> Tensor:
+        return x
+
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = unpack_codes(self.name, page, self.bits).int()
@@ -90,8 +98,8 @@ class LloydSide:
 
     @cached_property
     def kernel_layout(self) -> SideLayout:
-        book = self.book * self.dim**0.5
-        return SideLayout((Codebook(self.dim, code_planes(self.name, self.bits), f"{self.name}.norm", book),))
+        planes, book = code_planes(self.name, self.bits), self.book * self.dim**0.5
+        return SideLayout((Codebook(self.dim, planes, f"{self.name}.norm", book, between(self.book)),))
 
     def constants(self) -> list[Tensor]:
         return [self.book]

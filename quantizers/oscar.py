@@ -31,9 +31,12 @@ class ClippedSide(UniformSide):
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
+        return super().encode(self.kernel_input(x))
+
+    def kernel_input(self, x: Tensor) -> Tensor:
         rank = min(int(self.quantile * self.dim), self.dim - 1)
         limit = x.abs().kthvalue(rank + 1, dim=-1, keepdim=True).values
-        return super().encode(x.clamp(-limit, limit))
+        return x.clamp(-limit, limit)
 
 
 @register("oscar")

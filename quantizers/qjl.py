@@ -63,6 +63,9 @@ class ResidualSide:
         fields = self.grid.encode(x)
         return fields | self.signs.encode((x - self.grid.decode(fields)) @ self.projection)
 
+    def kernel_input(self, x: Tensor) -> None:
+        """None: the signs follow from what the codes of the grid leave over."""
+
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> [a, b] [M, P, 2 D] float32."""
         return torch.cat([self.grid.decode(page), self.signs.decode(page)], -1)

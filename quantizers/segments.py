@@ -33,6 +33,11 @@ class SegmentedSide:
             fields |= side.encode(run)
         return fields
 
+    def kernel_input(self, x: Tensor) -> Tensor | None:
+        parts = [side.kernel_input(run) for side, run in zip(self.sides, x.split(self.sizes, -1), strict=True)]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known, -1) if len(known) == len(parts) else None
+
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, sum of sizes] float32."""
         return torch.cat([side.decode(page) for side in self.sides], -1)

@@ -47,7 +47,7 @@ class TokenSelector(RankedSelector):
 
     def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
         """As `RankedSelector.logits`; queries [S, J, r] are coordinates times steps."""
-        return code_dots(queries, summary[CODES], self.bits)
+        return code_dots(queries, summary, CODES, self.bits)
 
 
 def step(deviation: Tensor, bits: int) -> Tensor:

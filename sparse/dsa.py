@@ -69,7 +69,7 @@ class Indexer(Index):
         weight = (torch.einsum("bhgd,hgd->bhg", q, self.weight) + self.bias).flatten(0, 1)[:, None]
         assert isinstance(self.selector, Dsa)
         scores = torch.bmm(weight, self.selector.logits(index, held.fields).relu())  # [S, 1, n * P]
-        return self.selector.best(scores, held)
+        return self.selector.best(scores, 1.0, held)
 
     def constants(self) -> list[Tensor]:
         return [self.key, self.offset, self.query, self.weight, self.bias]

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from kvcomp.kernels.select import vector_dots
 from kvcomp.pages import SUMMARY, Field
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
-from .summaries import VectorSelector, decode, encode, vector_fields
+from .summaries import SCALE, VectorSelector, encode, vector_fields
 
 MEAN = f"{SUMMARY}mean"
 
@@ -45,4 +45,4 @@ class MoBA(VectorSelector):
         return encode({MEAN: (keys.float().mean(1), 0)}, self.summary_bits)
 
     def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
-        return torch.bmm(queries.float(), decode(summary, MEAN).transpose(1, 2))
+        return vector_dots(queries, summary, (MEAN,), SCALE)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, attend
+from kvcomp.kernels.select import vector_dots, vectors
 from kvcomp.pages import SUMMARY, Field
 from kvcomp.registry import register
 from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
 
-from .summaries import VectorSelector, decode, encode, vector_fields
+from .summaries import VectorSelector, encode, vector_fields
 
 KEY, VALUE = f"{SUMMARY}key", f"{SUMMARY}value"
 KEY_SCALE, VALUE_SCALE = f"{KEY}.scale", f"{VALUE}.scale"
@@ -28,7 +29,7 @@ class Branches(Index):
     def rest(
         self, queries: Tensor, scale: float, held: Summaries, choice: Choice, softcap: float | None
     ) -> Part | None:
-        keys, values = decode(held.fields, KEY, KEY_SCALE), decode(held.fields, VALUE, VALUE_SCALE)
+        keys, values = vectors(held.fields, KEY, KEY_SCALE), vectors(held.fields, VALUE, VALUE_SCALE)
         streams, pages, blocks, _ = keys.shape
         read = torch.arange(choice.positions.shape[1], device=keys.device) < choice.valid[:, None]
         left = torch.arange(pages, device=keys.device) < held.counts[:, None]  # [S, n]
@@ -98,4 +99,4 @@ class NSA(VectorSelector):
         return encode({KEY: (k, 0)}, bits, KEY_SCALE) | encode({VALUE: (v, 0)}, bits, VALUE_SCALE)
 
     def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
-        return torch.bmm(queries.float(), decode(summary, KEY, KEY_SCALE).flatten(1, 2).transpose(1, 2))
+        return vector_dots(queries, summary, (KEY,), KEY_SCALE)

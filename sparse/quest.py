@@ -9,22 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvcomp.kernels.select import vector_dots
 from kvcomp.pages import SUMMARY, Field
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
-from .summaries import VectorSelector, decode, encode, vector_fields
+from .summaries import SCALE, VectorSelector, encode, vector_fields
 
 MIN, MAX = f"{SUMMARY}min", f"{SUMMARY}max"
-
-
-def bounds(queries: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Upper bound of q . k over a page: sum_d max(q_d low_d, q_d high_d) = relu(q) . high - relu(-q) . low.
-
-    queries [S, G, D], low and high [S, n, D] -> [S, G, n] float32.
-    """
-    q = queries.float()
-    return torch.bmm(q.relu(), high.float().transpose(1, 2)) - torch.bmm((-q).relu(), low.float().transpose(1, 2))
 
 
 @register("quest")
@@ -60,4 +52,5 @@ class Quest(VectorSelector):
         return encode({MIN: (low, -1), MAX: (high, 1)}, self.summary_bits)
 
     def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
-        return bounds(queries, decode(summary, MIN), decode(summary, MAX))
+        """Upper bounds of q . k over a page: sum_d max(q_d low_d, q_d high_d) = relu(q) . high - relu(-q) . low."""
+        return vector_dots(queries, summary, (MIN, MAX), SCALE)

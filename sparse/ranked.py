@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcomp.kernels.select import largest, shares
+from kvcomp.kernels.select import by_unit, choose, forced, largest, shares
 from kvcomp.stages import Choice, Selector, Summaries, arg
 
 RULES = ("pages", "tokens", "keep", "top_p", "threshold")
@@ -97,42 +97,31 @@ class RankedSelector(Selector):
         return min(max(wanted, self.min_pages, self.first + self.last), pages)
 
     def select(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
-        return self.best(self.logits(queries, held.fields) * scale, held)
+        return self.best(self.logits(queries, held.fields), scale, held)
 
-    def best(self, logits: Tensor, held: Summaries) -> Choice:
-        """What the rule takes by estimates of logits [S, G, n * u], scaled."""
-        pages, counts, size = next(iter(held.fields.values())).shape[1], held.counts, held.page_size
-        each, unit = logits.shape[-1] // pages, size if held.by_tokens else 1  # estimates of a page, and how many count
-        share = shares(logits, counts * each)  # [S, n * u]
-        if unit != each:
-            share = share.unflatten(-1, (pages, each)).sum(-1)
+    def best(self, logits: Tensor, scale: float, held: Summaries) -> Choice:
+        """What the rule takes by estimates of logits [S, G, n * u], to be multiplied with scale."""
+        pages, counts, own, ends = held.pages, held.counts, held.counts.tolist(), (self.first, self.last)
+        unit = held.page_size if held.by_tokens else 1  # how many of what is chosen a page holds
+        if self.top_p is None and self.threshold is None and self.heads == "own":
+            wanted = [unit * self.reads(count, held.page_size) for count in own]
+            valid, width = torch.tensor(wanted, device=counts.device), max(*wanted, unit)
+            return Choice(choose(logits, scale, counts, unit, valid, width, pages, ends), valid)
+        each = logits.shape[-1] // pages
+        share = by_unit(shares(logits * scale, counts * each), pages, unit)  # [S, n * unit]
         if self.heads == "common":
             share = _common(share, counts, held.heads)
-        own = counts.tolist()
-        wanted, ranks, exists = [self.reads(count, size) for count in own], share, None
-        if min(own) < pages:
-            exists = _exists(pages * unit, counts * unit)
-            ranks = ranks.masked_fill(~exists, -1)
-        forced = torch.zeros((), dtype=torch.bool, device=counts.device)
-        if self.first or self.last:
-            place = torch.arange(pages * unit, device=counts.device)
-            forced = (place < self.first * unit) | (place >= (counts[:, None] - self.last) * unit)
-            forced = forced if exists is None else forced & exists
-            ranks = ranks + 2.0 * forced
+        ranks = forced(share, counts, unit, ends)
         if self.top_p is not None:
             ordered = share.gather(1, ranks.sort(-1, descending=True).indices)
             enough = ((ordered.cumsum(-1) < self.top_p).sum(-1) + 1).tolist()
-            wanted = [self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
         elif self.threshold is not None:
-            enough = ((share >= self.threshold) | forced).sum(-1).tolist()  # what does not exist has no share
-            wanted = [self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
-        valid = unit * torch.tensor(wanted, device=counts.device)
-        return Choice(largest(ranks, valid, unit), valid)
-
-
-def _exists(n: int, counts: Tensor) -> Tensor:
-    """bool [S, n]: the first counts [S]."""
-    return torch.arange(n, device=counts.device) < counts[:, None]
+            enough = ((share >= self.threshold) | (ranks >= 2)).sum(-1).tolist()  # what does not exist has no share
+        else:
+            enough = [unit * self.reads(count, held.page_size) for count in own]
+        wanted = [unit * self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
+        valid = torch.tensor(wanted, device=counts.device)
+        return Choice(largest(ranks, valid, max(*wanted, unit)), valid)
 
 
 def _common(share: Tensor, counts: Tensor, heads: int) -> Tensor:

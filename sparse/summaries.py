@@ -9,6 +9,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from kvcomp.kernels.select import scaled
 from kvcomp.pages import SUMMARY, Field
 from kvcomp.stages import arg
 
@@ -54,19 +55,8 @@ def encode(vectors: Mapping[str, tuple[Tensor, int]], bits: int, scale_name: str
     scale = (largest / 127 * (1 + 2**-10) + 2**-24).to(torch.float16)
     fields = {scale_name: scale}
     for name, (x, way) in clamped.items():
-        step = _scaled(torch.ones_like(x), scale)
+        step = scaled(torch.ones_like(x), scale)
         codes = (x / step).round()
         codes += way * (way * (codes * step - x) < 0)  # codes * step is exact in float32, hence a bound
         fields[name] = codes.to(torch.int8)
     return fields
-
-
-def decode(summary: Mapping[str, Tensor], name: str, scale: str = SCALE) -> Tensor:
-    """A vector [..., D] of the summaries, float32."""
-    x = summary[name].float()
-    return _scaled(x, summary[scale]) if scale in summary else x
-
-
-def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x [..., D] times the scale [..., g] of each run of D / g channels, float32."""
-    return (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)

@@ -17,6 +17,7 @@ from kvcomp.errors import UnsupportedError
 from kvcomp.exact import Tokens
 from kvcomp.kernels.dispatch import attend_pages, attend_tokens
 from kvcomp.kernels.select import regroup
+from kvcomp.pages import Summary
 from kvcomp.stages import Choice, Summaries
 
 from .pages import Pages
@@ -62,6 +63,7 @@ class PageAttention(AttentionImpl[Step]):
         self.softcap = logits_soft_cap or None
         self.pages: Pages | None = None  # which layer this is shows at the first call
         self.window: Window | None = None
+        self.handed: tuple[Group, Tensor, Tensor] | None = None
         if self.setup.slots:
             self.window = Window(self.setup, self.num_kv_heads)
         Pages(self.setup, 0, self.num_kv_heads)  # refuses what cannot be served before there is anything to serve
@@ -102,6 +104,20 @@ class PageAttention(AttentionImpl[Step]):
             rows, requests, slots = step.writes
             self.window.write(blocks[requests], slots, key[rows], value[rows])
         return output
+
+    def read(self) -> int:
+        """Bytes of the cache that the last step of single tokens loaded: pages, their ids, summaries, exact tokens."""
+        if self.handed is None or self.pages is None:
+            return 0
+        group, pages, exact = self.handed
+        layout = self.pages.layout
+        size = group.pages.nbytes + int(pages.sum()) * layout.body_bytes
+        if self.pages.index is not None:
+            size += int(group.counts.sum()) * layout.summary_bytes
+        if self.window is None:  # the page that is not full yet is decoded, and the new token is at hand
+            size += int(group.exact.count_nonzero()) * self.num_kv_heads * layout.body_bytes
+            exact = exact - group.exact.repeat_interleave(self.num_kv_heads)
+        return size + int(exact.sum()) * 2 * self.head_size * self.setup.dtype.itemsize
 
     def _exact(self, pages: Pages, group: Group, blocks: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Keys and values [R, n, H, D] of the tokens behind the pages; None where they are read once all is written."""
@@ -180,24 +196,31 @@ class PageAttention(AttentionImpl[Step]):
 
     def _attend_pages(self, pages: Pages, step: Step, group: Group, q: Tensor, exact: Tokens | None) -> list[Part]:
         """Attention of queries q [S, R, D] over the group's pages, or those a selector chooses, and exact tokens."""
-        if not group.pages.shape[1]:
-            return [] if exact is None else [attend_tokens(q, exact, self.scale, self.softcap)]
         pool, ids, counts = pages.pool, group.pages, group.counts
+        if not ids.shape[1]:
+            self._remember(group, counts, exact)
+            return [] if exact is None else [attend_tokens(q, exact, self.scale, self.softcap)]
         choice, rest = self._choose(pages, step, group, q) if group.new == 1 else (None, None)
         if choice is not None and pages.by_tokens:
             pool, counts = regroup(pages.layout, pool, ids, choice.positions), choice.valid // pages.layout.page_size
             ids = torch.arange(len(pool), device=pool.device).view(len(ids), -1)
         elif choice is not None:
             ids, counts = ids.gather(1, choice.positions), choice.valid
+        self._remember(group, counts, exact)
         part = attend_pages(q, pool, ids, counts, pages.layout, pages.codec, self.scale, self.softcap, False, exact)
         return [part] if rest is None else [part, rest]
+
+    def _remember(self, group: Group, pages: Tensor, exact: Tokens | None) -> None:
+        """Keep what `read` counts: a step of single tokens reads so many pages [S], and exact tokens."""
+        if exact is not None and group.new == 1:
+            self.handed = group, pages, exact.counts
 
     def _choose(self, pages: Pages, step: Step, group: Group, q: Tensor) -> tuple[Choice | None, Part | None]:
         """What single queries q [S, G, D] read of the pages (None: all), and attention over what stands for others."""
         plan, index = pages.plan, pages.index
         if index is None:
             return (None, None) if plan.leader is None else (step.choices.get(plan.leader), None)
-        summary = pages.layout.gather(pages.pool, group.pages, summary=True)
+        summary = Summary(pages.layout, pages.pool, group.pages, group.counts)
         held = Summaries(summary, group.counts, self.num_kv_heads, pages.layout.page_size, pages.by_tokens)
         choice = step.choices[plan.layer] = index.choose(q, self.scale, held)
         return choice, index.rest(q, self.scale, held, choice, self.softcap)

@@ -27,7 +27,7 @@
 
 enum { UNIFORM, CODEBOOK, FLOAT32, FLOAT16, BFLOAT16 };
 enum { CAST, TABLE, BOOK };
-enum { ROWS = 16, TILE = 32, TOKENS = 256, PIECES = 4, LEAST = 8 };
+enum { ROWS = 16, TILE = 32, TOKENS = 256, PIECES = 4, LEAST = 8, PAGES = 64, TOGETHER = 8 };
 #define NOTHING (-1)
 
 /* One plane of codes: `width` bits each, the first in the low bits; token t's begin at byte offset + t * stride. */
@@ -79,6 +79,20 @@ typedef struct {
     int64_t stream, row, first, last;
     float *partial; /* per row: v_width sums of exp(logit - m) v, then m, then the sum of exp(logit - m) */
 } Item;
+
+/* Summaries of pages to be multiplied with queries: `fields` of `vectors` vectors a page each, float16 where scale is
+ * NOTHING, or int8 of which each of `scales` runs shares a float16. */
+typedef struct {
+    const uint8_t *pool;
+    const int32_t *ids;    /* [streams, ids_stride] */
+    const int64_t *counts; /* [streams] pages */
+    const int64_t *offsets;
+    const float *q; /* [streams, rows, dim] */
+    float *out;     /* [streams, rows, pages * vectors] */
+    int64_t page_bytes, ids_stride, streams, rows, pages, fields, vectors, dim, scale, scales;
+    int64_t bytes; /* of the summary, from the first field on */
+    int32_t level;
+} Vectors;
 
 /* A tile: its page, the page's place in the stream, its first token in the page, and how many tokens it has. */
 typedef struct {
@@ -311,5 +325,58 @@ int kvcomp_attend(const Problem *p) {
     for (int64_t s = 0; s < p->streams; s++)
         for (int64_t row = 0; row < p->rows; row += ROWS) at += merge(p, &shape, items + at, n - at, s, row);
     free(items), free(partials), free(scratch);
+    return 0;
+}
+
+static void estimates(const Vectors *v, const float *q, int64_t stream, int64_t first, int64_t last, float *x) {
+#if defined(__x86_64__)
+    if (v->level == 2) {
+        estimates_avx512(v, q, stream, first, last, x);
+        return;
+    }
+    if (v->level == 1) {
+        estimates_avx2(v, q, stream, first, last, x);
+        return;
+    }
+#endif
+    estimates_portable(v, q, stream, first, last, x);
+}
+
+/* Queries as the fields take them, side by side, padded with zeros: of two, what is negative and the rest. */
+static void split(const Vectors *v, float *to, int64_t room) {
+    const float *q = v->q;
+    for (int64_t i = 0; i < v->streams * v->rows; i++, q += v->dim, to += room) {
+        memset(to, 0, room * sizeof(float));
+        for (int64_t d = 0; d < v->dim; d++) {
+            if (v->fields == 1) {
+                to[d] = q[d];
+            } else {
+                to[d] = q[d] > 0 ? 0 : q[d];
+                to[v->dim + d] = q[d] < 0 ? 0 : q[d];
+            }
+        }
+    }
+}
+
+/* out of the pages that exist; nothing of others. Returns 0, or 1 where memory ran out. */
+int kvcomp_vector_dots(const Vectors *v) {
+    int64_t room = round_up(v->fields * v->dim, 16), each = room * v->vectors * TOGETHER, threads = 1;
+    int64_t queries = v->streams * v->rows * room, blocks = (v->pages + PAGES - 1) / PAGES;
+#ifdef _OPENMP
+    threads = omp_get_max_threads();
+#endif
+    float *q = malloc((queries + threads * each) * sizeof(float)), *x = q + queries;
+    if (!q) return 1;
+    split(v, q, room);
+#pragma omp parallel for schedule(static) if (threads > 1 && v->streams * blocks > 4)
+    for (int64_t i = 0; i < v->streams * blocks; i++) {
+        int64_t s = i / blocks, first = i % blocks * PAGES, last = first + PAGES, thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        last = last < v->counts[s] ? last : v->counts[s];
+        estimates(v, q + s * v->rows * room, s, first, last, x + thread * each);
+    }
+    free(q);
     return 0;
 }

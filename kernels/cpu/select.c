@@ -1,4 +1,4 @@
-/* What a selector does before attention, on CPUs; `kernels/select.py` is the specification.
+/* What a decode step does besides attention, on CPUs; `kernels/select.py` is the specification of what selectors do.
  *
  * Codes of tokens times queries, softmax over all estimates of a stream and its mean over query heads, the places of the
  * largest, and pages made of single tokens. Each loop is over neighbours in memory, for the compiler to vectorize.
@@ -18,8 +18,8 @@ enum { PAGES = 64, MOST = 64, AHEAD = 12 }; /* pages at a time; tokens at a time
 /* out[j][t] = sum_c q[j][c] * code[c][t] + offset[j], for the n = pages * size tokens of a few pages; 4 bits: channel c in
  * the low half of row c of a page, and channel rows + c in its high half. Inlined: size may be a constant. */
 static inline __attribute__((always_inline)) void dots(const float *q, const float *offset, const uint8_t *codes,
-                                                       int64_t page_bytes, int64_t pages, const int64_t size,
-                                                       int64_t row_bytes, int64_t heads, int64_t rows, int bits, float *out,
+                                                       int64_t page_bytes, const int32_t *ids, int64_t pages,
+                                                       const int64_t size, int64_t row_bytes, int64_t heads, int64_t rows, int bits, float *out,
                                                        int64_t out_stride) {
     float low[MOST], high[MOST];
     int64_t channels = bits == 4 ? 2 * rows : rows, n = pages * size;
@@ -27,7 +27,7 @@ static inline __attribute__((always_inline)) void dots(const float *q, const flo
         for (int64_t t = 0; t < n; t++) out[j * out_stride + t] = offset[j];
     for (int64_t c = 0; c < rows; c++) {
         for (int64_t p = 0; p < pages; p++) {
-            const uint8_t *from = codes + p * page_bytes + c * row_bytes;
+            const uint8_t *from = codes + ids[p] * page_bytes + c * row_bytes;
             float *first = low + p * size, *second = high + p * size;
             if (bits == 8) {
 #pragma omp simd
@@ -55,33 +55,36 @@ static inline __attribute__((always_inline)) void dots(const float *q, const flo
 }
 
 /* `dots` of the pages [from, to) of a stream, of `size` tokens. */
-FAST static void dots_of_pages(const float *q, const float *offset, const uint8_t *codes, int64_t page_bytes, int64_t from,
-                               int64_t to, int64_t heads, int64_t rows, int bits, int64_t size, float *out,
+FAST static void dots_of_pages(const float *q, const float *offset, const uint8_t *codes, int64_t page_bytes,
+                               const int32_t *ids, int64_t from, int64_t to, int64_t heads, int64_t rows, int bits, int64_t size, float *out,
                                int64_t out_stride) {
     int64_t each = size < MOST ? MOST / size : 1;
     for (int64_t p = from; p < to; p += each) {
-        const uint8_t *page = codes + p * page_bytes;
         int64_t n = to - p < each ? to - p : each;
         float *here = out + p * size;
+        for (int64_t next = p + each; next < to && next < p + 2 * each; next++)
+            for (int64_t at = 0; at < rows * size; at += 64) __builtin_prefetch(codes + ids[next] * page_bytes + at);
         if (size == 16)
-            dots(q, offset, page, page_bytes, n, 16, 16, heads, rows, bits, here, out_stride);
+            dots(q, offset, codes, page_bytes, ids + p, n, 16, 16, heads, rows, bits, here, out_stride);
         else
             for (int64_t t = 0; t < size; t += MOST)
-                dots(q, offset, page + t, page_bytes, n, size - t < MOST ? size - t : MOST, size, heads, rows, bits,
-                     here + t, out_stride);
+                dots(q, offset, codes + t, page_bytes, ids + p, n, size - t < MOST ? size - t : MOST, size, heads, rows,
+                     bits, here + t, out_stride);
     }
 }
 
-/* codes of page p of stream s at codes + s * stream_bytes + p * page_bytes: [rows, size] bytes; out [streams, heads,
- * pages * size]. */
-void kvcomp_code_dots(const float *q, const float *offset, const uint8_t *codes, int64_t stream_bytes, int64_t page_bytes,
-                      int64_t streams, int64_t heads, int64_t rows, int64_t bits, int64_t pages, int64_t size, float *out) {
+/* codes of page i of stream s at codes + ids[s][i] * page_bytes: [rows, size] bytes; out [streams, heads, pages * size],
+ * of which only the first counts[s] pages are written. */
+void kvcomp_code_dots(const float *q, const float *offset, const uint8_t *codes, int64_t page_bytes, const int32_t *ids,
+                      int64_t ids_stride, const int64_t *counts, int64_t streams, int64_t heads, int64_t rows, int64_t bits,
+                      int64_t pages, int64_t size, float *out) {
     int64_t channels = bits == 4 ? 2 * rows : rows, blocks = (pages + PAGES - 1) / PAGES;
 #pragma omp parallel for schedule(static) if (streams * blocks > 8)
     for (int64_t i = 0; i < streams * blocks; i++) {
-        int64_t s = i / blocks, from = i % blocks * PAGES, to = from + PAGES < pages ? from + PAGES : pages;
-        dots_of_pages(q + s * heads * channels, offset + s * heads, codes + s * stream_bytes, page_bytes, from, to, heads,
-                      rows, (int)bits, size, out + s * heads * pages * size, pages * size);
+        int64_t s = i / blocks, from = i % blocks * PAGES, to = from + PAGES;
+        dots_of_pages(q + s * heads * channels, offset + s * heads, codes, page_bytes, ids + s * ids_stride, from,
+                      to < counts[s] ? to : counts[s], heads, rows, (int)bits, size, out + s * heads * pages * size,
+                      pages * size);
     }
 }
 
@@ -126,16 +129,23 @@ FAST static void add_scaled(float *to, const float *x, int64_t n, float by) {
     for (int64_t i = 0; i < n; i++) to[i] += by * x[i];
 }
 
-/* out [streams, n]: softmax of the first counts[s] of logits [streams, heads, n], which are overwritten, averaged over
- * heads; 0 for the others, and of heads with logits that are not finite. */
+/* out [n]: softmax of the first n of each head's logits [heads, stride], which are overwritten, averaged over heads; 0
+ * of heads with logits that are not finite. */
+static void shares_of(float *logits, int64_t heads, int64_t stride, int64_t n, float *out) {
+    memset(out, 0, n * sizeof(float));
+    for (int64_t g = 0; g < heads; g++) {
+        float *x = logits + g * stride, most = largest(x, n);
+        if (isfinite(most)) add_scaled(out, x, n, 1 / (soften(x, n, most) * heads));
+    }
+}
+
+/* out [streams, n]: `shares_of` the first counts[s]; 0 for the others. */
 void kvcomp_shares(float *logits, const int64_t *counts, int64_t streams, int64_t heads, int64_t n, float *out) {
-    memset(out, 0, streams * n * sizeof(float));
 #pragma omp parallel for schedule(static) if (streams > 1 && n > 512)
-    for (int64_t s = 0; s < streams; s++)
-        for (int64_t g = 0; g < heads; g++) {
-            float *x = logits + (s * heads + g) * n, most = largest(x, counts[s]);
-            if (isfinite(most)) add_scaled(out + s * n, x, counts[s], 1 / (soften(x, counts[s], most) * heads));
-        }
+    for (int64_t s = 0; s < streams; s++) {
+        shares_of(logits + s * heads * n, heads, n, counts[s], out + s * n);
+        memset(out + s * n + counts[s], 0, (n - counts[s]) * sizeof(float));
+    }
 }
 
 /* Numbers in the order of floats that are no nan. */
@@ -170,30 +180,63 @@ static uint32_t kth(const uint32_t *x, int64_t n, int64_t k, uint32_t *room, int
     return found;
 }
 
-/* out [streams, width]: where the wanted[s] largest of x [streams, n] are, ascending, the first ones of equals; then
- * n - 1. Returns 0, or 1 where memory ran out. */
+/* to [width]: where the k largest of x [n] are, ascending, the first ones of equals; then `last`. room [2 n]. */
+static void places_of(const float *x, int64_t n, int64_t k, uint32_t *room, int64_t *to, int64_t width, int64_t last) {
+    int64_t at = 0, above;
+    if (k > 0) {
+        for (int64_t i = 0; i < n; i++) room[i] = ordered(x[i]);
+        uint32_t least = kth(room, n, k, room + n, &above);
+        int64_t equals = k - above;
+        for (int64_t i = 0; i < n && at < k; i++) {
+            int64_t equal = room[i] == least;
+            to[at] = i;
+            at += (room[i] > least) | (equal & (equals > 0));
+            equals -= equal;
+        }
+    }
+    for (; at < width; at++) to[at] = last;
+}
+
+/* out [streams, width]: `places_of` the wanted[s] largest of x [streams, n]. Returns 0, or 1 where memory ran out. */
 int kvcomp_largest(const float *x, const int64_t *wanted, int64_t streams, int64_t n, int64_t width, int64_t *out) {
     uint32_t *room = malloc(2 * streams * n * sizeof(uint32_t) + 1);
     if (!room) return 1;
 #pragma omp parallel for schedule(static) if (streams > 1 && n > 512)
-    for (int64_t s = 0; s < streams; s++) {
-        int64_t k = wanted[s], at = 0, above;
-        int64_t *to = out + s * width;
-        if (k > 0) {
-            uint32_t *mine = room + 2 * s * n;
-            for (int64_t i = 0; i < n; i++) mine[i] = ordered(x[s * n + i]);
-            uint32_t least = kth(mine, n, k, mine + n, &above);
-            int64_t equals = k - above;
-            for (int64_t i = 0; i < n && at < k; i++) {
-                int64_t equal = mine[i] == least;
-                to[at] = i;
-                at += (mine[i] > least) | (equal & (equals > 0));
-                equals -= equal;
-            }
-        }
-        for (; at < width; at++) to[at] = n - 1;
-    }
+    for (int64_t s = 0; s < streams; s++)
+        places_of(x + s * n, n, wanted[s], room + 2 * s * n, out + s * width, width, n - 1);
     free(room);
+    return 0;
+}
+
+/* out [streams, width]: of the counts[s] pages, or unit * counts[s] tokens, of a stream, those wanted[s] of the largest
+ * shares; the first and last `first` and `last` pages are among them. logits [streams, heads, pages * each], to be
+ * multiplied with scale, are overwritten; a page's share is the sum of its `each` where unit is 1. Returns 0, or 1 where
+ * memory ran out. */
+int kvcomp_choose(float *logits, float scale, const int64_t *counts, int64_t streams, int64_t heads, int64_t pages,
+                  int64_t each, int64_t unit, const int64_t *wanted, int64_t width, int64_t first, int64_t last,
+                  int64_t *out) {
+    int64_t n = pages * each;
+    uint32_t *memory = malloc(3 * streams * n * sizeof(uint32_t) + 1);
+    if (!memory) return 1;
+#pragma omp parallel for schedule(static) if (streams > 1 && n > 512)
+    for (int64_t s = 0; s < streams; s++) {
+        uint32_t *room = memory + 3 * s * n;
+        float *share = (float *)(room + 2 * n), *mine = logits + s * heads * n;
+        int64_t many = counts[s] * unit;
+        for (int64_t g = 0; g < heads; g++)
+            for (int64_t i = 0; i < counts[s] * each; i++) mine[g * n + i] *= scale;
+        shares_of(mine, heads, n, counts[s] * each, share);
+        if (each != unit)
+            for (int64_t p = 0; p < counts[s]; p++) {
+                float sum = 0;
+                for (int64_t i = 0; i < each; i++) sum += share[p * each + i];
+                share[p] = sum;
+            }
+        for (int64_t i = 0; i < many && i < first * unit; i++) share[i] += 2;
+        for (int64_t i = many - 1; i >= 0 && i >= many - last * unit; i--) share[i] += 2;
+        places_of(share, many, wanted[s], room, out + s * width, width, pages * unit - 1);
+    }
+    free(memory);
     return 0;
 }
 
@@ -230,5 +273,15 @@ void kvcomp_regroup(const uint8_t *pool, int64_t page_bytes, const int32_t *ids,
         uint8_t *to = out + i / size * out_bytes; /* a stream's tokens fill whole pages */
         for (int64_t f = 0; f < fields; f++)
             copy_row(to + offsets[f] + i % size * row[f], page + offsets[f] + place * row[f], row[f]);
+    }
+}
+
+/* A token of each stream behind the counts[s] that k and v [streams, stride bytes] hold; it counts from then on. */
+void kvcomp_append(uint8_t *k, uint8_t *v, const uint8_t *keys, const uint8_t *values, int64_t *counts, int64_t streams,
+                   int64_t k_stride, int64_t v_stride, int64_t k_bytes, int64_t v_bytes) {
+    for (int64_t s = 0; s < streams; s++) {
+        memcpy(k + s * k_stride + counts[s] * k_bytes, keys + s * k_bytes, k_bytes);
+        memcpy(v + s * v_stride + counts[s] * v_bytes, values + s * v_bytes, v_bytes);
+        counts[s]++;
     }
 }

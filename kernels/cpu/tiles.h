@@ -1093,6 +1093,45 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
     }
 }
 
+/* The vectors of one page's summary, as float32 rows [vectors, room], fields side by side. */
+INLINE void NAME(summary_rows)(const Vectors *v, const uint8_t *page, float *x, int64_t room) {
+    for (int64_t u = 0; u < v->vectors; u++, x += room) {
+        float *to = x;
+        for (int64_t f = 0; f < v->fields; f++, to += v->dim) {
+            if (v->scale == NOTHING) {
+                NAME(halves)(to, page + v->offsets[f] + u * v->dim * 2, v->dim);
+                continue;
+            }
+            float scale[16]; /* at most SCALES of sparse/summaries.py */
+            const int8_t *code = (const int8_t *)page + v->offsets[f] + u * v->dim;
+            NAME(halves)(scale, page + v->scale + u * v->scales * 2, v->scales);
+            int64_t run = v->dim / v->scales;
+            for (int64_t g = 0; g < v->scales; g++)
+                for (int64_t d = g * run; d < (g + 1) * run; d++) to[d] = (float)code[d] * scale[g];
+        }
+        for (; to < x + room; to++) *to = 0;
+    }
+}
+
+/* Estimates of the pages [first, last) of a stream; q [rows, room], x [TOGETHER, vectors, room]. */
+static TARGET void NAME(estimates)(const Vectors *v, const float *q, int64_t stream, int64_t first, int64_t last,
+                                   float *x) {
+    int64_t room = round_up(v->fields * v->dim, 16), n = v->pages * v->vectors;
+    const int32_t *ids = v->ids + stream * v->ids_stride;
+    for (int64_t i = first; i < last; i += TOGETHER) {
+        int64_t pages = last - i < TOGETHER ? last - i : TOGETHER, many = pages * v->vectors;
+        float *to = v->out + stream * v->rows * n + i * v->vectors;
+        for (int64_t j = 0; j < pages; j++) {
+            NAME(summary_rows)(v, v->pool + ids[i + j] * v->page_bytes, x + j * v->vectors * room, room);
+            if (i + j + TOGETHER >= last) continue;
+            const uint8_t *next = v->pool + ids[i + j + TOGETHER] * v->page_bytes + v->offsets[0];
+            for (int64_t at = 0; at < v->bytes; at += 64) __builtin_prefetch(next + at);
+        }
+        for (int64_t r = 0; r < v->rows; r++) memset(to + r * n, 0, many * sizeof(float));
+        NAME(k_raw)(to, n, q, room, x, room, (int)room, (int)many, (int)v->rows);
+    }
+}
+
 #undef INLINE
 #undef APART
 #undef vf

@@ -1,11 +1,13 @@
-"""The Triton kernels: attention over compressed pages and scores of pages on GPUs.
+"""The Triton kernels: pages written, scored and attended to on GPUs.
 
-`attend` and `scores` take what the reference takes; all else of this package needs triton, and is imported only then.
+The functions take what their specifications take; all else of this package needs triton, and is imported only then.
 With TRITON_INTERPRET=1 set before triton is first imported, tensors on the host are served, too, slowly: for tests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,7 +19,7 @@ from kvcomp.exact import Tokens
 from kvcomp.kernel_layout import SideLayout, Sides
 from kvcomp.pages import PageLayout
 
-from . import chunks, ops
+from . import chunks, ops, ops_records, ops_scores, pieces
 from .chunks import NOTHING
 from .plan import MOST_ROWS, processors, split_pages
 
@@ -54,6 +56,50 @@ def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device
     return known
 
 
+class Written(NamedTuple):
+    """What kernels are told of pages that they write, for one device: description and middles, see `pieces`."""
+
+    layout: PageLayout
+    sides: Sides
+    description: str
+    k_middles: Tensor
+    v_middles: Tensor
+
+
+_WRITTEN: WeakKeyDictionary[SideLayout, dict[torch.device, Written]] = WeakKeyDictionary()
+
+
+def written(sides: Sides, layout: PageLayout, device: torch.device) -> Written:
+    """What kernels are told of pages of this layout whose K and V are to be written as `sides` say; made once."""
+    of_side = _WRITTEN.setdefault(sides[1], {})
+    known = of_side.get(device)
+    if known is None or known.layout is not layout or known.sides != sides:
+        text = str(pieces.described(sides, layout))
+        known = of_side[device] = Written(layout, sides, text, *pieces.middles(sides, device))
+    return known
+
+
+def write_obstacle(sides: Sides) -> str | None:
+    """Why the kernels cannot write pages; None: they can."""
+    return pieces.obstacle(sides)
+
+
+def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written) -> None:
+    """Encode keys [M, P, Dk] and values [M, P, Dv], in basis coordinates, into the pages ids [M] of a pool uint8
+    [pages, bytes_per_page]. Summaries stay as they are.
+
+    What is stored without a grid must come in the dtype of its field.
+    """
+    layout = how.layout
+    assert pool.dtype == torch.uint8
+    assert pool.shape[1] == layout.bytes_per_page
+    assert pool.is_contiguous()
+    assert keys.shape == (len(ids), layout.page_size, how.sides[0].channels)
+    assert values.shape == (len(ids), layout.page_size, how.sides[1].channels)
+    x = keys.contiguous(), values.contiguous()
+    ops_records.write_pages(pool, ids.to(pool.device), *x, how.k_middles, how.v_middles, how.description)
+
+
 class Pages(NamedTuple):
     """Pages of a pool uint8 [pages, bytes_per_page]: of ids [S, n] a stream's first counts [S]."""
 
@@ -85,8 +131,11 @@ def attend(
     All are in the coordinates of the queries, and so is the output. bias [S, R] as in `attention.attend`, for pages.
     The groups are the lse of each page, as in the reference, where asked for.
 
-    Without pages, products are exact where queries are float32. pages_of_split: by default as `plan.split_pages` says.
-    workspace: float32 [`ops.workspace_size`] or more, to be used again; None: allocated.
+    What is launched follows from shapes: ids may be wider than any count, for counts that change on the device, as in a
+    CUDA graph, which needs those of tokens there, too. Without pages, products are exact where queries are float32.
+
+    pages_of_split: by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more, to be used
+    again; None: allocated.
     """
     pool = ids = counts = k_book = v_book = None
     exact, description, each = queries.dtype == torch.float32, "", 1
@@ -128,27 +177,61 @@ def attend(
     return Part(out, lse, groups if lse_of_pages else None)
 
 
-def scores(
-    queries: Tensor,
+def vector_dots(
+    queries: Mapping[str, Tensor],
     pool: Tensor,
     ids: Tensor,
     counts: Tensor,
     layout: PageLayout,
-    high: str,
-    low: str | None = None,
     scale: str | None = None,
 ) -> Tensor:
-    """float32 [S, R, n]: what pages promise queries [S, R, D], unscaled; -inf behind a stream's counts [S].
+    """float32 [S, R, n * u]: the sum over fields of queries [S, R, D] times the field's vectors, u of each page; -inf
+    behind a stream's counts [S].
 
-    With the fields `low` and `high` of a page's minima and maxima the bound sum_d max(q_d low_d, q_d high_d); with the
-    field `high` of its mean key alone, q . mean. Fields are float16, or int8 with the field `scale` of the float16
-    scales that runs of channels share. R is at most `plan.MOST_ROWS`.
+    Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. Fields are float16, or int8 where the layout has the field
+    `scale` of the float16 numbers that runs of channels share. R is at most `plan.MOST_ROWS`.
+    """
+    assert pool.is_contiguous()
+    assert all(q.shape[1] <= MOST_ROWS for q in queries.values())
+    ids = ids if ids.stride(1) == 1 else ids.contiguous()
+    shapes = {f.name: f.shape for f in layout.fields}
+    *each, dim = shapes[next(iter(queries))]
+    coded = scale is not None and scale in shapes
+    at, run = (layout.offsets[scale], dim // shapes[scale][-1]) if scale is not None and coded else (NOTHING, 1)
+    stacked = torch.stack([q.float() for q in queries.values()])
+    fields = [layout.offsets[name] for name in queries]
+    return ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
+
+
+def code_dots(
+    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: PageLayout, field: str, bits: int
+) -> Tensor:
+    """float32 [S, J, n * P]: queries [S, J, r] times the codes uint8 [r * bits / 8, P] of each token in a `field`, as
+    `select.code_dots`; 0 behind a stream's counts [S].
+
+    Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. J is at most `plan.MOST_ROWS`.
     """
     assert pool.is_contiguous()
     assert queries.shape[1] <= MOST_ROWS
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
-    shapes = {f.name: f.shape for f in layout.fields}
-    offsets = [NOTHING if name is None else layout.offsets[name] for name in (low, high, scale)]
-    run = 1 if scale is None else shapes[high][-1] // shapes[scale][-1]
-    exact = queries.dtype == torch.float32
-    return ops.page_scores(queries.contiguous(), pool, ids, counts, *offsets, run, exact)
+    x = queries.float().contiguous()
+    return ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
+
+
+def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
+    """As `select.regroup`."""
+    assert pool.is_contiguous()
+    assert tokens.shape[1] % layout.page_size == 0
+    ids = ids if ids.stride(1) == 1 else ids.contiguous()
+    fields, *sizes = ops_records.regrouped(layout)
+    return ops_records.regroup(pool, ids, tokens.contiguous(), [x for field in fields for x in field], *sizes)
+
+
+def attention_received(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+    """float32 [B, Hq, n]: attention weights of the last w queries [B, Hq, w, D] over keys [B, Hkv, n, D], summed over
+    the queries; causal; visible bool [B, Hkv, n] hides keys. A query that sees none adds 0."""
+    if queries.dtype != keys.dtype:
+        queries, keys = queries.float(), keys.float()
+    visible = None if visible is None else visible.contiguous()
+    on = processors(queries.device)
+    return ops_scores.attention_received(queries.contiguous(), keys.contiguous(), visible, scale, on)

@@ -48,6 +48,12 @@ def stored(chunk: Any) -> Any:
     return tl.pointer_type({"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[chunk.dtype])
 
 
+@triton.constexpr_function
+def room_of(chunk: Any) -> int:
+    """Scales of a token that a tile of a chunk has room for."""
+    return max(chunk.block * chunk.lanes // chunk.channel_group, 1)
+
+
 @triton.jit
 def dot(a, b, acc, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
@@ -199,6 +205,62 @@ def channel_grid(base, first, C: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
+def float_numbers(planes, scale, C: tl.constexpr, LANE: tl.constexpr):
+    """Numbers float32 [T, columns] of a lane, from bits of float16, times scales [T, groups, 1] if several."""
+    FORMAT: tl.constexpr = C.format
+    codes = lane_codes(planes, C, LANE)
+    if FORMAT == "e4m3":
+        bits, unit = (codes & 127) << 7 | (codes & 128) << 8, 256.0
+    elif FORMAT == "e5m2":
+        bits, unit = codes << 8, 1.0
+    else:
+        bits, unit = (codes & 7) << 9 | (codes & 8) << 12, 16384.0
+    x = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * unit
+    if scale.shape[1] > 1:
+        grouped = tl.reshape(x, (x.shape[0], scale.shape[1], x.shape[1] // scale.shape[1])) * scale
+        x = tl.reshape(grouped, (x.shape[0], x.shape[1]))
+    return x
+
+
+@triton.jit
+def float_scales(at, there, C: tl.constexpr):
+    """Scales float32 [T, groups] that lie at the bytes `at`; 0 where there is none."""
+    FORMAT: tl.constexpr = C.scale_format
+    if FORMAT == "bf16":
+        return tl.load(at.to(tl.pointer_type(tl.bfloat16)), mask=there, other=0).to(tl.float32)
+    else:
+        code = tl.load(at, mask=there, other=0).to(tl.int32)
+        if FORMAT == "e4m3":
+            return (code << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        else:  # the exponent of a float32; that of 2^-127 is the first bit of a subnormal number
+            found = tl.where(code > 0, code << 23, 1 << 22).to(tl.float32, bitcast=True)
+            return tl.where(there, found, 0.0)
+
+
+@triton.jit
+def float_grid(base, token, seen, C: tl.constexpr):
+    """Scales of a chunk: float32 [T, groups, 1] below 2, times [T], a power of two where there are several."""
+    SCALE: tl.constexpr = C.scale
+    PAGE: tl.constexpr = C.page_scale
+    SIZE: tl.constexpr = 2 if C.scale_format == "bf16" else 1
+    STRIDE: tl.constexpr = C.groups * SIZE
+    FIRST: tl.constexpr = C.inner // C.channel_group
+    LIVE: tl.constexpr = (C.columns * C.lanes + C.channel_group - 1) // C.channel_group
+    ROOM: tl.constexpr = room_of(C)
+    group = tl.arange(0, ROOM)
+    there = seen[:, None] & (group < LIVE)[None, :]
+    scale = float_scales((base + (SCALE + token * STRIDE))[:, None] + ((FIRST + group) * SIZE)[None, :], there, C)
+    if PAGE >= 0:
+        scale *= tl.load((base + (PAGE + token * 0)).to(tl.pointer_type(tl.float32)), mask=seen, other=0)[:, None]
+    factor = tl.max(scale, 1)
+    if ROOM > 1:
+        factor = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        factor = tl.maximum(factor, 1.1754943508222875e-38)
+        scale = scale / factor[:, None]
+    return scale[:, :, None], factor
+
+
+@triton.jit
 def tile_numbers(base, token, seen, C: tl.constexpr):
     """Numbers [T, columns] that are stored as such."""
     OFFSET: tl.constexpr = C.planes[0][0]
@@ -265,6 +327,12 @@ def key_logits(logits, q, base, first, token, seen, book, C: tl.constexpr, EXACT
             for i in tl.static_range(LANES):
                 x = block_numbers(packed, scale, zero, C, i)
                 logits = dot(q[i], x.to(DTYPE).trans(), logits, DTYPE)
+        elif KIND == "floats":
+            part = tl.zeros_like(logits)
+            scale, factor = float_grid(base, token, seen, C)
+            for i in tl.static_range(LANES):
+                part = dot(q[i], float_numbers(packed, scale, C, i).to(DTYPE).trans(), part, DTYPE)
+            logits += part * factor[None, :]
         elif KIND == "channel":
             offset = tl.zeros_like(tl.sum(logits, 1))
             for i in tl.static_range(LANES):
@@ -306,6 +374,12 @@ def add_values(sums, p, keep, base, first, token, seen, book, C: tl.constexpr, E
             for i in tl.static_range(LANES):
                 x = block_numbers(packed, scale, zero, C, i)
                 found = found + (dot(p, x.to(DTYPE), sums[i] * keeps, DTYPE),)
+        elif KIND == "floats":
+            scale, factor = float_grid(base, token, seen, C)
+            weights = p * factor[None, :]
+            for i in tl.static_range(LANES):
+                x = float_numbers(packed, scale, C, i).to(DTYPE)
+                found = found + (dot(weights, x, sums[i] * keeps, DTYPE),)
         elif KIND == "channel":
             mass = tl.sum(p, 1)[:, None]
             for i in tl.static_range(LANES):

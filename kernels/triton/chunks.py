@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 from kvcomp.pages import PageLayout
 
 NUMBERS, BOOK = "numbers", "book"  # x = number; x = book[code] * norm of the token
+FLOATS = "floats"  # x = number of a format * scale of some channels of a token
 OF_TOKEN, OF_CHANNEL, OF_BLOCK = "token", "channel", "block"  # x = code * scale + zero, by what has a scale in a chunk
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NARROWEST, WIDEST = 16, 128  # columns: what tensor cores take, and what registers hold
 IDLE = 1.75  # what tiles may have in channels, of those that there are
 FOLDED = 32  # columns with a common scale from which on it folds into a product of its own
-TILE = 64  # tokens at once, at most: half of it where books, a quarter where many tiles of numbers fill the registers
+TILE = 64  # tokens at once, at most: half of it where books or floats, a quarter where many tiles fill the registers
 MANY = 16
 NOTHING = -1
 
@@ -38,6 +39,7 @@ class Chunk:
     the highest bits first. scale, zero: of the segment, float16 in rows of `groups`, a row for each `token_group`
     tokens; `inner` is the chunk's first channel in the segment. middle: the code that is read as 0, for codes about 0
     lose less in 16 bits; the zeros that are stored are those of code 0. book: its first entry among the side's.
+    Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them.
     """
 
     kind: str
@@ -55,6 +57,9 @@ class Chunk:
     groups: int = 1
     inner: int = 0
     book: int = NOTHING
+    format: str = ""
+    scale_format: str = ""
+    page_scale: int = NOTHING
 
     @property
     def adds(self) -> bool:
@@ -107,12 +112,22 @@ def chunks(side: SideLayout, layout: PageLayout) -> Chunks:
 
 
 def _codes(
-    segment: Uniform | Codebook, layout: PageLayout, strides: dict[str, int], channel: int, book: int
+    segment: Uniform | Codebook | Floats, layout: PageLayout, strides: dict[str, int], channel: int, book: int
 ) -> list[Chunk]:
     offsets, lanes, columns = layout.offsets, lanes_of(segment), segment.channels // lanes_of(segment)
     if isinstance(segment, Codebook):
         kind, run = BOOK, columns
         shared: dict[str, Any] = {"scale": offsets[segment.norm], "channel_group": segment.channels, "book": book}
+    elif isinstance(segment, Floats):
+        kind, run = FLOATS, columns
+        shared = {
+            "scale": offsets[segment.scale],
+            "channel_group": segment.channel_group,
+            "groups": -(-segment.channels // segment.channel_group),
+            "format": segment.format,
+            "scale_format": segment.scale_format,
+            "page_scale": NOTHING if segment.page_scale is None else offsets[segment.page_scale],
+        }
     else:
         group = segment.channel_group // lanes
         kind, run = (OF_CHANNEL if segment.token_group > 1 else OF_TOKEN), columns
@@ -141,7 +156,7 @@ def power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def lanes_of(segment: Uniform | Codebook) -> int:
+def lanes_of(segment: Uniform | Codebook | Floats) -> int:
     """Channels of a column: those of a byte of the widest plane, or fewer where tiles would be idle for the most part.
 
     Then several columns read the same byte.
@@ -167,6 +182,12 @@ class Description:
     def lanes(self) -> int:
         """Tiles of numbers that a tile of tokens is decoded into."""
         return sum(chunk.lanes for side in (self.k, self.v) for chunk in side)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether registers are short: several tiles a side, or more than `WIDEST` channels in one, or many in all."""
+        wide = any(len(side) > 1 or any(c.block * c.lanes > WIDEST for c in side) for side in (self.k, self.v))
+        return wide or self.lanes > MANY
 
     @property
     def v_dim(self) -> int:
@@ -195,7 +216,8 @@ def described(sides: Sides, layout: PageLayout) -> Description:
     shared = [s.token_group for side in sides for s in side.segments if isinstance(s, Uniform) and s.token_group > 1]
     k, v = (chunks(side, layout) for side in sides)
     description = Description(k, v, layout.page_size, layout.bytes_per_page, TILE)
-    most = TILE // 4 if description.lanes > MANY else TILE // 2 if any(c.kind == BOOK for c in (*k, *v)) else TILE
+    decoded = any(c.kind in (BOOK, FLOATS) for c in (*k, *v))
+    most = TILE // 4 if description.lanes > MANY else TILE // 2 if decoded else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
 
 
@@ -221,6 +243,10 @@ def _obstacle(segment: Segment) -> str | None:
         return None if segment.dtype in DTYPES else f"numbers of {segment.dtype}"
     if [p.width for p in segment.planes] != sorted((p.width for p in segment.planes), reverse=True):
         return "planes of codes that are not in the order of their widths"
+    if isinstance(segment, Floats):
+        few = segment.channel_group < segment.channels
+        if few and (segment.channel_group % NARROWEST or not power_of_two(segment.channel_group)):
+            return f"scales that {segment.channel_group} channels share, no power of two from {NARROWEST} on"
     if isinstance(segment, Uniform):
         if segment.token_group > 1 and segment.token_group % NARROWEST:
             return f"scales that {segment.token_group} tokens share, no multiple of {NARROWEST}"

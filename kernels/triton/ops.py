@@ -11,13 +11,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import attention, chunks, summaries
+from . import attention, chunks
 from .plan import blocked, tokens_tile
 
 SPLITS = 16  # that a program merges at once
 WARPS, STAGES = 4, 3
 REGISTERS, ALL_REGISTERS = 168, 255  # of a thread; with 168, three programs share a processor
-SCORED = 64  # pages of a program
 
 
 Exact = tuple[chunks.Chunks, chunks.Chunks]  # keys and values that are no pages
@@ -40,20 +39,7 @@ def attention_constants(
         "EXACT": exact,
         "num_warps": WARPS if rows == chunks.NARROWEST else 2 * WARPS,
         "num_stages": STAGES,
-        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.lanes > chunks.MANY else REGISTERS,
-    }
-
-
-def scores_constants(rows: int, dim: int, page_bytes: int, exact: bool) -> dict[str, Any]:
-    """As `attention_constants`, of the kernel of `summaries`."""
-    return {
-        "D": dim,
-        "BYTES": page_bytes,
-        "ROWS": max(triton.next_power_of_2(rows), chunks.NARROWEST),
-        "BLOCK": min(max(triton.next_power_of_2(dim), chunks.NARROWEST), SCORED),
-        "PAGES": SCORED,
-        "EXACT": exact,
-        "num_warps": WARPS,
+        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded else REGISTERS,
     }
 
 
@@ -194,44 +180,3 @@ def _results(
     shapes = (streams, rows, v_dim), (streams, rows), (streams, rows, pages)
     out, lse, groups = (torch.empty(shape, dtype=torch.float32, device=queries.device) for shape in shapes)
     return out, lse, groups
-
-
-@torch.library.custom_op("kvcomp::page_scores", mutates_args=())
-def page_scores(
-    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, low: int, high: int, scale: int, run: int, exact: bool
-) -> Tensor:
-    """float32 [S, R, n]: bounds or logits of pages, unscaled, -inf where there is none.
-
-    queries [S, R, D], pool uint8 [pages, bytes], ids [S, n], counts [S]. high: offset in a page of the maxima, and low
-    of the minima; or low = -1 and high that of the mean. scale: offset of the scales of `run` channels of int8 each, or
-    -1 where vectors are float16.
-    """
-    streams, rows, dim = queries.shape
-    pages = ids.shape[1]
-    out = torch.empty(streams, rows, pages, dtype=torch.float32, device=queries.device)
-    if out.numel() == 0:
-        return out
-    with torch.cuda.device_of(queries):
-        summaries.scores_kernel[(streams, triton.cdiv(pages, SCORED))](
-            queries,
-            pool,
-            ids,
-            counts,
-            out,
-            rows,
-            pages,
-            ids.stride(0),
-            **scores_constants(rows, dim, pool.shape[1], exact),
-            LOW=low,
-            HIGH=high,
-            SCALE=scale,
-            RUN=run,
-        )
-    return out
-
-
-@page_scores.register_fake
-def _(
-    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, low: int, high: int, scale: int, run: int, exact: bool
-) -> Tensor:
-    return torch.empty(*queries.shape[:2], ids.shape[1], dtype=torch.float32, device=queries.device)

@@ -28,6 +28,12 @@ def split_pages(streams: int, rows: int, pages: int, page_size: int, processors:
     return max(-(-pages // splits), -(-LEAST // page_size))
 
 
+def split_keys(heads: int, rows: int, keys: int, processors: int) -> int:
+    """Keys that one program of `received.lse_kernel` takes, for so many query heads of `rows` queries each."""
+    splits = max(PROGRAMS * processors // (heads * -(-rows // blocked(rows))), 1)
+    return max(-(-keys // splits), 4 * LEAST)
+
+
 def tokens_tile(token_bytes: int) -> int:
     """Exact tokens at once, of so many bytes of keys each."""
     return 64 if token_bytes * 64 <= FULL else 32 if token_bytes * 32 <= FULL else 16

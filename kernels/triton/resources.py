@@ -23,13 +23,29 @@ from kvcomp import Stack
 from kvcomp.pages import PageLayout
 from kvcomp.stages import Codec, PageShape
 
-from . import attention, chunks, ops, plan, summaries
+from . import (
+    attention,
+    chunks,
+    encode,
+    ops,
+    ops_records,
+    ops_scores,
+    pieces,
+    plan,
+    received,
+    summaries,
+)
+from . import tokens as of_tokens
 
 LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory a program, by compute capability
 REGISTERS, PROGRAMS, THREADS = 65536, 32, 2048  # of a processor
 RESERVED = 1024  # bytes of shared memory that each program takes besides
-STACKS = ("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)", "klt(bits=2)")
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+WRITTEN = (
+    *("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)"),
+    *("fp8", "nvfp4", "mxfp4"),
+)
+STACKS = (*WRITTEN, "klt(bits=2)")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     "q": "*bf16",
     "pool": "*u8",
@@ -40,6 +56,11 @@ POINTERS = {
     "keys": "*u8",
     "values": "*u8",
     "token_counts": "*i64",
+    "tokens": "*i64",
+    "records": "*u8",
+    "visible": "*u8",
+    "k_middles": "*fp32",
+    "v_middles": "*fp32",
 }
 FLOATS = ("bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
 SCALARS = ("scale", "softcap")
@@ -134,10 +155,43 @@ def merge(capability: int, dim: int = 128) -> Resources:
 
 def score(capability: int, bits: int, dim: int = 128) -> Resources:
     """Of Quest's bounds, from summaries of 8 or 16 bits a channel."""
-    size = dim * bits // 8
-    constants = ops.scores_constants(16, dim, 1 << 14, exact=False)
-    constants |= {"LOW": 0, "HIGH": size, "SCALE": chunks.NOTHING if bits == 16 else 2 * size, "RUN": dim // 8}
-    return compiled(summaries.scores_kernel, constants, capability, f"quest(summary_bits={bits})")
+    size, coded = dim * bits // 8, bits == 8
+    constants = ops_scores.scores_constants(16, dim, 1 << 14, exact=not coded)
+    constants |= {"FIELDS": (0, size), "EACH": 1, "SCALE": 2 * size if coded else chunks.NOTHING, "RUN": dim // 8}
+    return compiled(summaries.scores_kernel, constants, capability, f"quest(summary_bits={bits})", q="*fp32")
+
+
+def write(spec: str, capability: int, dim: int = 128) -> Resources:
+    """Of pages written."""
+    codec, layout = built(spec, dim)
+    sides = codec.kernel_sides()
+    assert sides is not None
+    constants = ops_records.encode_constants(pieces.described(sides, layout))
+    x = "*fp32" if codec.rotates else "*bf16"
+    return compiled(encode.encode_kernel, constants, capability, spec, keys=x, values=x, ids="*i64")
+
+
+def code_dots(capability: int, bits: int, rank: int = 16, page_size: int = 16) -> Resources:
+    """Of estimates of tokens, for sketch (4 bits) and dsa (8)."""
+    constants = ops_scores.code_dots_constants(16, rank, bits, page_size, 1 << 14) | {"OFFSET": 1 << 13}
+    return compiled(of_tokens.code_dots_kernel, constants, capability, f"{rank} channels of {bits} bits", q="*fp32")
+
+
+def regroup(spec: str, capability: int, dim: int = 128) -> Resources:
+    """Of pages made of chosen tokens."""
+    layout = built(spec, dim)[1]
+    constants = ops_records.regroup_constants(*ops_records.regrouped(layout))
+    return compiled(of_tokens.regroup_kernel, constants, capability, spec)
+
+
+def attention_received(capability: int, rows: int, exact: bool = False, dim: int = 128) -> Iterator[Resources]:
+    """Of both kernels, with keys hidden."""
+    x = "*fp32" if exact else "*bf16"
+    types = {"q": x, "k": x, "queries": "i32", "keys": "i32"}
+    name = f"{rows} queries{', float32' if exact else ''}"
+    for kernel in (received.lse_kernel, received.received_kernel):
+        constants = ops_scores.received_constants(rows, dim, hiding=True, exact=exact)
+        yield compiled(kernel, constants, capability, name, **types)
 
 
 def every(capabilities: list[int]) -> Iterator[Resources]:
@@ -146,6 +200,12 @@ def every(capabilities: list[int]) -> Iterator[Resources]:
         yield attend("int(bits=4)", capability, rows=64)
         yield from (score(capability, bits) for bits in (16, 8))
         yield merge(capability)
+        yield from (write(spec, capability) for spec in WRITTEN)
+        yield from (code_dots(capability, bits) for bits in (4, 8))
+        yield code_dots(capability, 8, rank=128, page_size=64)
+        yield from (regroup(spec, capability) for spec in ("none", "int(bits=4)"))
+        for rows, exact in ((1, False), (64, False), (64, True)):
+            yield from attention_received(capability, rows, exact)
 
 
 def main() -> None:

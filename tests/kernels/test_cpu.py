@@ -234,7 +234,7 @@ def test_explanations() -> None:
     for spec, rows, device, words in [
         ("kivi", 3, cpu_device, "C, "),
         ("kivi", dispatch.MOST_ROWS + 1, cpu_device, "more than"),
-        ("nvfp4", 1, cpu_device, "does not tell"),
+        ("nvfp4", 1, cpu_device, "floating-point codes"),
         ("int(per=channel, group=24)", 1, cpu_device, "no multiple of 16"),
         ("kivi", 1, torch.device("meta"), "meta"),
     ]:

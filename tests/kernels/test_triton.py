@@ -16,15 +16,21 @@ from kvcomp.errors import KvcompWarning
 from kvcomp.kernels import dispatch
 from kvcomp.stages import PageShape
 
-TESTS = Path(__file__).with_name("test_triton_kernels.py")
+TESTS = [
+    ("test_triton_kernels.py", "reference"),
+    ("test_triton_kernels.py", "not reference"),
+    ("test_triton_records.py", ""),
+    ("test_triton_tokens.py", ""),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them as they are")
-@pytest.mark.parametrize("which", ["reference", "not reference"])
-def test_interpreted(which: str) -> None:
+@pytest.mark.parametrize(("file", "which"), TESTS)
+def test_interpreted(file: str, which: str) -> None:
     """In processes of their own: triton can be interpreted or not from its first import on, and others import it."""
+    tests = Path(__file__).with_name(file)
     command = [
         sys.executable,
         "-m",
@@ -36,10 +42,10 @@ def test_interpreted(which: str) -> None:
         "no:xdist",
         "-k",
         which,
-        str(TESTS),
+        str(tests),
     ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tests.parents[2])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
 
@@ -49,7 +55,7 @@ def test_interpreted(which: str) -> None:
     [
         ((7, 5), "kivi", True, "compute capability 7.5"),
         ((9, 0), "kivi", False, "triton is not installed"),
-        ((9, 0), "nvfp4", True, "does not tell"),
+        ((9, 0), "int(bits=3, group=4)", True, "no multiple of 8"),
     ],
 )
 def test_why_a_gpu_reads_pages_in_pytorch(

@@ -86,7 +86,7 @@ def test_codes_keep_products(bits: int) -> None:
     fields = encode((keys / steps).flatten(0, 1), bits)
     shapes = {f.name: f.shape for f in code_fields(16, 8, bits)}
     assert {name: tuple(t.shape[1:]) for name, t in fields.items()} == shapes
-    got = code_dots(queries * steps, fields[CODES].unflatten(0, (3, 5)), bits)
+    got = code_dots(queries * steps, {CODES: fields[CODES].unflatten(0, (3, 5))}, CODES, bits)
     expected = torch.einsum("sjr,snpr->sjnp", queries, keys).flatten(2)
     assert float((got - expected).norm() / expected.norm()) < {4: 0.13, 8: 0.015}[bits]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.layer import LayerStore
-from kvcomp.sparse.quest import MAX, MIN, Quest, bounds
+from kvcomp.sparse.quest import MAX, MIN, Quest
 from kvcomp.stages import PageShape, Summaries
 
 MAGNITUDES = [1e-8, 1e-6, 1e-3, 1.0, 300.0, 5e4]
@@ -42,7 +42,7 @@ def test_the_bound_holds_after_rounding(
     assert bool((summary[MAX].double() >= exact.amax(1)).all())
     q = query * torch.randn(1, 3, dim)
     logits = torch.einsum("gd,mpd->gmp", q[0].double(), exact).amax(-1)  # [G, M]
-    bound = bounds(q, summary[MIN][None], summary[MAX][None])[0].double()
+    bound = Quest().logits(q, {name: x[None] for name, x in summary.items()})[0].double()
     assert bool((bound >= logits - 1e-5 * logits.abs()).all())
 
 
@@ -51,7 +51,7 @@ def test_the_bound_is_tight() -> None:
     torch.manual_seed(0)
     keys, q = torch.randn(50, 1, 64), torch.randn(1, 4, 64)
     summary = Quest().summarize(keys, keys)
-    bound = bounds(q, summary[MIN][None], summary[MAX][None])[0]
+    bound = Quest().logits(q, {name: x[None] for name, x in summary.items()})[0]
     size = torch.einsum("gd,md->gm", q[0].abs(), keys[:, 0].abs())
     assert bool(((bound - torch.einsum("gd,md->gm", q[0], keys[:, 0])).abs() <= 2e-3 * size).all())
 

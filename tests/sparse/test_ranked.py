@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcomp import Stack
 from kvcomp.attention import attend
 from kvcomp.errors import SpecError
+from kvcomp.kernels.select import vectors
 from kvcomp.layer import LayerStore
 from kvcomp.plan import held_parts, read_parts
 from kvcomp.sparse.dsa import Dsa, Traces
@@ -24,7 +25,7 @@ from kvcomp.sparse.nsa import NSA
 from kvcomp.sparse.quest import MAX, MIN, Quest
 from kvcomp.sparse.ranked import RankedSelector
 from kvcomp.sparse.sketch import Sketch
-from kvcomp.sparse.summaries import decode
+from kvcomp.sparse.summaries import SCALE
 from kvcomp.stages import PageShape, Summaries
 
 QUANTIZERS = (
@@ -237,7 +238,7 @@ def test_quest_bounds_every_key(
     assert {name: (t.dtype, t.shape[1:]) for name, t in summary.items()} == {
         f.name: (f.dtype, f.shape) for f in quest.summary_fields(shape)
     }
-    low, high, exact = decode(summary, MIN).double(), decode(summary, MAX).double(), keys.double()
+    low, high, exact = vectors(summary, MIN, SCALE).double(), vectors(summary, MAX, SCALE).double(), keys.double()
     assert bool((low <= exact.amin(1)).all())
     assert bool((high >= exact.amax(1)).all())
     runs = 8 if dim % 8 == 0 else 4 if dim % 4 == 0 else 1
@@ -258,7 +259,7 @@ def test_moba_means(bits: int, tolerance: float) -> None:
     moba = MoBA(summary_bits=bits)
     summary = moba.summarize(keys, keys)
     mean = keys.mean(1)
-    assert float((decode(summary, MEAN) - mean).abs().max()) <= tolerance * float(mean.abs().max())
+    assert float((vectors(summary, MEAN, SCALE) - mean).abs().max()) <= tolerance * float(mean.abs().max())
     got = moba.logits(q, {name: t[None] for name, t in summary.items()})
     torch.testing.assert_close(got[0], q[0] @ mean.T, atol=0.05, rtol=0)
 

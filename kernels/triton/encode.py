@@ -1,0 +1,308 @@
+"""Pages written from K and V in basis coordinates; what codecs `encode` is its specification, bit for bit.
+
+  uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, without zero
+  codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
+  floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale
+
+Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Divisions and square roots are
+those of IEEE 754, and nothing is fused, so that codes are the specification's. Two things are not determined by it: the
+sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another order.
+
+Grid: (page, tile of one of its segments). Moved: K and V once, the record once.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .attention import chunk
+
+TINY = tl.constexpr(2.0**-24)  # as in quantizers/grid.py
+HUGE = tl.constexpr(65504.0)
+NORMAL = tl.constexpr(2.0**-126)
+ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no room for fractions
+
+
+@triton.constexpr_function
+def programs(pieces: Any, i: int) -> int:
+    """Programs of a page that write piece i."""
+    return pieces[i].programs
+
+
+@triton.jit
+def place(page, tile, PAGE: tl.constexpr, C: tl.constexpr):
+    """Tokens [T, 1, 1] of a page, first channels [1, G, 1] of runs and channels [1, G, R] of a tile of a piece, and
+    which of its elements there are."""
+    T: tl.constexpr = C.shape[0]
+    G: tl.constexpr = C.shape[1]
+    R: tl.constexpr = C.shape[2]
+    STEP: tl.constexpr = C.step
+    RUN: tl.constexpr = C.run
+    CHANNELS: tl.constexpr = C.channels
+    ACROSS: tl.constexpr = C.tiles[1]
+    inner = tl.arange(0, T)[:, None, None]
+    token = tile // ACROSS * STEP + inner
+    run = (tile % ACROSS * G + tl.arange(0, G)[None, :, None]) * RUN
+    lane = tl.arange(0, R)[None, None, :]
+    channel = run + lane
+    seen = (inner < STEP) & (token < PAGE)
+    return token, run, channel, seen, (lane < RUN) & (channel < CHANNELS)
+
+
+@triton.jit
+def load(x, page, token, channel, there, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """Elements [T, G, R] of x [M, P, D]."""
+    CHANNEL: tl.constexpr = C.channel
+    return tl.load(x + ((page * PAGE + token) * DIM + CHANNEL + channel), mask=there, other=0)
+
+
+@triton.jit
+def put_halves(record, at, x, there):
+    """Numbers as float16, the first at the byte `at`."""
+    tl.store((record + at).to(tl.pointer_type(tl.float16)), x, mask=there)
+
+
+@triton.constexpr_function
+def below(piece: Any, plane: int) -> int:
+    """Bits of a piece's codes that are lower than those of a plane."""
+    return sum(width for _, _, width in piece.planes[plane + 1 :])
+
+
+@triton.jit
+def put_plane(record, codes, token, run, seen, C: tl.constexpr, PLANE: tl.constexpr):
+    """Codes int32 [T, G, R] of a tile, packed into the bytes of a plane."""
+    T: tl.constexpr = C.shape[0]
+    G: tl.constexpr = C.shape[1]
+    R: tl.constexpr = C.shape[2]
+    RUN: tl.constexpr = C.run
+    CHANNELS: tl.constexpr = C.channels
+    OFFSET: tl.constexpr = C.planes[PLANE][0]
+    STRIDE: tl.constexpr = C.planes[PLANE][1]
+    WIDTH: tl.constexpr = C.planes[PLANE][2]
+    EACH: tl.constexpr = 8 // WIDTH
+    codes = (codes >> below(C, PLANE)) & ((1 << WIDTH) - 1)
+    if EACH > 1:
+        lane = tl.arange(0, EACH)[None, None, None, :] * WIDTH
+        codes = tl.sum(tl.reshape(codes, (T, G, R // EACH, EACH)) << lane, 3)
+    byte = tl.arange(0, R // EACH)[None, None, :]
+    there = seen & (byte < RUN // EACH) & (run // EACH + byte < CHANNELS // EACH)
+    tl.store(record + (OFFSET + token * STRIDE + run // EACH + byte), codes.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def put_codes(record, codes, token, run, seen, C: tl.constexpr):
+    """Codes int32 [T, G, R] of a tile, packed into the bytes of its planes."""
+    COUNT: tl.constexpr = len(C.planes)
+    for i in tl.static_range(COUNT):
+        put_plane(record, codes, token, run, seen, C, i)
+
+
+@triton.jit
+def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constexpr):
+    """Writes x float32 [T, G, R] on a uniform grid."""
+    TOKENS: tl.constexpr = C.token_group
+    GROUP: tl.constexpr = C.channel_group
+    CHANNELS: tl.constexpr = C.channels
+    LEVELS: tl.constexpr = C.levels
+    HALF: tl.constexpr = C.levels // 2
+    CUT: tl.constexpr = (1 - C.clip) / 2
+    SCALE: tl.constexpr = C.scale
+    ZERO: tl.constexpr = C.zero
+    low, high = tl.where(there, x, float("inf")), tl.where(there, x, float("-inf"))
+    if GROUP > 1:
+        low, high = tl.min(low, 2, keep_dims=True), tl.max(high, 2, keep_dims=True)
+    if TOKENS > 1:
+        low, high = tl.min(low, 0, keep_dims=True), tl.max(high, 0, keep_dims=True)
+    if ZERO < 0:
+        high = tl.maximum(-low, high)
+        low = -high
+    if CUT > 0:
+        cut = (high - low) * CUT
+        low, high = low + cut, high - cut
+    if ZERO < 0:
+        scale = tl.minimum(tl.maximum(tl.div_rn(high, HALF * 1.0), TINY), HUGE).to(tl.float16)
+        zero = scale.to(tl.float32) * -HALF
+    else:
+        zero = tl.minimum(tl.maximum(low, -HUGE), HUGE).to(tl.float16).to(tl.float32)
+        scale = tl.minimum(tl.maximum(tl.div_rn(high - zero, LEVELS * 1.0), TINY), HUGE).to(tl.float16)
+    codes = tl.div_rn(x - zero, scale.to(tl.float32))
+    codes = (tl.minimum(tl.maximum(codes, 0), LEVELS) + ROUNDING) - ROUNDING
+    put_codes(record, codes.to(tl.int32), token, run, seen, C)
+    ACROSS: tl.constexpr = C.tiles[1]
+    if TOKENS > 1:
+        row, shown = tile // ACROSS, tl.full((1, 1, 1), True, tl.int1)
+    else:
+        row, shown = token, seen
+    if GROUP > 1:
+        column, shown = run // GROUP, shown & (run < CHANNELS)
+    else:
+        column, shown = channel, shown & (channel < CHANNELS)
+    at = (row * (CHANNELS // GROUP) + column) * 2
+    put_halves(record, SCALE + at, scale, shown)
+    if ZERO >= 0:
+        put_halves(record, ZERO + at, zero.to(tl.float16), shown)
+
+
+@triton.jit
+def put_book(record, x, middles, token, run, seen, C: tl.constexpr):
+    """Writes x float32 [T, 1, R] as codes of a book and a norm for each token."""
+    ROOT: tl.constexpr = C.channels**0.5
+    LEVELS: tl.constexpr = C.levels
+    SCALE: tl.constexpr = C.scale
+    FIRST: tl.constexpr = C.middles
+    norm = tl.div_rn(tl.sqrt_rn(tl.sum(x * x, 2, keep_dims=True)), ROOT)
+    norm = tl.minimum(norm, HUGE).to(tl.float16)
+    unit = tl.div_rn(x, tl.maximum(norm.to(tl.float32) * ROOT, TINY))
+    codes = tl.zeros_like(unit).to(tl.int32)
+    for i in range(LEVELS):
+        codes = tl.where(unit > tl.load(middles + FIRST + i), codes + 1, codes)
+    put_codes(record, codes, token, run, seen, C)
+    put_halves(record, SCALE + token * 2, norm, seen)
+
+
+@triton.constexpr_function
+def of_format(name: str) -> tuple[int, int, float]:
+    """Mantissa bits, the exponent of subnormal numbers and the largest number of a format."""
+    return {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0), "e2m1": (1, 0, 6.0)}[name]
+
+
+@triton.jit
+def float_codes(x, FORMAT: tl.constexpr):
+    """Codes int32 of the nearest numbers of a format, ties to even, the largest beyond it."""
+    BITS: tl.constexpr = of_format(FORMAT)[0]
+    LEAST: tl.constexpr = of_format(FORMAT)[1]
+    LARGEST: tl.constexpr = of_format(FORMAT)[2]
+    size = tl.minimum(tl.abs(x), LARGEST)
+    exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 127 + LEAST)
+    rounding = ((exponent - BITS + 23) << 23 | 1 << 22).to(tl.float32, bitcast=True)  # its last bit is worth a step
+    size = (size + rounding) - rounding
+    unit = 2.0 ** (LEAST + 14)  # the format's numbers over this are those of float16 with the same bits
+    bits = (size / unit).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) >> (10 - BITS)
+    SIGN: tl.constexpr = 8 if FORMAT == "e2m1" else 128
+    return tl.where(x.to(tl.int32, bitcast=True) < 0, bits | SIGN, bits)
+
+
+@triton.jit
+def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """The largest magnitude of a piece in a page."""
+    T: tl.constexpr = C.shape[0]
+    G: tl.constexpr = C.shape[1]
+    R: tl.constexpr = C.shape[2]
+    most = tl.zeros((T, G, R), tl.float32)
+    for tile in range(C.programs):
+        token, _, channel, seen, live = place(page, tile, PAGE, C)
+        most = tl.maximum(most, tl.abs(load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32)))
+    return tl.max(tl.max(tl.max(most, 2), 1), 0)
+
+
+@triton.jit
+def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
+    """Writes x float32 [T, G, R] as numbers of a format; most: the largest magnitude of the page, where it counts."""
+    FORMAT: tl.constexpr = C.format
+    SCALES: tl.constexpr = C.scale_format
+    PAGE: tl.constexpr = C.page_scale
+    CHANNELS: tl.constexpr = C.channels
+    GROUP: tl.constexpr = C.channel_group
+    COUNT: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
+    SCALE: tl.constexpr = C.scale
+    LARGEST: tl.constexpr = of_format(FORMAT)[2]
+    largest = tl.max(tl.where(there, tl.abs(x), 0), 2, keep_dims=True)
+    at, shown = token * COUNT + run // GROUP, seen & (run < CHANNELS)
+    if SCALES == "bf16":
+        scale = tl.minimum(tl.maximum(tl.div_rn(largest, LARGEST), NORMAL), 2.0**112)
+        bits = scale.to(tl.int32, bitcast=True)
+        stored = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # the nearest, ties to even: the interpreter truncates
+        scale = (stored << 16).to(tl.float32, bitcast=True)
+        tl.store((record + (SCALE + at * 2)).to(tl.pointer_type(tl.uint16)), stored.to(tl.uint16), mask=shown)
+    else:
+        if SCALES == "e8m0":
+            stored = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 2, 0), 252)
+            scale = tl.where(stored > 0, stored << 23, 1 << 22).to(tl.float32, bitcast=True)
+        else:
+            page = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
+            stored = tl.div_rn(tl.div_rn(largest, LARGEST), page)
+            stored = float_codes(tl.maximum(stored, 2.0**-9), "e4m3")
+            scale = (stored << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * page
+            if tile == 0:
+                tl.store((record + PAGE).to(tl.pointer_type(tl.float32)), page)
+        tl.store(record + (SCALE + at), stored.to(tl.uint8), mask=shown)
+    put_codes(record, float_codes(tl.div_rn(x, scale), FORMAT), token, run, seen, C)
+
+
+@triton.jit
+def put_numbers(record, x, token, channel, there, C: tl.constexpr):
+    """Writes x [T, 1, R] as it is."""
+    OFFSET: tl.constexpr = C.planes[0][0]
+    STRIDE: tl.constexpr = C.planes[0][1]
+    at = (record + (OFFSET + token * STRIDE)).to(tl.pointer_type(x.dtype))
+    tl.store(at + channel, x, mask=there)
+
+
+@triton.jit
+def clear(record, GAP: tl.constexpr):
+    """Bytes of a gap become 0."""
+    OFFSET: tl.constexpr = GAP[0]
+    COUNT: tl.constexpr = GAP[1]
+    byte = tl.arange(0, 16)
+    tl.store(record + OFFSET + byte, tl.zeros((16,), tl.uint8), mask=byte < COUNT)
+
+
+@triton.jit
+def put(
+    record, page, keys, values, k_middles, v_middles, tile,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of a piece."""
+    KIND: tl.constexpr = C.kind
+    token, run, channel, seen, live = place(page, tile, PAGE, C)
+    there = seen & live
+    DIM: tl.constexpr = V_DIM if C.side else K_DIM
+    if C.side:
+        source, middles = values, v_middles
+    else:
+        source, middles = keys, k_middles
+    x = load(source, page, token, channel, there, DIM, PAGE, C)
+    if KIND == "numbers":
+        put_numbers(record, x, token, channel, there, C)
+    elif KIND == "book":
+        put_book(record, x.to(tl.float32), middles, token, run, seen, C)
+    elif KIND == "floats":
+        most = 0.0
+        if C.page_scale >= 0:
+            most = page_most(source, page, DIM, PAGE, C)
+        put_floats(record, x.to(tl.float32), most, tile, token, run, seen, there, C)
+    else:
+        put_uniform(record, x.to(tl.float32), tile, token, run, channel, seen, there, C)
+
+
+@triton.jit
+def encode_kernel(
+    keys,
+    values,
+    pool,
+    ids,
+    k_middles,
+    v_middles,
+    PIECES: tl.constexpr,
+    GAPS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """keys [M, P, Dk] and values [M, P, Dv] into the pages ids [M] of a pool uint8. Grid: (M, programs of a page)."""
+    page = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    record = pool + tl.load(ids + page).to(tl.int64) * BYTES
+    if tile == 0:
+        for i in tl.static_range(len(GAPS)):
+            clear(record, chunk(GAPS, i))
+    for i in tl.static_range(len(PIECES)):
+        if (tile >= 0) & (tile < programs(PIECES, i)):
+            put(record, page, keys, values, k_middles, v_middles, tile, K_DIM, V_DIM, PAGE, chunk(PIECES, i))
+        tile -= programs(PIECES, i)

@@ -1,0 +1,105 @@
+"""Operators of `torch.ops.kvcomp` that write page records. As in `ops`, nothing looks into a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kvcomp.pages import SUMMARY, PageLayout
+
+from . import encode, pieces, tokens
+
+COPIED, WORDS = 64, 2048  # tokens of a program, and words of them
+
+
+def encode_constants(layout: pieces.Description) -> dict[str, Any]:
+    """What `encode_kernel` is compiled for, and how: without fused operations, which round otherwise."""
+    return {
+        "PIECES": layout.pieces,
+        "GAPS": layout.gaps,
+        "K_DIM": layout.k_dim,
+        "V_DIM": layout.v_dim,
+        "PAGE": layout.page_size,
+        "BYTES": layout.page_bytes,
+        "num_warps": layout.warps,
+        "enable_fp_fusion": False,
+    }
+
+
+@torch.library.custom_op("kvcomp::write_pages", mutates_args=("pool",))
+def write_pages(
+    pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, k_middles: Tensor, v_middles: Tensor, description: str
+) -> None:
+    """Encode keys [M, P, Dk] and values [M, P, Dv], in basis coordinates, into the pages ids int64 [M] of a pool uint8
+    [pages, bytes]: all that attention reads of them, and 0 between fields; not the summaries.
+
+    description: of `pieces.Description`; k_middles, v_middles: as of `pieces.middles`.
+    """
+    layout = pieces.parsed(description)
+    if len(ids) == 0:
+        return
+    with torch.cuda.device_of(pool):
+        encode.encode_kernel[(len(ids), layout.programs)](
+            keys, values, pool, ids, k_middles, v_middles, **encode_constants(layout)
+        )
+
+
+@write_pages.register_fake
+def _(
+    pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, k_middles: Tensor, v_middles: Tensor, description: str
+) -> None:
+    return None
+
+
+def regrouped(layout: PageLayout) -> tuple[tuple[tuple[int, int], ...], int, int, int]:
+    """What `regroup_kernel` is told of a layout: (offset, bytes a token) of each field that attention reads, tokens and
+    bytes of a page, and those bytes of it that attention reads."""
+    body = [f for f in layout.fields if not f.name.startswith(SUMMARY)]
+    fields = tuple((layout.offsets[f.name], f.nbytes // layout.page_size) for f in body)
+    return fields, layout.page_size, layout.bytes_per_page, layout.body_bytes
+
+
+def regroup_constants(
+    fields: tuple[tuple[int, int], ...], page_size: int, page_bytes: int, body_bytes: int
+) -> dict[str, Any]:
+    """As `encode_constants`, of `regroup_kernel`."""
+    widest = max(tokens.room(field) for field in fields)
+    return {
+        "FIELDS": fields,
+        "PAGE": page_size,
+        "BYTES": page_bytes,
+        "BODY": body_bytes,
+        "TOKENS": max(min(COPIED, WORDS // widest), 1),
+        "num_warps": 4,
+    }
+
+
+@torch.library.custom_op("kvcomp::regroup", mutates_args=())
+def regroup(
+    pool: Tensor, ids: Tensor, chosen: Tensor, fields: list[int], page_size: int, page_bytes: int, body_bytes: int
+) -> Tensor:
+    """Records uint8 [S * m, body_bytes] made of single tokens: chosen int64 [S, m * P] of the pages ids [S, n] of a
+    pool uint8 [pages, page_bytes], in their order.
+
+    fields: offset and bytes a token of each, in a row.
+    """
+    streams, count = chosen.shape
+    records = torch.empty(chosen.numel() // page_size, body_bytes, dtype=torch.uint8, device=pool.device)
+    if len(records) == 0:
+        return records
+    constants = regroup_constants(tuple(zip(fields[::2], fields[1::2], strict=True)), page_size, page_bytes, body_bytes)
+    with torch.cuda.device_of(pool):
+        tokens.regroup_kernel[(streams, triton.cdiv(count, constants["TOKENS"]))](
+            pool, ids, chosen, records, count, ids.stride(0), **constants
+        )
+    return records
+
+
+@regroup.register_fake
+def _(
+    pool: Tensor, ids: Tensor, chosen: Tensor, fields: list[int], page_size: int, page_bytes: int, body_bytes: int
+) -> Tensor:
+    return torch.empty(chosen.numel() // page_size, body_bytes, dtype=torch.uint8, device=pool.device)

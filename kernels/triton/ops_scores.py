@@ -1,0 +1,149 @@
+"""Operators of `torch.ops.kvcomp` that score pages and tokens. As in `ops`, nothing looks into a tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import received, summaries, tokens
+from .chunks import NARROWEST, NOTHING
+from .plan import blocked, split_keys
+
+CHANNELS = 64  # of a product
+SCORED = 64  # vectors of a program
+ESTIMATED = 128  # tokens of a program
+KEYS = 64  # at once
+WARPS = 4
+
+
+def scores_constants(rows: int, dim: int, page_bytes: int, exact: bool) -> dict[str, Any]:
+    """What `scores_kernel` is compiled for, and how."""
+    return {
+        "D": dim,
+        "BYTES": page_bytes,
+        "ROWS": blocked(rows),
+        "BLOCK": min(max(triton.next_power_of_2(dim), NARROWEST), CHANNELS),
+        "SLOTS": SCORED,
+        "EXACT": exact,
+        "num_warps": WARPS if rows <= NARROWEST else 2 * WARPS,
+    }
+
+
+def code_dots_constants(rows: int, rank: int, bits: int, page_size: int, page_bytes: int) -> dict[str, Any]:
+    """As `scores_constants`, of `code_dots_kernel`."""
+    return {
+        "RANK": rank,
+        "BITS": bits,
+        "PAGE": page_size,
+        "BYTES": page_bytes,
+        "ROWS": blocked(rows),
+        "BLOCK": min(max(triton.next_power_of_2(rank), NARROWEST), CHANNELS),
+        "TOKENS": ESTIMATED,
+        "num_warps": WARPS if rows <= NARROWEST else 2 * WARPS,
+    }
+
+
+def received_constants(queries: int, dim: int, hiding: bool, exact: bool) -> dict[str, Any]:
+    """As `scores_constants`, of the kernels of `received`; `exact`: for float32, which takes the most room."""
+    channels = CHANNELS // 2 if exact else CHANNELS
+    return {
+        "D": dim,
+        "ROWS": blocked(queries),
+        "COLUMNS": KEYS,
+        "BLOCK": min(max(triton.next_power_of_2(dim), NARROWEST), channels),
+        "HIDING": hiding,
+        "num_warps": 2 * WARPS if exact else WARPS,
+        "num_stages": 3,
+    }
+
+
+@torch.library.custom_op("kvcomp::vector_dots", mutates_args=())
+def vector_dots(
+    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, fields: list[int], each: int, scale: int, run: int
+) -> Tensor:
+    """float32 [S, R, n * each]: queries [F, S, R, D], one for each field, times the field's `each` vectors in the pages
+    ids [S, n] of a pool uint8 [pages, bytes], summed over fields; -inf behind a stream's counts [S].
+
+    fields: offset of each in a page. scale: offset of the float16 scales of `run` channels of int8 each, or -1 where
+    vectors are float16: then queries count with 22 bits, else with 11.
+    """
+    _, streams, rows, dim = queries.shape
+    slots = ids.shape[1] * each
+    out = torch.empty(streams, rows, slots, device=queries.device)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(queries):
+        summaries.scores_kernel[(streams, triton.cdiv(slots, SCORED))](
+            *(queries, pool, ids, counts, out, rows, slots, ids.stride(0)),
+            **scores_constants(rows, dim, pool.shape[1], exact=scale == NOTHING),
+            FIELDS=tuple(fields),
+            EACH=each,
+            SCALE=scale,
+            RUN=run,
+        )
+    return out
+
+
+@vector_dots.register_fake
+def _(
+    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, fields: list[int], each: int, scale: int, run: int
+) -> Tensor:
+    return torch.empty(*queries.shape[1:3], ids.shape[1] * each, device=queries.device)
+
+
+@torch.library.custom_op("kvcomp::code_dots", mutates_args=())
+def code_dots(
+    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, offset: int, bits: int, page_size: int
+) -> Tensor:
+    """float32 [S, J, n * P]: queries float32 [S, J, r] times what codes uint8 [r * bits / 8, P] stand for, which lie at
+    `offset` in the pages ids [S, n] of a pool uint8 [pages, bytes]; 0 behind a stream's counts [S]."""
+    streams, rows, rank = queries.shape
+    count = ids.shape[1] * page_size
+    out = torch.empty(streams, rows, count, device=queries.device)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(queries):
+        tokens.code_dots_kernel[(streams, triton.cdiv(count, ESTIMATED))](
+            *(queries, pool, ids, counts, out, rows, count, ids.stride(0)),
+            **code_dots_constants(rows, rank, bits, page_size, pool.shape[1]),
+            OFFSET=offset,
+        )
+    return out
+
+
+@code_dots.register_fake
+def _(queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, offset: int, bits: int, page_size: int) -> Tensor:
+    return torch.empty(*queries.shape[:2], ids.shape[1] * page_size, device=queries.device)
+
+
+@torch.library.custom_op("kvcomp::attention_received", mutates_args=())
+def attention_received(queries: Tensor, keys: Tensor, visible: Tensor | None, scale: float, processors: int) -> Tensor:
+    """float32 [B, Hq, n]: attention weights of the last w queries [B, Hq, w, D], summed over them, causal, over keys
+    [B, Hkv, n, D] of the same dtype; visible bool [B, Hkv, n] hides keys, and a query that sees none adds 0."""
+    batch, heads, rows, dim = queries.shape
+    n, group = keys.shape[2], heads // keys.shape[1]
+    out = torch.empty(batch, heads, n, device=queries.device)
+    if out.numel() == 0:
+        return out
+    constants = received_constants(rows, dim, visible is not None, queries.dtype == torch.float32)
+    blocks, split = triton.cdiv(rows, constants["ROWS"]), split_keys(batch * heads, rows, n, processors)
+    splits = triton.cdiv(n, split)
+    partial = torch.empty(batch * heads, rows, splits, device=queries.device)
+    hidden = queries if visible is None else visible.view(torch.uint8)
+    with torch.cuda.device_of(queries):
+        received.lse_kernel[(batch * heads * blocks, splits)](
+            queries, keys, hidden, partial, rows, n, split, scale, group, **constants
+        )
+        lse = partial.logsumexp(-1)
+        received.received_kernel[(batch * heads, triton.cdiv(n, KEYS))](
+            queries, keys, hidden, lse, out, rows, n, scale, group, **constants
+        )
+    return out
+
+
+@attention_received.register_fake
+def _(queries: Tensor, keys: Tensor, visible: Tensor | None, scale: float, processors: int) -> Tensor:
+    return torch.empty(*queries.shape[:2], keys.shape[2], device=queries.device)

@@ -1,0 +1,187 @@
+"""Pages as the Triton kernel that writes them takes them: the tiles of tokens and channels that programs encode.
+
+A piece is a segment of K or V, cut into tiles of [T, G, R] elements: T tokens of G runs of `run` channels each. The
+channels of a run share a scale, or each has its own. T, G and R are powers of two; a tile may have idle elements.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, Sides, Uniform
+from kvcomp.pages import PageLayout
+
+from .chunks import NOTHING
+from .chunks import obstacle as read_obstacle
+
+NUMBERS, UNIFORM, BOOK, FLOATS = "numbers", "uniform", "book", "floats"
+ELEMENTS = 2048  # of a tile: 16 a thread
+COLUMNS = 128  # of a tile, at least where there are as many: tokens share their lines of memory then
+NARROWEST = 16
+MOST_TOKENS = 2048  # that share a scale: a program has them all
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment of a side: `channels` channels of its coordinates from `channel` on.
+
+    planes: (offset, bytes from a token to the next, width) of each, the highest bits first. scale, zero: offsets.
+    levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; middles: its first among the side's.
+    format, scale_format, page_scale: as in `chunks.Chunk`.
+    step: tokens of a tile, of which it has room for T; tiles: of a page, along tokens and along channels.
+    """
+
+    kind: str
+    side: int
+    channel: int
+    channels: int
+    planes: tuple[tuple[int, int, int], ...]
+    token_group: int
+    channel_group: int
+    scale: int
+    zero: int
+    levels: int
+    clip: float
+    middles: int
+    format: str
+    scale_format: str
+    page_scale: int
+    step: int
+    run: int
+    shape: tuple[int, int, int]
+    tiles: tuple[int, int]
+
+    @property
+    def programs(self) -> int:
+        """Of a page."""
+        return self.tiles[0] * self.tiles[1]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the kernel is compiled for: pages of `page_size` tokens and `page_bytes` bytes. gaps: (offset, bytes) of
+    those that belong to no field and are written as 0."""
+
+    pieces: tuple[Piece, ...]
+    k_dim: int
+    v_dim: int
+    page_size: int
+    page_bytes: int
+    gaps: tuple[tuple[int, int], ...]
+
+    @property
+    def programs(self) -> int:
+        """Of a page."""
+        return sum(piece.programs for piece in self.pieces)
+
+    @property
+    def warps(self) -> int:
+        largest = max(t * g * r for t, g, r in (piece.shape for piece in self.pieces))
+        return min(max(largest // 512, 4), 32)
+
+    def __str__(self) -> str:
+        """A form that custom ops take; `parsed` reads it."""
+        return json.dumps(astuple(self), separators=(",", ":"))
+
+
+@cache
+def parsed(text: str) -> Description:
+    """Inverse of `str`."""
+    pieces, k_dim, v_dim, size, total, gaps = json.loads(text)
+    return Description(tuple(_piece(fields) for fields in pieces), k_dim, v_dim, size, total, tuple(map(tuple, gaps)))
+
+
+def _piece(fields: list[Any]) -> Piece:
+    fields[4], fields[-2], fields[-1] = tuple(map(tuple, fields[4])), tuple(fields[-2]), tuple(fields[-1])
+    return Piece(*fields)
+
+
+def described(sides: Sides, layout: PageLayout) -> Description:
+    """Pages of this layout whose K and V are to be written as `sides` say."""
+    found = []
+    for i, side in enumerate(sides):
+        channel = middles = 0
+        for segment in side.segments:
+            found.append(_piece_of(segment, layout, i, channel, middles))
+            channel += segment.channels
+            middles += 0 if not isinstance(segment, Codebook) or segment.middles is None else len(segment.middles)
+    ends = {f.name: layout.offsets[f.name] + f.nbytes for f in layout.fields}
+    gaps = tuple((end, -end % 16) for end in ends.values() if end % 16)
+    k, v = (side.channels for side in sides)
+    return Description(tuple(found), k, v, layout.page_size, layout.bytes_per_page, gaps)
+
+
+def _piece_of(segment: Segment, layout: PageLayout, side: int, channel: int, middles: int) -> Piece:
+    offsets, strides = layout.offsets, {f.name: f.nbytes // layout.page_size for f in layout.fields}
+    size, channels = layout.page_size, segment.channels
+    kind, tokens, group, scale, zero, levels, clip = NUMBERS, 1, 1, NOTHING, NOTHING, 0, 1.0
+    formats: tuple[str, str, int] = ("", "", NOTHING)
+    if isinstance(segment, Numbers):
+        planes: tuple[tuple[int, int, int], ...] = ((offsets[segment.field], strides[segment.field], 0),)
+    else:
+        planes = tuple((offsets[p.field] + p.start, strides[p.field], p.width) for p in segment.planes)
+        if isinstance(segment, Codebook):
+            kind, group, scale, levels = BOOK, channels, offsets[segment.norm], len(segment.book) - 1
+        elif isinstance(segment, Floats):
+            kind, group, scale = FLOATS, segment.channel_group, offsets[segment.scale]
+            page = NOTHING if segment.page_scale is None else offsets[segment.page_scale]
+            formats = segment.format, segment.scale_format, page
+        else:
+            kind, tokens, group, clip = UNIFORM, segment.token_group, segment.channel_group, segment.clip
+            scale, levels = offsets[segment.scale], 2 * segment.middle
+            if segment.zero is not None:
+                zero, levels = offsets[segment.zero], (1 << sum(p.width for p in segment.planes)) - 1
+    room = _power(tokens) if tokens > 1 else min(_power(size), NARROWEST)
+    if group == 1:
+        run = width = max(min(_power(channels), max(ELEMENTS // room, NARROWEST), COLUMNS), NARROWEST)
+        groups = 1
+    else:
+        run, width = group, max(_power(group), 8)
+        groups = min(_power(-(-channels // group)), max(min(COLUMNS, ELEMENTS // room) // width, 1))
+    if tokens == 1:
+        room = min(_power(size), max(ELEMENTS // (groups * width), 1))
+    step = tokens if tokens > 1 else room
+    tiles = -(-size // step), -(-channels // (run * groups))
+    shape = room, groups, width
+    return Piece(
+        *(kind, side, channel, channels, planes, tokens, group, scale, zero, levels, clip, middles),
+        *(*formats, step, run, shape, tiles),
+    )
+
+
+def _power(n: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (n - 1).bit_length()
+
+
+def middles(sides: Sides, device: torch.device) -> list[Tensor]:
+    """float32 [n] of K and of V: the middles of all books in the order of segments; one idle entry where none are."""
+    found = []
+    for side in sides:
+        own = [s.middles.float() for s in side.segments if isinstance(s, Codebook) and s.middles is not None]
+        found.append(torch.cat(own).to(device) if own else torch.zeros(1, device=device))
+    return found
+
+
+def obstacle(sides: Sides) -> str | None:
+    """Why the kernel cannot write pages; None: it can."""
+    if (why := read_obstacle(sides)) is not None:
+        return why
+    return next((why for side in sides for s in side.segments if (why := _obstacle(s)) is not None), None)
+
+
+def _obstacle(segment: Segment) -> str | None:
+    if isinstance(segment, Codebook) and segment.middles is None:
+        return "codes that follow from more than their segment"
+    if isinstance(segment, Uniform):
+        if segment.token_group > MOST_TOKENS:
+            return f"scales that {segment.token_group} tokens share, more than {MOST_TOKENS}"
+        if 1 < segment.channel_group < segment.channels and segment.channel_group % (8 // segment.planes[-1].width):
+            return f"scales that {segment.channel_group} channels share, which fill no whole bytes"
+    return None
