@@ -47,14 +47,14 @@ class HandleLayer(CacheLayerMixin):
         """Take keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv]; returns handles for all K and all V."""
         self.lazy_initialization(key_states, value_states)
         self.take(key_states, value_states)
-        return self.handles(key_states.shape, value_states.shape)
+        return self.handles(key_states.shape, value_states.shape, key_states.shape[2])
 
     def take(self, keys: Tensor, values: Tensor) -> None:
         """Keep what `update` is given."""
 
-    def handles(self, keys: torch.Size, values: torch.Size) -> tuple[Handle, Handle]:
-        """Handles for K and V of these logical shapes."""
-        return Handle(self, 0, keys), Handle(self, 1, values)
+    def handles(self, keys: torch.Size, values: torch.Size, length: int) -> tuple[Handle, Handle]:
+        """Handles for K and V of `length` tokens, of which the newest have these shapes."""
+        return Handle(self, 0, keys, length), Handle(self, 1, values, length)
 
     @abstractmethod
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -77,10 +77,14 @@ class HandleLayer(CacheLayerMixin):
 class Handle:
     """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning."""
 
-    def __init__(self, layer: HandleLayer, which: int, shape: torch.Size) -> None:
-        self.layer, self.which, self.shape = layer, which, shape
+    def __init__(self, layer: HandleLayer, which: int, new: torch.Size, length: int) -> None:
+        self.layer, self.which, self.new, self.length = layer, which, new, length
 
     ndim = 4
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.new[:2], self.length, self.new[3]))
 
     @property
     def dtype(self) -> torch.dtype:

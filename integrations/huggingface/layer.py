@@ -108,12 +108,15 @@ class CompressedLayer(HandleLayer):
                 f"the cache holds {self.store.rows} rows, but the batch has {rows}: use a new cache, reset() this one, "
                 "or batch_repeat_interleave / batch_select_indices"
             )
-        seen = int(self.store.history.counts.max()) + n
-        if self.max_tokens is not None and seen > self.max_tokens:
-            raise KvcompError(
-                f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt or "
-                "the generation, or pass max_tokens= to CompressedCache if the model's positions do reach further"
-            )
+        history = self.store.history
+        if self.max_tokens is not None and history.length + n > self.max_tokens:  # padding counts there
+            seen = int(history.counts.max()) + n
+            if seen > self.max_tokens:
+                raise KvcompError(
+                    f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt "
+                    "or the generation, or pass max_tokens= to CompressedCache if the model's positions do reach "
+                    "further"
+                )
         if self.prefill_chunk is not None and n > self.prefill_chunk:
             warnings.warn(
                 f"{n} tokens came at once to a stack that takes its prompt in chunks of {self.prefill_chunk}, so they "
@@ -123,8 +126,7 @@ class CompressedLayer(HandleLayer):
             )
         self.pending = Pending(key_states, value_states)
         self.store.read = {}  # of the step that begins
-        length = self.get_seq_length()
-        return self.handles(*(torch.Size((*x.shape[:2], length, x.shape[3])) for x in (key_states, value_states)))
+        return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
@@ -290,4 +292,6 @@ def _refuse_nothing(tokens: int) -> None:
 
 def _to_model(part: Part, query: Tensor) -> Tensor:
     """[B, Hq, n, Dv] float32 -> what attention functions return: [B, n, Hq, Dv] in the model's dtype."""
-    return part.out.transpose(1, 2).to(query.dtype).contiguous()
+    out = part.out
+    out = out.transpose(1, 2) if out.shape[2] > 1 else out.view(out.shape[0], 1, out.shape[1], out.shape[3])
+    return out.to(query.dtype).contiguous()

@@ -30,8 +30,7 @@ class Rows(HandleLayer):
             for i, member in enumerate(self.members)
         ]  # clones: a member that keeps its row must not keep the batch
         if isinstance(self.members[0], CompressedLayer):
-            shapes = (torch.Size((len(held), *first.shape[1:])) for first in held[0])
-            return self.handles(*shapes)
+            return self.handles(key_states.shape, value_states.shape, held[0][0].length)
         k, v = (torch.cat(parts) for parts in zip(*held, strict=True))
         return k, v
 
