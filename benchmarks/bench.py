@@ -29,6 +29,10 @@ from kvcomp.benchmarks.tasks import expand, find_task, origins
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.models import load_model
 
+HUGGING_FACE, VLLM = ENGINES = ("huggingface", "vllm")
+WORDS = {ACCURACY: "right", NLL: "perplexity"}
+APART = ("data", "engine")  # settings that a configuration says elsewhere: in "data" and "versions"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -38,6 +42,7 @@ class Settings:
     data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
     chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
     prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
+    engine: what answers, one of `ENGINES`.
     """
 
     model: str
@@ -50,8 +55,11 @@ class Settings:
     data: str | None = None
     chat: bool = False
     prefill_chunk: int | None = None
+    engine: str = HUGGING_FACE
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise RunError(f"engine: {self.engine!r} is none of {', '.join(ENGINES)}.")
         tasks = expand(self.tasks, self.data)
         whole = {"samples": self.samples, "max-new-tokens": self.max_new_tokens, "prefill-chunk": self.prefill_chunk}
         for argument, value in whole.items():
@@ -74,9 +82,9 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> Compar
     stacks = [Stack.parse(stack) for stack in settings.stacks]
     config = {
         "command": command,
-        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k != "data"},
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k not in APART},
         "data": origins(settings.tasks, settings.data),  # the texts themselves, wherever they lie
-        "versions": _versions(),
+        "versions": _versions(settings.engine),
         "machine": _machine(),
     }
     results = Results(out, config)
@@ -97,7 +105,8 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> Compar
     if done:
         console.print(f"{out} already holds {len(done)} answers; they are kept.")
     if missing:
-        _measure(settings, missing, results, console)
+        measure = _measure if settings.engine == HUGGING_FACE else _measure_by_stack
+        measure(settings, missing, results, console)
     return publish([Run(out, results.config, results.records)], out)
 
 
@@ -129,17 +138,45 @@ def _measure(
                     model, tokenizer, samples[index], context, stacks, settings.max_new_tokens, settings.prefill_chunk
                 ):
                     results.append(record)
-                    good = record.metric == ACCURACY
-                    scores[record.hash] = f"{record.score:.0%}" if good else f"{math.exp(record.score):.2f}"
+                    metric = record.metric
+                    scores[record.hash] = _score(record)
                     dense_s, own_s = max(dense_s, record.prefill_s), own_s + (record.prefill_own_s or 0.0)
                     progress.advance(bar)
                 console.print(
                     f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
                     f"prefill {dense_s + own_s:.1f} s, "
-                    f"{'right' if good else 'perplexity'}: {' '.join(scores[stack.hash] for stack in stacks)}",
+                    f"{WORDS[metric]}: {' '.join(scores[stack.hash] for stack in stacks)}",
                     highlight=False,
                     soft_wrap=True,
                 )
+
+
+def _measure_by_stack(
+    settings: Settings,
+    missing: dict[tuple[str, int], dict[int, list[Stack]]],
+    results: Results,
+    console: Console,
+) -> None:
+    """As `_measure`, one stack after the other: each has an engine of its own, and they share no prefill."""
+    from kvcomp.benchmarks import vllm_engine
+
+    for stack in dict.fromkeys(stack for wanted in missing.values() for todo in wanted.values() for stack in todo):
+        console.print(f"Starting {settings.engine} for {stack} ...", highlight=False)
+        wanted = {
+            where: [index for index, stacks in todo.items() if stack in stacks] for where, todo in missing.items()
+        }
+        for record in vllm_engine.answers(settings, stack, wanted):
+            results.append(record)
+            console.print(
+                f"{record.task} {record.context}, sample {record.index + 1}: {record.prompt_tokens} tokens, "
+                f"prefill {record.prefill_own_s:.1f} s, {WORDS[record.metric]}: {_score(record)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _score(record: Record) -> str:
+    return f"{record.score:.0%}" if record.metric == ACCURACY else f"{math.exp(record.score):.2f}"
 
 
 @torch.inference_mode()
@@ -167,7 +204,7 @@ def answer(
         ids, rest = ids.split([ids.shape[1] - sample.max_new_tokens, sample.max_new_tokens], dim=1)
     caches = [CompressedCache(stack, model) for stack in stacks]
     filled = prefill(model, ids[:, :-1], caches, tokenizer=tokenizer, chunk=prefill_chunk)
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
 
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -215,19 +252,23 @@ def answer(
         )
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return ends - {None}
+def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: those that the model's generation config names, and the tokenizer's."""
+    named = configured if isinstance(configured, list) else [configured]
+    return {token for token in (tokenizer.eos_token_id, *named) if token is not None}
 
 
-def _versions() -> dict[str, str]:
+def _versions(engine: str) -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("kvcomp", "torch", "transformers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    if engine == VLLM:
+        from kvcomp.integrations.vllm.plugin import installed
+
+        found[engine] = installed()
     return found
 
 

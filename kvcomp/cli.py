@@ -241,6 +241,9 @@ def bench(
         int | None,
         typer.Option(min=1, help="Tokens of prompt that enter at once; the next see what was kept.  \\[default: all]"),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What answers: huggingface, or vllm with kvcomp's plugin, one request at a time.")
+    ] = "huggingface",
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
@@ -257,7 +260,8 @@ def bench(
 
     for reason in choose(names, data)[1]:
         _notes().print(f"[yellow]left out:[/] {escape(reason)}", soft_wrap=True, highlight=False)
-    settings = Settings(model, names, contexts, samples, tuple(stack), seed, max_new_tokens, data, chat, prefill_chunk)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine)
+    settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     comparison = run(settings, out, _notes(), command)
     console = Console()

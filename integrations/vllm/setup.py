@@ -84,6 +84,12 @@ class Setup:
                 "cache would lack: serve with --no-enable-prefix-caching, or add window(sinks=0, recent=0)"
                 + (", or leave out streaming" if self.streaming else "")
             )
+        if config.kv_transfer_config is not None and self.slots:
+            raise UnsupportedError(
+                f"{self.stack} keeps tokens of each request in a window of its own, and a KV connector moves pages "
+                "alone: leave out --kv-transfer-config, or use a stack that writes token by token, such as int(bits=4) "
+                "or turboquant(bits=4)"
+            )
         # A block size that nobody asked for is final only once the platform has had its say.
         if cache.user_specified_block_size and cache.block_size % self.page_size:
             raise UnsupportedError(

@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",  # threads of vLLM's n-gram proposer spin: seconds a step where the cores are busy
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -73,6 +74,20 @@ def share() -> Callable[[list[list[int]], list[list[int]]], float]:
         return sum(a == b for a, b in pairs) / len(pairs)
 
     return same
+
+
+@pytest.fixture(scope="session")
+def undecided() -> Callable[[list[list[int]], dict[str, Any]], float]:
+    """undecided(texts, round): the largest margin, in nats, by which the round had preferred the first token in which
+    one of the texts differs; 0 where none does. What comes behind such a token has another text before it."""
+
+    def largest(texts: list[list[int]], round_: dict[str, Any]) -> float:
+        parted = [0.0]
+        for text, own, margins in zip(texts, round_["outputs"], round_["margins"], strict=True):
+            parted += [m for a, b, m in zip(text, own, margins, strict=True) if a != b][:1]
+        return max(parted)
+
+    return largest
 
 
 class Engines:

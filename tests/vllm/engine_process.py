@@ -1,11 +1,12 @@
 """vLLM engines, one after another, in a process of their own: a line on stdin asks for one, a line on stdout answers.
 
 A question is {"options": arguments of vllm.LLM, "rounds": [[{"prompt": [token ids], "tokens": how many to generate,
-"abort_after": generated tokens after which the request is aborted, or null}]]}.
+"abort_after": generated tokens after which the request is aborted, or null, "margins": whether they are asked for}]]}.
 The answer is {"error"} where the engine refused to start, or {"capacity": tokens, as vLLM reports it, "block_size",
-"rounds": [{"outputs": [[token ids]], "cached": [prompt tokens found in the prefix cache], "held": [blocks in use after
-each step], "written": [tokens of all requests after each step], "at": [seconds of processor time from the start to the
-end of each step], "prompts_in": the step after which each request has a token}], "metrics": {name: value}}.
+"rounds": [{"outputs": [[token ids]], "margins": [[nats between each token and the next best]], "cached": [prompt tokens
+found in the prefix cache], "held": [blocks in use after each step], "written": [tokens of all requests after each
+step], "at": [seconds of processor time from the start to the end of each step], "wall": [seconds by the clock],
+"prompts_in": the step after which each request has a token}], "metrics": {name: value}}.
 """
 
 from __future__ import annotations
@@ -17,23 +18,34 @@ import time
 from typing import Any
 
 
+def _margin(tokens: dict[int, Any]) -> float:
+    best, second = sorted((token.logprob for token in tokens.values()), reverse=True)[:2]
+    return best - second
+
+
 def run(engine: Any, requests: list[dict[str, Any]], number: int) -> dict[str, Any]:
     """All requests at once, greedily, until each has as many tokens as it asked for or was aborted."""
     from vllm import SamplingParams
 
     names = [f"{number}-{i}" for i in range(len(requests))]
     for name, request in zip(names, requests, strict=True):
-        params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
+        logprobs = 2 if request.get("margins") else None
+        params = SamplingParams(
+            temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=logprobs, detokenize=False
+        )
         engine.add_request(name, {"prompt_token_ids": request["prompt"]}, params)
     aborts = {name: r["abort_after"] for name, r in zip(names, requests, strict=True) if r.get("abort_after")}
     outputs: dict[str, list[int]] = {name: [] for name in names}
+    margins: dict[str, list[float]] = {name: [] for name in names}
     cached = dict.fromkeys(names, 0)
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    held, written, at, start = [], [], [], time.process_time()
+    held, written, at, wall, start, begun = [], [], [], [], time.process_time(), time.perf_counter()
     prompts_in: int | None = None
     while engine.has_unfinished_requests():
         for output in engine.step():
-            outputs[output.request_id] = list(output.outputs[0].token_ids)
+            new = output.outputs[0]
+            outputs[output.request_id] = list(new.token_ids)
+            margins[output.request_id] = [_margin(tokens) for tokens in new.logprobs or ()]
             cached[output.request_id] = output.num_cached_tokens or 0
             if len(outputs[output.request_id]) >= aborts.get(output.request_id, sys.maxsize):
                 engine.abort_request([output.request_id])
@@ -43,13 +55,16 @@ def run(engine: Any, requests: list[dict[str, Any]], number: int) -> dict[str, A
             prompts_in = len(at)
         written.append(sum(map(len, outputs.values())))
         at.append(time.process_time() - start)
+        wall.append(time.perf_counter() - begun)
     return {
         "outputs": [outputs[name] for name in names],
+        "margins": [margins[name] for name in names],
         "cached": [cached[name] for name in names],
         "held": held,
         "written": written,
         "prompts_in": prompts_in,
         "at": at,
+        "wall": wall,
     }
 
 

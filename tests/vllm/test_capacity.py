@@ -40,3 +40,15 @@ def test_capacity(
     if stack is None:
         dense["capacity"] = capacity
     assert capacity >= times * dense["capacity"] * 0.999
+
+
+def test_more_requests_at_once(engine: ENGINE, text: Callable[[int, int], list[int]]) -> None:
+    """Where vLLM alone lets requests wait for want of room, a stack in the same bytes runs all of them at once."""
+    requests = [{"prompt": text(150, 40 * i), "tokens": 8} for i in range(6)]
+    options = {"dtype": "bfloat16", "max_model_len": 512, "max_num_batched_tokens": 1024}
+    alone, packed = (
+        engine(stack, [requests], kv_cache_memory_bytes=16 << 20, **options) for stack in (None, "int(bits=4)")
+    )
+    assert alone["block_size"] == packed["block_size"] == 64
+    most = [max(result["rounds"][0]["held"]) for result in (alone, packed)]
+    assert most[0] < 6 * 3 == most[1]  # each request needs three blocks

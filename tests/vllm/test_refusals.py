@@ -40,6 +40,7 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         cache_config=cache_config,
         parallel_config=parallel_config,
         speculative_config=None,
+        kv_transfer_config=changes.get("kv_transfer_config"),
     )
 
 
@@ -54,6 +55,8 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         ("int8", {"cache_dtype": "fp8"}, "--kv-cache-dtype fp8 .* leave it out"),
         ("int8", {"user_specified_block_size": True, "block_size": 16}, "use --block-size 64"),
         ("int8", {"decode_context_parallel_size": 2}, "context parallelism"),
+        ("kivi(bits=2)", {"kv_transfer_config": object()}, "leave out --kv-transfer-config, or use a stack .* int"),
+        ("h2o(budget=256) + int8", {}, "h2o keeps other tokens .* use streaming"),
     ],
 )
 def test_refused(stack: str, changes: dict[str, Any], said: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-TOKENS = 20
+TOKENS = 16
 ENGINE = Callable[..., dict[str, Any]]
 TEXT = Callable[[int, int], list[int]]
 SHARE = Callable[[list[list[int]], list[list[int]]], float]
