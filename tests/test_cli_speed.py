@@ -95,5 +95,5 @@ def test_doctor() -> None:
     kernel = "C, " if cpu.library() is not None else "PyTorch: the C kernel is not installed"
     asked = run("doctor", "--stack", "kivi(bits=2) + quest(pages=4)", "--head-dim", 64)
     assert kernel in asked.stdout
-    assert "PyTorch: GridCodec does not tell kernels" in run("doctor", "--stack", "nvfp4").stdout
+    assert "PyTorch: floating-point codes" in run("doctor", "--stack", "nvfp4").stdout
     refused(run("doctor", "--stack", "kivii"), "kivii", "kivi")
