@@ -7,12 +7,14 @@ over all parts is sum_i w_i out_i with w_i = exp(lse_i - logsumexp_i lse_i): exa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_LOGITS = 1 << 24  # largest block of logits held at once, in elements (64 MiB of float32)
+MANY_LOGITS = 1 << 16  # from so many on torch's flash attention is faster, and holds none of them
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 class Part(NamedTuple):
@@ -65,6 +67,16 @@ def attend(
     """
     streams, rows, _ = queries.shape
     tokens = keys.shape[1]
+    plain = softcap is None and bias is None and group is None and key_bias is None
+    if plain and _flashable(queries, keys, values):
+        if visible is None:
+            return _by_flash(queries, keys, values, scale, None)
+        seen = visible.expand(torch.broadcast_shapes(visible.shape, (1, rows, tokens)))
+        if bool(seen.any(-1).all()):
+            block = max(MAX_LOGITS // (len(seen) * tokens), 1)  # of the mask
+            masks = zip(queries.split(block, 1), seen.split(block, 1), strict=True)
+            done = [_by_flash(q, keys, values, scale, mask) for q, mask in masks]
+            return Part(torch.cat([part.out for part in done], 1), torch.cat([part.lse for part in done], 1))
     unit = group or 1
     block = max(MAX_LOGITS // max(streams * rows, 1) // unit, 1) * unit
     if tokens > block:
@@ -91,6 +103,19 @@ def attend(
     safe = lse.masked_fill(lse == -torch.inf, 0) if unseen else lse
     weights = (logits - safe[..., None]).exp()
     return Part(torch.bmm(weights, values.float()), lse, groups)
+
+
+def _flashable(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    many = queries.shape[0] * queries.shape[1] * keys.shape[1] >= MANY_LOGITS and queries.shape[1] > 1
+    return _flash is not None and queries.is_cpu and many and keys.shape[2] == values.shape[2]
+
+
+def _by_flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor | None) -> Part:
+    """`attend` by torch's kernel for CPUs, which gives the lse too; visible: bool [S or 1, R, N]."""
+    q, k, v = (x.float()[:, None] for x in (queries, keys, values))
+    mask = None if visible is None else torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None]
+    out, lse = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    return Part(out[:, 0].contiguous(), lse[:, 0])
 
 
 def sink_logit(part: Part, logits: Tensor) -> Part:

@@ -148,3 +148,29 @@ def test_a_sink_logit_takes_its_share_of_the_softmax() -> None:
     logits = torch.cat([torch.einsum("srd,snd->srn", q, k) * 0.3, sink[..., None]], -1)
     out = torch.einsum("srn,snd->srd", logits.softmax(-1)[..., :-1], v)
     assert_same(sink_logit(attend(q, k, v, 0.3), sink), Part(out, logits.logsumexp(-1)))
+
+
+@pytest.mark.parametrize(
+    ("streams", "rows", "tokens", "dim"), [(2, 70, 500, 64), (3, 200, 400, 256), (1, 257, 300, 80)]
+)
+@pytest.mark.parametrize("hides", ["nothing", "by stream", "for all", "whole rows"])
+def test_many_logits_give_what_few_do(
+    streams: int, rows: int, tokens: int, dim: int, hides: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's flash attention where there are many, against the definition."""
+    torch.manual_seed(rows)
+    q, k, v = (torch.randn(streams, n, dim) for n in (rows, tokens, tokens))
+    seen = {
+        "nothing": None,
+        "by stream": torch.rand(streams, 1, tokens) > 0.5,
+        "for all": torch.rand(rows, tokens) > 0.9,
+        "whole rows": (torch.rand(streams, rows, tokens) > 0.5) & (torch.arange(rows) > 0)[:, None],
+    }[hides]
+    assert streams * rows * tokens >= attention.MANY_LOGITS
+    monkeypatch.setattr(attention, "MAX_LOGITS", 50 * tokens)
+    fast = attention.attend(q, k, v, 0.1, seen)
+    monkeypatch.setattr(attention, "MANY_LOGITS", 1 << 60)
+    slow = attention.attend(q, k, v, 0.1, seen)
+    assert torch.equal(fast.lse.isinf(), slow.lse.isinf())
+    torch.testing.assert_close(fast.out, slow.out, atol=2e-6, rtol=0)
+    torch.testing.assert_close(fast.lse.nan_to_num(neginf=0), slow.lse.nan_to_num(neginf=0), atol=5e-6, rtol=0)
