@@ -28,11 +28,12 @@ def vector_dots(
     Fields [S, n, D] or [S, n, u, D] are float16, or int8 codes of which each run of D / g shares a float16 number of
     the field `scale` [S, n, g] or [S, n, u, g].
     """
-    if isinstance(summary, Summary) and summary.pool.is_cpu and cpu.library() is not None:
+    held = _on_gpu(queries, summary)
+    if held is None and isinstance(summary, Summary) and summary.pool.is_cpu and cpu.library() is not None:
         return cpu.vector_dots(queries, summary, names, scale)
     q = queries.float()
     each = (q,) if len(names) == 1 else (q.clamp(max=0), q.clamp(min=0))
-    if (held := _on_gpu(queries, summary)) is not None:
+    if held is not None:
         from . import triton
 
         return triton.vector_dots(dict(zip(names, each, strict=True)), *held, scale)
