@@ -71,10 +71,10 @@ def attend(
     if plain and _flashable(queries, keys, values):
         if visible is None:
             return _by_flash(queries, keys, values, scale, None)
-        seen = visible.expand(torch.broadcast_shapes(visible.shape, (1, rows, tokens)))
-        if bool(seen.any(-1).all()):
-            block = max(MAX_LOGITS // (len(seen) * tokens), 1)  # of the mask
-            masks = zip(queries.split(block, 1), seen.split(block, 1), strict=True)
+        sees = visible.expand(torch.broadcast_shapes(visible.shape, (1, rows, tokens)))
+        if bool(sees.any(-1).all()):
+            block = max(MAX_LOGITS // (len(sees) * tokens), 1)  # of the mask
+            masks = zip(queries.split(block, 1), sees.split(block, 1), strict=True)
             done = [_by_flash(q, keys, values, scale, mask) for q, mask in masks]
             return Part(torch.cat([part.out for part in done], 1), torch.cat([part.lse for part in done], 1))
     unit = group or 1
