@@ -105,6 +105,22 @@ def attend(
     return Part(torch.bmm(weights, values.float()), lse, groups)
 
 
+def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None = None) -> Part:
+    """Attention of queries [S, G, n, Dk], of G heads, over n keys [S, n, Dk] and values [S, n, Dv] of their own
+    positions, each over those up to its own: rows R = G * n."""
+    _, group, n, _ = queries.shape
+    if softcap is None and _flashable(queries.flatten(1, 2), keys, values):
+        k, v = (x.float()[:, None].expand(-1, group, -1, -1) for x in (keys, values))
+        out, lse = _flash(queries.float(), k, v, 0.0, True, scale=scale)
+        return Part(out.flatten(1, 2), lse.flatten(1, 2))
+    return attend(queries.flatten(1, 2), keys, values, scale, causal(n, keys.device).repeat(1, group, 1), softcap)
+
+
+def causal(n: int, device: torch.device) -> Tensor:
+    """bool [1, n, n]: each of n queries sees the keys up to its own."""
+    return torch.ones(1, n, n, dtype=torch.bool, device=device).tril()
+
+
 def _flashable(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     many = queries.shape[0] * queries.shape[1] * keys.shape[1] >= MANY_LOGITS and queries.shape[1] > 1
     return _flash is not None and queries.is_cpu and many and keys.shape[2] == values.shape[2]

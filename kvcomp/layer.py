@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kvcomp.attention import Part, attend, merge
+from kvcomp.attention import Part, attend, attend_causal, merge
 from kvcomp.compaction import Compacted, CompactSpans, match
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.exact import ExactBuffer, Tokens
@@ -253,13 +253,13 @@ class LayerStore:
         queries: Tensor,
         scale: float,
         softcap: float | None = None,
-        chunk: tuple[Tensor, Tensor, Tensor] | None = None,
+        chunk: tuple[Tensor, Tensor, Tensor | None] | None = None,
     ) -> Part:
         """Attention of queries [B, Hq, n, Dk] over everything held: out [B, Hq, n, Dv] and lse [B, Hq, n], float32.
 
         `chunk` adds tokens that are not written yet: keys [B, Hkv, c, Dk], values [B, Hkv, c, Dv] and which of them
-        each query sees, bool, broadcastable to [B, n, c]. Selectors act on single queries only (n = 1); more read
-        every page.
+        each query sees, bool, broadcastable to [B, n, c]; None: those up to its own (c = n). Selectors act on single
+        queries only (n = 1); more read every page.
         """
         n = queries.shape[2]
         group = queries.shape[1] // self.heads
@@ -272,11 +272,8 @@ class LayerStore:
             parts.append(self.compacted.attend(q, scale, softcap))
             self.read["compacted"] = self.compacted.nbytes
         if chunk is not None:
-            k, v, visible = chunk
-            seen = visible.expand(self.rows, n, k.shape[2])[:, None, None]  # [B, 1, 1, n, c]
-            seen = seen.expand(-1, self.heads, group, -1, -1).flatten(2, 3).flatten(0, 1)
-            parts.append(attend(q, k.flatten(0, 1), v.flatten(0, 1), scale, seen, softcap))
-            self.read["chunk"] = k.nbytes + v.nbytes
+            parts.append(self._attend_chunk(q.unflatten(1, (group, n)), *chunk, scale, softcap))
+            self.read["chunk"] = chunk[0].nbytes + chunk[1].nbytes
         self.dense_read = self.dense_bytes + self.read.get("chunk", 0)
         part = merge(parts)
         if groups is not None:
@@ -285,6 +282,18 @@ class LayerStore:
             self.table.watch(mass, n)
         heads = self.heads * group
         return Part(part.out.reshape(self.rows, heads, n, -1), part.lse.reshape(self.rows, heads, n))
+
+    def _attend_chunk(
+        self, q: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, softcap: float | None
+    ) -> Part:
+        """Attention of q [S, G, n, Dk] over a chunk, as `attend` has it."""
+        k, v = keys.flatten(0, 1), values.flatten(0, 1)
+        if visible is None:
+            return attend_causal(q, k, v, scale, softcap)
+        group, n = q.shape[1:3]
+        seen = visible.expand(self.rows, n, k.shape[1])[:, None, None]  # [B, 1, 1, n, c]
+        seen = seen.expand(-1, self.heads, group, -1, -1).flatten(2, 3).flatten(0, 1)
+        return attend(q.flatten(1, 2), k, v, scale, seen, softcap)
 
     def _attend_held(
         self, q: Tensor, n: int, scale: float, softcap: float | None, tokens: Tokens | None

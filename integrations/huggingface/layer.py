@@ -18,7 +18,7 @@ from kvcomp.plan import LayerPlan
 
 from .attention_module import AttentionModule
 from .handles import Call, Handle, HandleLayer
-from .masks import causal, read_mask
+from .masks import read_mask
 
 
 class Pending(NamedTuple):
@@ -162,8 +162,8 @@ class CompressedLayer(HandleLayer):
             store.settle()
             self.pending = None
         else:
-            visible = seen.visible if seen is not None and seen.visible is not None else causal(n, query.device)
-            part = store.attend(query, scale, softcap, (keys, values, visible.to(query.device)))
+            visible = None if seen is None or seen.visible is None else seen.visible.to(query.device)
+            part = store.attend(query, scale, softcap, (keys, values, visible))
             self._hold(valid, query, scale)
         if call.kwargs.get("s_aux") is not None:
             part = sink_logit(part, call.kwargs["s_aux"].view(1, -1, 1).expand_as(part.lse))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from kvcomp.attention import causal
 from kvcomp.errors import UnsupportedError
 
 
@@ -54,10 +55,6 @@ def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
         raise UnsupportedError(f"attention mask {tuple(mask.shape)} differs between heads")
     _read_masks[mask] = ((past, n), seen)
     return seen
-
-
-def causal(n: int, device: torch.device) -> Tensor:
-    return torch.ones(1, n, n, dtype=torch.bool, device=device).tril()
 
 
 def mask_function(base: str) -> Callable[..., Any]:

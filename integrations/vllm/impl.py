@@ -12,7 +12,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from kvcomp.attention import Part, attend, merge
+from kvcomp.attention import Part, attend_causal, merge
 from kvcomp.errors import UnsupportedError
 from kvcomp.exact import Tokens
 from kvcomp.kernels.dispatch import attend_pages, attend_tokens
@@ -164,9 +164,7 @@ class PageAttention(AttentionImpl[Step]):
         exact = self._tokens(pages, group, held, k, v)
         parts = self._attend_pages(pages, step, group, q, exact)
         if n > 1:
-            causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-            seen = causal.repeat(queries // n, 1)  # [G * n, n]
-            parts.append(attend(q, k, v, self.scale, seen, self.softcap))
+            parts.append(attend_causal(q.unflatten(1, (-1, n)), k, v, self.scale, self.softcap))
         out = merge(parts).out  # [S, G * n, D]
         return out.view(requests, self.num_heads, n, -1).transpose(1, 2)
 

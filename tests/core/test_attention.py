@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import attention
-from kvcomp.attention import Part, attend, merge, sink_logit
+from kvcomp.attention import Part, attend, attend_causal, merge, sink_logit
 
 
 def naive(
@@ -174,3 +174,15 @@ def test_many_logits_give_what_few_do(
     assert torch.equal(fast.lse.isinf(), slow.lse.isinf())
     torch.testing.assert_close(fast.out, slow.out, atol=2e-6, rtol=0)
     torch.testing.assert_close(fast.lse.nan_to_num(neginf=0), slow.lse.nan_to_num(neginf=0), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "softcap"), [(1, None), (5, None), (257, None), (257, 20.0)])
+@pytest.mark.parametrize("dims", [(64, 64), (24, 16)])
+def test_new_tokens_see_those_up_to_their_own(n: int, softcap: float | None, dims: tuple[int, int]) -> None:
+    q, k, v = torch.randn(2, 3, n, dims[0]), torch.randn(2, n, dims[0]), torch.randn(2, n, dims[1])
+    ours = attend_causal(q, k, v, 0.2, softcap)
+    logits = torch.einsum("sgqd,snd->sgqn", q.double(), k.double()) * 0.2
+    logits = logits if softcap is None else (logits / softcap).tanh() * softcap
+    logits = logits.masked_fill(torch.arange(n) > torch.arange(n)[:, None], -torch.inf)
+    out = torch.einsum("sgqn,snd->sgqd", logits.softmax(-1), v.double())
+    assert_same(ours, Part(out.flatten(1, 2).float(), logits.logsumexp(-1).flatten(1, 2).float()))

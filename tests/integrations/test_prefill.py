@@ -13,9 +13,9 @@ from generation import assert_same, greedy, left_padded, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcomp import CompressedCache, KvcompWarning, prefill
+from kvcomp import CompressedCache, KvcompWarning, attention, prefill
 from kvcomp import registry as reg
-from kvcomp.integrations.huggingface import layer, masks
+from kvcomp.integrations.huggingface import masks
 from kvcomp.integrations.huggingface.timing import Stopwatch
 from kvcomp.stages import Chunk, Policy
 
@@ -78,7 +78,7 @@ def test_a_dense_prefill_builds_no_mask_of_its_own(monkeypatch: pytest.MonkeyPat
     def refuse(n: int, device: torch.device) -> Tensor:
         raise AssertionError(f"a mask of {n} x {n}")
 
-    for module in (layer, masks):
+    for module in (attention, masks):
         monkeypatch.setattr(module, "causal", refuse)
     model = models.make("llama")
     prefill(model, IDS, [CompressedCache(stack, model) for stack in ("none", "kivi(bits=2)")])
