@@ -55,7 +55,7 @@ class Codebook:
     """x = book[code] * norm, with a book float32 [2^bits] and float16 norms [P, 1] in a field.
 
     middles: float32 [2^bits - 1], ascending: norm is |x| / channels^1/2, and the code how many of them x / |x| exceeds.
-    None: what is written follows from more than the segment.
+    None: what is written follows from more than the segment: see `Gain`.
     """
 
     channels: int
@@ -86,15 +86,40 @@ class Floats:
 Segment = Numbers | Uniform | Codebook | Floats
 
 
+@dataclass(frozen=True)
+class Gain:
+    """How codebooks that share a norm, a side's only segments, are written of coordinates x and a norm for each token.
+
+      y = x / norm,  code: of the entry c nearest to y, the lower of two,  what is stored: norm * gain^power,
+      gain = sum_i w_i y_i^2 / sum_i w_i c_i y_i  (power 1),  sum_i w_i y_i^2 / sum_i w_i c_i^2  (power 1/2)
+
+    weights: w of each segment. most: gain is at most so much.
+    """
+
+    weights: tuple[float, ...]
+    power: float
+    most: float
+
+
 @dataclass(frozen=True, eq=False)
 class SideLayout:
-    """K or V of a page: its segments, in the order of their channels."""
+    """K or V of a page: its segments, in the order of their channels.
+
+    gain: how they are written together; `Codec.kernel_input` has each token's norm behind its coordinates then. None:
+    each is written by itself.
+    """
 
     segments: tuple[Segment, ...]
+    gain: Gain | None = None
 
     @property
     def channels(self) -> int:
         return sum(segment.channels for segment in self.segments)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers of a token that kernels write from."""
+        return self.channels + (self.gain is not None)
 
 
 def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kvcomp.calibration import FILE, Tensors
 from kvcomp.errors import SpecError
 from kvcomp.fitting import QueryMoments
-from kvcomp.kernel_layout import Codebook, Plane, SideLayout, Sides
+from kvcomp.kernel_layout import Codebook, Gain, Plane, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
@@ -138,13 +138,18 @@ class KltSide:
         """What maps queries to coordinates, and coordinates back."""
         return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
 
-    def encode(self, x: Tensor, streams: Tensor) -> dict[str, Tensor]:
-        """x [M, P, D] of `streams` [M] -> fields."""
+    def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """x [M, P, D] of `streams` [M] -> coordinates [M, P, live] and norms [M, P, 1], before what makes up for short
+        codes; float32."""
         x = x.float()
         used, which = (streams % len(self.dual)).unique(return_inverse=True)
         write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
         z = (x if self.mean is None else x - self.mean[used][which, None]) @ write[which]
-        norm = _rms(x if self.mean is None else z)
+        return z, _rms(x if self.mean is None else z)
+
+    def encode(self, x: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        """x [M, P, D] of `streams` [M] -> fields."""
+        z, norm = self.coordinates(x, streams)
         z = z / norm.clamp_min(TINY)
         rows, own, shrunk = [], torch.zeros_like(norm), torch.zeros_like(norm)
         at = 0
@@ -153,7 +158,7 @@ class KltSide:
             at += n
             book = codebook(self.live, bits, self.device)
             codes = nearest(part, book)
-            weight = 4.0**bits  # what water-filling gives so many bits has so much of the weighted variance
+            weight = _weight(bits)
             coded = book[codes.int()]
             own += weight * part.square().sum(-1, keepdim=True)
             shrunk += weight * (coded * (coded if self.mean is None else part)).sum(-1, keepdim=True)
@@ -179,7 +184,7 @@ class KltSide:
 
     @property
     def kernel_layout(self) -> SideLayout:
-        return _kernel_layout(self.name, self.widths, self.device)
+        return _kernel_layout(self.name, self.widths, self.device, self.mean is not None)
 
     def constants(self) -> list[Tensor]:
         return [self.dual] if self.mean is None else [self.dual, self.mean]
@@ -200,8 +205,13 @@ def codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     return sphere_codebook(dim, bits, device) * dim**0.5
 
 
+def _weight(bits: int) -> float:
+    """What water-filling gives so many bits has so much of the weighted variance."""
+    return 4.0**bits
+
+
 @cache
-def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device) -> SideLayout:
+def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device, centred: bool) -> SideLayout:
     """A segment for each run of equal width; all streams of a layer have the same."""
     live, at, segments = sum(n for _, n in runs(widths)), 0, []
     for bits, n in runs(widths):
@@ -210,7 +220,8 @@ def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device) -> 
             found.append(Plane(f"{name}.codes", width, at))
             at += n * width // 8
         segments.append(Codebook(n, tuple(found), f"{name}.norm", codebook(live, bits, device)))
-    return SideLayout(tuple(segments))
+    weights = tuple(_weight(bits) for bits, _ in runs(widths))
+    return SideLayout(tuple(segments), Gain(weights, 1.0 if centred else 0.5, LONGEST))
 
 
 @cache
@@ -255,6 +266,10 @@ class KltCodec(Codec):
 
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
         return self.k_side.encode(keys, streams) | self.v_side.encode(values, streams)
+
+    def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.k_side.coordinates(keys, streams), self.v_side.coordinates(values, streams)
+        return torch.cat(k, -1), torch.cat(v, -1)
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self.k_side.decode(page), self.v_side.decode(page)

@@ -61,10 +61,16 @@ class ResidualSide:
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
         fields = self.grid.encode(x)
-        return fields | self.signs.encode((x - self.grid.decode(fields)) @ self.projection)
+        return fields | self.signs.encode(self._left_over(x, fields))
 
-    def kernel_input(self, x: Tensor) -> None:
-        """None: the signs follow from what the codes of the grid leave over."""
+    def kernel_input(self, x: Tensor) -> Tensor | None:
+        """[M, P, 2 D], or None: what the signs are of follows from the grid's codes, and is found with them here."""
+        coordinates = self.grid.kernel_input(x)
+        return None if coordinates is None else torch.cat([coordinates, self._left_over(x, self.grid.encode(x))], -1)
+
+    def _left_over(self, x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        """(x - a) S [M, P, D], a as `fields` of the grid have it."""
+        return (x - self.grid.decode(fields)) @ self.projection
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> [a, b] [M, P, 2 D] float32."""

@@ -35,7 +35,7 @@ class Branches(Index):
         left = torch.arange(pages, device=keys.device) < held.counts[:, None]  # [S, n]
         taken = torch.zeros_like(left, dtype=torch.int64).scatter_add(1, choice.positions, read.long())
         left = left & (taken == 0)
-        if not bool(left.any()):
+        if left.is_cpu and not bool(left.any()):  # on a GPU the question costs more than attention to nothing
             return None
         weight = log(held.page_size // blocks)
         bias = torch.full((streams, pages), weight, device=keys.device).masked_fill(~left, -torch.inf)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcomp.kernels.dispatch import on_gpu
 from kvcomp.kernels.select import by_unit, choose, forced, largest, shares
 from kvcomp.stages import Choice, Selector, Summaries, arg
 
@@ -91,22 +92,35 @@ class RankedSelector(Selector):
             wanted = -(-self.tokens // page_size)
         elif self.keep is not None:
             wanted = max(round(pages * self.keep), 1)
-        return self._bounded(wanted, pages)
+        return min(max(wanted, self._least), pages)
 
-    def _bounded(self, wanted: int, pages: int) -> int:
-        return min(max(wanted, self.min_pages, self.first + self.last), pages)
+    @property
+    def _least(self) -> int:
+        """Pages that are read in any case."""
+        return max(self.min_pages, self.first + self.last)
+
+    def _reads(self, counts: Tensor, most: int, page_size: int) -> Tensor:
+        """int64 [S]: `reads` of counts [S] pages, of which `most` is the largest; nothing waits for a GPU."""
+        if not on_gpu(counts):  # each operation on a tensor costs more than all of this
+            return torch.tensor([self.reads(count, page_size) for count in counts.tolist()])
+        if self.keep is None:
+            return counts.long().clamp_max(most)
+        return self._bounded((counts.double() * self.keep).round().long().clamp_min(1), counts)
+
+    def _bounded(self, wanted: Tensor, counts: Tensor) -> Tensor:
+        return wanted.clamp_min(self._least).minimum(counts.long())
 
     def select(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
         return self.best(self.logits(queries, held.fields), scale, held)
 
     def best(self, logits: Tensor, scale: float, held: Summaries) -> Choice:
         """What the rule takes by estimates of logits [S, G, n * u], to be multiplied with scale."""
-        pages, counts, own, ends = held.pages, held.counts, held.counts.tolist(), (self.first, self.last)
+        pages, counts, ends = held.pages, held.counts, (self.first, self.last)
         unit = held.page_size if held.by_tokens else 1  # how many of what is chosen a page holds
+        most = max(self.reads(pages, held.page_size), 1)
         if self.top_p is None and self.threshold is None and self.heads == "own":
-            wanted = [unit * self.reads(count, held.page_size) for count in own]
-            valid, width = torch.tensor(wanted, device=counts.device), max(*wanted, unit)
-            return Choice(choose(logits, scale, counts, unit, valid, width, pages, ends), valid)
+            valid = unit * self._reads(counts, most, held.page_size)
+            return Choice(choose(logits, scale, counts, unit, valid, unit * most, pages, ends), valid)
         each = logits.shape[-1] // pages
         share = by_unit(shares(logits * scale, counts * each), pages, unit)  # [S, n * unit]
         if self.heads == "common":
@@ -114,14 +128,14 @@ class RankedSelector(Selector):
         ranks = forced(share, counts, unit, ends)
         if self.top_p is not None:
             ordered = share.gather(1, ranks.sort(-1, descending=True).indices)
-            enough = ((ordered.cumsum(-1) < self.top_p).sum(-1) + 1).tolist()
+            enough = (ordered.cumsum(-1) < self.top_p).sum(-1) + 1
         elif self.threshold is not None:
-            enough = ((share >= self.threshold) | (ranks >= 2)).sum(-1).tolist()  # what does not exist has no share
+            enough = ((share >= self.threshold) | (ranks >= 2)).sum(-1)  # what does not exist has no share
         else:
-            enough = [unit * self.reads(count, held.page_size) for count in own]
-        wanted = [unit * self._bounded(-(-n // unit), count) for n, count in zip(enough, own, strict=True)]
-        valid = torch.tensor(wanted, device=counts.device)
-        return Choice(largest(ranks, valid, max(*wanted, unit)), valid)
+            valid = unit * self._reads(counts, most, held.page_size)
+            return Choice(largest(ranks, valid, unit * most), valid)
+        valid = unit * self._bounded((enough + unit - 1) // unit, counts)
+        return Choice(largest(ranks, valid, max(int(valid.max()), unit)), valid)
 
 
 def _common(share: Tensor, counts: Tensor, heads: int) -> Tensor:

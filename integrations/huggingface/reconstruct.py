@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvcomp.errors import UnsupportedError
+from kvcomp.policies.kvzip import most_received
 
 from .handles import Call, HandleLayer
 
@@ -19,7 +20,6 @@ REQUEST = "\n\nRepeat the previous context exactly.\n"
 REQUEST_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
 LEAD = 8  # tokens in front of a later part, which say where it starts
 SINKS = 4  # first tokens, among which a query's attention is shared out, too
-BLOCK = 1 << 22  # elements of attention weights held at once: 16 MiB
 
 
 class RepeatLayer(HandleLayer):
@@ -46,28 +46,16 @@ class RepeatLayer(HandleLayer):
         m, n = call.query.shape[2], self.get_seq_length()
         hidden = torch.ones(m, n + m, dtype=torch.bool, device=keys.device).triu(n + 1)
         mask = torch.zeros(1, 1, m, n + m, dtype=call.query.dtype, device=keys.device)
-        self._watch(call, hidden)
+        self._watch(call)
         return call._replace(mask=mask.masked_fill(hidden, torch.finfo(mask.dtype).min)).dense(keys, values)
 
-    def _watch(self, call: Call, hidden: Tensor) -> None:
-        sinks, m = min(SINKS, self.start), call.query.shape[2]
-        keys = torch.cat([self.prompt[0][:, :, [*range(sinks), *range(self.start, self.end)]], self.own[0]], 2)[
-            0
-        ].float()
-        queries = call.query[0].float().unflatten(0, (len(keys), -1))  # [Hkv, G, m, D]
-        scale = queries.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        softcap = call.kwargs.get("softcap")
-        behind = hidden[:, -m:]
-        part = self.received[0, :, self.start : self.end]
-        block = max(BLOCK // (call.query.shape[1] * keys.shape[1]), 1)
-        for at in range(0, m, block):
-            q = queries[:, :, at : at + block]
-            logits = torch.bmm(q.flatten(1, 2) * scale, keys.mT)
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
-            logits.unflatten(1, q.shape[1:3])[..., -m:].masked_fill_(behind[at : at + block], -torch.inf)
-            shares = (logits[..., sinks : len(part[0]) + sinks] - logits.logsumexp(-1, keepdim=True)).amax(1).exp()
-            torch.maximum(part, shares, out=part)
+    def _watch(self, call: Call) -> None:
+        sinks, (keys, _) = min(SINKS, self.start), self.prompt
+        keys = torch.cat([keys[:, :, :sinks], keys[:, :, self.start : self.end], self.own[0]], 2)
+        scale = keys.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        most = most_received(call.query, keys, scale, call.kwargs.get("softcap"))
+        part = self.received[..., self.start : self.end]
+        torch.maximum(part, most[..., sinks : sinks + part.shape[-1]], out=part)
 
     def dense(self, which: int) -> Tensor:
         raise UnsupportedError(

@@ -85,8 +85,8 @@ def write_obstacle(sides: Sides) -> str | None:
 
 
 def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written) -> None:
-    """Encode keys [M, P, Dk] and values [M, P, Dv], in basis coordinates, into the pages ids [M] of a pool uint8
-    [pages, bytes_per_page]. Summaries stay as they are.
+    """Encode keys [M, P, Dk] and values [M, P, Dv], as `Codec.kernel_input` gives them, into the pages ids [M] of a
+    pool uint8 [pages, bytes_per_page]. Summaries stay as they are.
 
     What is stored without a grid must come in the dtype of its field.
     """
@@ -94,8 +94,8 @@ def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written)
     assert pool.dtype == torch.uint8
     assert pool.shape[1] == layout.bytes_per_page
     assert pool.is_contiguous()
-    assert keys.shape == (len(ids), layout.page_size, how.sides[0].channels)
-    assert values.shape == (len(ids), layout.page_size, how.sides[1].channels)
+    assert keys.shape == (len(ids), layout.page_size, how.sides[0].inputs)
+    assert values.shape == (len(ids), layout.page_size, how.sides[1].inputs)
     x = keys.contiguous(), values.contiguous()
     ops_records.write_pages(pool, ids.to(pool.device), *x, how.k_middles, how.v_middles, how.description)
 
@@ -230,8 +230,18 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
 def attention_received(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
     """float32 [B, Hq, n]: attention weights of the last w queries [B, Hq, w, D] over keys [B, Hkv, n, D], summed over
     the queries; causal; visible bool [B, Hkv, n] hides keys. A query that sees none adds 0."""
+    visible = None if visible is None else visible.contiguous()
+    return ops_scores.attention_received(*_alike(queries, keys), visible, scale, 0.0, False, processors(queries.device))
+
+
+def most_attention_received(queries: Tensor, keys: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """float32 [B, Hq, n]: as `attention_received` with all keys visible, but the maximum over the queries."""
+    on = processors(queries.device)
+    return ops_scores.attention_received(*_alike(queries, keys), None, scale, softcap or 0.0, True, on)
+
+
+def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Both contiguous, and of one dtype."""
     if queries.dtype != keys.dtype:
         queries, keys = queries.float(), keys.float()
-    visible = None if visible is None else visible.contiguous()
-    on = processors(queries.device)
-    return ops_scores.attention_received(queries.contiguous(), keys.contiguous(), visible, scale, on)
+    return queries.contiguous(), keys.contiguous()

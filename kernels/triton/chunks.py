@@ -26,7 +26,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NARROWEST, WIDEST = 16, 128  # columns: what tensor cores take, and what registers hold
 IDLE = 1.75  # what tiles may have in channels, of those that there are
 FOLDED = 32  # columns with a common scale from which on it folds into a product of its own
-TILE = 64  # tokens at once, at most: half of it where books or floats, a quarter where many tiles fill the registers
+TILE = 64  # tokens at once, at most: half where books, floats or several chunks a side, a quarter where many tiles
 MANY = 16
 NOTHING = -1
 
@@ -187,7 +187,7 @@ class Description:
     def crowded(self) -> bool:
         """Whether registers are short: several tiles a side, or more than `WIDEST` channels in one, or many in all."""
         wide = any(len(side) > 1 or any(c.block * c.lanes > WIDEST for c in side) for side in (self.k, self.v))
-        return wide or self.lanes > MANY
+        return wide or self.lanes >= MANY
 
     @property
     def v_dim(self) -> int:
@@ -216,8 +216,8 @@ def described(sides: Sides, layout: PageLayout) -> Description:
     shared = [s.token_group for side in sides for s in side.segments if isinstance(s, Uniform) and s.token_group > 1]
     k, v = (chunks(side, layout) for side in sides)
     description = Description(k, v, layout.page_size, layout.bytes_per_page, TILE)
-    decoded = any(c.kind in (BOOK, FLOATS) for c in (*k, *v))
-    most = TILE // 4 if description.lanes > MANY else TILE // 2 if decoded else TILE
+    full = any(c.kind in (BOOK, FLOATS) for c in (*k, *v)) or min(len(k), len(v)) > 1  # of registers
+    most = TILE // 4 if description.lanes >= MANY else TILE // 2 if full else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
 
 

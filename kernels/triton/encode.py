@@ -2,6 +2,7 @@
 
   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, without zero
   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
+  joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
   floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale
 
 Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Divisions and square roots are
@@ -148,21 +149,73 @@ def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constex
         put_halves(record, ZERO + at, zero.to(tl.float16), shown)
 
 
+@triton.constexpr_function
+def width(piece: Any) -> int:
+    """Bits of a piece's codes."""
+    return sum(width for _, _, width in piece.planes)
+
+
+@triton.jit
+def exceeded(x, middles, C: tl.constexpr):
+    """How many of a book's middles each of x exceeds, int32: a search by halves, for middles ascend."""
+    FIRST: tl.constexpr = C.middles
+    BITS: tl.constexpr = width(C)
+    codes = tl.zeros_like(x).to(tl.int32)
+    for i in tl.static_range(BITS):
+        half = 1 << (BITS - 1 - i)
+        codes = tl.where(x > tl.load(middles + (FIRST + half - 1) + codes), codes + half, codes)
+    return codes
+
+
 @triton.jit
 def put_book(record, x, middles, token, run, seen, C: tl.constexpr):
     """Writes x float32 [T, 1, R] as codes of a book and a norm for each token."""
     ROOT: tl.constexpr = C.channels**0.5
-    LEVELS: tl.constexpr = C.levels
     SCALE: tl.constexpr = C.scale
-    FIRST: tl.constexpr = C.middles
     norm = tl.div_rn(tl.sqrt_rn(tl.sum(x * x, 2, keep_dims=True)), ROOT)
     norm = tl.minimum(norm, HUGE).to(tl.float16)
     unit = tl.div_rn(x, tl.maximum(norm.to(tl.float32) * ROOT, TINY))
-    codes = tl.zeros_like(unit).to(tl.int32)
-    for i in range(LEVELS):
-        codes = tl.where(unit > tl.load(middles + FIRST + i), codes + 1, codes)
-    put_codes(record, codes, token, run, seen, C)
+    put_codes(record, exceeded(unit, middles, C), token, run, seen, C)
     put_halves(record, SCALE + token * 2, norm, seen)
+
+
+@triton.jit
+def put_part(
+    record, page, source, norm, middles, tile, POWER: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Writes the codes of a part, and gives its two sums of the gain [T, 1, 1], without their weight."""
+    LEVELS: tl.constexpr = C.levels
+    FIRST: tl.constexpr = C.middles
+    token, run, channel, seen, live = place(page, tile, PAGE, C)
+    there = seen & live
+    x = tl.div_rn(load(source, page, token, channel, there, DIM, PAGE, C), norm)
+    codes = exceeded(x, middles, C)
+    put_codes(record, codes, token, run, seen, C)
+    book = tl.load(middles + FIRST + LEVELS + codes, mask=there, other=0)
+    other = book if POWER < 1 else x
+    return tl.sum(x * x, 2, keep_dims=True), tl.sum(book * other, 2, keep_dims=True)
+
+
+@triton.jit
+def put_joint(record, page, source, middles, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes behind the coordinates of `source`."""
+    COUNT: tl.constexpr = len(C.parts)
+    SCALE: tl.constexpr = C.parts[0].scale
+    POWER: tl.constexpr = C.power
+    MOST: tl.constexpr = C.most
+    token, _, _, seen, _ = place(page, tile, PAGE, chunk(C.parts, 0))
+    norm = tl.load(source + ((page * PAGE + token) * DIM + (DIM - 1)), mask=seen, other=0)
+    least = tl.maximum(norm, TINY)
+    own, coded = tl.zeros_like(norm), tl.zeros_like(norm)
+    for i in tl.static_range(COUNT):
+        a, b = put_part(record, page, source, least, middles, tile, POWER, DIM, PAGE, chunk(C.parts, i))
+        own += a * chunk(C.weights, i)
+        coded += b * chunk(C.weights, i)
+    gain = tl.minimum(tl.div_rn(own, tl.maximum(coded, TINY)), MOST)
+    if POWER < 1:
+        gain = tl.sqrt_rn(gain)
+    put_halves(record, SCALE + token * 2, tl.minimum(norm * gain, HUGE).to(tl.float16), seen)
 
 
 @triton.constexpr_function
@@ -259,25 +312,28 @@ def put(
 ):  # fmt: skip
     """Writes a tile of a piece."""
     KIND: tl.constexpr = C.kind
-    token, run, channel, seen, live = place(page, tile, PAGE, C)
-    there = seen & live
     DIM: tl.constexpr = V_DIM if C.side else K_DIM
     if C.side:
         source, middles = values, v_middles
     else:
         source, middles = keys, k_middles
-    x = load(source, page, token, channel, there, DIM, PAGE, C)
-    if KIND == "numbers":
-        put_numbers(record, x, token, channel, there, C)
-    elif KIND == "book":
-        put_book(record, x.to(tl.float32), middles, token, run, seen, C)
-    elif KIND == "floats":
-        most = 0.0
-        if C.page_scale >= 0:
-            most = page_most(source, page, DIM, PAGE, C)
-        put_floats(record, x.to(tl.float32), most, tile, token, run, seen, there, C)
+    if KIND == "joint":
+        put_joint(record, page, source, middles, tile, DIM, PAGE, C)
     else:
-        put_uniform(record, x.to(tl.float32), tile, token, run, channel, seen, there, C)
+        token, run, channel, seen, live = place(page, tile, PAGE, C)
+        there = seen & live
+        x = load(source, page, token, channel, there, DIM, PAGE, C)
+        if KIND == "numbers":
+            put_numbers(record, x, token, channel, there, C)
+        elif KIND == "book":
+            put_book(record, x.to(tl.float32), middles, token, run, seen, C)
+        elif KIND == "floats":
+            most = 0.0
+            if C.page_scale >= 0:
+                most = page_most(source, page, DIM, PAGE, C)
+            put_floats(record, x.to(tl.float32), most, tile, token, run, seen, there, C)
+        else:
+            put_uniform(record, x.to(tl.float32), tile, token, run, channel, seen, there, C)
 
 
 @triton.jit

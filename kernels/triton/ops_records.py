@@ -33,8 +33,8 @@ def encode_constants(layout: pieces.Description) -> dict[str, Any]:
 def write_pages(
     pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, k_middles: Tensor, v_middles: Tensor, description: str
 ) -> None:
-    """Encode keys [M, P, Dk] and values [M, P, Dv], in basis coordinates, into the pages ids int64 [M] of a pool uint8
-    [pages, bytes]: all that attention reads of them, and 0 between fields; not the summaries.
+    """Encode keys [M, P, Dk] and values [M, P, Dv], as `Codec.kernel_input` gives them, into the pages ids int64 [M] of
+    a pool uint8 [pages, bytes]: all that attention reads of them, and 0 between fields; not the summaries.
 
     description: of `pieces.Description`; k_middles, v_middles: as of `pieces.middles`.
     """

@@ -46,8 +46,8 @@ def code_dots_constants(rows: int, rank: int, bits: int, page_size: int, page_by
     }
 
 
-def received_constants(queries: int, dim: int, hiding: bool, exact: bool) -> dict[str, Any]:
-    """As `scores_constants`, of the kernels of `received`; `exact`: for float32, which takes the most room."""
+def received_constants(queries: int, dim: int, hiding: bool, capped: bool, exact: bool) -> dict[str, Any]:
+    """As `scores_constants`, of both kernels of `received`; `exact`: for float32, which takes the most room."""
     channels = CHANNELS // 2 if exact else CHANNELS
     return {
         "D": dim,
@@ -55,6 +55,7 @@ def received_constants(queries: int, dim: int, hiding: bool, exact: bool) -> dic
         "COLUMNS": KEYS,
         "BLOCK": min(max(triton.next_power_of_2(dim), NARROWEST), channels),
         "HIDING": hiding,
+        "SOFTCAP": capped,
         "num_warps": 2 * WARPS if exact else WARPS,
         "num_stages": 3,
     }
@@ -120,30 +121,47 @@ def _(queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, offset: int, b
 
 
 @torch.library.custom_op("kvcomp::attention_received", mutates_args=())
-def attention_received(queries: Tensor, keys: Tensor, visible: Tensor | None, scale: float, processors: int) -> Tensor:
-    """float32 [B, Hq, n]: attention weights of the last w queries [B, Hq, w, D], summed over them, causal, over keys
-    [B, Hkv, n, D] of the same dtype; visible bool [B, Hkv, n] hides keys, and a query that sees none adds 0."""
+def attention_received(
+    queries: Tensor,
+    keys: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float,
+    most: bool,
+    processors: int,
+) -> Tensor:
+    """float32 [B, Hq, n]: attention weights of the last w queries [B, Hq, w, D], their sums or where `most` is set
+    their maxima, causal, over keys [B, Hkv, n, D] of the same dtype; visible bool [B, Hkv, n] hides keys, and a query
+    that sees none gives 0. softcap 0: none."""
     batch, heads, rows, dim = queries.shape
     n, group = keys.shape[2], heads // keys.shape[1]
     out = torch.empty(batch, heads, n, device=queries.device)
     if out.numel() == 0:
         return out
-    constants = received_constants(rows, dim, visible is not None, queries.dtype == torch.float32)
+    constants = received_constants(rows, dim, visible is not None, softcap > 0, queries.dtype == torch.float32)
     blocks, split = triton.cdiv(rows, constants["ROWS"]), split_keys(batch * heads, rows, n, processors)
     splits = triton.cdiv(n, split)
     partial = torch.empty(batch * heads, rows, splits, device=queries.device)
     hidden = queries if visible is None else visible.view(torch.uint8)
     with torch.cuda.device_of(queries):
         received.lse_kernel[(batch * heads * blocks, splits)](
-            queries, keys, hidden, partial, rows, n, split, scale, group, **constants
+            queries, keys, hidden, partial, rows, n, split, scale, softcap, group, **constants
         )
         lse = partial.logsumexp(-1)
         received.received_kernel[(batch * heads, triton.cdiv(n, KEYS))](
-            queries, keys, hidden, lse, out, rows, n, scale, group, **constants
+            queries, keys, hidden, lse, out, rows, n, scale, softcap, group, **constants, MOST=most
         )
     return out
 
 
 @attention_received.register_fake
-def _(queries: Tensor, keys: Tensor, visible: Tensor | None, scale: float, processors: int) -> Tensor:
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float,
+    most: bool,
+    processors: int,
+) -> Tensor:
     return torch.empty(*queries.shape[:2], keys.shape[2], device=queries.device)

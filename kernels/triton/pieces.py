@@ -2,25 +2,27 @@
 
 A piece is a segment of K or V, cut into tiles of [T, G, R] elements: T tokens of G runs of `run` channels each. The
 channels of a run share a scale, or each has its own. T, G and R are powers of two; a tile may have idle elements.
+Segments that are written together are the parts of one piece, whose tiles are whole tokens.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, Sides, Uniform
+from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 from kvcomp.pages import PageLayout
 
 from .chunks import NOTHING
 from .chunks import obstacle as read_obstacle
 
-NUMBERS, UNIFORM, BOOK, FLOATS = "numbers", "uniform", "book", "floats"
+NUMBERS, UNIFORM, BOOK, FLOATS, JOINT = "numbers", "uniform", "book", "floats", "joint"
 ELEMENTS = 2048  # of a tile: 16 a thread
 COLUMNS = 128  # of a tile, at least where there are as many: tokens share their lines of memory then
 NARROWEST = 16
@@ -32,7 +34,7 @@ class Piece:
     """A segment of a side: `channels` channels of its coordinates from `channel` on.
 
     planes: (offset, bytes from a token to the next, width) of each, the highest bits first. scale, zero: offsets.
-    levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; middles: its first among the side's.
+    levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; middles: its first in the side's table.
     format, scale_format, page_scale: as in `chunks.Chunk`.
     step: tokens of a tile, of which it has room for T; tiles: of a page, along tokens and along channels.
     """
@@ -62,13 +64,40 @@ class Piece:
         """Of a page."""
         return self.tiles[0] * self.tiles[1]
 
+    @property
+    def elements(self) -> int:
+        """Of a tile."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A side whose segments are `parts`, cut alike, along tokens alone; weights, power and most: of its `Gain`."""
+
+    kind: str
+    side: int
+    parts: tuple[Piece, ...]
+    weights: tuple[float, ...]
+    power: float
+    most: float
+
+    @property
+    def programs(self) -> int:
+        """Of a page."""
+        return self.parts[0].programs
+
+    @property
+    def elements(self) -> int:
+        """Of the largest part's tile."""
+        return max(part.elements for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Description:
     """What the kernel is compiled for: pages of `page_size` tokens and `page_bytes` bytes. gaps: (offset, bytes) of
-    those that belong to no field and are written as 0."""
+    those that belong to no field and are written as 0. k_dim, v_dim: numbers of a token in what is to be written."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | Joint, ...]
     k_dim: int
     v_dim: int
     page_size: int
@@ -82,8 +111,7 @@ class Description:
 
     @property
     def warps(self) -> int:
-        largest = max(t * g * r for t, g, r in (piece.shape for piece in self.pieces))
-        return min(max(largest // 512, 4), 32)
+        return min(max(max(piece.elements for piece in self.pieces) // 512, 4), 32)
 
     def __str__(self) -> str:
         """A form that custom ops take; `parsed` reads it."""
@@ -97,23 +125,31 @@ def parsed(text: str) -> Description:
     return Description(tuple(_piece(fields) for fields in pieces), k_dim, v_dim, size, total, tuple(map(tuple, gaps)))
 
 
-def _piece(fields: list[Any]) -> Piece:
+def _piece(fields: list[Any]) -> Piece | Joint:
+    if fields[0] == JOINT:
+        kind, side, parts, weights, *rest = fields
+        return Joint(kind, side, tuple(map(_segment_piece, parts)), tuple(weights), *rest)
+    return _segment_piece(fields)
+
+
+def _segment_piece(fields: list[Any]) -> Piece:
     fields[4], fields[-2], fields[-1] = tuple(map(tuple, fields[4])), tuple(fields[-2]), tuple(fields[-1])
     return Piece(*fields)
 
 
 def described(sides: Sides, layout: PageLayout) -> Description:
     """Pages of this layout whose K and V are to be written as `sides` say."""
-    found = []
+    found: list[Piece | Joint] = []
     for i, side in enumerate(sides):
-        channel = middles = 0
+        channel, middles, parts = 0, 0, []
         for segment in side.segments:
-            found.append(_piece_of(segment, layout, i, channel, middles))
+            parts.append(_piece_of(segment, layout, i, channel, middles))
             channel += segment.channels
-            middles += 0 if not isinstance(segment, Codebook) or segment.middles is None else len(segment.middles)
+            middles += len(_table(segment, side))
+        found += parts if side.gain is None else [_joint(side, parts)]
     ends = {f.name: layout.offsets[f.name] + f.nbytes for f in layout.fields}
     gaps = tuple((end, -end % 16) for end in ends.values() if end % 16)
-    k, v = (side.channels for side in sides)
+    k, v = (side.inputs for side in sides)
     return Description(tuple(found), k, v, layout.page_size, layout.bytes_per_page, gaps)
 
 
@@ -155,29 +191,47 @@ def _piece_of(segment: Segment, layout: PageLayout, side: int, channel: int, mid
     )
 
 
+def _joint(side: SideLayout, parts: list[Piece]) -> Joint:
+    """The pieces of a side's segments as parts of one, whose tiles have as many tokens as the widest."""
+    assert side.gain is not None
+    first = min(parts, key=lambda part: part.step)
+    alike = tuple(
+        replace(part, step=first.step, shape=(first.shape[0], *part.shape[1:]), tiles=first.tiles) for part in parts
+    )
+    return Joint(JOINT, first.side, alike, side.gain.weights, side.gain.power, side.gain.most)
+
+
 def _power(n: int) -> int:
     """The least power of two that is no less."""
     return 1 << (n - 1).bit_length()
 
 
 def middles(sides: Sides, device: torch.device) -> list[Tensor]:
-    """float32 [n] of K and of V: the middles of all books in the order of segments; one idle entry where none are."""
-    found = []
-    for side in sides:
-        own = [s.middles.float() for s in side.segments if isinstance(s, Codebook) and s.middles is not None]
-        found.append(torch.cat(own).to(device) if own else torch.zeros(1, device=device))
-    return found
+    """float32 [n], the tables of K and of V: the middles of all books in the order of segments, each followed by its
+    book where there is a gain; one idle entry where there are none."""
+    found = [torch.cat([_table(segment, side).to(device) for segment in side.segments]) for side in sides]
+    return [table if len(table) else torch.zeros(1, device=device) for table in found]
+
+
+def _table(segment: Segment, side: SideLayout) -> Tensor:
+    """A segment's part of the table."""
+    if isinstance(segment, Codebook) and side.gain is not None:
+        book = segment.book.float()
+        return torch.cat([(book[1:] + book[:-1]) / 2, book])
+    if isinstance(segment, Codebook) and segment.middles is not None:
+        return segment.middles.float()
+    return torch.zeros(0)
 
 
 def obstacle(sides: Sides) -> str | None:
     """Why the kernel cannot write pages; None: it can."""
     if (why := read_obstacle(sides)) is not None:
         return why
-    return next((why for side in sides for s in side.segments if (why := _obstacle(s)) is not None), None)
+    return next((why for side in sides for s in side.segments if (why := _obstacle(s, side)) is not None), None)
 
 
-def _obstacle(segment: Segment) -> str | None:
-    if isinstance(segment, Codebook) and segment.middles is None:
+def _obstacle(segment: Segment, side: SideLayout) -> str | None:
+    if isinstance(segment, Codebook) and segment.middles is None and side.gain is None:
         return "codes that follow from more than their segment"
     if isinstance(segment, Uniform):
         if segment.token_group > MOST_TOKENS:

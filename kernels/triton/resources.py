@@ -42,9 +42,8 @@ REGISTERS, PROGRAMS, THREADS = 65536, 32, 2048  # of a processor
 RESERVED = 1024  # bytes of shared memory that each program takes besides
 WRITTEN = (
     *("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)"),
-    *("fp8", "nvfp4", "mxfp4"),
+    *("fp8", "nvfp4", "mxfp4", "klt(bits=2)"),
 )
-STACKS = (*WRITTEN, "klt(bits=2)")
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     "q": "*bf16",
@@ -139,13 +138,9 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128) -> Resour
     )
     constants |= {"BIAS": codec.rotates, "SOFTCAP": False, "LSE_OF_TILES": False}
     queries = "*fp32" if codec.rotates else "*bf16"
-    return compiled(
-        attention.attend_kernel,
-        constants,
-        capability,
-        spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows",
-        q=queries,
-    )
+    name = spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows"
+    name = name if dim == 128 else f"{name}, {dim} channels"
+    return compiled(attention.attend_kernel, constants, capability, name, q=queries)
 
 
 def merge(capability: int, dim: int = 128) -> Resources:
@@ -185,19 +180,24 @@ def regroup(spec: str, capability: int, dim: int = 128) -> Resources:
 
 
 def attention_received(capability: int, rows: int, exact: bool = False, dim: int = 128) -> Iterator[Resources]:
-    """Of both kernels, with keys hidden."""
+    """Of both kernels, with keys hidden; and of maxima, with logits that are capped."""
     x = "*fp32" if exact else "*bf16"
     types = {"q": x, "k": x, "queries": "i32", "keys": "i32"}
     name = f"{rows} queries{', float32' if exact else ''}"
-    for kernel in (received.lse_kernel, received.received_kernel):
-        constants = ops_scores.received_constants(rows, dim, hiding=True, exact=exact)
-        yield compiled(kernel, constants, capability, name, **types)
+    for kernel, own, capped in (
+        (received.lse_kernel, {}, True),
+        (received.received_kernel, {"MOST": False}, False),
+        (received.received_kernel, {"MOST": True}, True),
+    ):
+        constants = ops_scores.received_constants(rows, dim, not own.get("MOST"), capped, exact) | own
+        yield compiled(kernel, constants, capability, f"most of {name}" if own.get("MOST") else name, **types)
 
 
 def every(capabilities: list[int]) -> Iterator[Resources]:
     for capability in capabilities:
-        yield from (attend(spec, capability) for spec in STACKS)
+        yield from (attend(spec, capability) for spec in WRITTEN)
         yield attend("int(bits=4)", capability, rows=64)
+        yield attend("int(bits=4)", capability, dim=80)
         yield from (score(capability, bits) for bits in (16, 8))
         yield merge(capability)
         yield from (write(spec, capability) for spec in WRITTEN)

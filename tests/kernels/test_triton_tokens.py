@@ -18,8 +18,10 @@ from kvcomp.exact import Tokens
 from kvcomp.kernels import select
 from kvcomp.layer import LayerStore
 from kvcomp.pages import SUMMARY, Field, PageLayout
-from kvcomp.policies import votes
-from kvcomp.stages import PageShape
+from kvcomp.policies import kvzip, votes
+from kvcomp.sparse import ranked
+from kvcomp.sparse.ranked import RankedSelector
+from kvcomp.stages import PageShape, Summaries
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -158,6 +160,48 @@ def test_far_apart_votes() -> None:
     assert error(found, votes.votes(q, k, 1.0)) < 2e-5
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "group", "rows", "keys", "dim", "dtype", "softcap"),
+    [
+        (2, 2, 3, 37, 77, 80, torch.float32, 2.0),
+        (1, 2, 4, 64, 300, 128, torch.bfloat16, None),
+        (1, 1, 1, 130, 130, 64, torch.float16, 15.0),
+        (1, 1, 8, 1, 65, 256, torch.float32, None),
+        (1, 1, 1, 5, 2100, 96, torch.bfloat16, None),
+    ],
+)
+def test_the_most_attention_received(
+    batch: int,
+    heads: int,
+    group: int,
+    rows: int,
+    keys: int,
+    dim: int,
+    dtype: torch.dtype,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of any query and any head of the group, in the attention matrix: in blocks, and by the kernel that the policy
+    takes on a GPU."""
+    torch.manual_seed(keys)
+    q = torch.randn(batch, heads * group, rows, dim).to(dtype) * 2
+    k = torch.randn(batch, heads, keys, dim).to(dtype)
+    logits = q.double() @ k.double().repeat_interleave(group, 1).mT * dim**-0.5
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    future = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
+    weights = logits.masked_fill(future, -torch.inf).softmax(-1).unflatten(1, (heads, group))
+    expected = weights.amax((2, 3)).float()
+    monkeypatch.setattr(kvzip, "on_gpu", lambda _: False)
+    monkeypatch.setattr(kvzip, "BLOCK", batch * heads * group * keys * 7)
+    assert error(kvzip.most_received(q, k, dim**-0.5, softcap), expected) < 1e-5
+    monkeypatch.setattr(kvzip, "on_gpu", lambda _: True)
+    called = []
+    real = kernels.most_attention_received
+    monkeypatch.setattr(kernels, "most_attention_received", lambda *args: called.append(args) or real(*args))
+    assert error(kvzip.most_received(q.to(DEVICE), k.to(DEVICE), dim**-0.5, softcap), expected) < 2e-5
+    assert len(called) == 1
+
+
 @contextmanager
 def nothing_read() -> Iterator[None]:
     """Refuses what waits for a device: numbers of a tensor on the host, and shapes that follow from them."""
@@ -225,7 +269,32 @@ def test_a_step_reads_nothing_on_the_host(capacity: tuple[kernels.Pages, Tokens,
         kernels.code_dots(q[..., :16], pool, ids, pages.counts, of_codes, CODES, 4)
         kernels.regroup(layout, pages.pool, pages.ids, torch.arange(64, device=DEVICE).expand(3, -1))
         kernels.attention_received(q[None], q[None], 0.1, q[None, ..., 0] > 0)
+        kernels.most_attention_received(q[None], q[None], 0.1, 5.0)
         kernels.write(pages.pool, torch.tensor([7, 5], device=DEVICE), x, x, how)
+
+
+@pytest.mark.parametrize("rule", ["pages=5, min_pages=2", "keep=0.5, min_pages=0", "keep=0.1, first=1", "tokens=64"])
+@pytest.mark.parametrize("heads", ["own", "common"])
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_a_choice_reads_nothing_on_the_host(
+    rule: str, heads: str, by_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many pages each stream reads follows from counts on the device."""
+    monkeypatch.setattr(select.cpu, "library", lambda: None)  # as on a GPU
+    monkeypatch.setattr(ranked, "on_gpu", lambda _: True)
+    selector = Stack.parse(f"none + quest({rule}, heads={heads})").selector
+    assert isinstance(selector, RankedSelector)
+    counts, unit = [13, 0, 3, 5], 16 if by_tokens else 1  # 3 and 5 halves: rounded to even numbers
+    logits = torch.randn(4, 2, 13 * unit, device=DEVICE)
+    held = Summaries({"x": torch.zeros(4, 13)}, torch.tensor(counts, device=DEVICE), 2, 16, by_tokens)
+    with nothing_read():
+        choice = selector.best(logits, 0.1, held)
+    wanted = [unit * selector.reads(count, 16) for count in counts]
+    assert choice.valid.tolist() == wanted
+    assert choice.positions.shape == (4, max(wanted))
+    for own, n, count in zip(choice.positions.tolist(), wanted, counts, strict=True):
+        assert own[:n] == sorted(set(own[:n]))
+        assert not n or own[n - 1] < count * unit
 
 
 def test_operators_keep_their_promises(capacity: tuple[kernels.Pages, Tokens, Tensor]) -> None:
@@ -238,8 +307,8 @@ def test_operators_keep_their_promises(capacity: tuple[kernels.Pages, Tokens, Te
         (ops_scores.code_dots, (q[..., :16].contiguous(), *pages[:3], 32, 4, 64)),
         (ops_scores.vector_dots, (torch.stack([q, -q]), *pages[:3], [0, 128], 1, -1, 1)),
         (ops_records.regroup, (pages.pool, pages.ids, chosen, flat, *sizes)),
-        (ops_scores.attention_received, (q[None], q[None], None, 0.1, 1)),
-        (ops_scores.attention_received, (q[None], q[None], q[None, ..., 0] > 0, 0.1, 1)),
+        (ops_scores.attention_received, (q[None], q[None], None, 0.1, 5.0, True, 1)),
+        (ops_scores.attention_received, (q[None], q[None], q[None, ..., 0] > 0, 0.1, 0.0, False, 1)),
     ]:
         torch.library.opcheck(op, args, test_utils=tests)
 
