@@ -26,7 +26,7 @@ setup(
     ext_modules=[
         Extension(
             "kvcomp.kernels.cpu._attend",
-            sources=["kernels/cpu/attend.c", "kernels/cpu/select.c"],
+            sources=["kernels/cpu/attend.c", "kernels/cpu/select.c", "kernels/cpu/encode.c"],
             depends=["kernels/cpu/tiles.h"],
             extra_compile_args=COMPILE + OPENMP,
             extra_link_args=OPENMP,

@@ -19,6 +19,7 @@ from kvcomp.pages import PageLayout, PagePool
 from kvcomp.stages import Codec
 
 from . import cpu, reference
+from .cpu import encode
 
 MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
 MISSING = (
@@ -98,32 +99,41 @@ def write_pages(
 ) -> None:
     """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, and summary fields
     [M, ...], in the pages ids int64 [M] of the pool: in one pass, where a kernel can."""
-    if not (on_gpu(pool.data) and write_by_triton(pool, ids, codec, keys, values, streams, summaries)):
+    if not encode_pages(pool.data, ids, pool.layout, codec, keys, values, streams):
         pool.write(ids, codec.encode(keys, values, streams) | dict(summaries))
+        return
+    for name, view in pool.layout.views(pool.data, summary=True).items():
+        view[ids.to(view.device)] = summaries[name]
 
 
-def write_by_triton(
-    pool: PagePool,
-    ids: Tensor,
-    codec: Codec,
-    keys: Tensor,
-    values: Tensor,
-    streams: Tensor,
-    summaries: Mapping[str, Tensor],
+def encode_pages(
+    pool: Tensor, ids: Tensor, layout: PageLayout, codec: Codec, keys: Tensor, values: Tensor, streams: Tensor
 ) -> bool:
-    """As `write_pages`, by the Triton kernel; False, and nothing is written, where it cannot write these pages."""
-    from . import triton
-
+    """As `write_pages`, by a kernel, into the records ids of a pool uint8 [records, bytes]; summaries are then still to
+    be written. False, and nothing is done, where no kernel can write these pages."""
     sides = codec.kernel_sides()
-    if sides is None or triton.write_obstacle(sides) is not None:
+    if sides is None or not writable(pool, sides):
         return False
     x = codec.kernel_input(keys, values, streams)
     if x is None:
         return False
-    triton.write(pool.data, ids, *x, triton.written(sides, pool.layout, pool.data.device))
-    for name, view in pool.layout.views(pool.data, summary=True).items():
-        view[ids.to(view.device)] = summaries[name]
+    if on_gpu(pool):
+        from . import triton
+
+        triton.write(pool, ids, *x, triton.written(sides, layout, pool.device))
+    else:
+        encode.write(pool, ids, *x, sides, layout)
     return True
+
+
+def writable(pool: Tensor, sides: Sides) -> bool:
+    """Whether a kernel writes pages of this pool whose K and V are to be read as `sides` say."""
+    if on_gpu(pool):
+        from . import triton
+
+        return triton.write_obstacle(sides) is None
+    available = pool.is_cpu and not _reference_only and cpu.library() is not None
+    return available and encode.obstacle(sides) is None
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -67,6 +67,7 @@ def library() -> ctypes.CDLL | None:
     found.kvcomp_attend.argtypes, found.kvcomp_attend.restype = [c_char_p], c_int
     number, place = c_int64, c_void_p
     found.kvcomp_vector_dots.argtypes, found.kvcomp_vector_dots.restype = [c_char_p], c_int
+    found.kvcomp_encode.argtypes, found.kvcomp_encode.restype = [c_char_p], c_int
     found.kvcomp_code_dots.argtypes = [place, place, place, number, place, number, place, *[number] * 6, place]
     many = [number] * 5
     found.kvcomp_choose.argtypes = [place, c_float, place, *many, place, *[number] * 3, place]

@@ -277,3 +277,22 @@ def test_a_library_that_does_not_load_counts_as_missing(monkeypatch: pytest.Monk
     assert cpu.library.__wrapped__() is None
     monkeypatch.setattr(cpu, "find_spec", lambda _: None)
     assert cpu.library.__wrapped__() is None
+
+
+@compiled
+@pytest.mark.parametrize("spec", ["int(bits=4)", "kivi(bits=2, group=16)", "turboquant"])
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, 1e30, 1e-30])
+def test_numbers_that_are_none_or_extreme_stay_so(spec: str, level: int, odd: float) -> None:
+    """Rounding to integers must not make numbers of what is none."""
+    pool, layout, codec = filled(spec, 3, (64, 64), torch.float32)
+    q = torch.randn(1, 2, 64)
+    q[0, 0, 5] = odd
+    q[0, 1] *= 0 if odd < 1 else 1
+    args = (pool.data, torch.arange(3, dtype=torch.int32)[None], torch.tensor([3]), layout, codec, 0.125)
+    expected = reference.attend_pages(q, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "level", lambda: min(level, BEST))
+        part = dispatch.attend_pages(q, *args)
+    assert torch.equal(part.out[0, 0].isfinite(), expected.out[0, 0].isfinite())
+    assert error(part.out[0, 1], expected.out[0, 1]) < 2e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import cycle
 
@@ -57,13 +58,32 @@ BOOKS = [
     ("turboquant(bits=2.5)", [64, 256]),
     ("turboquant(bits=3)", [96]),
     ("turboquant(bits=4)", [80, 256]),
+    ("turboquant(bits=1, variant=prod)", [96]),
+    ("turboquant(bits=3, variant=prod)", [64, 80]),
+    ("turboquant(bits=3.5, variant=prod)", [128, 256]),
+    ("turboquant(k=2.5, v=1, variant=prod)", [64]),
+]
+JOINT = [  # and tokens of a page
+    ("klt(bits=1)", 64, 64),
+    ("klt(bits=2)", 80, 48),
+    ("klt(bits=2)", 128, 16),
+    ("klt(k=3.5, v=1.5)", 96, 64),
+    ("klt(bits=3)", 72, 80),
+    ("klt(k=4.5, v=6)", 256, 16),
 ]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 
-def built(spec: str, dim: int, dtype: torch.dtype, device: torch.device = HOST) -> tuple[Codec, PageLayout]:
+def built(
+    spec: str, dim: int, dtype: torch.dtype, device: torch.device = HOST, size: int | None = None
+) -> tuple[Codec, PageLayout]:
+    """Codec and pages, of `size` tokens if told; one that fits its basis has seen channels that differ in size."""
     stack = Stack.parse(f"{spec} + window(recent=0)").plan(0, 1)
-    return stack.build(PageShape(stack.page_size, dim, dim, 1, dtype, device, 0))
+    stack = replace(stack, page_size=size or stack.page_size)
+    codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, dtype, device, 0))
+    seen = torch.randn(1, 512, dim, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, -1, dim).exp()
+    codec.fit(torch.zeros(1, dtype=torch.int64, device=device), seen.to(device), seen.to(device))
+    return codec, layout
 
 
 def cases(specs: list[tuple[str, list[int]]]) -> list[tuple[str, int, torch.dtype, int]]:
@@ -83,12 +103,14 @@ def difficult(pages: int, size: int, dim: int, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def written(spec: str, dim: int, dtype: torch.dtype, pages: int) -> tuple[PageLayout, Tensor, Tensor]:
+def written(
+    spec: str, dim: int, dtype: torch.dtype, pages: int, size: int | None = None, most: float = torch.inf
+) -> tuple[PageLayout, Tensor, Tensor]:
     """Records of the pages as the codec encodes them, and as the kernel writes them, in a pool full of 0xFF."""
     torch.manual_seed(dim + pages)
-    codec, layout = built(spec, dim, dtype)
+    codec, layout = built(spec, dim, dtype, size=size)
     size = layout.page_size
-    k, v = difficult(pages, size, dim, dtype), difficult(pages, size, dim, dtype)
+    k, v = (difficult(pages, size, dim, dtype).clamp(-most, most) for _ in range(2))
     streams = torch.zeros(pages, dtype=torch.int64)
     pool = PagePool(layout, HOST)
     ids = pool.allocate(pages + 2).flip(0)[:pages]  # two belong to nobody
@@ -126,31 +148,51 @@ def test_codes_of_books_are_the_codecs(spec: str, dim: int, dtype: torch.dtype, 
     assert torch.equal(found[:2], expected[:2])  # nobody's
 
 
-@pytest.mark.parametrize("spec", ["kivi(bits=4)", "turboquant(bits=4)"])
-def test_what_is_written_is_read(spec: str) -> None:
+@pytest.mark.parametrize(("spec", "dim", "size"), JOINT)
+@pytest.mark.parametrize(("dtype", "pages"), [(torch.bfloat16, 2), (torch.float32, 1)])
+def test_codes_that_share_a_norm_are_the_codecs(spec: str, dim: int, size: int, dtype: torch.dtype, pages: int) -> None:
+    """All codes are, and nothing else is touched; a norm is made of sums in another order: its last bit may differ."""
+    layout, expected, found = written(spec, dim, dtype, pages, size, most=6e4)
+    a, b = layout.views(found), layout.views(expected)
+    for norm in ("k.norm", "v.norm"):
+        assert bool(b[norm][2:].isfinite().all())
+        off = (a[norm].view(torch.int16).int() - b[norm].view(torch.int16).int()).abs()
+        assert int(off.max()) <= 1
+        assert int((off > 0).sum()) <= 2
+        a[norm].copy_(b[norm])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "spec", ["kivi(bits=4)", "turboquant(bits=4)", "turboquant(bits=4, variant=prod)", "klt(bits=6)"]
+)
+def test_what_is_written_is_read(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
     codec, layout = built(spec, 64, torch.float32, DEVICE)
-    k, v = (torch.randn(2, layout.page_size, 64, device=DEVICE) for _ in range(2))
+    sizes = torch.linspace(1, -1, 64, device=DEVICE).exp()
+    k, v = (torch.randn(2, layout.page_size, 64, device=DEVICE) * sizes for _ in range(2))
     pool = PagePool(layout, DEVICE)
     ids, streams = pool.allocate(2), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    assert dispatch.write_by_triton(pool, ids, codec, k, v, streams, {})
+    pool.data.fill_(0xFF)
+    assert dispatch.encode_pages(pool.data, ids, layout, codec, k, v, streams)
     q, held = torch.randn(1, 3, 64, device=DEVICE), torch.tensor([2], device=DEVICE)
     part = reference.attend_pages(q, pool.data, ids[None].to(DEVICE), held, layout, codec, 0.125)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k.flatten(0, 1)[None], v.flatten(0, 1)[None])
-    assert float((part.out - exact).norm() / exact.norm()) < 0.25
+    assert float((part.out - exact).norm() / exact.norm()) < 0.3
 
 
-@pytest.mark.parametrize("spec", ["klt(bits=2)", "turboquant(bits=3, variant=prod)"])
-def test_what_the_kernel_cannot_write_is_left_to_the_codec(spec: str) -> None:
+@pytest.mark.parametrize("spec", ["int(bits=3, group=4)"])
+def test_what_the_kernel_cannot_write_is_left_to_the_codec(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
     codec, layout = built(spec, 64, torch.float32)
     k = torch.randn(2, layout.page_size, 64)
     streams = torch.zeros(2, dtype=torch.int64)
-    codec.fit(streams[:1], k.flatten(0, 1)[None], k.flatten(0, 1)[None])
     pool, other = PagePool(layout, HOST), PagePool(layout, HOST)
     ids = pool.allocate(2)
     other.allocate(2)
     pool.data.fill_(0xFF)
-    assert not dispatch.write_by_triton(pool, ids, codec, k, k, streams, {})
+    assert not dispatch.encode_pages(pool.data, ids, layout, codec, k, k, streams)
     assert bool((pool.data == 0xFF).all())
     dispatch.write_pages(pool, ids, codec, k, k, streams, {})
     other.write(ids, codec.encode(k, k, streams))
@@ -197,8 +239,8 @@ def test_a_store_writes_its_pages_so(spec: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_descriptions_survive_as_text() -> None:
-    for spec, dims in UNIFORM + BOOKS:
-        codec, layout = built(spec, dims[0], torch.bfloat16)
+    for spec, dim in [*((spec, dims[0]) for spec, dims in UNIFORM + BOOKS), *(case[:2] for case in JOINT)]:
+        codec, layout = built(spec, dim, torch.bfloat16)
         sides = codec.kernel_sides()
         assert sides is not None
         found = pieces.described(sides, layout)

@@ -1,0 +1,128 @@
+"""The C kernel that writes pages: K and V in basis coordinates to records, in one pass."""
+
+from __future__ import annotations
+
+from ctypes import Array, addressof, c_char, create_string_buffer
+from struct import Struct
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.pages import PageLayout
+
+from . import KINDS, NOTHING, _compiled, level
+
+# Structures of the C kernel, as one row of numbers each.
+_PIECE = Struct("10q3f12q")
+_SIDE = "5q2f"
+_PAGES = Struct(2 * _SIDE + "7q")
+
+
+class _Piece(NamedTuple):
+    """A segment, as the kernel's structure of that name has it; planes: (offset, bytes a token, width) of each.
+    middles, book: kept alive for the kernel, which gets their addresses."""
+
+    kind: int
+    channels: int
+    planes: list[tuple[int, int, int]]
+    token_group: int = 1
+    channel_group: int = 1
+    scale: int = NOTHING
+    zero: int = NOTHING
+    levels: int = 0
+    middles: Tensor | None = None
+    book: Tensor | None = None
+    cut: float = 0.0
+    weight: float = 0.0
+
+    def packed(self) -> bytes:
+        planes = [number for plane in self.planes for number in plane] + [0] * (12 - 3 * len(self.planes))
+        tables = (0 if table is None else table.data_ptr() for table in (self.middles, self.book))
+        factors = self.cut, self.channels**0.5, self.weight
+        return _PIECE.pack(self.kind, self.channels, len(self.planes), *self[3:8], *tables, *factors, *planes)
+
+
+def _piece(segment: Segment, weight: float, layout: PageLayout) -> _Piece:
+    offsets, strides = layout.offsets, {f.name: f.nbytes // layout.page_size for f in layout.fields}
+    if isinstance(segment, Numbers):
+        plane = offsets[segment.field], strides[segment.field], 0
+        return _Piece(KINDS[segment.dtype], segment.channels, [plane])
+    planes = [(offsets[p.field] + p.start, strides[p.field], p.width) for p in segment.planes]
+    if isinstance(segment, Uniform):
+        zero, levels = NOTHING, 2 * segment.middle
+        if segment.zero is not None:
+            zero, levels = offsets[segment.zero], (1 << sum(p.width for p in segment.planes)) - 1
+        groups, scale = (segment.token_group, segment.channel_group), offsets[segment.scale]
+        cut = (1 - segment.clip) / 2
+        return _Piece(KINDS["uniform"], segment.channels, planes, *groups, scale, zero, levels, cut=cut)
+    assert isinstance(segment, Codebook)
+    book = segment.book.float().contiguous()
+    middles = (book[1:] + book[:-1]) / 2 if segment.middles is None else segment.middles.float().contiguous()
+    shared = offsets[segment.norm], NOTHING, len(middles), middles, book
+    return _Piece(KINDS["codebook"], segment.channels, planes, 1, segment.channels, *shared, weight=weight)
+
+
+class Described(NamedTuple):
+    """One side of a page as the kernel takes it: pieces, and all of them in one buffer."""
+
+    layout: PageLayout
+    pieces: list[_Piece]
+    buffer: Array[c_char]
+
+
+_DESCRIBED: WeakKeyDictionary[SideLayout, Described] = WeakKeyDictionary()
+
+
+def described(side: SideLayout, layout: PageLayout) -> Described:
+    """K or V of pages of this layout; made once."""
+    known = _DESCRIBED.get(side)
+    if known is None or known.layout is not layout:
+        weights = [0.0] * len(side.segments) if side.gain is None else side.gain.weights
+        pieces = [_piece(segment, weight, layout) for segment, weight in zip(side.segments, weights, strict=True)]
+        buffer = create_string_buffer(b"".join(piece.packed() for piece in pieces))
+        known = _DESCRIBED[side] = Described(layout, pieces, buffer)
+    return known
+
+
+def obstacle(sides: Sides) -> str | None:
+    """Why the kernel cannot write pages; None: it can."""
+    return next((why for side in sides for s in side.segments if (why := _obstacle(s, side)) is not None), None)
+
+
+def _obstacle(segment: Segment, side: SideLayout) -> str | None:
+    if isinstance(segment, Numbers) and segment.dtype not in KINDS:
+        return f"numbers of {segment.dtype}"
+    if isinstance(segment, Floats):
+        return "floating-point codes"
+    if isinstance(segment, Codebook) and segment.middles is None and side.gain is None:
+        return "codes that follow from more than their segment"
+    if isinstance(segment, Codebook) and segment.book.device.type != "cpu":
+        return "a codebook on another device"
+    return None
+
+
+def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, sides: Sides, layout: PageLayout) -> None:
+    """Encode keys [M, P, Rk] and values [M, P, Rv], as `Codec.kernel_input` gives them, into the records ids [M] of a
+    pool uint8 [records, bytes_per_page or more], as `sides` say. Summaries become 0.
+
+    What is stored without a grid must come in the dtype of its field.
+    """
+    assert pool.dtype == torch.uint8
+    assert pool.shape[1] >= layout.bytes_per_page
+    assert pool.stride(1) == 1
+    ids = ids.to(torch.int64).contiguous()
+    inputs: list[Tensor] = []  # as long as the kernel reads them
+    numbers: list[float] = []
+    for x, side in zip((keys, values), sides, strict=True):
+        assert x.shape == (len(ids), layout.page_size, side.inputs)
+        assert all(s.dtype == x.dtype for s in side.segments if isinstance(s, Numbers))
+        inputs.append((x if x.dtype in KINDS else x.float()).contiguous())
+        pieces = addressof(described(side, layout).buffer), len(side.segments)
+        gain = (1.0, 0.0) if side.gain is None else (side.gain.power, side.gain.most)
+        numbers += *pieces, inputs[-1].data_ptr(), side.inputs, KINDS[inputs[-1].dtype], *gain
+    sizes = pool.stride(0), layout.bytes_per_page, len(ids), layout.page_size, level()
+    if _compiled().kvcomp_encode(_PAGES.pack(*numbers, pool.data_ptr(), ids.data_ptr(), *sizes)):
+        raise MemoryError("no memory to write compressed pages")
