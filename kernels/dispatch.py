@@ -107,12 +107,23 @@ def write_pages(
 
 
 def encode_pages(
-    pool: Tensor, ids: Tensor, layout: PageLayout, codec: Codec, keys: Tensor, values: Tensor, streams: Tensor
+    pool: Tensor,
+    ids: Tensor,
+    layout: PageLayout,
+    codec: Codec,
+    keys: Tensor,
+    values: Tensor,
+    streams: Tensor,
+    rows: Tensor | None = None,
 ) -> bool:
     """As `write_pages`, by a kernel, into the records ids of a pool uint8 [records, bytes]; summaries are then still to
-    be written. False, and nothing is done, where no kernel can write these pages."""
+    be written. False, and nothing is done, where no kernel can write these pages.
+
+    rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
+    of a layout that is `tokenwise`.
+    """
     sides = codec.kernel_sides()
-    if sides is None or not writable(pool, sides):
+    if sides is None or not writable(pool, sides, layout, rows is not None):
         return False
     x = codec.kernel_input(keys, values, streams)
     if x is None:
@@ -122,16 +133,17 @@ def encode_pages(
 
         triton.write(pool, ids, *x, triton.written(sides, layout, pool.device))
     else:
-        encode.write(pool, ids, *x, sides, layout)
+        encode.write(pool, ids, *x, sides, layout, rows)
     return True
 
 
-def writable(pool: Tensor, sides: Sides) -> bool:
-    """Whether a kernel writes pages of this pool whose K and V are to be read as `sides` say."""
+def writable(pool: Tensor, sides: Sides, layout: PageLayout, single: bool = False) -> bool:
+    """Whether a kernel writes pages of this pool whose K and V are to be read as `sides` say, or single tokens."""
     if on_gpu(pool):
         from . import triton
 
-        return triton.write_obstacle(sides) is None
+        whole = not single and pool.shape[1] == layout.bytes_per_page
+        return whole and triton.write_obstacle(sides) is None
     available = pool.is_cpu and not _reference_only and cpu.library() is not None
     return available and encode.obstacle(sides) is None
 

@@ -25,18 +25,20 @@ def attend_pages(
     scale: float,
     softcap: float | None = None,
     lse_of_pages: bool = False,
+    ragged: bool | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over each stream's pages, in original coordinates.
 
     pool [pages, bytes_per_page] uint8; ids [S, n] page ids, of which a stream's first counts [S] are valid. The other
     entries are never decoded into the result: what they point at may be anything. With `lse_of_pages` the part's groups
-    are the lse of each page, -inf where there is none.
+    are the lse of each page, -inf where there is none. `ragged`: whether some count may be less than n; None: they are
+    looked at, on the host.
     """
     streams, n = ids.shape
     size = layout.page_size
     rotated, bias = codec.read_query(queries.float())
     block = max(MAX_DECODED // (streams * size * queries.shape[-1]), 1)
-    ragged = bool((counts != n).any())
+    ragged = bool((counts != n).any()) if ragged is None else ragged
     parts = []
     for at in range(0, n, block):
         piece = ids[:, at : at + block]

@@ -64,7 +64,8 @@ typedef struct {
 typedef struct {
     Side side[2]; /* K, V */
     uint8_t *pool;
-    const int64_t *ids; /* [pages] records of the pool */
+    const int64_t *ids;  /* [pages] records of the pool */
+    const int64_t *rows; /* [pages]: single tokens, written where these tokens of a page lie; or NULL: whole pages */
     int64_t record_stride, record_bytes, pages, page_tokens, level;
 } Pages;
 
@@ -142,15 +143,15 @@ INLINE void pack(const uint8_t *codes, int64_t n, int64_t below, int64_t width, 
     }
 }
 
-/* Codes [tokens, channels] to all planes. */
-INLINE void put_codes(const Piece *g, const uint8_t *codes, int64_t tokens, uint8_t *record) {
+/* Codes [tokens, channels] to all planes, from the page's token `first` on. */
+INLINE void put_codes(const Piece *g, const uint8_t *codes, int64_t tokens, int64_t first, uint8_t *record) {
     int64_t below = 0;
     for (int64_t i = g->planes - 1; i >= 0; i--) {
         const Plane *plane = &g->plane[i];
         int64_t rows = tokens, n = g->channels;
         if (plane->stride == n * plane->width / 8) rows = 1, n *= tokens; /* rows without anything between them */
         for (int64_t t = 0; t < rows; t++)
-            pack(codes + t * n, n, below, plane->width, record + plane->offset + t * plane->stride);
+            pack(codes + t * n, n, below, plane->width, record + plane->offset + (first + t) * plane->stride);
         below += plane->width;
     }
 }
@@ -212,8 +213,8 @@ INLINE uint8_t code_of(float x, float zero, float scale, float levels) {
 }
 
 /* Codes, scales and zeros of `tokens` rows of x. */
-INLINE void put_blocks(const Piece *g, const float *x, int64_t stride, int64_t tokens, uint8_t *record, uint8_t *codes,
-                       float *room, const int64_t group) {
+INLINE void put_blocks(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
+                       uint8_t *codes, float *room, const int64_t group) {
     int64_t channels = g->channels, groups = channels / group, rows = tokens / g->token_group;
     float levels = (float)g->levels, *zeros = room, *scales = room + rows * groups, *least = scales + rows * groups;
     for (int64_t r = 0; r < rows; r++) {
@@ -242,17 +243,18 @@ INLINE void put_blocks(const Piece *g, const float *x, int64_t stride, int64_t t
                 for (int64_t c = 0; c < group; c++)
                     to[i * group + c] = code_of(x[i * group + c], zero[i], scale[i], levels);
     }
-    put_codes(g, codes, tokens, record);
-    put_halves(record + g->scale, scales, rows * groups);
-    if (g->zero != NOTHING) put_halves(record + g->zero, zeros, rows * groups);
+    put_codes(g, codes, tokens, first, record);
+    int64_t at = 2 * first / g->token_group * groups;
+    put_halves(record + g->scale + at, scales, rows * groups);
+    if (g->zero != NOTHING) put_halves(record + g->zero + at, zeros, rows * groups);
 }
 
-INLINE void put_uniform(const Piece *g, const float *x, int64_t stride, int64_t tokens, uint8_t *record, uint8_t *codes,
-                        float *room) {
+INLINE void put_uniform(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
+                        uint8_t *codes, float *room) {
     switch (g->channel_group) { /* where the compiler knows that they are few, they are one vector */
-        case 8: put_blocks(g, x, stride, tokens, record, codes, room, 8); break;
-        case 16: put_blocks(g, x, stride, tokens, record, codes, room, 16); break;
-        default: put_blocks(g, x, stride, tokens, record, codes, room, g->channel_group);
+        case 8: put_blocks(g, x, stride, tokens, first, record, codes, room, 8); break;
+        case 16: put_blocks(g, x, stride, tokens, first, record, codes, room, 16); break;
+        default: put_blocks(g, x, stride, tokens, first, record, codes, room, g->channel_group);
     }
 }
 
@@ -276,7 +278,8 @@ INLINE void search(const float *x, int64_t n, const float *middles, int64_t leve
 }
 
 /* Codes of directions [tokens, channels]. */
-INLINE void put_directions(const Piece *g, const float *x, int64_t tokens, uint8_t *record, uint8_t *codes) {
+INLINE void put_directions(const Piece *g, const float *x, int64_t tokens, int64_t first, uint8_t *record,
+                           uint8_t *codes) {
     int64_t n = tokens * g->channels;
     switch (g->levels) {
         case 1: count_below(x, n, g->middles, 1, codes); break;
@@ -285,11 +288,11 @@ INLINE void put_directions(const Piece *g, const float *x, int64_t tokens, uint8
         case 15: count_below(x, n, g->middles, 15, codes); break;
         default: search(x, n, g->middles, g->levels, codes);
     }
-    put_codes(g, codes, tokens, record);
+    put_codes(g, codes, tokens, first, record);
 }
 
 /* Codes and norms of `tokens` rows of x. */
-INLINE void put_codebook(const Piece *g, const float *x, int64_t stride, int64_t tokens, uint8_t *record,
+INLINE void put_codebook(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
                          uint8_t *codes, float *norms) {
     int64_t channels = g->channels;
     float *units = norms + tokens, *unit = units;
@@ -301,13 +304,13 @@ INLINE void put_codebook(const Piece *g, const float *x, int64_t stride, int64_t
         float length = larger(norms[t] * g->root, TINY);
         for (int64_t c = 0; c < channels; c++) unit[c] = x[c] / length;
     }
-    put_directions(g, units, tokens, record, codes);
-    put_halves(record + g->scale, norms, tokens);
+    put_directions(g, units, tokens, first, record, codes);
+    put_halves(record + g->scale + 2 * first, norms, tokens);
 }
 
 /* Codes of all pieces of a side, and the norm of `tokens` rows of x, which comes behind their coordinates. */
-INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t tokens, uint8_t *record, uint8_t *codes,
-                      float *norms) {
+INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
+                      uint8_t *codes, float *norms) {
     float *own = norms + tokens, *coded = own + tokens, *units = coded + tokens;
     const float *given = x + side->dim - 1;
     memset(own, 0, 2 * tokens * sizeof(float));
@@ -317,7 +320,7 @@ INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t 
             float norm = larger(given[t * stride], TINY);
             for (int64_t c = 0; c < channels; c++) units[t * channels + c] = x[t * stride + c] / norm;
         }
-        put_directions(g, units, tokens, record, codes);
+        put_directions(g, units, tokens, first, record, codes);
         for (int64_t t = 0; t < tokens; t++) {
             const float *unit = units + t * channels;
             float a = 0, b = 0;
@@ -335,46 +338,47 @@ INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t 
         float gain = smaller(own[t] / larger(coded[t], TINY), side->most);
         norms[t] = smaller(given[t * stride] * (side->power < 1 ? sqrtf(gain) : gain), HUGEST);
     }
-    put_halves(record + side->pieces->scale, norms, tokens);
+    put_halves(record + side->pieces->scale + 2 * first, norms, tokens);
 }
 
-INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_t tokens, uint8_t *record) {
+INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_t tokens, int64_t first,
+                        uint8_t *record) {
     for (int64_t t = 0; t < tokens; t++)
-        memcpy(record + g->plane[0].offset + t * g->plane[0].stride, x + t * stride, g->plane[0].stride);
+        memcpy(record + g->plane[0].offset + (first + t) * g->plane[0].stride, x + t * stride, g->plane[0].stride);
 }
 
 INLINE int64_t itemsize(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* A page of a side. codes [page_tokens, channels], and room for 3 * page_tokens + 2 numbers of each channel. */
-INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, uint8_t *record, uint8_t *codes,
-                        float *room) {
+/* A page of a side, or some of its tokens. codes [page_tokens, channels], and room for 3 * page_tokens + 2 numbers of each channel. */
+INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int64_t first, uint8_t *record,
+                        uint8_t *codes, float *room) {
     int64_t size = itemsize(side->dtype), stride;
     if (side->most > 0) {
         const float *from = floats(x, side->dtype, side->dim, side->dim, tokens, room, &stride);
-        put_joint(side, from, stride, tokens, record, codes, from == room ? room + tokens * side->dim : room);
+        put_joint(side, from, stride, tokens, first, record, codes, from == room ? room + tokens * side->dim : room);
         return;
     }
     for (const Piece *g = side->pieces; g < side->pieces + side->count; x += g->channels * size, g++) {
         if (g->kind != UNIFORM && g->kind != CODEBOOK) {
-            put_numbers(g, x, side->dim * size, tokens, record);
+            put_numbers(g, x, side->dim * size, tokens, first, record);
             continue;
         }
         const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, room, &stride);
         float *rest = from == room ? room + tokens * g->channels : room;
         if (g->kind == UNIFORM)
-            put_uniform(g, from, stride, tokens, record, codes, rest);
+            put_uniform(g, from, stride, tokens, first, record, codes, rest);
         else
-            put_codebook(g, from, stride, tokens, record, codes, rest);
+            put_codebook(g, from, stride, tokens, first, record, codes, rest);
     }
 }
 
 INLINE void encode(const Pages *p, int64_t m, uint8_t *codes, float *room) {
     uint8_t *record = p->pool + p->ids[m] * p->record_stride;
-    memset(record, 0, p->record_bytes); /* what lies between fields */
+    if (!p->rows) memset(record, 0, p->record_bytes); /* what lies between fields */
     for (int i = 0; i < 2; i++) {
         const Side *side = &p->side[i];
         int64_t bytes = p->page_tokens * side->dim * itemsize(side->dtype);
-        encode_side(side, side->x + m * bytes, p->page_tokens, record, codes, room);
+        encode_side(side, side->x + m * bytes, p->page_tokens, p->rows ? p->rows[m] : 0, record, codes, room);
     }
 }
 
@@ -400,7 +404,7 @@ static void run(const Pages *p, int64_t m, uint8_t *codes, float *room) {
     encode_portable(p, m, codes, room);
 }
 
-/* Whole records, summaries excepted, which become 0. Returns 0, or 1 where memory ran out. */
+/* Whole records, summaries excepted, which become 0; or tokens of them, and nothing else. Returns 0, or 1 where memory ran out. */
 int kvcomp_encode(const Pages *p) {
     int64_t widest = 0, threads = 1;
     for (int i = 0; i < 2; i++) widest = p->side[i].dim > widest ? p->side[i].dim : widest;

@@ -18,7 +18,7 @@ from . import KINDS, NOTHING, _compiled, level
 # Structures of the C kernel, as one row of numbers each.
 _PIECE = Struct("10q3f12q")
 _SIDE = "5q2f"
-_PAGES = Struct(2 * _SIDE + "7q")
+_PAGES = Struct(2 * _SIDE + "8q")
 
 
 class _Piece(NamedTuple):
@@ -104,25 +104,39 @@ def _obstacle(segment: Segment, side: SideLayout) -> str | None:
     return None
 
 
-def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, sides: Sides, layout: PageLayout) -> None:
+def write(
+    pool: Tensor,
+    ids: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sides: Sides,
+    layout: PageLayout,
+    rows: Tensor | None = None,
+) -> None:
     """Encode keys [M, P, Rk] and values [M, P, Rv], as `Codec.kernel_input` gives them, into the records ids [M] of a
     pool uint8 [records, bytes_per_page or more], as `sides` say. Summaries become 0.
 
-    What is stored without a grid must come in the dtype of its field.
+    rows int64 [M]: keys [M, 1, Rk] and values [M, 1, Rv] are single tokens, written where these tokens of a page lie,
+    of a layout that is `tokenwise`; all else of the records stays. What is stored without a grid must come in the dtype
+    of its field.
     """
     assert pool.dtype == torch.uint8
     assert pool.shape[1] >= layout.bytes_per_page
     assert pool.stride(1) == 1
+    assert rows is None or layout.tokenwise
+    tokens = layout.page_size if rows is None else 1
     ids = ids.to(torch.int64).contiguous()
+    rows = None if rows is None else rows.to(torch.int64).contiguous()
     inputs: list[Tensor] = []  # as long as the kernel reads them
     numbers: list[float] = []
     for x, side in zip((keys, values), sides, strict=True):
-        assert x.shape == (len(ids), layout.page_size, side.inputs)
+        assert x.shape == (len(ids), tokens, side.inputs)
         assert all(s.dtype == x.dtype for s in side.segments if isinstance(s, Numbers))
         inputs.append((x if x.dtype in KINDS else x.float()).contiguous())
         pieces = addressof(described(side, layout).buffer), len(side.segments)
         gain = (1.0, 0.0) if side.gain is None else (side.gain.power, side.gain.most)
         numbers += *pieces, inputs[-1].data_ptr(), side.inputs, KINDS[inputs[-1].dtype], *gain
-    sizes = pool.stride(0), layout.bytes_per_page, len(ids), layout.page_size, level()
-    if _compiled().kvcomp_encode(_PAGES.pack(*numbers, pool.data_ptr(), ids.data_ptr(), *sizes)):
+    places = pool.data_ptr(), ids.data_ptr(), 0 if rows is None else rows.data_ptr()
+    sizes = pool.stride(0), layout.bytes_per_page, len(ids), tokens, level()
+    if _compiled().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes)):
         raise MemoryError("no memory to write compressed pages")

@@ -190,6 +190,46 @@ def test_what_no_quantizer_of_ours_asks_for(pages: int, level: int, monkeypatch:
         assert torch.equal(found, expected)
 
 
+SINGLE = [
+    "none",
+    "int(bits=3)",
+    "int(bits=4, group=16)",
+    "int8",
+    "turboquant(bits=3)",
+    "turboquant(bits=2.5)",
+    "klt(bits=2)",
+]
+
+
+@compiled
+@pytest.mark.parametrize("level", range(BEST + 1))
+@pytest.mark.parametrize("spec", SINGLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_written_one_by_one_make_the_same_pages(
+    spec: str, level: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any order; what lies between fields and tokens that are not written stay as they were."""
+    torch.manual_seed(1)
+    size, pages = 16, 3
+    codec, layout = built(spec, 64, size, dtype)
+    k, v = (difficult(pages, size, 64, dtype, 1e4) for _ in range(2))
+    _, whole = compared(codec, layout, k, v, level, monkeypatch)
+    x, sides = codec.kernel_input(k, v, torch.zeros(pages, dtype=torch.int64)), codec.kernel_sides()
+    assert x is not None
+    assert sides is not None
+    token = torch.randperm(pages * size)[1:]
+    missing = next(iter(set(range(pages * size)) - set(token.tolist())))
+    ids = PagePool(layout, HOST).allocate(pages + 2).flip(0)[:pages]
+    found = torch.full_like(whole, 0xFF)
+    one_by_one = (t.flatten(0, 1)[token][:, None] for t in x)
+    encode.write(found, ids[token // size], *one_by_one, sides, layout, token % size)
+    for (name, a), b in zip(layout.views(found).items(), layout.views(whole).values(), strict=True):
+        b[ids[missing // size], missing % size].view(torch.uint8).fill_(0xFF)
+        assert torch.equal(a[ids].view(torch.uint8), b[ids].view(torch.uint8)), name
+    filled = sum(f.nbytes for f in layout.fields)
+    assert int((found[ids] == 0xFF).sum()) >= pages * (layout.bytes_per_page - filled)
+
+
 @compiled
 @pytest.mark.parametrize("spec", ["kivi(bits=2)", "int(bits=3)", "turboquant(bits=2.5)"])
 @pytest.mark.parametrize("level", range(BEST + 1))
