@@ -120,7 +120,7 @@ class Codec:
 
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
         """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_sides` at a time, what
-        `encode` gives; None: they cannot."""
+        `encode` gives; behind them each token's norm where a side has a gain. None: they cannot."""
         return None
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -295,6 +295,11 @@ class Policy(Stage):
     def watches(self) -> bool:
         """Whether `expired` needs the attention that pages receive."""
         return False
+
+    @property
+    def expires(self) -> bool:
+        """Whether `expired` may name any pages."""
+        return type(self).expired is not Policy.expired
 
     def expired(self, held: Held) -> Tensor | None:
         """bool [S, n]: the pages to free (None: none); n as long as the longest stream."""

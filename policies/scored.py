@@ -72,6 +72,16 @@ class ScoredPolicy(Policy):
         raise NotImplementedError
 
     @property
+    def voters(self) -> int | None:
+        """How many of the last queries `scores` looks at: it needs no others. None: at all of them."""
+        return None if self.needs_queries else 0
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every head of every layer keeps exactly `kept` tokens."""
+        return self.threshold is None and self.layers == "uniform" and self.heads != "adaptive"
+
+    @property
     def needs_model(self) -> bool:
         return self.critical
 
@@ -112,6 +122,10 @@ class ScoredPolicy(Policy):
     @property
     def watches(self) -> bool:
         return self.hold and self.budget is not None
+
+    @property
+    def expires(self) -> bool:
+        return self.watches
 
     def expired(self, held: Held) -> Tensor | None:
         """The pages that received least attention, of streams, or rows where heads share, that exceed the budget.

@@ -28,6 +28,7 @@ from .fingerprint import fingerprint
 from .hook import PREFIX, hook
 from .indexed import IndexedLayer
 from .layer import CompressedLayer
+from .preallocated import PreallocatedLayer, check_room
 from .saving import differences, essentials, layer_state, restore_layer, weights
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
@@ -44,11 +45,14 @@ class CompressedCache(Cache):
         stack: a spec such as "snapkv(keep=0.25) + kivi(bits=2)", or a Stack.
         model_or_config: the model, or the very config object that it was built from.
         max_tokens: refuse to grow beyond this many tokens per row; default max_position_embeddings of the config.
+        preallocate: reserve room for so many tokens per row, padding included, when the prompt comes, so that decode
+            steps have fixed shapes and addresses: `generate` compiles them on accelerators, as with transformers' own
+            static cache, and CUDA graphs can record them. Not for selectors, nor for policies that act while decoding.
 
     Raises:
         SpecError: a bad spec.
-        UnsupportedError: a model whose attention cannot be hooked, or a stack that cannot serve it.
-        KvcompError: a calibration file of another model.
+        UnsupportedError: a model whose attention cannot be hooked, or a stack that cannot serve it, or not so.
+        KvcompError: a calibration file of another model, or more room than the model has positions.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class CompressedCache(Cache):
         stack: str | Stack,
         model_or_config: PreTrainedModel | PreTrainedConfig,
         max_tokens: int | None = None,
+        preallocate: int | None = None,
     ) -> None:
         self.stack = Stack.parse(stack)
         config = self._check(model_or_config)
@@ -64,13 +69,18 @@ class CompressedCache(Cache):
         if max_tokens is None:
             max_tokens = getattr(config, "max_position_embeddings", None)
         types, kwargs = get_layer_types_and_kwargs(config)
+        if preallocate is not None:
+            check_room(config, types, preallocate, max_tokens)
         full = [i for i, kind in enumerate(types) if kind in OURS]
         choices: dict[int, Shared] = {}
         layers: list[Any] = []
         for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
             if kind in OURS:
                 plan = self.stack.plan(i, len(types), full)
-                layers.append(OURS[kind](plan, max_tokens, self.stack.prefill_chunk, choices))
+                if preallocate is not None:
+                    layers.append(PreallocatedLayer(plan, preallocate, self.stack.prefill_chunk, choices))
+                else:
+                    layers.append(OURS[kind](plan, max_tokens, self.stack.prefill_chunk, choices))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
@@ -142,6 +152,7 @@ class CompressedCache(Cache):
         model_or_config: PreTrainedModel | PreTrainedConfig,
         max_tokens: int | None = None,
         device: torch.device | str | None = None,
+        preallocate: int | None = None,
     ) -> CompressedCache:
         """The cache that `save` wrote, with its stack: generation goes on as from the one that was saved.
 
@@ -152,6 +163,7 @@ class CompressedCache(Cache):
             model_or_config: as for a new cache.
             max_tokens: as for a new cache.
             device: where the cache will lie; default the model's own, and the CPU for a config.
+            preallocate: as for a new cache.
 
         Raises:
             KvcompError: no such file, an incomplete one, one that holds no cache, or the cache of another model, dtype,
@@ -159,7 +171,7 @@ class CompressedCache(Cache):
             SpecError: the stack has stages that are not installed.
         """
         saved = saving.read(path)
-        cache = cls(saved.stack, model_or_config, max_tokens)
+        cache = cls(saved.stack, model_or_config, max_tokens, preallocate)
         found = differences(saved, cache._model, model_or_config)
         if found:
             raise KvcompError(f"load({os.fspath(path)!r}): the cache is of another model: {', '.join(found)}")
@@ -198,8 +210,10 @@ class CompressedCache(Cache):
 
         Raises:
             KvcompError: a span without a whole page, outside of the cache or compacted already, or a bad argument.
-            UnsupportedError: a stack with an eviction policy, padded rows, or MLA.
+            UnsupportedError: a stack with an eviction policy, padded rows, MLA, or a preallocated cache.
         """
+        if any(isinstance(layer, PreallocatedLayer) for layer in self.layers):
+            raise UnsupportedError("compact(): a preallocated cache has no place for biases: leave preallocate= out")
         source = self._source() if model is None else model
         if not isinstance(source, PreTrainedModel):
             raise KvcompError("compact(model=None): the cache was made from a config, so pass the model")
@@ -227,24 +241,25 @@ class CompressedCache(Cache):
             KvcompError: nothing was decoded from this cache yet.
         """
         layers = self._compressed()
-        if not any(layer.store.read for layer in layers):
+        found = [layer.read() for layer in layers]
+        if not any(read for read, _ in found):
             raise KvcompError("no decode step has read this cache yet: generate at least one token from it first")
         library = storage_bytes(self._library())
-        parts = add_parts([*(layer.store.read for layer in layers), {"library": library}])
-        return Traffic(read=sum(parts.values()), dense=sum(x.store.dense_read for x in layers) + library, parts=parts)
+        parts = add_parts([*(read for read, _ in found), {"library": library}])
+        return Traffic(read=sum(parts.values()), dense=sum(dense for _, dense in found) + library, parts=parts)
 
     def report(self) -> str:
         """The figures of `memory` and `traffic` as a few lines of text."""
         memory, ours = self.memory(), self._compressed()
         lines = [
             f"{self.stack}",
-            f"  tokens  {self.get_seq_length()} x {max(self.batch_size, 0)} rows, "
+            f"  tokens  {int(self.get_seq_length())} x {max(self.batch_size, 0)} rows, "
             f"{len(ours)} of {len(self.layers)} layers compressed",
             f"  held    {memory.held / MIB:9.2f} MiB  {memory.ratio:5.2f}x smaller than dense, "
             f"{memory.effective_bits:.2f} effective bits",
             "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in memory.parts.items()),
         ]
-        if any(layer.store.read for layer in ours):
+        if any(layer.read()[0] for layer in ours):
             traffic = self.traffic()
             lines += [
                 f"  read    {traffic.read / MIB:9.2f} MiB  {traffic.ratio:5.2f}x less than dense in the last step",
@@ -259,7 +274,7 @@ def memory_of(caches: Sequence[CompressedCache]) -> Memory:
     layers = [layer for cache in caches for layer in cache._compressed()]
     parts = [layer.held(seen) for layer in layers]
     compressed = sum(sum(p.values()) for p in parts)
-    dense = [layer.store.dense_bytes + _pending_bytes(layer) for layer in layers]
+    dense = [layer.dense_bytes for layer in layers]
     elements = sum(n // x.dtype.itemsize for n, x in zip(dense, layers, strict=True) if x.is_initialized)
     library = storage_bytes((tensor for cache in caches for tensor in cache._library()), seen)
     return Memory(
@@ -268,10 +283,6 @@ def memory_of(caches: Sequence[CompressedCache]) -> Memory:
         effective_bits=8 * compressed / elements if elements else 0.0,
         parts=add_parts([*parts, {"library": library}]),
     )
-
-
-def _pending_bytes(layer: CompressedLayer) -> int:
-    return 0 if layer.pending is None else layer.pending.keys.nbytes + layer.pending.values.nbytes
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:

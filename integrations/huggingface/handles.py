@@ -29,6 +29,12 @@ class Call(NamedTuple):
         return self.base(self.module, self.query, keys, values, self.mask, scaling=self.scaling, **self.kwargs)
 
 
+@torch.compiler.disable
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """The function, outside of any graph. Eager steps do without: this costs as much as an operation on tensors."""
+    return function(*args)
+
+
 class HandleLayer(CacheLayerMixin):
     """A cache layer whose `update` gives handles, so that the attention over them is its own.
 
@@ -55,6 +61,10 @@ class HandleLayer(CacheLayerMixin):
     def handles(self, keys: torch.Size, values: torch.Size, length: int) -> tuple[Handle, Handle]:
         """Handles for K and V of `length` tokens, of which the newest have these shapes."""
         return Handle(self, 0, keys, length), Handle(self, 1, values, length)
+
+    def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """`attention`, where graphs may have to break for it."""
+        return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
 
     @abstractmethod
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:

@@ -19,16 +19,20 @@ PREFIX = "kvcomp_"
 BASES = ("sdpa", "eager")
 
 
-def _base_attention(base: str, module: torch.nn.Module) -> Attention:
-    if base == "eager":
-        function: Attention = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        function = AttentionInterface._global_mapping[base]
-    return function
+def _base_attention(base: str) -> Attention:
+    def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if base == "eager":
+            function: Attention = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = AttentionInterface._global_mapping[base]
+        return function(module, *args, **kwargs)
+
+    return attend
 
 
 def _attention_function(base: str) -> Attention:
-    @torch.compiler.disable
+    function = _base_attention(base)
+
     def kvcomp_attention(
         module: torch.nn.Module,
         query: Tensor,
@@ -39,14 +43,13 @@ def _attention_function(base: str) -> Attention:
         indices: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        function = _base_attention(base, module)
         if isinstance(key, Handle):
             if indices is not None:
                 raise UnsupportedError(
                     f"{type(module).__name__} chooses by itself which tokens attention sees, which compressed keys and "
                     "values cannot follow yet: use the model's own cache"
                 )
-            return key.layer.attention(Call(function, module, query, attention_mask, scaling, kwargs))
+            return key.layer.answer(Call(function, module, query, attention_mask, scaling, kwargs))
         n, length = query.shape[2], key.shape[2]
         if (
             n > 1

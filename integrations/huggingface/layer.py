@@ -17,7 +17,7 @@ from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 
 from .attention_module import AttentionModule
-from .handles import Call, Handle, HandleLayer
+from .handles import Call, Handle, HandleLayer, apart
 from .masks import read_mask
 
 
@@ -95,19 +95,18 @@ class CompressedLayer(HandleLayer):
         _refuse_nothing(query_length)
         return super().get_mask_sizes(query_length)
 
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
+        new = key_states, value_states
+        return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         self.commit()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows, _, n, _ = key_states.shape
+        n = key_states.shape[2]
         _refuse_nothing(n)
-        if rows != self.store.rows:
-            raise KvcompError(
-                f"the cache holds {self.store.rows} rows, but the batch has {rows}: use a new cache, reset() this one, "
-                "or batch_repeat_interleave / batch_select_indices"
-            )
+        self.check_rows(key_states)
         history = self.store.history
         if self.max_tokens is not None and history.length + n > self.max_tokens:  # padding counts there
             seen = int(history.counts.max()) + n
@@ -127,6 +126,14 @@ class CompressedLayer(HandleLayer):
         self.pending = Pending(key_states, value_states)
         self.store.read = {}  # of the step that begins
         return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
+
+    def check_rows(self, new: Tensor) -> None:
+        """Raise a KvcompError unless new [B, ...] has the rows that are held."""
+        if new.shape[0] != self.store.rows:
+            raise KvcompError(
+                f"the cache holds {self.store.rows} rows, but the batch has {new.shape[0]}: use a new cache, reset() "
+                "this one, or batch_repeat_interleave / batch_select_indices"
+            )
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
@@ -165,9 +172,7 @@ class CompressedLayer(HandleLayer):
             visible = None if seen is None or seen.visible is None else seen.visible.to(query.device)
             part = store.attend(query, scale, softcap, (keys, values, visible))
             self._hold(valid, query, scale)
-        if call.kwargs.get("s_aux") is not None:
-            part = sink_logit(part, call.kwargs["s_aux"].view(1, -1, 1).expand_as(part.lse))
-        return _to_model(part, query), None
+        return answered(part, call), None
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced."""
@@ -278,6 +283,16 @@ class CompressedLayer(HandleLayer):
         """What the layer holds as transformers would, beside keys and values."""
         return []
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of full-precision K and V for all tokens seen, padding that is written excluded."""
+        pending = 0 if self.pending is None else self.pending.keys.nbytes + self.pending.values.nbytes
+        return self.store.dense_bytes + pending
+
+    def read(self) -> tuple[dict[str, int], int]:
+        """Bytes that the last decode step loaded, by part, and what it would have loaded without compression."""
+        return self.store.read, self.store.dense_read
+
     def held(self, seen: set[int]) -> dict[str, int]:
         parts = self.store.held(seen)
         if self.pending is not None:
@@ -290,8 +305,10 @@ def _refuse_nothing(tokens: int) -> None:
         raise KvcompError("the cache was given 0 new tokens: the prompt is empty, or all of it is cached already")
 
 
-def _to_model(part: Part, query: Tensor) -> Tensor:
-    """[B, Hq, n, Dv] float32 -> what attention functions return: [B, n, Hq, Dv] in the model's dtype."""
-    out = part.out
+def answered(part: Part, call: Call) -> Tensor:
+    """[B, Hq, n, Dv] float32, with the model's learned sinks where it has them (gpt-oss) -> what attention functions
+    return: [B, n, Hq, Dv] in the model's dtype."""
+    sinks = call.kwargs.get("s_aux")
+    out = (part if sinks is None else sink_logit(part, sinks.view(1, -1, 1).expand_as(part.lse))).out
     out = out.transpose(1, 2) if out.shape[2] > 1 else out.view(out.shape[0], 1, out.shape[1], out.shape[3])
-    return out.to(query.dtype).contiguous()
+    return out.to(call.query.dtype).contiguous()

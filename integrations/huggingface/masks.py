@@ -71,7 +71,9 @@ def mask_function(base: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Tensor | None:
         """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on. Everything else as the
-        base does, and where the model itself reads the mask."""
+        base does, and where the model itself reads the mask; of a cache with idle room behind the chunk it is whole."""
+        if q_length > 1 and kv_offset + kv_length > q_offset + q_length:
+            kwargs["allow_is_causal_skip"] = False
         ours = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
         if ours and q_length > 1 and q_offset > 0 and kv_offset == 0:
             return attention_mask

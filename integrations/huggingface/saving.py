@@ -16,6 +16,7 @@ from kvcomp.saving import Saved
 
 from .fingerprint import ESSENTIALS, fingerprint
 from .layer import CompressedLayer
+from .preallocated import PreallocatedLayer
 
 
 def essentials(config: PreTrainedConfig) -> dict[str, Any]:
@@ -50,7 +51,12 @@ def differences(saved: Saved, own: dict[str, Any], model: Any) -> list[str]:
 
 def layer_state(layer: Any) -> dict[str, Any]:
     """The state of a layer, ours or the library's own."""
-    return {"kind": type(layer).__name__, "own": layer.state() if isinstance(layer, CompressedLayer) else vars(layer)}
+    return {"kind": _kind(layer), "own": layer.state() if isinstance(layer, CompressedLayer) else vars(layer)}
+
+
+def _kind(layer: Any) -> str:
+    """A layer's class, but for how it decodes, which is not saved."""
+    return (CompressedLayer if isinstance(layer, PreallocatedLayer) else type(layer)).__name__
 
 
 def restore_layer(layer: Any, state: dict[str, Any], device: torch.device) -> None:
@@ -59,7 +65,7 @@ def restore_layer(layer: Any, state: dict[str, Any], device: torch.device) -> No
     Raises:
         KvcompError: another kind of layer, or pages of another layout.
     """
-    kind = type(layer).__name__
+    kind = _kind(layer)
     if kind != state["kind"]:
         raise KvcompError(f"a {state['kind']} was saved where this version of transformers has a {kind}")
     if isinstance(layer, CompressedLayer):

@@ -1,0 +1,191 @@
+"""A full-attention layer whose decode steps graphs take whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from kvcomp.attention import Part
+from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.layer import Shared
+from kvcomp.ledger import add_parts
+from kvcomp.plan import LayerPlan
+from kvcomp.preallocated import PreallocatedStore, decode_step, why_not
+
+from .handles import Call, Handle
+from .layer import CompressedLayer, Pending, answered
+
+
+def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_tokens: int | None) -> None:
+    """Raise an error unless a model with layers of these types can have a cache with room for so many tokens."""
+    others = sorted(set(types) - {"full_attention"})
+    if getattr(config, "kv_lora_rank", None):
+        others = ["latent attention (MLA)"]
+    if others:
+        raise UnsupportedError(
+            f"preallocate={tokens}: {config.model_type} has other layers than full attention ({', '.join(others)}), "
+            "whose steps are not of fixed shape here: leave preallocate= out"
+        )
+    if tokens < 1 or (max_tokens is not None and tokens > max_tokens):
+        most = "" if max_tokens is None else f", at most the model's max_position_embeddings={max_tokens}"
+        raise KvcompError(f"preallocate={tokens}: expected a positive number of tokens{most}")
+
+
+class PreallocatedLayer(CompressedLayer):
+    """A `CompressedLayer` with room for `tokens` columns per row.
+
+    Between forwards all tokens lie in the preallocated store, where single tokens are added and attended to by one
+    operator. Whatever else comes, a prompt or surgery, finds them in `store`.
+    """
+
+    is_compileable = True
+
+    def __init__(
+        self, plan: LayerPlan, tokens: int, prefill_chunk: int | None = None, choices: dict[int, Shared] | None = None
+    ) -> None:
+        why = why_not(plan)
+        if why is not None:
+            raise UnsupportedError(f"preallocate={tokens}: {why}; leave one of the two out")
+        self.preallocated = PreallocatedStore(plan, tokens)
+        super().__init__(plan, None, prefill_chunk, choices)
+
+    def reset(self) -> None:
+        super().reset()
+        self.preallocated.live = False
+
+    def activate_past_recording(self) -> None:
+        raise UnsupportedError(
+            "assisted decoding takes tokens back in every step, which a preallocated cache cannot: leave preallocate= "
+            "out"
+        )
+
+    def get_seq_length(self) -> Any:
+        """A tensor while steps may be a graph's, as of transformers' static layers: graphs are made for each int."""
+        return self.preallocated.length if self.preallocated.live else super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if not self.preallocated.live:
+            return super().get_mask_sizes(query_length)
+        single = query_length == 1
+        return self.preallocated.tokens if single else int(self.preallocated.length) + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.preallocated.tokens
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
+        if not self._steps(key_states):
+            return super().update(key_states, value_states)
+        self.check_rows(key_states)
+        self.pending = Pending(key_states, value_states)
+        return self.handles(key_states.shape, value_states.shape, self.preallocated.tokens)
+
+    def _steps(self, new: Tensor) -> bool:
+        """Whether tokens [B, H, n, D] that come are a step of the preallocated store."""
+        return self.preallocated.live and new.shape[2] == 1
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
+        tokens = int(self.get_seq_length()) + key_states.shape[2]
+        if tokens > self.preallocated.tokens:
+            raise KvcompError(
+                f"{tokens} tokens exceed preallocate={self.preallocated.tokens}, the room of this cache: ask for more"
+            )
+        self._give()
+        return super()._update(key_states, value_states)
+
+    def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return self._step(call) if self._steps(call.query) else super().answer(call)
+
+    def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        if self._steps(call.query):
+            return self._step(call)
+        result = super().attention(call)
+        if self.pending is None and not self.preallocated.live:  # a single token that was the prompt
+            self.preallocated.take(self.store)
+        return result
+
+    def _step(self, call: Call) -> tuple[Tensor, None]:
+        """Attention of a step, which the preallocated store takes."""
+        assert self.pending is not None
+        (keys, values, *_), self.pending, ahead = self.pending, None, self.preallocated
+        scale = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        softcap = call.kwargs.get("softcap") or 0.0
+        part = decode_step(call.query, keys, values, call.mask, ahead.length, ahead.name, scale, softcap)
+        ahead.length.add_(1)
+        return answered(Part(*part), call), None
+
+    def commit(self) -> None:
+        """Write the pending chunk to the store, and let the preallocated one take it over."""
+        new = self.pending is not None
+        super().commit()
+        if new:
+            self.preallocated.take(self.store)
+
+    def dense(self, which: int) -> Tensor:
+        raise UnsupportedError(
+            "this model reads keys and values as tensors instead of through its attention function, which a "
+            "preallocated cache cannot serve: leave preallocate= out"
+        )
+
+    def _give(self) -> bool:
+        """Let `store` hold all tokens; whether it did not."""
+        if self.preallocated.live:
+            self.preallocated.give(self.store)
+            return True
+        return False
+
+    @contextmanager
+    def _given(self) -> Iterator[bool]:
+        """Inside, `store` holds all tokens; whether it did not before."""
+        given = self._give()
+        try:
+            yield given
+        finally:
+            if given:
+                self.preallocated.take(self.store)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        with self._given():
+            super().crop(tokens_to_remove)
+
+    def select_rows(self, rows: Tensor) -> None:
+        with self._given():
+            super().select_rows(rows)
+
+    def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
+        """As without preallocation, but the twin has room and pages of its own."""
+        with self._given() as given:
+            twin = super().fork(choices)
+            assert isinstance(twin, PreallocatedLayer)
+            twin.preallocated = PreallocatedStore(self.plan, self.preallocated.tokens)
+        if given:
+            twin.preallocated.take(twin.store)
+        return twin
+
+    def state(self) -> dict[str, Any]:
+        with self._given():
+            return super().state()
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        super().restore(state, device)
+        if self.is_initialized and self.pending is None:
+            self.preallocated.take(self.store)
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.preallocated.dense_bytes if self.preallocated.live else super().dense_bytes
+
+    def read(self) -> tuple[dict[str, int], int]:
+        """Bytes that attention over what is held loads, by part: steps keep no record."""
+        if not self.preallocated.live:
+            return super().read()
+        return self.preallocated.read(), self.preallocated.dense_bytes
+
+    def held(self, seen: set[int]) -> dict[str, int]:
+        return add_parts([super().held(seen), self.preallocated.held(seen)])
