@@ -66,6 +66,10 @@ class TOVA(ScoredPolicy):
     def newest(self, count: int) -> int:
         return 1
 
+    @property
+    def voters(self) -> int:
+        return 1
+
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         received = votes(chunk.queries[:, :, -1:], chunk.keys, chunk.scale, chunk.alive)

@@ -45,6 +45,10 @@ class SnapKV(ScoredPolicy):
     def newest(self, count: int) -> int:
         return self.window
 
+    @property
+    def voters(self) -> int:
+        return self.window
+
     def scores(self, chunk: Chunk) -> Tensor:
         """[b, Hkv, n] float32: pooled votes, averaged over the group."""
         assert chunk.queries is not None

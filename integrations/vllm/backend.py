@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from kvcomp.errors import KvcompError, UnsupportedError
 
 from .setup import Setup
-from .specs import StreamingSpec
+from .specs import EvictingSpec
 from .step import Step
 
 
@@ -80,9 +80,8 @@ class PageBackend(AttentionBackend):
                 f"of {setup.dim}: serve this model without a stack"
             )
         record = setup.record_bytes(spec.num_kv_heads)
-        if setup.streaming is not None:
-            sinks, recent = setup.sinks, setup.streaming
-            spec = StreamingSpec.of(spec, exact_sinks=sinks, recent_kept=recent, page_size=setup.page_size)
+        if setup.stack.policies:
+            spec = EvictingSpec.of(spec, setup)
         return replace(spec, dtype=torch.uint8, state_content_bytes=record // setup.page_size)
 
 
@@ -100,19 +99,24 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                 f"{self.setup.stack}: this process has built an engine with {self.built_for.stack}, and vLLM keeps the "
                 "backend of the first: build the other engine in a process of its own"
             )
+        if self.setup.stack.policies:  # the runners tell prompt lengths where a window behind the prompt is set alone
+            model = vllm_config.model_config
+            model.model_arch_config.rswa_window = model.max_model_len  # one that leaves nothing out
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
         batch = common_attn_metadata
-        reqs = batch.num_reqs
-        prefilling = [False] * reqs if batch.is_prefilling is None else batch.is_prefilling[:reqs].tolist()
+        reqs, told = batch.num_reqs, batch.rswa_prefix_lens
+        if self.setup.stack.policies and told is None and bool(batch.block_table_tensor[:reqs].any()):
+            raise KvcompError(f"{self.setup.stack}: this version of vLLM does not tell how long prompts are")
+        prompts = [0] * reqs if told is None else told[:reqs].tolist()  # a batch without blocks is a dummy
         return Step.of(
             self.setup,
             self.kv_cache_spec.num_kv_heads,
             batch.query_start_loc[: reqs + 1].tolist(),
             batch.seq_lens[:reqs].tolist(),
-            prefilling,
+            prompts,
             batch.block_table_tensor,
             batch.slot_mapping,
         )

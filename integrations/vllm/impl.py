@@ -20,6 +20,7 @@ from kvcomp.kernels.select import regroup
 from kvcomp.pages import Summary
 from kvcomp.stages import Choice, Summaries
 
+from .keep import keep_chosen
 from .pages import Pages
 from .setup import Setup
 from .step import Group, Step
@@ -65,7 +66,7 @@ class PageAttention(AttentionImpl[Step]):
         self.window: Window | None = None
         self.handed: tuple[Group, Tensor, Tensor] | None = None
         if self.setup.slots:
-            self.window = Window(self.setup, self.num_kv_heads)
+            self.window = Window(self.setup, self.num_kv_heads, num_heads)
         Pages(self.setup, 0, self.num_kv_heads)  # refuses what cannot be served before there is anything to serve
 
     def forward(
@@ -86,23 +87,17 @@ class PageAttention(AttentionImpl[Step]):
         """
         if attn_metadata is None:  # vLLM measures memory, and there is no cache yet
             return output.zero_()
-        step = attn_metadata
         if self.pages is None:
             self.pages = Pages(self.setup, extract_layer_index(layer.layer_name), self.num_kv_heads)
         pages = self.pages.at(kv_cache)
         blocks = None
         if self.window is not None:
             blocks = get_forward_context().attn_metadata[self.window.name].blocks
-        held = [self._exact(pages, group, blocks) for group in step.groups]
-        # A request of this step may share a prefix with another one that is computed in it: write, then read.
-        self._write(pages, step, key, value, held)
         out = output.view(len(output), self.num_heads, -1)
-        for group, exact in zip(step.groups, held, strict=True):
-            new = (x[group.tokens] for x in (query, key, value))
-            out[group.tokens] = self._attend(pages, step, group, exact, *new).to(output.dtype)
-        if self.window is not None and blocks is not None:
-            rows, requests, slots = step.writes
-            self.window.write(blocks[requests], slots, key[rows], value[rows])
+        part: Step | None = attn_metadata
+        while part is not None:
+            self._run(pages, part, query, key, value, blocks, out)
+            part = part.then
         return output
 
     def read(self) -> int:
@@ -118,6 +113,30 @@ class PageAttention(AttentionImpl[Step]):
             size += int(group.exact.count_nonzero()) * self.num_kv_heads * layout.body_bytes
             exact = exact - group.exact.repeat_interleave(self.num_kv_heads)
         return size + int(exact.sum()) * 2 * self.head_size * self.setup.dtype.itemsize
+
+    def _run(
+        self, pages: Pages, step: Step, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor | None, out: Tensor
+    ) -> None:
+        """Attention of the step's tokens without what follows it, written to `out` [T, Hq, D], and what they leave."""
+        held = [self._exact(pages, group, blocks) for group in step.groups]
+        # A request of this step may share a prefix with another one that is computed in it: write, then read.
+        self._write(pages, step, key, value, held)
+        for group, exact in zip(step.groups, held, strict=True):
+            new = (x[group.tokens] for x in (query, key, value))
+            out[group.tokens] = self._attend(pages, step, group, exact, *new).to(out.dtype)
+        if self.window is None or blocks is None:
+            return
+        for keep in step.keeps:
+            group, exact = step.groups[keep.group], held[keep.group]
+            assert exact is not None
+            old = [x[keep.row, : int(group.exact[keep.row])] for x in exact]
+            ended = [x[group.tokens[keep.row]] for x in (query, key, value)]
+            keep_chosen(pages, self.window, keep, blocks[keep.request], old, ended, self.scale)
+        rows, requests, slots = step.writes
+        self.window.write(blocks[requests], slots, key[rows], value[rows])
+        if len(step.votes[0]):
+            rows, requests, slots = step.votes
+            self.window.write_queries(blocks[requests], slots, query[rows])
 
     def _exact(self, pages: Pages, group: Group, blocks: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Keys and values [R, n, H, D] of the tokens behind the pages; None where they are read once all is written."""

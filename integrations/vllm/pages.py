@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvcomp.errors import UnsupportedError
+from kvcomp.finite import saturated
+from kvcomp.pages import SUMMARY, Field
 
 from .setup import Setup
 
@@ -51,9 +54,7 @@ class Pages:
         k, v = (self._finite(x[kept]).flatten(0, 1)[:, None] for x in (keys, values))  # [T * H, 1, D]
         record = record.flatten()
         encoded = self.one.encode(k, v, heads.repeat(len(slots)))
-        for field in self.layout.fields:
-            at = self.layout.offsets[field.name]
-            rows = self.pool[:, at : at + field.nbytes].unflatten(1, (size, -1))  # uint8 [records, P, bytes]
+        for field, rows in self._rows():
             rows[record, row] = encoded[field.name].flatten(1).contiguous().view(torch.uint8)
 
     def write_pages(self, keys: Tensor, values: Tensor, records: Tensor) -> None:
@@ -69,11 +70,48 @@ class Pages:
             at = self.layout.offsets[field.name]
             self.pool[record, at : at + field.nbytes] = fields[field.name].flatten(1).contiguous().view(torch.uint8)
 
+    def rewrite(self, keys: Tensor, values: Tensor, records: Tensor, old: Tensor, origin: Tensor) -> None:
+        """As `write_pages`, of tokens that partly come from pages themselves: keys and values as those decode.
+
+        origin int64 [H, n]: which of the tokens in records `old` [H, o] each is; beyond o * P: it comes from elsewhere.
+        A page that holds its tokens singly gets them as they were: nothing is rounded twice.
+        """
+        size = self.setup.page_size
+        origin = origin[:, : records.shape[1] * size]
+        head, to = ((origin < old.shape[1] * size) & self.layout.tokenwise).nonzero(as_tuple=True)
+        at = origin[head, to]
+        moved = [rows[old[head, at // size], at % size] for _, rows in self._rows()] if len(head) else []
+        self.write_pages(keys, values, records)
+        for (_, rows), tokens in zip(self._rows() if moved else (), moved, strict=True):
+            rows[records[head, to // size], to % size] = tokens
+
+    def _rows(self) -> Iterator[tuple[Field, Tensor]]:
+        """Fields that attention reads, where the layout is `tokenwise`, and their tokens uint8 [records, P, bytes]."""
+        for field in self.layout.fields:
+            if not field.name.startswith(SUMMARY):
+                at = self.layout.offsets[field.name]
+                yield field, self.pool[:, at : at + field.nbytes].unflatten(1, (self.setup.page_size, -1))
+
     def decode(self, records: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [S, P, D] of records [S], float32 in original coordinates; what was not written may be
-        anything."""
+        """Keys and values [S, P, D] of records [S] of S streams, float32 in original coordinates; what was not written
+        may be anything."""
+        return self._decode(records, torch.arange(len(records), device=records.device))
+
+    def tokens(self, records: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, n * P, D] of records [H, n] in the model's dtype."""
+        heads, n = records.shape
+        if not n:
+            k = v = torch.zeros(heads, 0, self.setup.dim, dtype=self.setup.dtype, device=records.device)
+            return k, v
+        k, v = self._decode(records.flatten(), torch.arange(heads, device=records.device).repeat_interleave(n))
+        if not self.codec.lossless:
+            k, v = saturated(k, self.setup.dtype), saturated(v, self.setup.dtype)
+        k, v = (x.to(self.setup.dtype).unflatten(0, (heads, n)).flatten(1, 2) for x in (k, v))
+        return k, v
+
+    def _decode(self, records: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.codec.decode(self.layout.gather(self.pool, records))
-        return self.codec.inverse(k, v, torch.arange(len(records), device=records.device))
+        return self.codec.inverse(k, v, streams)
 
     def _finite(self, x: Tensor) -> Tensor:
         return x if self.codec.lossless else x.nan_to_num(0.0, 0.0, 0.0)

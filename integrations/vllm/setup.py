@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kvcomp.errors import SpecError, UnsupportedError
 from kvcomp.plan import LayerPlan
+from kvcomp.policies.scored import ScoredPolicy
 from kvcomp.policies.streaming import Streaming
 from kvcomp.stack import Stack
-from kvcomp.stages import PageShape
+from kvcomp.stages import PageShape, Policy
 
 from .plugin import VARIABLE
 
@@ -31,6 +32,24 @@ def stack_of(config: VllmConfig) -> Stack | None:
         raise SpecError(f'additional_config["{OPTION}"]={options!r}: expected {{"stack": "kivi(bits=2)"}}')
     spec = options["stack"] if options is not None else os.environ.get(VARIABLE)
     return Stack.parse(spec) if spec else None
+
+
+class Extent(NamedTuple):
+    """What a request holds, and where.
+
+    held: how many tokens pages and window are laid out for. pages: how many are read; gap: the columns (from, to) of
+    the block table between or before them, whose blocks are free. exact: tokens in the window alone, sinks among them.
+    """
+
+    held: int
+    pages: int
+    gap: tuple[int, int]
+    exact: int
+
+    @property
+    def end(self) -> int:
+        """The column of the page that comes next."""
+        return self.pages + self.gap[1] - self.gap[0]
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,11 @@ class Setup:
             )
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise UnsupportedError(f"{self.stack}: context parallelism splits a request's pages: leave it out")
+        if cache.enable_prefix_caching and self.policy is not None:
+            raise UnsupportedError(
+                f"{self.stack}: {self.policy.name} rewrites the pages of a prompt, which others then cannot share: "
+                "serve with --no-enable-prefix-caching"
+            )
         if cache.enable_prefix_caching and self.stack_window:
             raise UnsupportedError(
                 f"{self.stack} keeps {self.stack_window} in full precision per request, which a prefix found in the "
@@ -100,16 +124,7 @@ class Setup:
     def _check_stages(self, config: VllmConfig) -> None:
         stack, quantizer = self.stack, self.stack.quantizer
         for policy in stack.policies:
-            if not isinstance(policy, Streaming):
-                raise UnsupportedError(
-                    f"{policy.name} keeps other tokens in each layer or head, and a block of vLLM holds the same "
-                    "tokens of all of them: use streaming, or leave it out"
-                )
-            if policy.prefill_chunk is not None:
-                raise UnsupportedError(
-                    f"streaming(chunk={policy.prefill_chunk}): vLLM decides how prompts are cut "
-                    "(--max-num-batched-tokens): leave chunk out"
-                )
+            self._check_policy(policy, config.parallel_config.tensor_parallel_size)
         shape = self.shape(1, 0)
         if quantizer.needs_queries or quantizer.adapted_bytes(shape):
             raise UnsupportedError(
@@ -125,6 +140,36 @@ class Setup:
             raise UnsupportedError(
                 f"{quantizer.name}: a calibration knows all heads, and a rank has some: use one rank"
             )
+
+    def _check_policy(self, policy: Policy, ranks: int) -> None:
+        if policy.prefill_chunk is not None:
+            raise UnsupportedError(
+                f"{policy.name}(chunk={policy.prefill_chunk}): vLLM decides how prompts are cut "
+                "(--max-num-batched-tokens): leave chunk out"
+            )
+        if isinstance(policy, Streaming):
+            return
+        once = "use snapkv or another policy that chooses once, when the prompt is in"
+        why = None
+        if not isinstance(policy, ScoredPolicy) or policy.needs_model:
+            why = f"needs the model beside queries, keys and values, which vLLM's attention does not see: {once}"
+        elif not policy.uniform:
+            why = (
+                "keeps other numbers of tokens in each layer or head, and a block of vLLM serves all of them alike: "
+                "use snapkv or another policy with equal budgets"
+            )
+        elif policy.voters is None:
+            why = f"scores with all queries of the prompt, and vLLM may cut it: {once}"
+        elif policy.watches:
+            why = (
+                "lets pages go while generating, in each head others, and a block of vLLM has all heads: set hold=false"
+            )
+        elif len(self.stack.policies) > 1:
+            why = "has to be the only policy of the stack in vLLM: leave out the others"
+        elif ranks > 1 and "heads" in policy.same_tokens:
+            why = "keeps the same tokens in all heads, and a rank knows its own alone: set heads=own, or use one rank"
+        if why is not None:
+            raise UnsupportedError(f"{policy.name} {why}")
 
     # -- what follows from the stack ------------------------------------------------------------------------------
 
@@ -152,6 +197,20 @@ class Setup:
         kept = [p.recent for p in self.stack.policies if isinstance(p, Streaming)]
         return min(kept) if kept else None
 
+    @property
+    def policy(self) -> ScoredPolicy | None:
+        """What chooses, once a prompt is in, which of its tokens stay; None: nothing does."""
+        return next((p for p in self.stack.policies if isinstance(p, ScoredPolicy)), None)
+
+    @property
+    def voters(self) -> int:
+        """Of how many of a prompt's last tokens the policy needs the queries."""
+        return 0 if self.policy is None else self.policy.voters or 0
+
+    def kept(self, prompt: int) -> int:
+        """How many tokens of a prompt each head of each layer keeps, once it is in."""
+        return prompt if self.policy is None else self.policy.kept(prompt, self.sinks, self.recent, 0, self.layers)
+
     @cached_property
     def by_token(self) -> bool:
         """Whether a token can be written into its page by itself."""
@@ -172,11 +231,23 @@ class Setup:
         """How many pages of a request's first `tokens` tokens are encoded."""
         return max(tokens - self.sinks - self.recent, 0) // self.page_size
 
-    def expired(self, tokens: int) -> int:
-        """How many of the oldest pages a query behind `tokens` tokens no longer sees, once the prompt is in."""
-        if self.streaming is None:
-            return 0
-        return min(max(tokens - self.sinks - self.streaming, 0) // self.page_size, self.paged(tokens))
+    def extent(self, tokens: int, prompt: int) -> Extent:
+        """What a request holds of its first `tokens` tokens, `prompt` of which are its prompt.
+
+        Follows from these numbers alone: the workers know what vLLM's manager frees without being told. Until the
+        prompt is in, everything is held.
+        """
+        size = self.page_size
+        gone = prompt - self.kept(prompt) if tokens >= prompt else 0
+        held = tokens - gone
+        paged = self.paged(held)
+        exact = held - paged * size
+        if self.streaming is not None and tokens >= prompt:
+            expired = min(max(tokens - self.sinks - self.streaming, 0) // size, paged)
+            return Extent(held, paged - expired, (0, expired), exact)
+        first = self.paged(prompt - gone)
+        spare = -(-(gone + self.sinks + self.recent) // size) if gone else 0  # no token comes earlier into its column
+        return Extent(held, paged, (first, first + spare), exact)
 
     def plan(self, layer: int) -> LayerPlan:
         return self.stack.plan(layer, self.layers)

@@ -14,12 +14,14 @@ from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager, Ful
 from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from .setup import Setup
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
 class WindowManager(CircularBufferManager):
-    """Gives a request all blocks of its window when it is admitted, and keeps them until it ends."""
+    """Gives a request all blocks of its window when it is admitted. Those for queries go once the prompt is in."""
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -33,13 +35,23 @@ class WindowManager(CircularBufferManager):
         held.extend(self.block_pool.get_new_blocks(self.kv_cache_spec.blocks))
         return list(held)
 
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        if num_prompt_tokens is not None and processed_computed_tokens >= num_prompt_tokens:
+            self._remove_blocks_in_range(request_id, self.kv_cache_spec.kept_blocks, self.kv_cache_spec.blocks)
+
 
 @register_kv_cache_spec(manager_class=WindowManager, uniform_type_base_spec=CircularBufferSpec)
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(CircularBufferSpec):
-    """`blocks` blocks per request, each of as many bytes as a block of pages: both kinds come out of one pool."""
+    """`blocks` blocks per request, each of as many bytes as a block of pages: both kinds come out of one pool.
+
+    The first `kept_blocks` hold tokens, the others what a cut prompt's last queries were.
+    """
 
     blocks: int = 1
+    kept_blocks: int = 1
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return self.blocks * self.page_size_bytes
@@ -48,41 +60,38 @@ class WindowSpec(CircularBufferSpec):
         return self.blocks
 
 
-class StreamingManager(FullAttentionManager):
-    """Frees the pages between the sinks and the recent tokens, once the prompt is in.
-
-    How many follows from the number of tokens alone, as in `Setup.expired`: the workers know without being told.
-    """
+class EvictingManager(FullAttentionManager):
+    """Frees the blocks that `Setup.extent` leaves out."""
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         if num_prompt_tokens is None or processed_computed_tokens < num_prompt_tokens:
             return
-        spec = self.kv_cache_spec
-        gone = max(processed_computed_tokens - spec.exact_sinks - spec.recent_kept, 0) // spec.page_size
-        self._remove_blocks_in_range(request_id, 0, gone * spec.page_size // self.block_size)
+        setup = self.kv_cache_spec.setup
+        first, last = (
+            page * setup.page_size for page in setup.extent(processed_computed_tokens, num_prompt_tokens).gap
+        )
+        self._remove_blocks_in_range(request_id, -(-first // self.block_size), last // self.block_size)
 
 
-@register_kv_cache_spec(manager_class=StreamingManager, uniform_type_base_spec=FullAttentionSpec)
+@register_kv_cache_spec(manager_class=EvictingManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
-class StreamingSpec(FullAttentionSpec):
-    """Pages of `page_size` tokens behind `exact_sinks` tokens, of which those older than `recent_kept` tokens go."""
+class EvictingSpec(FullAttentionSpec):
+    """Pages of a stack with a policy, some of which no query reads once the prompt is in."""
 
-    exact_sinks: int
-    recent_kept: int
-    page_size: int
+    setup: Setup
 
     @property
     def prefix_cacheable(self) -> bool:
         return False
 
     @classmethod
-    def merge(cls, specs: list[StreamingSpec]) -> StreamingSpec:
+    def merge(cls, specs: list[EvictingSpec]) -> EvictingSpec:
         """The spec of all layers of a group, which must be equal; the inherited one forgets our fields."""
         assert all(spec == specs[0] for spec in specs[1:])
         return specs[0]
 
     @classmethod
-    def of(cls, spec: AttentionSpec, **more: int) -> StreamingSpec:
-        return cls(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init}, **more)
+    def of(cls, spec: AttentionSpec, setup: Setup) -> EvictingSpec:
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(spec) if f.init}, setup=setup)

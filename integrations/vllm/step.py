@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcomp.stages import Choice
 
-from .setup import Setup
+from .setup import Extent, Setup
+
+
+class Run(NamedTuple):
+    """Tokens `past` to `end` of a request (a row of the batch), which lie in the batch from row `start` on."""
+
+    request: int
+    start: int
+    past: int
+    end: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -52,20 +64,42 @@ class Fill:
     pages: Tensor
 
 
+@dataclass(frozen=True)
+class Keep:
+    """A prompt that is in with the new tokens, of which the policy keeps a part.
+
+    group, row: as in `Fill`. request: its row in the batch. old int64 [H, m]: records that hold its first tokens behind
+    the sinks. pages int64 [H, m']: those that what is kept goes to, as far as it fills whole pages. slots int64 [w]:
+    slots of the window that the rest goes to, sinks first. voters: how many of the last queries came in steps before.
+    """
+
+    group: int
+    row: int
+    request: int
+    old: Tensor
+    pages: Tensor
+    slots: Tensor
+    voters: int
+
+
 @dataclass
 class Step:
     """One step's batch.
 
     slot_mapping int64 [T]: a token's place in the pool, in tokens; -1 where it has none.
-    fills: pages that become full; writes int64 [3, w]: (row of the step, request, slot of its window) of new tokens
-    that the window keeps.
+    fills: pages that become full; keeps: prompts that are in and lose tokens. writes and votes int64 [3, w]: (row of
+    the step, request, slot of its window) of new tokens that the window keeps, and of queries.
+    then: what follows in the same step, of requests that bring tokens from behind such a prompt, too.
     choices: by layer, the pages that it chose and others follow in this step.
     """
 
     groups: list[Group]
     fills: list[Fill]
+    keeps: list[Keep]
     writes: Tensor
+    votes: Tensor
     slot_mapping: Tensor
+    then: Step | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
 
     @classmethod
@@ -75,67 +109,110 @@ class Step:
         heads: int,
         starts: list[int],
         lengths: list[int],
-        prefilling: list[bool],
+        prompts: list[int],
         table: Tensor,
         slot_mapping: Tensor,
     ) -> Step:
         """The step in which request r brings tokens starts[r] to starts[r + 1] of the batch, and has lengths[r] then.
 
-        table int32 [R, n]: blocks of one page; prefilling: whether a request's prompt is not all in yet.
+        prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page.
+
+        A request that was thrown out comes back as a prompt with its own words behind: those see, as they did at first,
+        what the policy kept of the prompt.
         """
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for r, length in enumerate(lengths):
-            if length and starts[r + 1] > starts[r]:
-                by_length[starts[r + 1] - starts[r]].append(r)
         table = table.to("cpu", torch.int64)
+        runs, behind = [], []
+        for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+            past, end = length - (starts[r + 1] - starts[r]), length
+            if past < prompt < length and setup.kept(prompt) < prompt:
+                behind.append(Run(r, starts[r] + prompt - past, prompt, length, prompt))
+                end = prompt
+            if past < end:
+                runs.append(Run(r, starts[r], past, end, prompt))
+        then = cls._made(setup, heads, behind, table, slot_mapping) if behind else None
+        return cls._made(setup, heads, runs, table, slot_mapping, then)
+
+    @classmethod
+    def _made(
+        cls,
+        setup: Setup,
+        heads: int,
+        runs: Sequence[Run],
+        table: Tensor,
+        slot_mapping: Tensor,
+        then: Step | None = None,
+    ) -> Step:
+        by_length: dict[int, list[Run]] = defaultdict(list)
+        for run in runs:
+            by_length[run.end - run.past].append(run)
         groups: list[Group] = []
-        fills, writes = [], []
-        for new, requests in by_length.items():
-            pasts = [lengths[r] - new for r in requests]
-            for row, (r, past) in enumerate(zip(requests, pasts, strict=True)):
-                first, end = setup.paged(past), setup.paged(past + new)
+        fills: list[Fill] = []
+        keeps: list[Keep] = []
+        writes, votes = [_nowhere()], [_nowhere()]
+        for same in by_length.values():
+            befores = [setup.extent(run.past, run.prompt) for run in same]
+            for row, (run, before) in enumerate(zip(same, befores, strict=True)):
                 if setup.by_token:
                     continue
-                if end > first:
-                    records = _records(table[r : r + 1, first:end], heads)
-                    sinks = min(setup.sinks, past)
-                    fills.append(Fill(len(groups), row, sinks, max(setup.sinks - past, 0), records))
-                kept = torch.arange(past, past + new)
-                kept = kept[(kept < setup.sinks) | (kept >= past + new - setup.ring)]
-                writes.append(torch.stack([kept - past + starts[r], torch.full_like(kept, r), _slot(setup, kept)]))
-            expired = [0 if prefilling[r] else setup.expired(p) for r, p in zip(requests, pasts, strict=True)]
-            groups.append(_group(setup, heads, new, requests, pasts, expired, starts, table))
-        kept_tokens = torch.cat(writes, 1) if writes else torch.zeros(3, 0, dtype=torch.int64)
-        return cls(groups, fills, kept_tokens, slot_mapping)
+                after, place = setup.extent(run.end, run.prompt), (len(groups), row)
+                if after.held - before.held < run.end - run.past:
+                    keeps.append(_keep(setup, heads, *place, run, before, after, table))
+                    continue
+                if after.end > before.end:
+                    records = _records(table[run.request, None, before.end : after.end], heads)
+                    fills.append(Fill(*place, min(setup.sinks, run.past), max(setup.sinks - run.past, 0), records))
+                held = torch.arange(before.held, after.held)
+                kept = held[(held < setup.sinks) | (held >= after.held - setup.ring)]
+                writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
+                votes.append(_votes(setup, run))
+            groups.append(_group(setup, heads, same, befores, table))
+        return cls(groups, fills, keeps, torch.cat(writes, 1), torch.cat(votes, 1), slot_mapping, then)
 
 
-def _group(
-    setup: Setup,
-    heads: int,
-    new: int,
-    requests: list[int],
-    pasts: list[int],
-    expired: list[int],
-    starts: list[int],
-    table: Tensor,
-) -> Group:
-    rows = torch.tensor(requests)
-    past = torch.tensor(pasts)
-    paged = torch.tensor([setup.paged(p) for p in pasts])
-    gone = torch.tensor(expired)
-    counts = paged - gone
-    column = torch.arange(int(counts.max()))
-    blocks = table[rows[:, None], (gone[:, None] + column).clamp_max(table.shape[1] - 1)]
-    blocks = blocks.masked_fill(column >= counts[:, None], 0)
-    exact = past - paged * setup.page_size
-    tail = table[rows, paged.clamp_max(table.shape[1] - 1)]
+def _nowhere() -> Tensor:
+    return torch.zeros(3, 0, dtype=torch.int64)
+
+
+def _moved(run: Run, tokens: Tensor, slots: Tensor) -> Tensor:
+    """As in `Step.writes`, the run's `tokens` [w], counted from its first, and the slots [w] that they go to."""
+    return torch.stack([tokens + run.start, torch.full_like(tokens, run.request), slots])
+
+
+def _votes(setup: Setup, run: Run) -> Tensor:
+    """As in `Step.votes`, queries of a prompt that is not in yet, among the last that it will have."""
+    slot = torch.arange(run.past, run.end) - (run.prompt - setup.voters)
+    voters = ((slot >= 0) & (run.end < run.prompt)).nonzero().flatten()
+    return _moved(run, voters, slot[voters])
+
+
+def _keep(
+    setup: Setup, heads: int, group: int, row: int, run: Run, before: Extent, after: Extent, table: Tensor
+) -> Keep:
+    old, pages = (_records(table[run.request, None, : extent.pages], heads) for extent in (before, after))
+    held = torch.arange(after.held)
+    exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
+    voters = max(run.past - (run.prompt - setup.voters), 0)
+    return Keep(group, row, run.request, old, pages, _slot(setup, exact), voters)
+
+
+def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Extent], table: Tensor) -> Group:
+    new = runs[0].end - runs[0].past
+    rows = torch.tensor([run.request for run in runs])
+    held, counts, exact, end = (
+        torch.tensor(numbers) for numbers in zip(*((e.held, e.pages, e.exact, e.end) for e in extents), strict=True)
+    )
+    first, last = torch.tensor([extent.gap for extent in extents]).T
+    page = torch.arange(int(counts.max()))
+    column = page + (last - first)[:, None] * (page >= first[:, None])
+    blocks = table[rows[:, None], column.clamp_max(table.shape[1] - 1)]
+    blocks = blocks.masked_fill(page >= counts[:, None], 0)
+    tail = table[rows, end.clamp_max(table.shape[1] - 1)]
     # Exact tokens in order: the sinks, then what lies behind the pages.
     place = torch.arange(int(exact.max()))
-    behind = place + (paged * setup.page_size)[:, None]
-    position = torch.where(place < setup.sinks, place, behind)
+    position = torch.where(place < setup.sinks, place, place + (held - exact)[:, None])
     return Group(
         rows,
-        torch.tensor([starts[r] for r in requests])[:, None] + torch.arange(new),
+        torch.tensor([run.start for run in runs])[:, None] + torch.arange(new),
         _records(blocks, heads).to(torch.int32),
         counts.repeat_interleave(heads),
         exact,

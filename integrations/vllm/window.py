@@ -6,6 +6,7 @@ vLLM allocates only for layers, so a window is one of its own: it lives in block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -69,19 +70,19 @@ class WindowBackend(AttentionBackend):
 
 
 class Window(nn.Module, AttentionLayerBase):
-    """The windows of one layer: `setup.slots` slots per request, each K and V [H, D] in the model's dtype."""
+    """The windows of one layer: `setup.slots` slots per request, each K and V [H, D] in the model's dtype.
 
-    def __init__(self, setup: Setup, heads: int) -> None:
+    Where a policy has voters, as many slots behind those for their queries [Hq, D], which go once the prompt is in.
+    """
+
+    def __init__(self, setup: Setup, heads: int, query_heads: int) -> None:
         super().__init__()
-        self.setup, self.heads = setup, heads
+        self.setup = setup
+        self.token, self.query = (heads, 2 * setup.dim), (query_heads, setup.dim)  # what slots hold
         self.kv_cache = torch.empty(0)
         layers = get_current_vllm_config().compilation_config.static_forward_context
         self.name = f"{NAME}.{sum(name.startswith(NAME) for name in layers)}"
         layers[self.name] = self
-
-    @property
-    def token_bytes(self) -> int:
-        return self.heads * 2 * self.setup.dim * self.setup.dtype.itemsize
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return WindowBackend
@@ -92,39 +93,63 @@ class Window(nn.Module, AttentionLayerBase):
         Raises:
             UnsupportedError: a block has no room for one token.
         """
-        size = vllm_config.cache_config.block_size
-        cell = self.setup.record_bytes(self.heads) // self.setup.page_size
-        per_block = size * self.heads * cell // self.token_bytes
-        if not per_block:
+        size, heads = vllm_config.cache_config.block_size, self.token[0]
+        cell = self.setup.record_bytes(heads) // self.setup.page_size
+        block = size * heads * cell
+        most = max(self.token, self.query, key=prod) if self.setup.voters else self.token
+        if block < self._bytes(most):
             raise UnsupportedError(
                 f"{self.setup.stack}: a block of {size} tokens is smaller than one token in full precision: use "
                 f"--block-size {4 * size}"
             )
+        kept, more = (
+            -(-slots // (block // self._bytes(slot)))
+            for slots, slot in ((self.setup.slots, self.token), (self.setup.voters, self.query))
+        )
         return WindowSpec(
             block_size=size,
-            num_kv_heads=self.heads,
+            num_kv_heads=heads,
             head_size=self.setup.dim,
             dtype=torch.uint8,
             state_content_bytes=cell,
-            blocks=-(-self.setup.slots // per_block),
+            blocks=kept + more,
+            kept_blocks=kept,
         )
-
-    @property
-    def cells(self) -> Tensor:
-        """[blocks, tokens per block, H, 2 D], K before V: a view of the pool."""
-        block = self.kv_cache.view(len(self.kv_cache), -1)
-        room = block.shape[1] // self.token_bytes
-        return block[:, : room * self.token_bytes].view(self.setup.dtype).unflatten(1, (room, self.heads, -1))
 
     def read(self, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [R, n, H, D] in slots [R, n] of requests whose blocks are [R, m]."""
-        cells = self.cells
-        found = cells[blocks.gather(1, slots // cells.shape[1]), slots % cells.shape[1]]
-        k, v = found.chunk(2, -1)
+        k, v = self._cells(self.token)[self._places(self.token, blocks, slots)].chunk(2, -1)
         return k, v
 
     def write(self, blocks: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep keys and values [w, H, D] in slots [w] of windows whose blocks are [w, m]."""
-        cells = self.cells
-        block = blocks.gather(1, (slots // cells.shape[1])[:, None])[:, 0]
-        cells[block, slots % cells.shape[1]] = torch.cat([keys, values], -1)
+        at = self._places(self.token, blocks, slots[:, None])
+        self._cells(self.token)[at] = torch.cat([keys, values], -1)[:, None]
+
+    def read_queries(self, blocks: Tensor, slots: Tensor) -> Tensor:
+        """Queries [R, n, Hq, D], as `read`."""
+        return self._cells(self.query)[self._places(self.query, self._behind(blocks), slots)]
+
+    def write_queries(self, blocks: Tensor, slots: Tensor, queries: Tensor) -> None:
+        """Keep queries [w, Hq, D], as `write`."""
+        at = self._places(self.query, self._behind(blocks), slots[:, None])
+        self._cells(self.query)[at] = queries[:, None]
+
+    def _behind(self, blocks: Tensor) -> Tensor:
+        """Those of a request's blocks [R, m] that are for queries."""
+        room = self._cells(self.token).shape[1]
+        return blocks[:, -(-self.setup.slots // room) :]
+
+    def _bytes(self, slot: tuple[int, int]) -> int:
+        return prod(slot) * self.setup.dtype.itemsize
+
+    def _cells(self, slot: tuple[int, int]) -> Tensor:
+        """[blocks, slots per block, *slot] in the model's dtype: a view of the pool."""
+        block = self.kv_cache.view(len(self.kv_cache), -1)
+        room = block.shape[1] // self._bytes(slot)
+        return block[:, : room * self._bytes(slot)].view(self.setup.dtype).unflatten(1, (room, *slot))
+
+    def _places(self, slot: tuple[int, int], blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `_cells` have slots [R, n] of requests whose blocks are [R, m]."""
+        room = self._cells(slot).shape[1]
+        return blocks.gather(1, slots // room), slots % room

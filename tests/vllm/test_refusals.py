@@ -47,7 +47,16 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("stack", "changes", "said"),
     [
-        ("snapkv(keep=0.25) + int8", {}, "snapkv keeps other tokens .* use streaming"),
+        ("pyramidkv(keep=0.25) + int8", {}, "pyramidkv keeps other numbers of tokens .* use snapkv"),
+        ("adakv(budget=256) + int8", {}, "adakv keeps other numbers of tokens .* use snapkv"),
+        ("knorm(threshold=-9.0) + int8", {}, "knorm keeps other numbers of tokens .* use snapkv"),
+        ("expected_attention + int8", {}, "expected_attention needs the model .* use snapkv"),
+        ("criticalkv + int8", {}, "criticalkv needs the model"),
+        ("kvzip + int8", {}, "kvzip needs the model"),
+        ("snapkv(budget=256, hold=true) + int8", {}, "snapkv lets pages go while generating, .* set hold=false"),
+        ("snapkv + streaming + int8", {}, "snapkv has to be the only policy"),
+        ("tova(keep=0.3) + int8", {"tensor_parallel_size": 2}, "tova keeps the same tokens in all heads, .* one rank"),
+        ("snapkv + int8", {"caching": True}, "snapkv rewrites the pages .* --no-enable-prefix-caching"),
         ("streaming(chunk=64) + int8", {}, "streaming.chunk=64.*leave chunk out"),
         ("klt(bits=4)", {}, "klt fits itself to each request"),
         ("kivi(bits=2)", {"caching": True}, "128 recent tokens .* --no-enable-prefix-caching, or add window"),
@@ -56,7 +65,7 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         ("int8", {"user_specified_block_size": True, "block_size": 16}, "use --block-size 64"),
         ("int8", {"decode_context_parallel_size": 2}, "context parallelism"),
         ("kivi(bits=2)", {"kv_transfer_config": object()}, "leave out --kv-transfer-config, or use a stack .* int"),
-        ("h2o(budget=256) + int8", {}, "h2o keeps other tokens .* use streaming"),
+        ("h2o(keep=0.2) + int8", {}, "h2o scores with all queries .* vLLM may cut it: use snapkv"),
     ],
 )
 def test_refused(stack: str, changes: dict[str, Any], said: str) -> None:

@@ -42,9 +42,12 @@ def requests() -> list[dict[str, Any]]:
     return [{"prompt": prompt, "tokens": 24} for prompt in prompts]
 
 
-def test_two_ranks_write_what_one_does(engine: ENGINE, tiny: dict[str, Any], requests: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("stack", ["kivi(bits=2)", "snapkv(budget=80, window=16) + kivi(bits=2, group=16)"])
+def test_two_ranks_write_what_one_does(
+    engine: ENGINE, tiny: dict[str, Any], requests: list[dict[str, Any]], stack: str
+) -> None:
     one, two = (
-        engine("kivi(bits=2)", [requests], tensor_parallel_size=ranks, distributed_executor_backend=executor, **tiny)
+        engine(stack, [requests], tensor_parallel_size=ranks, distributed_executor_backend=executor, **tiny)
         for ranks, executor in ((1, "uni"), (2, "mp"))
     )
     assert two["rounds"][0]["outputs"] == one["rounds"][0]["outputs"]

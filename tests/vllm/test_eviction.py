@@ -1,0 +1,288 @@
+"""Policies that choose what stays of a prompt: the blocks that this frees, and the text that it leaves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from kvcomp.integrations.vllm.setup import Setup
+from kvcomp.integrations.vllm.step import Step
+from kvcomp.stack import Stack
+from kvcomp.stages import Chunk
+
+HEADS, DIM = 2, 64
+COLUMNS = 24
+
+
+def setup_of(stack: str, drafts: int = 0) -> Setup:
+    return Setup(Stack.parse(stack), layers=4, dim=DIM, dtype=torch.float32, drafts=drafts)
+
+
+class Ledger:
+    """One request whose tokens are numbers, moved as a step says: what each record and each slot of a window holds.
+
+    Of its prompt each head keeps what chance says, the sinks and the recent tokens, as many as the setup.
+    """
+
+    def __init__(self, setup: Setup, prompt: int, seed: int) -> None:
+        self.setup, self.prompt, self.chance = setup, prompt, random.Random(seed)
+        self.table = torch.tensor(self.chance.sample(range(1, 100), COLUMNS))
+        self.records: dict[int, list[int]] = {}
+        self.window: list[dict[int, int]] = [{} for _ in range(HEADS)]
+        self.voters: dict[int, int] = {}
+        self.held: list[list[int]] = [[] for _ in range(HEADS)]
+
+    def step(self, past: int, end: int) -> None:
+        nothing = torch.zeros(end - past, dtype=torch.int64)
+        there = torch.arange(COLUMNS) * self.setup.page_size < end  # block 0 is nobody's
+        table = (self.table * there)[None]
+        step: Step | None = Step.of(self.setup, HEADS, [0, end - past], [end], [self.prompt], table, nothing)
+        while step is not None:
+            self.run(step, past)
+            step = step.then
+        assert min(self.records, default=HEADS) >= HEADS
+        first, last = self.setup.extent(end, self.prompt).gap
+        for column in range(first, last):  # another request writes there
+            for head in range(HEADS):
+                self.records.pop(int(self.table[column]) * HEADS + head, None)
+
+    def run(self, step: Step, past: int) -> None:
+        (group,) = step.groups
+        new = [past + row for row in group.tokens[0].tolist()]
+        moved = [(slot, past + row) for row, _, slot in step.writes.T.tolist()]
+        sinks, size = self.setup.sinks, self.setup.page_size
+        for head in range(HEADS):
+            exact = [self.window[head][slot] for slot in group.slots[0, : group.exact[0]].tolist()]
+            pages = [token for i in group.pages[head, : group.counts[head]].tolist() for token in self.records[i]]
+            first = min(sinks, len(exact))
+            assert exact[:first] + pages + exact[first:] == self.held[head]
+            self.held[head] += new
+            for fill in step.fills:
+                behind = exact[fill.sinks :] + new[fill.new_sinks :]
+                for i, record in enumerate(fill.pages[head].tolist()):
+                    self.records[record] = behind[i * size : (i + 1) * size]
+            for keep in step.keeps:
+                assert self.held[head] == list(range(self.prompt))
+                kept = self.held[head] = self.chosen()
+                for i, record in enumerate(keep.pages[head].tolist()):
+                    self.records[record] = kept[sinks + i * size : sinks + (i + 1) * size]
+                end = sinks + keep.pages.shape[1] * size
+                moved = list(zip(keep.slots.tolist(), kept[:sinks] + kept[end:], strict=True))
+                asked = [self.voters[slot] for slot in range(keep.voters)] + new
+                voters = range(self.prompt - self.setup.voters, self.prompt)
+                assert asked[len(asked) - len(voters) :] == list(voters)
+            self.window[head] |= dict(moved)
+            if not step.keeps and self.setup.streaming is not None and past + len(new) >= self.prompt:
+                gone = self.setup.extent(past + len(new), self.prompt).gap[1] * size
+                self.held[head] = self.held[head][:sinks] + list(range(sinks + gone, past + len(new)))
+        self.voters |= {slot: past + row for row, _, slot in step.votes.T.tolist()}
+
+    def chosen(self) -> list[int]:
+        protected = [*range(self.setup.sinks), *range(self.prompt - self.setup.recent, self.prompt)]
+        rest = sorted(set(range(self.prompt)) - set(protected))
+        kept = self.setup.kept(self.prompt)
+        return sorted(protected + self.chance.sample(rest, kept - len(protected)))
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        "snapkv(budget=96) + int8",
+        "snapkv(keep=0.3, window=20) + int8 + window(sinks=4, recent=30)",
+        "keydiff(keep=0.5) + kivi(bits=2, group=16) + window(sinks=0, recent=17)",
+        "tova(keep=0.1) + none + window(sinks=3, recent=0)",
+        "streaming(sinks=4, recent=64) + int8",
+    ],
+)
+def test_what_a_step_reads_is_what_is_held(stack: str) -> None:
+    """However a prompt and what follows it are cut, also within one step: the blocks that are free are never read."""
+    setup = setup_of(stack, drafts=3)
+    for seed in range(20):
+        chance = random.Random(seed)
+        prompt = chance.choice([1, 64, 65, 100, 150, 320, 500])
+        ledger = Ledger(setup, prompt, seed)
+        most = chance.choice([1, 7, 70, 900])
+        at = [0]
+        while at[-1] < prompt + 200:
+            at.append(at[-1] + chance.randint(1, most))
+        for past, end in pairwise(at):
+            if end > COLUMNS * setup.page_size:
+                break
+            ledger.step(past, end)
+
+
+@pytest.mark.parametrize("stack", ["snapkv(budget=96) + int8", "keydiff(keep=0.25) + kivi(bits=2)"])
+def test_extent(stack: str) -> None:
+    """Behind the prompt every page but those of what is kept is free, and pages to come have columns by then."""
+    setup = setup_of(stack)
+    size = setup.page_size
+    for prompt in range(1, 800, 37):
+        kept = setup.kept(prompt)
+        for tokens in range(prompt, prompt + 3 * size):
+            extent, after = setup.extent(tokens, prompt), setup.extent(tokens + 1, prompt)
+            assert extent.held == extent.pages * size + extent.exact == kept + tokens - prompt
+            columns, free = -(-tokens // size), extent.gap[1] - extent.gap[0]
+            assert after.end == extent.end or extent.end < -(-(tokens + 1) // size)
+            if kept == prompt:
+                assert free == 0
+            else:
+                assert columns - free <= setup.paged(kept) + 1 + -(-(tokens - prompt) // size)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "snapkv(budget=50, window=20)",
+        "chunkkv(keep=0.4, window=8)",
+        "tova(budget=40, hold=false)",
+        "knorm(keep=0.5)",
+        "keydiff(budget=33)",
+        "lagkv(keep=0.3, lag=16)",
+        "random(keep=0.2)",
+    ],
+)
+def test_the_last_queries_are_all_that_a_policy_asks_for(policy: str) -> None:
+    """And every head keeps as many tokens as the setup says, so that vLLM's manager knows."""
+    setup = setup_of(f"{policy} + int8 + window(sinks=2, recent=5)")
+    assert setup.policy is not None
+    assert setup.policy.uniform
+    keys, values = torch.randn(2, 1, HEADS, 130, DIM)
+    queries = torch.randn(1, 2 * HEADS, 130, DIM)
+    alive = torch.ones(1, HEADS, 130, dtype=torch.bool)
+    whole, last = (
+        setup.policy.select(Chunk(seen, keys, values, alive, 0, 2, 5, DIM**-0.5, 1, 4))
+        for seen in (queries, queries[:, :, 130 - setup.voters :])
+    )
+    assert torch.equal(whole, last)
+    assert whole.sum(-1).tolist() == [[setup.kept(130)] * HEADS]
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+ENGINE = Callable[..., dict[str, Any]]
+TEXT = Callable[[int, int], list[int]]
+SHARE = Callable[[list[list[int]], list[list[int]]], float]
+UNDECIDED = Callable[[list[list[int]], dict[str, Any]], float]
+ROOMY = Callable[[str], list[dict[str, Any]]]
+
+TOKENS = 32
+CLOSE = 0.15
+LENGTHS = (20, 100, 300, 130, 96, 340, 200, 15)
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+EXACT, LOSSY = "snapkv(budget=96, window=32) + none", "snapkv(budget=96, window=32) + int8"
+
+
+@pytest.fixture(scope="module")
+def requests(text: TEXT) -> list[dict[str, Any]]:
+    return [{"prompt": text(n, 40 * i), "tokens": TOKENS, "margins": True} for i, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def long(text: TEXT) -> list[dict[str, Any]]:
+    """Requests that write over the ends of several pages."""
+    lengths = ((100, 100), (300, 100), (130, 120))
+    return [{"prompt": text(n, 50 * i), "tokens": tokens, "margins": True} for i, (n, tokens) in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def roomy(engine: ENGINE, requests: list[dict[str, Any]], long: list[dict[str, Any]]) -> ROOMY:
+    """roomy(stack): rounds with room for all at once: requests of which every other one is aborted, all of the same,
+    and the long ones."""
+
+    @cache
+    def run(stack: str) -> list[dict[str, Any]]:
+        leaving = [request | {"abort_after": 5 if i % 2 else None} for i, request in enumerate(requests)]
+        result = engine(stack, [leaving, requests, long], max_num_batched_tokens=4096)
+        assert result["metrics"]["vllm:num_preemptions"] == 0
+        done: list[dict[str, Any]] = result["rounds"]
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize("stack", [EXACT, LOSSY])
+def test_text_equals_hugging_face(
+    roomy: ROOMY, hugging_face: Any, share: SHARE, requests: list[dict[str, Any]], stack: str
+) -> None:
+    aborted, whole, _ = roomy(stack)
+    some = [i for i, n in enumerate(LENGTHS) if n in (96, 100, 340)]  # what stays of them: all, almost all, few
+    expected = [hugging_face(stack, requests[i]["prompt"], TOKENS) for i in some]
+    assert share([whole["outputs"][i] for i in some], expected) >= 0.95
+    assert [len(output) for output in aborted["outputs"]] == [TOKENS, 5] * 4
+    assert aborted["held"][-1] == whole["held"][-1] == 0
+    for early, late in zip(aborted["outputs"], whole["outputs"], strict=True):
+        assert late[: len(early)] == early
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        "snapkv(keep=0.4, window=16) + kivi(bits=4, group=32) + window(sinks=4, recent=40)",
+        "keydiff(keep=0.5) + int(bits=4, group=32, basis=hadamard) + quest(pages=2)",
+        "tova(keep=0.3) + turboquant(bits=4)",
+    ],
+)
+def test_other_stacks(engine: ENGINE, hugging_face: Any, share: SHARE, text: TEXT, loose: TEXT, stack: str) -> None:
+    """Channels that share a scale, sinks and recent tokens, a selector over what is kept, heads that agree."""
+    prompts = [text(310, 300), loose(200, 2), text(40, 30)]
+    asked = [{"prompt": prompt, "tokens": TOKENS} for prompt in prompts]
+    written = engine(stack, [asked], max_num_batched_tokens=4096)["rounds"][0]["outputs"]
+    assert share(written, [hugging_face(stack, prompt, TOKENS) for prompt in prompts]) >= 0.95
+
+
+@pytest.mark.parametrize(("stack", "close"), [(EXACT, 0.0), (LOSSY, CLOSE)])
+def test_cut_prompts(
+    engine: ENGINE, roomy: ROOMY, undecided: UNDECIDED, requests: list[dict[str, Any]], stack: str, close: float
+) -> None:
+    """The queries that vote may come in other steps than the end of the prompt: 300 and 200 are cut within them."""
+    cut = engine(stack, [requests], max_num_batched_tokens=64)
+    assert undecided(cut["rounds"][0]["outputs"], roomy(stack)[1]) <= close
+
+
+@pytest.mark.parametrize(("stack", "blocks", "close"), [(EXACT, 12, 0.0), (LOSSY, 21, CLOSE)])
+def test_preemption(
+    engine: ENGINE,
+    roomy: ROOMY,
+    undecided: UNDECIDED,
+    long: list[dict[str, Any]],
+    stack: str,
+    blocks: int,
+    close: float,
+) -> None:
+    """What is computed again keeps of its prompt what it did at first, and its own words see no more than that."""
+    options = {"max_model_len": 512, "num_gpu_blocks_override": blocks}
+    small = engine(stack, [long], max_num_batched_tokens=4096, **options)
+    assert small["metrics"]["vllm:num_preemptions"] > 0
+    assert undecided(small["rounds"][0]["outputs"], roomy(stack)[-1]) <= close
+
+
+def test_drafts(engine: ENGINE, roomy: ROOMY, undecided: UNDECIDED, long: list[dict[str, Any]]) -> None:
+    result = engine(EXACT, [long], max_num_batched_tokens=4096, speculative_config=DRAFTS)
+    drafted, accepted = (result["metrics"][f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+    assert undecided(result["rounds"][0]["outputs"], roomy(EXACT)[-1]) == 0
+
+
+def test_blocks_go_back(engine: ENGINE, text: TEXT) -> None:
+    """Behind its prompt a request holds blocks for what is kept and for what it writes; others get the rest.
+
+    A block of int8 pages has room for 16 exact tokens, or 11 queries.
+    """
+    stack = "snapkv(budget=128, window=32) + int8"
+    asked = [{"prompt": text(448, 100 * i), "tokens": 70} for i in range(3)]
+    alone = engine(stack, [asked[:1], asked], max_num_batched_tokens=4096)["rounds"]
+    window, queries = 64 // 16, -(-32 // 11)
+    first = 448 // 64 + window + queries  # blocks while the prompt is computed
+    behind = 128 // 64 + 1 + window  # and until 64 tokens follow it
+    assert alone[0]["held"] == [first] + [behind] * 64 + [behind + 1] * 4 + [0]
+    blocks = first + 2 * (behind + 1) + 1  # one prompt, and two requests that are behind theirs
+    tight = engine(stack, [asked], max_num_batched_tokens=4096, max_model_len=1024, num_gpu_blocks_override=blocks)
+    assert tight["metrics"]["vllm:num_preemptions"] == 0
+    assert sum(size > 2 * behind for size in tight["rounds"][0]["held"]) > 60  # all three at once
+    assert tight["rounds"][0]["outputs"] == alone[1]["outputs"]
