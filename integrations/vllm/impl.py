@@ -149,8 +149,8 @@ class PageAttention(AttentionImpl[Step]):
     ) -> None:
         """Write the step's tokens, or the pages that they make full."""
         if self.setup.by_token:
-            slots = step.slot_mapping
-            pages.write_tokens(key[: len(slots)], value[: len(slots)], slots)
+            step.cells = step.cells or pages.cells(step.slot_mapping)
+            pages.write_tokens(key, value, step.cells)
             return
         for fill in step.fills:
             group, exact = step.groups[fill.group], held[fill.group]

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.finite import saturated
+from kvcomp.kernels.dispatch import encode_pages
 from kvcomp.pages import SUMMARY, Field
 
 from .setup import Setup
+
+
+class Cells(NamedTuple):
+    """Where single tokens go: which tokens of a step, int64 [t], and for each of their heads, int64 [t * H], its record,
+    the row in that, and the head."""
+
+    tokens: Tensor
+    records: Tensor
+    rows: Tensor
+    heads: Tensor
 
 
 class Pages:
@@ -43,32 +55,36 @@ class Pages:
         self.pool = kv_cache.view(kv_cache.shape[0] * kv_cache.shape[1], -1)
         return self
 
-    def write_tokens(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Write keys and values [T, H, D] one by one into slots int64 [T] of the pool; -1: not at all."""
+    def cells(self, slots: Tensor) -> Cells:
+        """Where tokens go whose slots int64 [T] of the pool are given, in every layer alike; -1: nowhere."""
+        size, every = self.setup.page_size, torch.arange(self.heads, device=slots.device)
+        tokens = (slots >= 0).nonzero().flatten()
+        slots = slots[tokens]
+        records = (slots // size)[:, None] * self.heads + every
+        return Cells(tokens, records.flatten(), (slots % size).repeat_interleave(self.heads), every.repeat(len(tokens)))
+
+    def write_tokens(self, keys: Tensor, values: Tensor, cells: Cells) -> None:
+        """Write tokens of keys and values [T, H, D] one by one."""
         assert self.one is not None
-        size, heads = self.setup.page_size, torch.arange(self.heads, device=slots.device)
-        kept = slots >= 0
-        slots = slots[kept]
-        record = (slots // size)[:, None] * self.heads + heads  # [T, H]
-        row = (slots % size).repeat_interleave(self.heads)
-        k, v = (self._finite(x[kept]).flatten(0, 1)[:, None] for x in (keys, values))  # [T * H, 1, D]
-        record = record.flatten()
-        encoded = self.one.encode(k, v, heads.repeat(len(slots)))
+        k, v = (self._finite(x[cells.tokens]).flatten(0, 1)[:, None] for x in (keys, values))  # [t * H, 1, D]
+        if encode_pages(self.pool, cells.records, self.layout, self.one, k, v, cells.heads, cells.rows):
+            return
+        encoded = self.one.encode(k, v, cells.heads)
         for field, rows in self._rows():
-            rows[record, row] = encoded[field.name].flatten(1).contiguous().view(torch.uint8)
+            rows[cells.records, cells.rows] = encoded[field.name].flatten(1).contiguous().view(torch.uint8)
 
     def write_pages(self, keys: Tensor, values: Tensor, records: Tensor) -> None:
         """Encode the first m * P tokens of keys and values [H, n, D] into records int64 [H, m]."""
-        pages, size = records.shape[1], self.setup.page_size
+        pages, size, record = records.shape[1], self.setup.page_size, records.flatten()
         k, v = (self._finite(x[:, : pages * size]).reshape(-1, size, x.shape[2]) for x in (keys, values))
         heads = torch.arange(self.heads, device=records.device).repeat_interleave(pages)
-        fields = self.codec.encode(k, v, heads)
-        if self.index is not None:
-            fields |= self.index.summarize(k, v, heads)
-        record = records.flatten()
+        fields = {} if self.index is None else self.index.summarize(k, v, heads)
+        if not encode_pages(self.pool, record, self.layout, self.codec, k, v, heads):
+            fields |= self.codec.encode(k, v, heads)
         for field in self.layout.fields:
-            at = self.layout.offsets[field.name]
-            self.pool[record, at : at + field.nbytes] = fields[field.name].flatten(1).contiguous().view(torch.uint8)
+            if field.name in fields:
+                at = self.layout.offsets[field.name]
+                self.pool[record, at : at + field.nbytes] = fields[field.name].flatten(1).contiguous().view(torch.uint8)
 
     def rewrite(self, keys: Tensor, values: Tensor, records: Tensor, old: Tensor, origin: Tensor) -> None:
         """As `write_pages`, of tokens that partly come from pages themselves: keys and values as those decode.

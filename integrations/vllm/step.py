@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcomp.stages import Choice
 
+from .pages import Cells
 from .setup import Extent, Setup
 
 
@@ -90,6 +91,7 @@ class Step:
     fills: pages that become full; keeps: prompts that are in and lose tokens. writes and votes int64 [3, w]: (row of
     the step, request, slot of its window) of new tokens that the window keeps, and of queries.
     then: what follows in the same step, of requests that bring tokens from behind such a prompt, too.
+    cells: what follows from it, where tokens are written singly, for all layers once one has asked.
     choices: by layer, the pages that it chose and others follow in this step.
     """
 
@@ -100,6 +102,7 @@ class Step:
     votes: Tensor
     slot_mapping: Tensor
     then: Step | None = None
+    cells: Cells | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
 
     @classmethod

@@ -38,7 +38,8 @@ def test_token_by_token_makes_the_page_that_is_encoded_whole(stack: str) -> None
     single, whole = bound(setup), bound(setup)
     for run in torch.randperm(2 * size).split(37):
         padded = torch.nn.functional.pad(slots[run], (0, 2), value=-1)
-        single.write_tokens(*(torch.nn.functional.pad(x[run], (0, 0, 0, 0, 0, 2)) for x in (k, v)), padded)
+        new = (torch.nn.functional.pad(x[run], (0, 0, 0, 0, 0, 2)) for x in (k, v))
+        single.write_tokens(*new, single.cells(padded))
     records = torch.tensor([5, 2]) * HEADS + torch.arange(HEADS)[:, None]
     whole.write_pages(k.transpose(0, 1), v.transpose(0, 1), records)
     assert torch.equal(single.pool, whole.pool)
