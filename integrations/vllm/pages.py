@@ -18,8 +18,8 @@ from .setup import Setup
 
 
 class Cells(NamedTuple):
-    """Where single tokens go: which tokens of a step, int64 [t], and for each of their heads, int64 [t * H], its record,
-    the row in that, and the head."""
+    """Where single tokens go: tokens int64 [t] of a step's; and int64 [t * H] the record, the row in it and the head of
+    each."""
 
     tokens: Tensor
     records: Tensor
