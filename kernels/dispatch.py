@@ -18,7 +18,7 @@ from kvcomp.kernel_layout import Sides
 from kvcomp.pages import PageLayout, PagePool
 from kvcomp.stages import Codec
 
-from . import cpu, reference
+from . import cpu, flashinfer, reference
 from .cpu import encode
 
 MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
@@ -52,6 +52,10 @@ def attend_pages(
         part = reference.attend_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages)
         return _with_tokens(queries, tokens, scale, softcap, part)
     if pool.is_cuda:
+        if not lse_of_pages and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None:
+            dense = flashinfer.attend(queries, pool, ids, counts, layout, sides, scale, softcap)
+            if dense is not None:
+                return _with_tokens(queries, tokens, scale, softcap, dense)
         return by_triton(queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens)
     pages = cpu.Pages(pool, ids, counts, layout, sides)
     if codec.rotates or (tokens is not None and not cpu.readable(tokens)):
@@ -193,7 +197,10 @@ def explain(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 
     if why is not None:
         return f"PyTorch: {why}"
     if device.type == "cuda":
-        return f"Triton, {torch.cuda.get_device_name(device)}"
+        sides = codec.kernel_sides()
+        assert sides is not None
+        other, name = flashinfer.obstacle(sides, codec.rotates, rows), torch.cuda.get_device_name(device)
+        return f"{flashinfer.WHERE}, {name}" if other is None else f"Triton, {name}; not FlashInfer: {other}"
     return f"C, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads"
 
 

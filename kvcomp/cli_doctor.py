@@ -14,7 +14,17 @@ from rich.table import Table
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("kvcomp", "torch", "transformers", "triton", "flashinfer-python", "vllm", "optimum-quanto", "lm-eval")
+PACKAGES = (
+    "kvcomp",
+    "torch",
+    "transformers",
+    "triton",
+    "flashinfer-python",
+    "flash-attn",
+    "vllm",
+    "optimum-quanto",
+    "lm-eval",
+)
 
 EXAMPLES = """Examples:
 

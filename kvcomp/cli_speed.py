@@ -58,7 +58,8 @@ def speed(
 
     First the attention of one layer alone, checked against the reference before it is timed, then whole steps of the
     model. GB/s are the cache's bytes that a step reads, over its time; beside them their share of what a copy of a
-    large tensor moves on this machine. "faster" compares with torch's attention over an uncompressed cache.
+    large tensor moves on this machine. "faster" compares with torch's attention over an uncompressed cache. On NVIDIA
+    GPUs FlashInfer and flash-attention are timed, too, where they are installed.
     """
     import torch
 
@@ -83,9 +84,12 @@ def speed(
     heads = bench.Geometry(shape.heads, shape.kv_heads, shape.k_dim, shape.v_dim)
     rate = bench.bandwidth(device)
     found: list[Timing] = []
+    absent: list[str] = []
     jobs = [(length, rows) for length in contexts for rows in batches]
     for length, rows in track(jobs, "attention of one layer", console=notes, transient=True):
-        found += bench.attention(heads, stack, length, rows, steps, held, device, layer=8)
+        found += bench.attention(heads, stack, length, rows, steps, held, device, 8, absent.append)
+    for line in dict.fromkeys(absent):
+        notes.print(line, highlight=False)
     if not attention:
         network, tokenizer = load_model(model, dtype=held, device=device)
         for length, rows in track(jobs, "steps of the model", console=notes, transient=True):

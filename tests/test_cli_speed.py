@@ -44,6 +44,9 @@ def test_all_stacks_beside_dense(tiny: Path, tmp_path: Path) -> None:
     assert (out / "speed.svg").read_text().startswith("<svg")
     for part in ("Attention of one layer", "Decode step", "GB/s", "of a copy", *stacks):
         assert part in result.stdout
+    if not torch.cuda.is_available():
+        line = "not timed: FlashInfer, FlashInfer fp8, flash-attention: there is no NVIDIA GPU"
+        assert result.stderr.count(line) == 1
 
 
 def test_bytes_are_those_of_the_stack() -> None:
@@ -90,7 +93,7 @@ def test_what_it_refuses(tiny: Path, tmp_path: Path) -> None:
 def test_doctor() -> None:
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    for part in ("torch", "C kernels", "kivi", "turboquant", "decode attention on cpu"):
+    for part in ("torch", "flash-attn", "C kernels", "kivi", "turboquant", "decode attention on cpu"):
         assert part in result.stdout
     kernel = "C, " if cpu.library() is not None else "PyTorch: the C kernel is not installed"
     asked = run("doctor", "--stack", "kivi(bits=2) + quest(pages=4)", "--head-dim", 64)
