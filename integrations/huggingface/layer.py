@@ -95,12 +95,15 @@ class CompressedLayer(HandleLayer):
         _refuse_nothing(query_length)
         return super().get_mask_sizes(query_length)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
         new = key_states, value_states
         return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
+        """`update`, outside of graphs."""
         self.commit()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
