@@ -57,9 +57,8 @@ class _Table(NamedTuple):
     plans: dict[_How, _Plan]
 
 
-_TABLES: MutableMapping[Tensor, _Table] = (
-    WeakTensorKeyDictionary()
-)  # ids -> _Table: a plan lives as long as the tensor that it was made of
+# By ids: a plan lives as long as the tensor that it was made of.
+_TABLES: MutableMapping[Tensor, _Table] = WeakTensorKeyDictionary()
 _failure: str | None = None
 
 
