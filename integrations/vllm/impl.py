@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from kvcomp.kernels.select import regroup
 from kvcomp.pages import Summary
 from kvcomp.stages import Choice, Summaries
 
-from .keep import keep_chosen
+from .keep import keep_chosen, let_go, score, watch
 from .pages import Pages
 from .setup import Setup
-from .step import Group, Step
+from .step import Group, Prompt, Step
 from .window import Window
 
 
@@ -126,12 +127,16 @@ class PageAttention(AttentionImpl[Step]):
             out[group.tokens] = self._attend(pages, step, group, exact, *new).to(out.dtype)
         if self.window is None or blocks is None:
             return
+        new = query, key, value
+        for prompt in step.scores:
+            score(pages, prompt, *_of_prompt(step, prompt, held, new), self.scale)
         for keep in step.keeps:
-            group, exact = step.groups[keep.group], held[keep.group]
-            assert exact is not None
-            old = [x[keep.row, : int(group.exact[keep.row])] for x in exact]
-            ended = [x[group.tokens[keep.row]] for x in (query, key, value)]
-            keep_chosen(pages, self.window, keep, blocks[keep.request], old, ended, self.scale)
+            old_new = _of_prompt(step, keep.prompt, held, new)
+            keep_chosen(pages, self.window, keep, blocks[keep.request], *old_new, self.scale)
+        if len(step.fresh):
+            pages.forget(step.fresh)
+        for leave in step.leaves:
+            let_go(pages, leave)
         rows, requests, slots = step.writes
         self.window.write(blocks[requests], slots, key[rows], value[rows])
         if len(step.votes[0]):
@@ -182,9 +187,12 @@ class PageAttention(AttentionImpl[Step]):
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # [S, n, D]
         exact = self._tokens(pages, group, held, k, v)
         parts = self._attend_pages(pages, step, group, q, exact)
+        groups = parts[0].groups if parts else None
         if n > 1:
             parts.append(attend_causal(q.unflatten(1, (-1, n)), k, v, self.scale, self.softcap))
-        out = merge(parts).out  # [S, G * n, D]
+        out, lse, _ = merge(parts)  # [S, G * n, D], [S, G * n]
+        if groups is not None:
+            watch(pages, group, groups, lse)
         return out.view(requests, self.num_heads, n, -1).transpose(1, 2)
 
     def _tokens(
@@ -224,7 +232,12 @@ class PageAttention(AttentionImpl[Step]):
         elif choice is not None:
             ids, counts = ids.gather(1, choice.positions), choice.valid
         self._remember(group, counts, exact)
-        part = attend_pages(q, pool, ids, counts, pages.layout, pages.codec, self.scale, self.softcap, False, exact)
+        watched = self.setup.most is not None
+        part = attend_pages(q, pool, ids, counts, pages.layout, pages.codec, self.scale, self.softcap, watched, exact)
+        if part.groups is not None and choice is not None:
+            every = part.groups.new_full((*part.groups.shape[:2], group.pages.shape[1]), -torch.inf)
+            place = choice.positions[:, None].expand_as(part.groups)  # of what is not valid: any, with -inf
+            part = part._replace(groups=every.scatter_reduce(2, place, part.groups, "amax"))
         return [part] if rest is None else [part, rest]
 
     def _remember(self, group: Group, pages: Tensor, exact: Tokens | None) -> None:
@@ -241,3 +254,12 @@ class PageAttention(AttentionImpl[Step]):
         held = Summaries(summary, group.counts, self.num_kv_heads, pages.layout.page_size, pages.by_tokens)
         choice = step.choices[plan.layer] = index.choose(q, self.scale, held)
         return choice, index.rest(q, self.scale, held, choice, self.softcap)
+
+
+def _of_prompt(
+    step: Step, prompt: Prompt, held: Sequence[tuple[Tensor, Tensor] | None], new: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values [w, H, D] of a prompt that its window holds, and the step's queries, keys and values [n, ...]."""
+    group, exact, row = step.groups[prompt.group], held[prompt.group], prompt.row
+    assert exact is not None
+    return [x[row, : int(group.exact[row])] for x in exact], [x[group.tokens[row]] for x in new]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Group:
     exact int64 [R]: tokens behind those pages, newer than them or sinks.
     tail int64 [R * H]: the record of the page that the next token belongs to (read where tokens are written singly).
     slots int64 [R, longest]: slots of the window that hold the exact tokens, where there is a window.
+    behind bool [R]: whether the prompt is in, and what pages receive is watched where pages leave.
     """
 
     requests: Tensor
@@ -44,6 +46,7 @@ class Group:
     exact: Tensor
     tail: Tensor
     slots: Tensor
+    behind: Tensor
 
     @property
     def new(self) -> int:
@@ -66,21 +69,45 @@ class Fill:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """A prompt that is in with the new tokens, of which the policy keeps a part.
+class Prompt:
+    """Tokens of a prompt, of which the policy is to keep a part.
 
-    group, row: as in `Fill`. request: its row in the batch. old int64 [H, m]: records that hold its first tokens behind
-    the sinks. pages int64 [H, m']: those that what is kept goes to, as far as it fills whole pages. slots int64 [w]:
-    slots of the window that the rest goes to, sinks first. voters: how many of the last queries came in steps before.
+    group, row: as in `Fill`. past: how many tokens came before. old int64 [H, m]: records that hold its first tokens
+    behind the sinks. cells int64 [H, c]: records of all columns that its tokens, the new ones too, fall into: their
+    tails have a place for a score of each, where scores are summed.
     """
 
     group: int
     row: int
-    request: int
+    past: int
     old: Tensor
+    cells: Tensor
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A prompt that is in with the new tokens, and what stays of it.
+
+    request: its row in the batch. pages int64 [H, m']: records that what is kept goes to, as far as it fills whole
+    pages. slots int64 [w]: slots of the window that the rest goes to, sinks first. voters: how many of the last queries
+    came in steps before.
+    """
+
+    prompt: Prompt
+    request: int
     pages: Tensor
     slots: Tensor
     voters: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Pages that leave: `count` of the records pages int64 [H, n], oldest first, of a request that has `tokens` tokens.
+    Behind that the first n - count records hold the others."""
+
+    pages: Tensor
+    tokens: int
+    count: int
 
 
 @dataclass
@@ -88,9 +115,11 @@ class Step:
     """One step's batch.
 
     slot_mapping int64 [T]: a token's place in the pool, in tokens; -1 where it has none.
-    fills: pages that become full; keeps: prompts that are in and lose tokens. writes and votes int64 [3, w]: (row of
-    the step, request, slot of its window) of new tokens that the window keeps, and of queries.
-    then: what follows in the same step, of requests that bring tokens from behind such a prompt, too.
+    fills: pages that become full; keeps: prompts that are in and lose tokens; scores: prompts that are not, whose
+    queries score their tokens; leaves: pages that leave. fresh int64 [f]: records that nothing was received by yet.
+    writes and votes int64 [3, w]: (row of the step, request, slot of its window) of new tokens that the window keeps,
+    and of queries.
+    then: what follows in the same step, of requests that bring tokens from behind a turn (`Setup.turns`), too.
     cells: what follows from it, where tokens are written singly, for all layers once one has asked.
     choices: by layer, the pages that it chose and others follow in this step.
     """
@@ -98,6 +127,9 @@ class Step:
     groups: list[Group]
     fills: list[Fill]
     keeps: list[Keep]
+    scores: list[Prompt]
+    leaves: list[Leave]
+    fresh: Tensor
     writes: Tensor
     votes: Tensor
     slot_mapping: Tensor
@@ -121,19 +153,21 @@ class Step:
         prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page.
 
         A request that was thrown out comes back as a prompt with its own words behind: those see, as they did at first,
-        what the policy kept of the prompt.
+        what the policy kept of the prompt, and later of them.
         """
         table = table.to("cpu", torch.int64)
-        runs, behind = [], []
+        levels: list[list[Run]] = [[]]
         for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-            past, end = length - (starts[r + 1] - starts[r]), length
-            if past < prompt < length and setup.kept(prompt) < prompt:
-                behind.append(Run(r, starts[r] + prompt - past, prompt, length, prompt))
-                end = prompt
-            if past < end:
-                runs.append(Run(r, starts[r], past, end, prompt))
-        then = cls._made(setup, heads, behind, table, slot_mapping) if behind else None
-        return cls._made(setup, heads, runs, table, slot_mapping, then)
+            past = length - (starts[r + 1] - starts[r])
+            edges = [past, *setup.turns(past, length, prompt), length] if past < length else []
+            levels += [[] for _ in range(len(edges) - 1 - len(levels))]
+            for level, (begin, end) in zip(levels, pairwise(edges), strict=False):
+                level.append(Run(r, starts[r] + begin - past, begin, end, prompt))
+        step = None
+        for runs in reversed(levels):
+            step = cls._made(setup, heads, runs, table, slot_mapping, step)
+        assert step is not None
+        return step
 
     @classmethod
     def _made(
@@ -143,7 +177,7 @@ class Step:
         runs: Sequence[Run],
         table: Tensor,
         slot_mapping: Tensor,
-        then: Step | None = None,
+        then: Step | None,
     ) -> Step:
         by_length: dict[int, list[Run]] = defaultdict(list)
         for run in runs:
@@ -151,6 +185,9 @@ class Step:
         groups: list[Group] = []
         fills: list[Fill] = []
         keeps: list[Keep] = []
+        scores: list[Prompt] = []
+        leaves: list[Leave] = []
+        fresh = [torch.zeros(0, dtype=torch.int64)]
         writes, votes = [_nowhere()], [_nowhere()]
         for same in by_length.values():
             befores = [setup.extent(run.past, run.prompt) for run in same]
@@ -158,18 +195,33 @@ class Step:
                 if setup.by_token:
                     continue
                 after, place = setup.extent(run.end, run.prompt), (len(groups), row)
-                if after.held - before.held < run.end - run.past:
-                    keeps.append(_keep(setup, heads, *place, run, before, after, table))
+                ends, loses = run.past < run.prompt <= run.end, setup.kept(run.prompt) < run.prompt
+                if ends and setup.most is not None:
+                    fresh.append(_columns(table, run, heads, 0, after.pages).flatten())
+                if ends and loses:
+                    keeps.append(
+                        _keep(setup, heads, _prompt(setup, heads, *place, run, before, table), run, after, table)
+                    )
                     continue
-                if after.end > before.end:
-                    records = _records(table[run.request, None, before.end : after.end], heads)
+                if run.end < run.prompt and loses and setup.sums:
+                    scores.append(_prompt(setup, heads, *place, run, before, table))
+                new = after.written - before.written
+                if new > 0:
+                    records = _columns(table, run, heads, before.column(before.pages), new)
                     fills.append(Fill(*place, min(setup.sinks, run.past), max(setup.sinks - run.past, 0), records))
+                if setup.most is not None and run.past >= run.prompt:
+                    pages = before.pages + new
+                    fresh.append(_columns(table, run, heads, before.pages, new).flatten())
+                    if pages > after.pages:
+                        records = _columns(table, run, heads, 0, pages)
+                        leaves.append(Leave(records, after.exact + pages * setup.page_size, pages - after.pages))
                 held = torch.arange(before.held, after.held)
                 kept = held[(held < setup.sinks) | (held >= after.held - setup.ring)]
                 writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
                 votes.append(_votes(setup, run))
             groups.append(_group(setup, heads, same, befores, table))
-        return cls(groups, fills, keeps, torch.cat(writes, 1), torch.cat(votes, 1), slot_mapping, then)
+        joined = torch.cat(fresh), torch.cat(writes, 1), torch.cat(votes, 1)
+        return cls(groups, fills, keeps, scores, leaves, *joined, slot_mapping, then)
 
 
 def _nowhere() -> Tensor:
@@ -188,22 +240,25 @@ def _votes(setup: Setup, run: Run) -> Tensor:
     return _moved(run, voters, slot[voters])
 
 
-def _keep(
-    setup: Setup, heads: int, group: int, row: int, run: Run, before: Extent, after: Extent, table: Tensor
-) -> Keep:
-    old, pages = (_records(table[run.request, None, : extent.pages], heads) for extent in (before, after))
+def _prompt(setup: Setup, heads: int, group: int, row: int, run: Run, before: Extent, table: Tensor) -> Prompt:
+    pages, cells = before.pages, -(-run.end // setup.page_size)
+    old, every = (_columns(table, run, heads, 0, count) for count in (pages, cells))
+    return Prompt(group, row, run.past, old, every)
+
+
+def _keep(setup: Setup, heads: int, prompt: Prompt, run: Run, after: Extent, table: Tensor) -> Keep:
+    pages = _columns(table, run, heads, 0, after.pages)
     held = torch.arange(after.held)
     exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
     voters = max(run.past - (run.prompt - setup.voters), 0)
-    return Keep(group, row, run.request, old, pages, _slot(setup, exact), voters)
+    return Keep(prompt, run.request, pages, _slot(setup, exact), voters)
 
 
 def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Extent], table: Tensor) -> Group:
     new = runs[0].end - runs[0].past
     rows = torch.tensor([run.request for run in runs])
-    held, counts, exact, end = (
-        torch.tensor(numbers) for numbers in zip(*((e.held, e.pages, e.exact, e.end) for e in extents), strict=True)
-    )
+    numbers = [(e.held, e.pages, e.exact, e.column(e.pages)) for e in extents]
+    held, counts, exact, end = (torch.tensor(column) for column in zip(*numbers, strict=True))
     first, last = torch.tensor([extent.gap for extent in extents]).T
     page = torch.arange(int(counts.max()))
     column = page + (last - first)[:, None] * (page >= first[:, None])
@@ -221,7 +276,13 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
         exact,
         (tail[:, None] * heads + torch.arange(heads)).flatten(),
         _slot(setup, position),
+        torch.tensor([run.past >= run.prompt for run in runs]),
     )
+
+
+def _columns(table: Tensor, run: Run, heads: int, first: int, count: int) -> Tensor:
+    """Records [H, count] of a request's columns from `first` on."""
+    return _records(table[run.request, None, first : first + count], heads)
 
 
 def _records(blocks: Tensor, heads: int) -> Tensor:

@@ -55,7 +55,8 @@ def test_tokens_that_come_from_pages(stack: str) -> None:
     old = torch.tensor([4, 1, 6]) * HEADS + torch.arange(HEADS)[:, None]
     pages.write_pages(*torch.randn(2, HEADS, 3 * size, DIM), old)
     tokens = [torch.cat([x, torch.randn(HEADS, 9, DIM)], 1) for x in pages.tokens(old)]  # nine that were in no page
-    origin = torch.stack([torch.randperm(3 * size + 9)[: 2 * size + 5].sort().values for _ in range(HEADS)])
+    chosen = torch.stack([torch.randperm(3 * size)[: 2 * size - 3].sort().values for _ in range(HEADS)])
+    origin = torch.cat([chosen, 3 * size + torch.arange(8).expand(HEADS, -1)], 1)
     kept = [x.take_along_dim(origin[..., None], 1) for x in tokens]
     pages.rewrite(*kept, old[:, :2], old, origin)
     for now, was in zip(pages.tokens(old[:, :2]), kept, strict=True):
