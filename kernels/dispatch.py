@@ -52,11 +52,14 @@ def attend_pages(
     sides = codec.kernel_sides()
     unread = in_tokens and pool.is_cpu  # the C kernel reads whole pages
     if sides is None or unread or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
-        ragged = True if pool.is_cuda else None  # there, to look would be to wait
+        ragged = None if pool.is_cpu else True  # elsewhere, to look would be to wait
         args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, ragged, in_tokens
         return _with_tokens(queries, tokens, scale, softcap, reference.attend_pages(*args))
     if pool.is_cuda:
-        if not (lse_of_pages or in_tokens) and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None:
+        if (
+            not (lse_of_pages or in_tokens)
+            and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None
+        ):
             dense = flashinfer.attend(queries, pool, ids, counts, layout, sides, scale, softcap)
             if dense is not None:
                 return _with_tokens(queries, tokens, scale, softcap, dense)
@@ -85,7 +88,7 @@ def by_triton(
     in_tokens: bool = False,
     workspace: Tensor | None = None,
 ) -> Part:
-    """As `attend_pages`, by the Triton kernels; exact where queries are float32. workspace: as `triton.attend` has it."""
+    """As `attend_pages`, by the Triton kernels; exact where queries are float32. workspace: see `triton.attend`."""
     from . import triton
 
     pages = triton.Pages(pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device))
@@ -97,10 +100,8 @@ def by_triton(
     part = part._replace(out=codec.read_output(part.out))
     if tokens is None:
         return part
-    part = triton.attend(queries, None, tokens, scale, softcap, prior=part, workspace=workspace)._replace(
-        groups=part.groups
-    )
-    return part
+    both = triton.attend(queries, None, tokens, scale, softcap, prior=part, workspace=workspace)
+    return both._replace(groups=part.groups)
 
 
 def write_pages(
@@ -181,7 +182,7 @@ def attend_tokens(
     longest, visible = tokens.keys.shape[1], None
     if tokens.counts.is_cpu:
         longest = int(tokens.counts.max())
-    if tokens.counts.is_cuda or bool((tokens.counts < longest).any()):  # on a GPU, to look would be to wait
+    if not tokens.counts.is_cpu or bool((tokens.counts < longest).any()):  # to look would be to wait
         there = torch.arange(longest, device=tokens.counts.device) < tokens.counts[:, None]
         visible = there[:, None].to(queries.device)
     part = attend(queries, tokens.keys[:, :longest], tokens.values[:, :longest], scale, visible, softcap)

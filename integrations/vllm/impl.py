@@ -20,6 +20,7 @@ from kvcomp.kernels.select import regroup
 from kvcomp.pages import Summary
 from kvcomp.stages import Choice, Summaries
 
+from .decode import DecodeStep
 from .keep import keep_chosen
 from .pages import Pages
 from .setup import Setup
@@ -27,7 +28,7 @@ from .step import Group, Step
 from .window import Window
 
 
-class PageAttention(AttentionImpl[Step]):
+class PageAttention(AttentionImpl[Step | DecodeStep]):
     """The attention of one layer over pages, a window where the stack needs one, and the step's own tokens."""
 
     def __init__(
@@ -64,10 +65,16 @@ class PageAttention(AttentionImpl[Step]):
         self.softcap = logits_soft_cap or None
         self.pages: Pages | None = None  # which layer this is shows at the first call
         self.window: Window | None = None
-        self.handed: tuple[Group, Tensor, Tensor] | None = None
+        self.handed: tuple[Group, Tensor, Tensor] | DecodeStep | None = None
         if self.setup.slots:
             self.window = Window(self.setup, self.num_kv_heads, num_heads)
         Pages(self.setup, 0, self.num_kv_heads)  # refuses what cannot be served before there is anything to serve
+
+    def bind(self, layer_name: str, device: torch.device) -> Pages:
+        """The layer's pages, for a pool on `device`."""
+        if self.pages is None:
+            self.pages = Pages(self.setup, extract_layer_index(layer_name), self.num_kv_heads, device)
+        return self.pages
 
     def forward(
         self,
@@ -76,7 +83,7 @@ class PageAttention(AttentionImpl[Step]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Step | None,
+        attn_metadata: Step | DecodeStep | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -87,9 +94,12 @@ class PageAttention(AttentionImpl[Step]):
         """
         if attn_metadata is None:  # vLLM measures memory, and there is no cache yet
             return output.zero_()
-        if self.pages is None:
-            self.pages = Pages(self.setup, extract_layer_index(layer.layer_name), self.num_kv_heads)
-        pages = self.pages.at(kv_cache)
+        pages = self.bind(layer.layer_name, kv_cache.device).at(kv_cache)
+        if isinstance(attn_metadata, DecodeStep):
+            self.handed = attn_metadata
+            out = output.view(len(output), self.num_heads, -1)
+            attn_metadata.attend(pages, query, key, value, self.scale, self.softcap, out)
+            return output
         blocks = None
         if self.window is not None:
             blocks = get_forward_context().attn_metadata[self.window.name].blocks
@@ -104,6 +114,8 @@ class PageAttention(AttentionImpl[Step]):
         """Bytes of the cache that the last step of single tokens loaded: pages, their ids, summaries, exact tokens."""
         if self.handed is None or self.pages is None:
             return 0
+        if isinstance(self.handed, DecodeStep):
+            return self.handed.read(self.pages.layout)
         group, pages, exact = self.handed
         layout = self.pages.layout
         size = group.pages.nbytes + int(pages.sum()) * layout.body_bytes
@@ -129,7 +141,7 @@ class PageAttention(AttentionImpl[Step]):
         for keep in step.keeps:
             group, exact = step.groups[keep.group], held[keep.group]
             assert exact is not None
-            old = [x[keep.row, : int(group.exact[keep.row])] for x in exact]
+            old = [x[keep.row, : group.held[keep.row]] for x in exact]
             ended = [x[group.tokens[keep.row]] for x in (query, key, value)]
             keep_chosen(pages, self.window, keep, blocks[keep.request], old, ended, self.scale)
         rows, requests, slots = step.writes
@@ -155,7 +167,7 @@ class PageAttention(AttentionImpl[Step]):
         for fill in step.fills:
             group, exact = step.groups[fill.group], held[fill.group]
             assert exact is not None
-            behind = slice(fill.sinks, int(group.exact[fill.row]))
+            behind = slice(fill.sinks, group.held[fill.row])
             rows = group.tokens[fill.row, fill.new_sinks :]
             k, v = (torch.cat([old[fill.row, behind], new[rows]]) for old, new in zip(exact, (key, value), strict=True))
             pages.write_pages(k.transpose(0, 1), v.transpose(0, 1), fill.pages)
@@ -173,8 +185,7 @@ class PageAttention(AttentionImpl[Step]):
         """[R, n, Hq, D] float32 of query [R, n, Hq, D] and the group's own key and value [R, n, H, D]."""
         requests, n = group.tokens.shape
         heads, queries = self.num_kv_heads, self.num_heads // self.num_kv_heads * n
-        past = bool(group.exact.any() or group.counts.any())
-        if n > 1 and not past and self.softcap is None:
+        if n > 1 and not group.past and self.softcap is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
             return dense.transpose(1, 2)
@@ -195,17 +206,17 @@ class PageAttention(AttentionImpl[Step]):
         key and value [S, n, D] are the group's new tokens: a single one goes behind the others.
         """
         counts = group.exact.repeat_interleave(self.num_kv_heads)
-        longest, alone = int(counts.max()), group.new == 1
+        longest, alone = group.longest, group.new == 1
         if not longest:
             return Tokens(key.contiguous(), value.contiguous(), counts + 1) if alone else None
         if held is not None:
             k, v = (x.transpose(1, 2).flatten(0, 1) for x in held)  # [S, longest, D]
         else:
             k, v = (x[:, :longest] for x in pages.decode(group.tail))
-        beyond = (torch.arange(longest) >= counts[:, None])[..., None]
+        beyond = (torch.arange(longest, device=counts.device) >= counts[:, None])[..., None]
         k, v = (x.masked_fill(beyond, 0) for x in (k, v))  # what lies there may be anything
         if alone:
-            every = torch.arange(len(counts))
+            every = torch.arange(len(counts), device=counts.device)
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
             k[every, counts], v[every, counts] = key[:, 0].to(k.dtype), value[:, 0].to(v.dtype)
             counts = counts + 1

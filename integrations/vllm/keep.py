@@ -38,9 +38,9 @@ def keep_chosen(
     )  # [H, prompt, D]
     prompt, queries = k.shape[1], None
     if setup.voters:
-        before = window.read_queries(blocks[None], torch.arange(keep.voters)[None])[0]
+        before = window.read_queries(blocks[None], torch.arange(keep.voters, device=blocks.device)[None])[0]
         queries = torch.cat([before, query[-(setup.voters - keep.voters) :]]).transpose(0, 1)[None]
-    alive = torch.ones(1, *k.shape[:2], dtype=torch.bool)
+    alive = torch.ones(1, *k.shape[:2], dtype=torch.bool, device=k.device)
     recent = min(setup.recent, prompt - setup.sinks)
     chunk = Chunk(queries, k[None], v[None], alive, 0, setup.sinks, recent, scale, plan.layer, plan.layers)
     chosen = setup.policy.select(chunk)[0].nonzero()[:, 1].view(len(k), -1)  # [H, kept], ascending

@@ -32,7 +32,7 @@ class Group:
 
     requests int64 [R]: their rows in the batch. tokens int64 [R, n]: their rows in the step's queries, keys, values.
     pages int32 [R * H, longest] and counts int64 [R * H]: records of the pool that each KV head reads, oldest first.
-    exact int64 [R]: tokens behind those pages, newer than them or sinks.
+    exact int64 [R]: tokens behind those pages, newer than them or sinks; held: the same numbers on the host.
     tail int64 [R * H]: the record of the page that the next token belongs to (read where tokens are written singly).
     slots int64 [R, longest]: slots of the window that hold the exact tokens, where there is a window.
     """
@@ -44,10 +44,21 @@ class Group:
     exact: Tensor
     tail: Tensor
     slots: Tensor
+    held: list[int]
 
     @property
     def new(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """The most exact tokens of a request."""
+        return self.slots.shape[1]
+
+    @property
+    def past(self) -> bool:
+        """Whether any of the requests has tokens before these."""
+        return self.longest + self.pages.shape[1] > 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class Keep:
 
 @dataclass
 class Step:
-    """One step's batch.
+    """One step's batch: planned on the host out of lengths alone, all tensors on the device of the pool.
 
     slot_mapping int64 [T]: a token's place in the pool, in tokens; -1 where it has none.
     fills: pages that become full; keeps: prompts that are in and lose tokens. writes and votes int64 [3, w]: (row of
@@ -118,12 +129,12 @@ class Step:
     ) -> Step:
         """The step in which request r brings tokens starts[r] to starts[r + 1] of the batch, and has lengths[r] then.
 
-        prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page.
+        prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page, on the device.
 
         A request that was thrown out comes back as a prompt with its own words behind: those see, as they did at first,
         what the policy kept of the prompt.
         """
-        table = table.to("cpu", torch.int64)
+        table = table.long()
         runs, behind = [], []
         for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
             past, end = length - (starts[r + 1] - starts[r]), length
@@ -169,7 +180,8 @@ class Step:
                 writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
                 votes.append(_votes(setup, run))
             groups.append(_group(setup, heads, same, befores, table))
-        return cls(groups, fills, keeps, torch.cat(writes, 1), torch.cat(votes, 1), slot_mapping, then)
+        moved, voting = (torch.cat(runs, 1).to(table.device, non_blocking=True) for runs in (writes, votes))
+        return cls(groups, fills, keeps, moved, voting, slot_mapping, then)
 
 
 def _nowhere() -> Tensor:
@@ -195,38 +207,38 @@ def _keep(
     held = torch.arange(after.held)
     exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
     voters = max(run.past - (run.prompt - setup.voters), 0)
-    return Keep(group, row, run.request, old, pages, _slot(setup, exact), voters)
+    slots = _slot(setup, exact).to(table.device, non_blocking=True)
+    return Keep(group, row, run.request, old, pages, slots, voters)
 
 
 def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Extent], table: Tensor) -> Group:
-    new = runs[0].end - runs[0].past
-    rows = torch.tensor([run.request for run in runs])
-    held, counts, exact, end = (
-        torch.tensor(numbers) for numbers in zip(*((e.held, e.pages, e.exact, e.end) for e in extents), strict=True)
-    )
-    first, last = torch.tensor([extent.gap for extent in extents]).T
-    page = torch.arange(int(counts.max()))
+    new, device = runs[0].end - runs[0].past, table.device
+    pairs = zip(runs, extents, strict=True)
+    numbers = torch.tensor([(r.request, r.start, e.held, e.pages, e.exact, e.end, *e.gap) for r, e in pairs])
+    rows, starts, held, counts, exact, end, first, last = numbers.to(device, non_blocking=True).T
+    page = torch.arange(max(extent.pages for extent in extents), device=device)
     column = page + (last - first)[:, None] * (page >= first[:, None])
     blocks = table[rows[:, None], column.clamp_max(table.shape[1] - 1)]
     blocks = blocks.masked_fill(page >= counts[:, None], 0)
     tail = table[rows, end.clamp_max(table.shape[1] - 1)]
     # Exact tokens in order: the sinks, then what lies behind the pages.
-    place = torch.arange(int(exact.max()))
+    place = torch.arange(max(extent.exact for extent in extents), device=device)
     position = torch.where(place < setup.sinks, place, place + (held - exact)[:, None])
     return Group(
         rows,
-        torch.tensor([run.start for run in runs])[:, None] + torch.arange(new),
+        starts[:, None] + torch.arange(new, device=device),
         _records(blocks, heads).to(torch.int32),
         counts.repeat_interleave(heads),
         exact,
-        (tail[:, None] * heads + torch.arange(heads)).flatten(),
+        (tail[:, None] * heads + torch.arange(heads, device=device)).flatten(),
         _slot(setup, position),
+        [extent.exact for extent in extents],
     )
 
 
 def _records(blocks: Tensor, heads: int) -> Tensor:
     """Records [R * H, n] of the pool's cells (block, head) of blocks [R, n]."""
-    return (blocks[:, None] * heads + torch.arange(heads)[:, None]).flatten(0, 1)
+    return (blocks[:, None] * heads + torch.arange(heads, device=blocks.device)[:, None]).flatten(0, 1)
 
 
 def _slot(setup: Setup, position: Tensor) -> Tensor:

@@ -86,9 +86,7 @@ def write_obstacle(sides: Sides) -> str | None:
     return pieces.obstacle(sides)
 
 
-def write(
-    pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written, rows: Tensor | None = None
-) -> None:
+def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written, rows: Tensor | None = None) -> None:
     """Encode keys [M, P, Dk] and values [M, P, Dv], as `Codec.kernel_input` gives them, into the pages ids [M] of a
     pool uint8 [pages, bytes_per_page or more]; below 0: into none. Summaries stay as they are.
 
@@ -150,8 +148,8 @@ def attend(
     CUDA graph, which needs those of tokens there, too; programs share evenly what a stream has, and those without a
     share end at once. Without pages, products are exact where queries are float32.
 
-    pages_of_split: at most; by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more, to
-    be used again; None: allocated. in_tokens: counts are of tokens, and the last page may be filled in part.
+    pages_of_split: at most; by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more,
+    to be used again; None: allocated. in_tokens: counts are of tokens, and the last page may be filled in part.
     """
     pool = ids = counts = k_book = v_book = None
     exact, description, each = queries.dtype == torch.float32, "", 1

@@ -588,8 +588,9 @@ def attend_kernel(
     IN_TOKENS: tl.constexpr,
 ):
     """One split of one stream. q [S, R, Dk], bias [S, R], pool uint8 in records of BYTES, ids [S, n], counts [S] of
-    pages, or of tokens; keys, values: bytes of exact tokens, whose strides are in bytes; out float32 [S, splits, R, Dv],
-    lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. A split that a stream has no tokens for writes nothing."""
+    pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in bytes; out float32 [S,
+    splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has no tokens for a split,
+    nothing is written."""
     blocks = tl.cdiv(rows, ROWS)
     stream = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -644,7 +645,8 @@ def merge_kernel(
 ):
     """sum_i w_i out_i, w_i = exp(lse_i - lse), over splits and what came before. Grid: (stream * rows). partial [S,
     splits, R, Dv] with lse in base 2; prior and out [S, R, Dv], their lse [S, R] in base e. Of the splits of pages
-    (PAGE = 0: there are none) those are read that counts [S] say were written; TOKENS: the last is the exact tokens'."""
+    (PAGE = 0: there are none) those are read that were written, by the same counts [S]; TOKENS: the last is the exact
+    tokens'."""
     at = tl.program_id(0).to(tl.int64)
     first = at // rows * splits * rows + at % rows
     channel = tl.arange(0, BLOCK)

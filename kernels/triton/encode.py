@@ -9,8 +9,8 @@ Scales, zeros and norms are rounded to float16 first, and codes against what is 
 those of IEEE 754, and nothing is fused, so that codes are the specification's. Two things are not determined by it: the
 sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another order.
 
-Grid: (page, tile of one of its segments). Moved: K and V once, the record once. A single token is a page of one, written
-to its row.
+Grid: (page, tile of one of its segments). Moved: K and V once, the record once. A single token is a page of one that
+is written to its row of a record.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -25,8 +25,8 @@ Exact = tuple[chunks.Chunks, chunks.Chunks]  # keys and values that are no pages
 def attention_constants(
     layout: chunks.Description, record_bytes: int, tokens: Exact, tokens_tile: int, rows: int, exact: bool
 ) -> dict[str, Any]:
-    """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows: of
-    a program; `exact` takes the most room."""
+    """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
+    of a program; `exact` takes the most room."""
     return {
         "K": layout.k,
         "V": layout.v,

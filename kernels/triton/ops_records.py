@@ -16,8 +16,8 @@ COPIED, WORDS = 64, 2048  # tokens of a program, and words of them
 
 
 def encode_constants(layout: pieces.Description, record_bytes: int, single: bool = False) -> dict[str, Any]:
-    """What `encode_kernel` is compiled for, and how: without fused operations, which round otherwise. record_bytes: from
-    a page of the pool to the next."""
+    """What `encode_kernel` is compiled for, and how: without fused operations, which round otherwise. record_bytes:
+    from a page of the pool to the next; single: of tokens one by one."""
     return {
         "PIECES": layout.pieces,
         "GAPS": layout.gaps,

@@ -44,7 +44,7 @@ WRITTEN = (
     *("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)"),
     *("fp8", "nvfp4", "mxfp4", "klt(bits=2)"),
 )
-BY_TOKEN = ("none", "int(bits=4)", "int(bits=2)", "turboquant(bits=4)", "fp8", "mxfp4")  # whose pages may be filled in part
+BY_TOKEN = ("none", "int(bits=4)", "int(bits=2)", "turboquant(bits=4)", "fp8", "mxfp4")  # stacks without a window
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     "q": "*bf16",
