@@ -142,8 +142,8 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
             return decoder.plan(batch.block_table_tensor[some], batch.seq_lens[some], batch.slot_mapping[some])
         reqs, told = batch.num_reqs, batch.rswa_prefix_lens
         starts, lengths = batch.query_start_loc, batch.seq_lens
-        # What the host knows is exact unless drafts were verified on the device: those steps wait for it. So do those of
-        # a stack with a policy where the runner (V2) has the prompts' lengths on the device alone.
+        # What the host knows is exact unless drafts were verified on the device: those steps wait for it. So do those
+        # of a stack with a policy, where the runner (V2) has the prompts' lengths on the device alone.
         if not (lengths.is_cpu or self.setup.drafts or batch.seq_lens_cpu_upper_bound is None):
             starts, lengths = batch.query_start_loc_cpu, batch.seq_lens_cpu_upper_bound
         if self.setup.stack.policies and told is None and bool(batch.block_table_tensor[:reqs].any()):

@@ -57,7 +57,7 @@ class Case:
         pool = torch.full((BLOCKS, heads, size, cell), 0xFF, dtype=torch.uint8, device=DEVICE)
         self.pages = Pages(self.setup, 3, heads, DEVICE).at(pool)
         self.decoder = self.made(DEVICE)
-        assert obstacle(self.pages, group, torch.device("cpu")) is None
+        assert obstacle(self.pages, group, torch.device("cuda")) is None
 
     def made(self, device: torch.device) -> Decoder:
         sizes = self.setup.page_size, self.heads, self.group, most_channels([self.pages.codec])
@@ -127,6 +127,7 @@ class Case:
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "on_gpu", lambda _: not dispatch._reference_only)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:4])))
@@ -194,7 +195,6 @@ def test_room_for_as_many_splits_as_there_are(requests: int, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("stack", "words"), [("kivi(bits=4)", "one by one"), ("int(bits=3, group=4)", "no multiple of 8")]
 )
-def test_what_is_not_decoded_so(stack: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+def test_what_is_not_decoded_so(stack: str, words: str) -> None:
     setup = Setup(Stack.parse(stack), layers=4, dim=64, dtype=torch.float32, drafts=0)
     assert words in str(obstacle(Pages(setup, 0, 2), 3, torch.device("cuda")))
