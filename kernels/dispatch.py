@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,19 +46,25 @@ def attend_pages(
     softcap: float | None = None,
     lse_of_pages: bool = False,
     tokens: Tokens | None = None,
+    in_tokens: bool = False,
 ) -> Part:
     """As `reference.attend_pages`, by the fastest kernel that there is for these pages, and over exact `tokens` too."""
     sides = codec.kernel_sides()
     if sides is None or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
-        part = reference.attend_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages)
-        return _with_tokens(queries, tokens, scale, softcap, part)
+        ragged = None if pool.is_cpu else True  # elsewhere, to look would be to wait
+        args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, ragged, in_tokens
+        return _with_tokens(queries, tokens, scale, softcap, reference.attend_pages(*args))
     if pool.is_cuda:
-        if not lse_of_pages and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None:
+        if (
+            not (lse_of_pages or in_tokens)
+            and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None
+        ):
             dense = flashinfer.attend(queries, pool, ids, counts, layout, sides, scale, softcap)
             if dense is not None:
                 return _with_tokens(queries, tokens, scale, softcap, dense)
-        return by_triton(queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens)
-    pages = cpu.Pages(pool, ids, counts, layout, sides)
+        args = queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens
+        return by_triton(*args, in_tokens)
+    pages = cpu.Pages(pool, ids, counts, layout, sides, in_tokens)
     if codec.rotates or (tokens is not None and not cpu.readable(tokens)):
         rotated, bias = codec.read_query(queries.float())
         part = cpu.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
@@ -77,19 +84,23 @@ def by_triton(
     softcap: float | None,
     lse_of_pages: bool,
     tokens: Tokens | None,
+    in_tokens: bool = False,
+    workspace: Tensor | None = None,
 ) -> Part:
-    """As `attend_pages`, by the Triton kernels; exact where queries are float32."""
+    """As `attend_pages`, by the Triton kernels; exact where queries are float32. workspace: see `triton.attend`."""
     from . import triton
 
     pages = triton.Pages(pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device))
+    how: dict[str, Any] = {"lse_of_pages": lse_of_pages, "workspace": workspace, "in_tokens": in_tokens}
     if not codec.rotates:
-        return triton.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
+        return triton.attend(queries, pages, tokens, scale, softcap, **how)
     rotated, bias = codec.read_query(queries.float())
-    part = triton.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
+    part = triton.attend(rotated, pages, None, scale, softcap, bias, **how)
     part = part._replace(out=codec.read_output(part.out))
     if tokens is None:
         return part
-    return triton.attend(queries, None, tokens, scale, softcap, prior=part)._replace(groups=part.groups)
+    both = triton.attend(queries, None, tokens, scale, softcap, prior=part, workspace=workspace)
+    return both._replace(groups=part.groups)
 
 
 def write_pages(
@@ -124,10 +135,10 @@ def encode_pages(
     be written. False, and nothing is done, where no kernel can write these pages.
 
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
-    of a layout that is `tokenwise`.
+    of a layout that is `tokenwise`. On a GPU, ids below 0 are written nowhere.
     """
     sides = codec.kernel_sides()
-    if sides is None or not writable(pool, sides, layout, rows is not None):
+    if sides is None or not writable(pool, sides):
         return False
     x = codec.kernel_input(keys, values, streams)
     if x is None:
@@ -135,19 +146,18 @@ def encode_pages(
     if on_gpu(pool):
         from . import triton
 
-        triton.write(pool, ids, *x, triton.written(sides, layout, pool.device))
+        triton.write(pool, ids, *x, triton.written(sides, layout, pool.device, rows is not None), rows)
     else:
         encode.write(pool, ids, *x, sides, layout, rows)
     return True
 
 
-def writable(pool: Tensor, sides: Sides, layout: PageLayout, single: bool = False) -> bool:
+def writable(pool: Tensor, sides: Sides) -> bool:
     """Whether a kernel writes pages of this pool whose K and V are to be read as `sides` say, or single tokens."""
     if on_gpu(pool):
         from . import triton
 
-        whole = not single and pool.shape[1] == layout.bytes_per_page
-        return whole and triton.write_obstacle(sides) is None
+        return triton.write_obstacle(sides) is None
     available = pool.is_cpu and not _reference_only and cpu.library() is not None
     return available and encode.obstacle(sides) is None
 
@@ -168,10 +178,15 @@ def attend_tokens(
         return triton.attend(queries, None, tokens, scale, softcap, prior=prior)
     if few and cpu.library() is not None and cpu.readable(tokens):
         return cpu.attend(queries, None, tokens, scale, softcap, prior=prior)
-    longest, visible = int(tokens.counts.max()), None
-    if bool((tokens.counts < longest).any()):
-        visible = (torch.arange(longest) < tokens.counts[:, None])[:, None].to(queries.device)
-    part = attend(queries, tokens.keys[:, :longest], tokens.values[:, :longest], scale, visible, softcap)
+    longest, visible = tokens.keys.shape[1], None
+    if tokens.counts.is_cpu:
+        longest = int(tokens.counts.max())
+    keys, values = tokens.keys[:, :longest], tokens.values[:, :longest]
+    if not tokens.counts.is_cpu or bool((tokens.counts < longest).any()):  # to look would be to wait
+        there = (torch.arange(longest, device=tokens.counts.device) < tokens.counts[:, None]).to(queries.device)
+        keys, values = (x.masked_fill(~there[..., None], 0) for x in (keys, values))  # it may be anything
+        visible = there[:, None]
+    part = attend(queries, keys, values, scale, visible, softcap)
     return part if prior is None else merge([prior, part])
 
 

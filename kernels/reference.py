@@ -26,19 +26,22 @@ def attend_pages(
     softcap: float | None = None,
     lse_of_pages: bool = False,
     ragged: bool | None = None,
+    in_tokens: bool = False,
 ) -> Part:
     """Attention of queries [S, R, Dk] over each stream's pages, in original coordinates.
 
     pool [pages, bytes_per_page] uint8; ids [S, n] page ids, of which a stream's first counts [S] are valid. The other
     entries are never decoded into the result: what they point at may be anything. With `lse_of_pages` the part's groups
     are the lse of each page, -inf where there is none. `ragged`: whether some count may be less than n; None: they are
-    looked at, on the host.
+    looked at, on the host. `in_tokens`: counts are of tokens, and a stream's last page may be filled in part; what lies
+    behind is not read either.
     """
     streams, n = ids.shape
     size = layout.page_size
     rotated, bias = codec.read_query(queries.float())
     block = max(MAX_DECODED // (streams * size * queries.shape[-1]), 1)
-    ragged = bool((counts != n).any()) if ragged is None else ragged
+    held = counts if in_tokens else counts * size
+    ragged = bool((held != n * size).any()) if ragged is None else ragged
     parts = []
     for at in range(0, n, block):
         piece = ids[:, at : at + block]
@@ -48,7 +51,7 @@ def attend_pages(
         values = values.reshape(streams, m * size, -1)
         visible = None
         if ragged:
-            exists = (torch.arange(at, at + m, device=ids.device) < counts[:, None]).repeat_interleave(size, 1)
+            exists = torch.arange(at * size, (at + m) * size, device=ids.device) < held[:, None]
             values = values.masked_fill(~exists[..., None], 0)
             visible = exists[:, None]
         group = size if lse_of_pages else None

@@ -101,7 +101,7 @@ class RankedSelector(Selector):
 
     def _reads(self, counts: Tensor, most: int, page_size: int) -> Tensor:
         """int64 [S]: `reads` of counts [S] pages, of which `most` is the largest; nothing waits for a GPU."""
-        if not on_gpu(counts):  # each operation on a tensor costs more than all of this
+        if counts.is_cpu and not on_gpu(counts):  # each operation on a tensor costs more than all of this
             return torch.tensor([self.reads(count, page_size) for count in counts.tolist()])
         if self.keep is None:
             return counts.long().clamp_max(most)

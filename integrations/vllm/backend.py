@@ -18,6 +18,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from kvcomp.errors import KvcompError, UnsupportedError
 
+from .decode import Decoder, DecodeStep, most_channels, obstacle
+from .pages import Pages
 from .setup import Setup
 from .specs import EvictingSpec
 from .step import Step
@@ -85,11 +87,23 @@ class PageBackend(AttentionBackend):
         return replace(spec, dtype=torch.uint8, state_content_bytes=record // setup.page_size)
 
 
-class StepBuilder(AttentionMetadataBuilder[Step]):
+class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
     """Turns a step's batch into what every layer needs of it."""
 
     built_for: ClassVar[Setup]
     _cudagraph_support = AttentionCGSupport.NEVER  # lengths are read on the host
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Of steps of single tokens, on a GPU whose kernels write and read those of every layer: see `decode`."""
+        setup, model, parallel = cls.built_for, vllm_config.model_config, vllm_config.parallel_config
+        if vllm_config.device_config.device_type != "cuda" or not setup.by_token:
+            return cls._cudagraph_support
+        heads, device = model.get_num_kv_heads(parallel), torch.device("cuda")
+        rows = model.get_num_attention_heads(parallel) // heads
+        if any(obstacle(Pages(setup, layer, heads), rows, device) is not None for layer in range(setup.layers)):
+            return cls._cudagraph_support
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -102,20 +116,44 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         if self.setup.stack.policies:  # the runners tell prompt lengths where a window behind the prompt is set alone
             model = vllm_config.model_config
             model.model_arch_config.rswa_window = model.max_model_len  # one that leaves nothing out
+        self.decoder: Decoder | None = None
+        if self.get_cudagraph_support(vllm_config, kv_cache_spec) is not AttentionCGSupport.NEVER:
+            layers = vllm_config.compilation_config.static_forward_context
+            impls = {name: layers[name].impl for name in layer_names}
+            codecs = [impl.bind(name, device).codec for name, impl in impls.items()]  # made before a graph is recorded
+            rows = max(impl.num_heads // impl.num_kv_heads for impl in impls.values())
+            requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
+            sizes = self.setup.page_size, kv_cache_spec.num_kv_heads, rows, most_channels(codecs)
+            self.decoder = Decoder.on(device, requests, tokens, *sizes)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> DecodeStep:
+        step = super().build_for_cudagraph_capture(common_attn_metadata)
+        if not isinstance(step, DecodeStep):
+            raise KvcompError(f"{self.setup.stack}: a graph would hold lengths that this step alone has")
+        return step
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Step:
+    ) -> Step | DecodeStep:
         batch = common_attn_metadata
+        decoder, singles = self.decoder, batch.max_query_len == 1 and batch.num_actual_tokens == batch.num_reqs
+        if decoder is not None and singles and batch.num_reqs <= decoder.requests:
+            some = slice(batch.num_reqs)
+            return decoder.plan(batch.block_table_tensor[some], batch.seq_lens[some], batch.slot_mapping[some])
         reqs, told = batch.num_reqs, batch.rswa_prefix_lens
+        starts, lengths = batch.query_start_loc, batch.seq_lens
+        # What the host knows is exact unless drafts were verified on the device: those steps wait for it. So do those
+        # of a stack with a policy, where the runner (V2) has the prompts' lengths on the device alone.
+        if not (lengths.is_cpu or self.setup.drafts or batch.seq_lens_cpu_upper_bound is None):
+            starts, lengths = batch.query_start_loc_cpu, batch.seq_lens_cpu_upper_bound
         if self.setup.stack.policies and told is None and bool(batch.block_table_tensor[:reqs].any()):
             raise KvcompError(f"{self.setup.stack}: this version of vLLM does not tell how long prompts are")
         prompts = [0] * reqs if told is None else told[:reqs].tolist()  # a batch without blocks is a dummy
         return Step.of(
             self.setup,
             self.kv_cache_spec.num_kv_heads,
-            batch.query_start_loc[: reqs + 1].tolist(),
-            batch.seq_lens[:reqs].tolist(),
+            starts[: reqs + 1].tolist(),
+            lengths[:reqs].tolist(),
             prompts,
             batch.block_table_tensor,
             batch.slot_mapping,

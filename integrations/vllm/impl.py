@@ -21,6 +21,7 @@ from kvcomp.kernels.select import regroup
 from kvcomp.pages import Summary
 from kvcomp.stages import Choice, Summaries
 
+from .decode import DecodeStep
 from .keep import keep_chosen, let_go, score, watch
 from .pages import Pages
 from .setup import Setup
@@ -28,7 +29,7 @@ from .step import Group, Prompt, Step
 from .window import Window
 
 
-class PageAttention(AttentionImpl[Step]):
+class PageAttention(AttentionImpl[Step | DecodeStep]):
     """The attention of one layer over pages, a window where the stack needs one, and the step's own tokens."""
 
     def __init__(
@@ -65,10 +66,16 @@ class PageAttention(AttentionImpl[Step]):
         self.softcap = logits_soft_cap or None
         self.pages: Pages | None = None  # which layer this is shows at the first call
         self.window: Window | None = None
-        self.handed: tuple[Group, Tensor, Tensor] | None = None
+        self.handed: tuple[Group, Tensor, Tensor] | DecodeStep | None = None
         if self.setup.slots:
             self.window = Window(self.setup, self.num_kv_heads, num_heads)
         Pages(self.setup, 0, self.num_kv_heads)  # refuses what cannot be served before there is anything to serve
+
+    def bind(self, layer_name: str, device: torch.device) -> Pages:
+        """The layer's pages, for a pool on `device`."""
+        if self.pages is None:
+            self.pages = Pages(self.setup, extract_layer_index(layer_name), self.num_kv_heads, device)
+        return self.pages
 
     def forward(
         self,
@@ -77,7 +84,7 @@ class PageAttention(AttentionImpl[Step]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Step | None,
+        attn_metadata: Step | DecodeStep | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -88,9 +95,12 @@ class PageAttention(AttentionImpl[Step]):
         """
         if attn_metadata is None:  # vLLM measures memory, and there is no cache yet
             return output.zero_()
-        if self.pages is None:
-            self.pages = Pages(self.setup, extract_layer_index(layer.layer_name), self.num_kv_heads)
-        pages = self.pages.at(kv_cache)
+        pages = self.bind(layer.layer_name, kv_cache.device).at(kv_cache)
+        if isinstance(attn_metadata, DecodeStep):
+            self.handed = attn_metadata
+            out = output.view(len(output), self.num_heads, -1)
+            attn_metadata.attend(pages, query, key, value, self.scale, self.softcap, out)
+            return output
         blocks = None
         if self.window is not None:
             blocks = get_forward_context().attn_metadata[self.window.name].blocks
@@ -105,21 +115,26 @@ class PageAttention(AttentionImpl[Step]):
         """Bytes of the cache that the last step of single tokens loaded: pages, their ids, summaries, exact tokens."""
         if self.handed is None or self.pages is None:
             return 0
+        if isinstance(self.handed, DecodeStep):
+            return self.handed.read(self.pages.layout)
         group, pages, exact = self.handed
         layout = self.pages.layout
         size = group.pages.nbytes + int(pages.sum()) * layout.body_bytes
         if self.pages.index is not None:
             size += int(group.counts.sum()) * layout.summary_bytes
-        if self.window is None:  # the page that is not full yet is decoded, and the new token is at hand
-            size += int(group.exact.count_nonzero()) * self.num_kv_heads * layout.body_bytes
-            exact = exact - group.exact.repeat_interleave(self.num_kv_heads)
+        if self.window is None:  # tokens, which share nothing, and the new one is at hand
+            return group.pages.nbytes + int(pages.sum()) * (layout.body_bytes // layout.page_size)
         return size + int(exact.sum()) * 2 * self.head_size * self.setup.dtype.itemsize
 
     def _run(
         self, pages: Pages, step: Step, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor | None, out: Tensor
     ) -> None:
         """Attention of the step's tokens without what follows it, written to `out` [T, Hq, D], and what they leave."""
-        held = [self._exact(pages, group, blocks) for group in step.groups]
+        window = self.window
+        held = [
+            None if window is None or blocks is None else window.read(blocks[group.requests], group.slots)
+            for group in step.groups
+        ]
         # A request of this step may share a prefix with another one that is computed in it: write, then read.
         self._write(pages, step, key, value, held)
         for group, exact in zip(step.groups, held, strict=True):
@@ -143,15 +158,7 @@ class PageAttention(AttentionImpl[Step]):
             rows, requests, slots = step.votes
             self.window.write_queries(blocks[requests], slots, query[rows])
 
-    def _exact(self, pages: Pages, group: Group, blocks: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [R, n, H, D] of the tokens behind the pages; None where they are read once all is written."""
-        if self.window is None or blocks is None:
-            return None
-        return self.window.read(blocks[group.requests], group.slots)
-
-    def _write(
-        self, pages: Pages, step: Step, key: Tensor, value: Tensor, held: list[tuple[Tensor, Tensor] | None]
-    ) -> None:
+    def _write(self, pages: Pages, step: Step, key: Tensor, value: Tensor, held: list[Tensor | None]) -> None:
         """Write the step's tokens, or the pages that they make full."""
         if self.setup.by_token:
             step.cells = step.cells or pages.cells(step.slot_mapping)
@@ -160,17 +167,17 @@ class PageAttention(AttentionImpl[Step]):
         for fill in step.fills:
             group, exact = step.groups[fill.group], held[fill.group]
             assert exact is not None
-            behind = slice(fill.sinks, int(group.exact[fill.row]))
+            old = exact[fill.row, :, fill.sinks : group.held[fill.row]].chunk(2, -1)
             rows = group.tokens[fill.row, fill.new_sinks :]
-            k, v = (torch.cat([old[fill.row, behind], new[rows]]) for old, new in zip(exact, (key, value), strict=True))
-            pages.write_pages(k.transpose(0, 1), v.transpose(0, 1), fill.pages)
+            k, v = (torch.cat([x, new[rows].transpose(0, 1)], 1) for x, new in zip(old, (key, value), strict=True))
+            pages.write_pages(k, v, fill.pages)
 
     def _attend(
         self,
         pages: Pages,
         step: Step,
         group: Group,
-        held: tuple[Tensor, Tensor] | None,
+        held: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -178,14 +185,13 @@ class PageAttention(AttentionImpl[Step]):
         """[R, n, Hq, D] float32 of query [R, n, Hq, D] and the group's own key and value [R, n, H, D]."""
         requests, n = group.tokens.shape
         heads, queries = self.num_kv_heads, self.num_heads // self.num_kv_heads * n
-        past = bool(group.exact.any() or group.counts.any())
-        if n > 1 and not past and self.softcap is None:
+        if n > 1 and not group.past and self.softcap is None:
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
             return dense.transpose(1, 2)
         q = query.transpose(1, 2).reshape(requests * heads, queries, -1)  # [S, G * n, D]
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # [S, n, D]
-        exact = self._tokens(pages, group, held, k, v)
+        exact = self._tokens(group, held, k, v)
         parts = self._attend_pages(pages, step, group, q, exact)
         groups = parts[0].groups if parts else None
         if n > 1:
@@ -195,29 +201,21 @@ class PageAttention(AttentionImpl[Step]):
             watch(pages, group, groups, lse)
         return out.view(requests, self.num_heads, n, -1).transpose(1, 2)
 
-    def _tokens(
-        self, pages: Pages, group: Group, held: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor
-    ) -> Tokens | None:
-        """What queries read behind the pages: exact tokens or, where there is no window, the page not full yet.
+    def _tokens(self, group: Group, held: Tensor | None, key: Tensor, value: Tensor) -> Tokens | None:
+        """The exact tokens that queries read behind the pages, of held [R, H, longest + 1, 2 * D].
 
         key and value [S, n, D] are the group's new tokens: a single one goes behind the others.
         """
-        counts = group.exact.repeat_interleave(self.num_kv_heads)
-        longest, alone = int(counts.max()), group.new == 1
-        if not longest:
-            return Tokens(key.contiguous(), value.contiguous(), counts + 1) if alone else None
-        if held is not None:
-            k, v = (x.transpose(1, 2).flatten(0, 1) for x in held)  # [S, longest, D]
-        else:
-            k, v = (x[:, :longest] for x in pages.decode(group.tail))
-        beyond = (torch.arange(longest) >= counts[:, None])[..., None]
-        k, v = (x.masked_fill(beyond, 0) for x in (k, v))  # what lies there may be anything
-        if alone:
-            every = torch.arange(len(counts))
-            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-            k[every, counts], v[every, counts] = key[:, 0].to(k.dtype), value[:, 0].to(v.dtype)
-            counts = counts + 1
-        return Tokens(k.contiguous(), v.contiguous(), counts)
+        if group.new > 1:
+            if held is None or not group.longest:
+                return None
+            return Tokens(*held[:, :, :-1].flatten(0, 1).chunk(2, -1), group.exact)
+        if held is None:
+            return Tokens(key, value, torch.ones_like(group.exact))
+        held = held.flatten(0, 1)
+        every = torch.arange(len(held), device=held.device)
+        held[every, group.exact] = torch.cat([key[:, 0], value[:, 0]], -1).to(held.dtype)
+        return Tokens(*held.chunk(2, -1), group.exact + 1)
 
     def _attend_pages(self, pages: Pages, step: Step, group: Group, q: Tensor, exact: Tokens | None) -> list[Part]:
         """Attention of queries q [S, R, D] over the group's pages, or those a selector chooses, and exact tokens."""
@@ -233,7 +231,8 @@ class PageAttention(AttentionImpl[Step]):
             ids, counts = ids.gather(1, choice.positions), choice.valid
         self._remember(group, counts, exact)
         watched = self.setup.most is not None
-        part = attend_pages(q, pool, ids, counts, pages.layout, pages.codec, self.scale, self.softcap, watched, exact)
+        how = pages.layout, pages.codec, self.scale, self.softcap, watched
+        part = attend_pages(q, pool, ids, counts, *how, exact, self.setup.by_token)
         if part.groups is not None and choice is not None:
             every = part.groups.new_full((*part.groups.shape[:2], group.pages.shape[1]), -torch.inf)
             place = choice.positions[:, None].expand_as(part.groups)  # of what is not valid: any, with -inf
@@ -257,9 +256,9 @@ class PageAttention(AttentionImpl[Step]):
 
 
 def _of_prompt(
-    step: Step, prompt: Prompt, held: Sequence[tuple[Tensor, Tensor] | None], new: Sequence[Tensor]
+    step: Step, prompt: Prompt, held: Sequence[Tensor | None], new: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values [w, H, D] of a prompt that its window holds, and the step's queries, keys and values [n, ...]."""
+    """Keys and values [H, w, D] of a prompt that its window holds, and the step's queries, keys and values [n, ...]."""
     group, exact, row = step.groups[prompt.group], held[prompt.group], prompt.row
     assert exact is not None
-    return [x[row, : int(group.exact[row])] for x in exact], [x[group.tokens[row]] for x in new]
+    return list(exact[row, :, : group.held[row]].chunk(2, -1)), [x[group.tokens[row]] for x in new]

@@ -25,7 +25,7 @@ def keep_chosen(
 ) -> None:
     """Leave of a prompt in one layer what the policy chooses: whole pages, and the rest in the window.
 
-    blocks int64 [m]: those of the request's window. exact: keys and values [w, H, D] that it held before the step.
+    blocks int64 [m]: those of the request's window. exact: keys and values [H, w, D] that it held before the step.
     new: queries [n, Hq, D], keys and values [n, H, D] of the step, the last of which end the prompt.
     """
     query, setup, old = new[0], pages.setup, keep.prompt.old
@@ -35,7 +35,7 @@ def keep_chosen(
     if setup.sums:
         scored = _summed(pages, keep.prompt, query, k, v, scale)[None] / k.shape[1]
     elif setup.voters:
-        before = window.read_queries(blocks[None], torch.arange(keep.voters)[None])[0]
+        before = window.read_queries(blocks[None], torch.arange(keep.voters, device=blocks.device)[None])[0]
         queries = torch.cat([before, query[-(setup.voters - keep.voters) :]])
     chosen = setup.policy.select(_chunk(pages, queries, k, v, scale, scored))[0]
     chosen = chosen.nonzero()[:, 1].view(len(k), -1)  # [H, kept], ascending
@@ -59,9 +59,7 @@ def watch(pages: Pages, group: Group, groups: Tensor, lse: Tensor) -> None:
     """
     n, places = group.new, group.pages.shape[1]
     mass = (groups - lse[..., None]).exp().unflatten(1, (-1, n)).mean(1).sum(1)  # [S, m]
-    heads = len(mass) // len(group.behind)
-    counts = (group.counts * group.behind.repeat_interleave(heads))[:, None]
-    seen = torch.arange(places, device=mass.device) < counts
+    seen = torch.arange(places, device=mass.device) < (group.counts * group.behind)[:, None]
     more = torch.stack([mass, torch.full_like(mass, n)], -1)
     pages.receive(group.pages, torch.where(seen[..., None], more, 0))
 
@@ -82,9 +80,9 @@ def let_go(pages: Pages, leave: Leave) -> None:
 
 def _tokens(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values [H, n, D] of a prompt as far as it is in."""
-    sinks = min(pages.setup.sinks, len(exact[0]))
+    sinks = min(pages.setup.sinks, exact[0].shape[1])
     k, v = (
-        torch.cat([held[:sinks].transpose(0, 1), page, torch.cat([held[sinks:], last]).transpose(0, 1)], 1)
+        torch.cat([held[:, :sinks], page, held[:, sinks:], last.transpose(0, 1)], 1)
         for held, page, last in zip(exact, pages.tokens(prompt.old), new[1:], strict=True)
     )
     return k, v

@@ -15,14 +15,14 @@ from kvcomp.finite import saturated
 from kvcomp.kernels.dispatch import encode_pages
 from kvcomp.pages import SUMMARY, Field
 
-from .setup import Setup
+from .setup import HOST, Setup
 
 
 class Cells(NamedTuple):
-    """Where single tokens go: tokens int64 [t] of a step's; and int64 [t * H] the record, the row in it and the head of
-    each."""
+    """Where single tokens go: tokens int64 [t] of a step's, or the first t; and int64 [t * H] the record, the row in it
+    and the head of each. On a GPU those that go nowhere are among them, with records below 0."""
 
-    tokens: Tensor
+    tokens: Tensor | slice
     records: Tensor
     rows: Tensor
     heads: Tensor
@@ -31,15 +31,15 @@ class Cells(NamedTuple):
 class Pages:
     """Writes and decodes page records, as the layer's codec has them. `at` binds it to the pool."""
 
-    def __init__(self, setup: Setup, layer: int, heads: int) -> None:
-        """For a layer of which `heads` KV heads are on this rank.
+    def __init__(self, setup: Setup, layer: int, heads: int, device: torch.device = HOST) -> None:
+        """For a layer of which `heads` KV heads are on this rank, on the `device` that the pool is on.
 
         Raises:
             UnsupportedError: the codec settles something by the first data it sees, which no block can hold.
         """
         self.setup, self.heads = setup, heads
         self.plan = plan = setup.plan(layer)
-        shape = setup.shape(heads, layer)
+        shape = replace(setup.shape(heads, layer), device=device)
         self.codec, self.layout = plan.build(shape)
         self.index = None if plan.chooser is None else plan.chooser.index(shape)
         self.by_tokens = plan.by_tokens(self.layout)
@@ -59,10 +59,12 @@ class Pages:
     def cells(self, slots: Tensor) -> Cells:
         """Where tokens go whose slots int64 [T] of the pool are given, in every layer alike; -1: nowhere."""
         size, every = self.setup.page_size, torch.arange(self.heads, device=slots.device)
-        tokens = (slots >= 0).nonzero().flatten()
-        slots = slots[tokens]
-        records = (slots // size)[:, None] * self.heads + every
-        return Cells(tokens, records.flatten(), (slots % size).repeat_interleave(self.heads), every.repeat(len(tokens)))
+        tokens: Tensor | slice = slice(len(slots))
+        if slots.is_cpu:  # elsewhere, to count those that go somewhere would be to wait
+            tokens = (slots >= 0).nonzero().flatten()
+            slots = slots[tokens]
+        records = (slots // size)[:, None] * self.heads + every  # // rounds down
+        return Cells(tokens, records.flatten(), (slots % size).repeat_interleave(self.heads), every.repeat(len(slots)))
 
     def write_tokens(self, keys: Tensor, values: Tensor, cells: Cells) -> None:
         """Write tokens of keys and values [T, H, D] one by one."""
@@ -70,9 +72,9 @@ class Pages:
         k, v = (self._finite(x[cells.tokens]).flatten(0, 1)[:, None] for x in (keys, values))  # [t * H, 1, D]
         if encode_pages(self.pool, cells.records, self.layout, self.one, k, v, cells.heads, cells.rows):
             return
-        encoded = self.one.encode(k, v, cells.heads)
+        encoded, records = self.one.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
         for field, rows in self._rows():
-            rows[cells.records, cells.rows] = encoded[field.name].flatten(1).contiguous().view(torch.uint8)
+            rows[records, cells.rows] = encoded[field.name].flatten(1).contiguous().view(torch.uint8)
 
     def write_pages(self, keys: Tensor, values: Tensor, records: Tensor) -> None:
         """Encode the first m * P tokens of keys and values [H, n, D] into records int64 [H, m]."""
@@ -138,11 +140,6 @@ class Pages:
             if not field.name.startswith(SUMMARY):
                 at = self.layout.offsets[field.name]
                 yield field, self.pool[:, at : at + field.nbytes].unflatten(1, (self.setup.page_size, -1))
-
-    def decode(self, records: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [S, P, D] of records [S] of S streams, float32 in original coordinates; what was not written
-        may be anything."""
-        return self._decode(records, torch.arange(len(records), device=records.device))
 
     def tokens(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [H, n * P, D] of records [H, n] in the model's dtype."""

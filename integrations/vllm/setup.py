@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 OPTION = "kvcomp"
+HOST = torch.device("cpu")
 
 
 def stack_of(config: VllmConfig) -> Stack | None:
@@ -286,8 +287,9 @@ class Setup:
         return self.stack.plan(layer, self.layers)
 
     def shape(self, heads: int, layer: int) -> PageShape:
-        """What the codec of a layer is made for, where `heads` KV heads of it are on this rank."""
-        return PageShape(self.page_size, self.dim, self.dim, heads, self.dtype, torch.device("cpu"), layer)
+        """What the codec of a layer is made for, where `heads` KV heads of it are on this rank; on the host: `Pages`
+        has it on the device of the pool."""
+        return PageShape(self.page_size, self.dim, self.dim, heads, self.dtype, HOST, layer)
 
     @property
     def tail_bytes(self) -> int:

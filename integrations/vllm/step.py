@@ -32,11 +32,11 @@ class Group:
     """R requests that bring n new tokens each.
 
     requests int64 [R]: their rows in the batch. tokens int64 [R, n]: their rows in the step's queries, keys, values.
-    pages int32 [R * H, longest] and counts int64 [R * H]: records of the pool that each KV head reads, oldest first.
-    exact int64 [R]: tokens behind those pages, newer than them or sinks.
-    tail int64 [R * H]: the record of the page that the next token belongs to (read where tokens are written singly).
-    slots int64 [R, longest]: slots of the window that hold the exact tokens, where there is a window.
-    behind bool [R]: whether the prompt is in, and what pages receive is watched where pages leave.
+    pages int32 [R * H, m] and counts int64 [R * H]: records of the pool that each KV head reads, oldest first; counts
+    of tokens, the last page filled in part, where tokens are written singly.
+    exact int64 [R * H]: tokens behind those pages, newer than them or sinks; held: of each request, on the host.
+    slots int64 [R, longest + 1]: slots of the window that hold the exact tokens, and one more.
+    behind bool [R * H]: whether the prompt is in, and what pages receive is watched where pages leave.
     """
 
     requests: Tensor
@@ -44,13 +44,23 @@ class Group:
     pages: Tensor
     counts: Tensor
     exact: Tensor
-    tail: Tensor
     slots: Tensor
     behind: Tensor
+    held: list[int]
 
     @property
     def new(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """The most exact tokens of a request."""
+        return self.slots.shape[1] - 1
+
+    @property
+    def past(self) -> bool:
+        """Whether any of the requests has tokens before these."""
+        return self.longest + self.pages.shape[1] > 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Leave:
 
 @dataclass
 class Step:
-    """One step's batch.
+    """One step's batch: planned on the host out of lengths alone, all tensors on the device of the pool.
 
     slot_mapping int64 [T]: a token's place in the pool, in tokens; -1 where it has none.
     fills: pages that become full; keeps: prompts that are in and lose tokens; scores: prompts that are not, whose
@@ -150,12 +160,12 @@ class Step:
     ) -> Step:
         """The step in which request r brings tokens starts[r] to starts[r + 1] of the batch, and has lengths[r] then.
 
-        prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page.
+        prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page, on the device.
 
         A request that was thrown out comes back as a prompt with its own words behind: those see, as they did at first,
         what the policy kept of the prompt, and later of them.
         """
-        table = table.to("cpu", torch.int64)
+        table = table.long()
         levels: list[list[Run]] = [[]]
         for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
             past = length - (starts[r + 1] - starts[r])
@@ -187,7 +197,7 @@ class Step:
         keeps: list[Keep] = []
         scores: list[Prompt] = []
         leaves: list[Leave] = []
-        fresh = [torch.zeros(0, dtype=torch.int64)]
+        fresh = [torch.zeros(0, dtype=torch.int64, device=table.device)]
         writes, votes = [_nowhere()], [_nowhere()]
         for same in by_length.values():
             befores = [setup.extent(run.past, run.prompt) for run in same]
@@ -220,8 +230,8 @@ class Step:
                 writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
                 votes.append(_votes(setup, run))
             groups.append(_group(setup, heads, same, befores, table))
-        joined = torch.cat(fresh), torch.cat(writes, 1), torch.cat(votes, 1)
-        return cls(groups, fills, keeps, scores, leaves, *joined, slot_mapping, then)
+        moved, voting = (torch.cat(runs, 1).to(table.device, non_blocking=True) for runs in (writes, votes))
+        return cls(groups, fills, keeps, scores, leaves, torch.cat(fresh), moved, voting, slot_mapping, then)
 
 
 def _nowhere() -> Tensor:
@@ -251,32 +261,37 @@ def _keep(setup: Setup, heads: int, prompt: Prompt, run: Run, after: Extent, tab
     held = torch.arange(after.held)
     exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
     voters = max(run.past - (run.prompt - setup.voters), 0)
-    return Keep(prompt, run.request, pages, _slot(setup, exact), voters)
+    slots = _slot(setup, exact).to(table.device, non_blocking=True)
+    return Keep(prompt, run.request, pages, slots, voters)
 
 
 def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Extent], table: Tensor) -> Group:
-    new = runs[0].end - runs[0].past
-    rows = torch.tensor([run.request for run in runs])
-    numbers = [(e.held, e.pages, e.exact, e.column(e.pages)) for e in extents]
-    held, counts, exact, end = (torch.tensor(column) for column in zip(*numbers, strict=True))
-    first, last = torch.tensor([extent.gap for extent in extents]).T
-    page = torch.arange(int(counts.max()))
+    new, size, device = runs[0].end - runs[0].past, setup.page_size, table.device
+    if setup.by_token:  # all tokens are in pages
+        extents = [e._replace(pages=-(-e.held // size), exact=0) for e in extents]
+    numbers = torch.tensor(
+        [
+            (r.request, r.start, r.past >= r.prompt, e.held, e.held if setup.by_token else e.pages, e.exact, *e.gap)
+            for r, e in zip(runs, extents, strict=True)
+        ]
+    )
+    rows, starts, behind, held, counts, exact, first, last = numbers.to(device, non_blocking=True).T
+    page = torch.arange(max(extent.pages for extent in extents), device=device)
     column = page + (last - first)[:, None] * (page >= first[:, None])
     blocks = table[rows[:, None], column.clamp_max(table.shape[1] - 1)]
-    blocks = blocks.masked_fill(page >= counts[:, None], 0)
-    tail = table[rows, end.clamp_max(table.shape[1] - 1)]
+    blocks = blocks.masked_fill(page * (size if setup.by_token else 1) >= counts[:, None], 0)
     # Exact tokens in order: the sinks, then what lies behind the pages.
-    place = torch.arange(int(exact.max()))
+    place = torch.arange(max(extent.exact for extent in extents) + 1, device=device)
     position = torch.where(place < setup.sinks, place, place + (held - exact)[:, None])
     return Group(
         rows,
-        torch.tensor([run.start for run in runs])[:, None] + torch.arange(new),
+        starts[:, None] + torch.arange(new, device=device),
         _records(blocks, heads).to(torch.int32),
         counts.repeat_interleave(heads),
-        exact,
-        (tail[:, None] * heads + torch.arange(heads)).flatten(),
+        exact.repeat_interleave(heads),
         _slot(setup, position),
-        torch.tensor([run.past >= run.prompt for run in runs]),
+        behind.bool().repeat_interleave(heads),
+        [extent.exact for extent in extents],
     )
 
 
@@ -287,7 +302,7 @@ def _columns(table: Tensor, run: Run, heads: int, first: int, count: int) -> Ten
 
 def _records(blocks: Tensor, heads: int) -> Tensor:
     """Records [R * H, n] of the pool's cells (block, head) of blocks [R, n]."""
-    return (blocks[:, None] * heads + torch.arange(heads)[:, None]).flatten(0, 1)
+    return (blocks[:, None] * heads + torch.arange(heads, device=blocks.device)[:, None]).flatten(0, 1)
 
 
 def _slot(setup: Setup, position: Tensor) -> Tensor:

@@ -11,8 +11,9 @@
  * row, and probabilities times scales are spread over them; sums over V stay in the order of words until the end. V
  * that comes in several planes, or shares scales along tokens, is unpacked to bytes first.
  *
- * Tiles of T tokens lie within a page; of the last page there may be a part, and what comes behind it may be anything. Blocks of tiles: all logits, one maximum and one rescaling a row (online softmax),
- * all values. Work is cut into equal runs of tiles, whatever the streams' lengths; runs of a stream merge by log-sum-exp.
+ * Tiles of T tokens lie within a page; of the last page there may be a part, and behind that anything. Blocks of tiles:
+ * all logits, one maximum and one rescaling a row (online softmax), all values. Work is cut into equal runs of tiles,
+ * whatever the streams' lengths; runs of a stream merge by log-sum-exp.
  * Moved: each listed page once per 16 rows, so bytes_per_page less the summaries.
  *
  * `tiles.h` is compiled once for each instruction set; `kvcomp_attend` chooses when it runs.

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvcomp.attention import Part
 from kvcomp.exact import Tokens
 from kvcomp.kernel_layout import SideLayout, Sides
-from kvcomp.pages import PageLayout
+from kvcomp.pages import ALIGN, PageLayout
 
 from . import chunks, ops, ops_records, ops_scores, pieces
 from .chunks import NOTHING
@@ -28,7 +28,7 @@ class Prepared(NamedTuple):
     """What kernels are told of pages besides the pages, for one device.
 
     description: see `chunks`. k_book, v_book: the entries of all codebooks, in the dtypes of the kernel's products:
-    float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32.
+    float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
     """
 
     layout: PageLayout
@@ -38,6 +38,7 @@ class Prepared(NamedTuple):
     k_book: Tensor
     v_book: Tensor
     processors: int
+    body_bytes: int
 
 
 _PREPARED: WeakKeyDictionary[SideLayout, dict[tuple[bool, torch.device], Prepared]] = WeakKeyDictionary()
@@ -51,7 +52,7 @@ def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device
         dtypes = (torch.float32, torch.float32) if exact else (torch.float16, torch.bfloat16)
         k_book, v_book = (chunks.books(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True))
         text = str(chunks.described(sides, layout))
-        known = Prepared(layout, sides, exact, text, k_book, v_book, processors(device))
+        known = Prepared(layout, sides, exact, text, k_book, v_book, processors(device), layout.body_bytes)
         of_side[exact, device] = known
     return known
 
@@ -66,16 +67,17 @@ class Written(NamedTuple):
     v_middles: Tensor
 
 
-_WRITTEN: WeakKeyDictionary[SideLayout, dict[torch.device, Written]] = WeakKeyDictionary()
+_WRITTEN: WeakKeyDictionary[SideLayout, dict[tuple[torch.device, bool], Written]] = WeakKeyDictionary()
 
 
-def written(sides: Sides, layout: PageLayout, device: torch.device) -> Written:
-    """What kernels are told of pages of this layout whose K and V are to be written as `sides` say; made once."""
+def written(sides: Sides, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
+    """What kernels are told of pages of this layout whose K and V are to be written as `sides` say, or of their single
+    tokens; made once."""
     of_side = _WRITTEN.setdefault(sides[1], {})
-    known = of_side.get(device)
+    known = of_side.get((device, single))
     if known is None or known.layout is not layout or known.sides != sides:
-        text = str(pieces.described(sides, layout))
-        known = of_side[device] = Written(layout, sides, text, *pieces.middles(sides, device))
+        text = str(pieces.described(sides, layout, single))
+        known = of_side[device, single] = Written(layout, sides, text, *pieces.middles(sides, device))
     return known
 
 
@@ -84,24 +86,34 @@ def write_obstacle(sides: Sides) -> str | None:
     return pieces.obstacle(sides)
 
 
-def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written) -> None:
+def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written, rows: Tensor | None = None) -> None:
     """Encode keys [M, P, Dk] and values [M, P, Dv], as `Codec.kernel_input` gives them, into the pages ids [M] of a
-    pool uint8 [pages, bytes_per_page]. Summaries stay as they are.
+    pool uint8 [pages, bytes_per_page or more]; below 0: into none. Summaries stay as they are.
 
-    What is stored without a grid must come in the dtype of its field.
+    rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
+    of a layout that is `tokenwise`; `how` is for such, too. What is stored without a grid must come in the dtype of its
+    field.
     """
     layout = how.layout
-    assert pool.dtype == torch.uint8
-    assert pool.shape[1] == layout.bytes_per_page
-    assert pool.is_contiguous()
-    assert keys.shape == (len(ids), layout.page_size, how.sides[0].inputs)
-    assert values.shape == (len(ids), layout.page_size, how.sides[1].inputs)
+    _check_records(pool, layout.bytes_per_page)
+    assert rows is None or layout.tokenwise
+    tokens = layout.page_size if rows is None else 1
+    assert keys.shape == (len(ids), tokens, how.sides[0].inputs)
+    assert values.shape == (len(ids), tokens, how.sides[1].inputs)
     x = keys.contiguous(), values.contiguous()
-    ops_records.write_pages(pool, ids.to(pool.device), *x, how.k_middles, how.v_middles, how.description)
+    ops_records.write_pages(pool, ids.to(pool.device), *x, how.k_middles, how.v_middles, how.description, rows)
+
+
+def _check_records(pool: Tensor, least: int) -> None:
+    """Records of `least` bytes and whatever comes behind, where kernels may read words."""
+    assert pool.dtype == torch.uint8
+    assert pool.shape[1] >= least
+    assert pool.stride(1) == 1
+    assert pool.stride(0) % ALIGN == 0
 
 
 class Pages(NamedTuple):
-    """Pages of a pool uint8 [pages, bytes_per_page]: of ids [S, n] a stream's first counts [S]."""
+    """Pages of a pool uint8 [pages, body_bytes or more]: of ids [S, n] a stream's first counts [S]."""
 
     pool: Tensor
     ids: Tensor
@@ -125,6 +137,7 @@ def attend(
     lse_of_pages: bool = False,
     pages_of_split: int | None = None,
     workspace: Tensor | None = None,
+    in_tokens: bool = False,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; pages or tokens at least.
 
@@ -132,19 +145,18 @@ def attend(
     The groups are the lse of each page, as in the reference, where asked for.
 
     What is launched follows from shapes: ids may be wider than any count, for counts that change on the device, as in a
-    CUDA graph, which needs those of tokens there, too. Without pages, products are exact where queries are float32.
+    CUDA graph, which needs those of tokens there, too; programs share evenly what a stream has, and those without a
+    share end at once. Without pages, products are exact where queries are float32.
 
-    pages_of_split: by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more, to be used
-    again; None: allocated.
+    pages_of_split: at most; by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more,
+    to be used again; None: allocated. in_tokens: counts are of tokens, and the last page may be filled in part.
     """
     pool = ids = counts = k_book = v_book = None
     exact, description, each = queries.dtype == torch.float32, "", 1
     if pages is not None:
         pool, ids, counts, how = pages
         exact, description, k_book, v_book = how.exact, how.description, how.k_book, how.v_book
-        assert pool.dtype == torch.uint8
-        assert pool.shape[1] == how.layout.bytes_per_page
-        assert pool.is_contiguous()
+        _check_records(pool, how.body_bytes)
         ids = ids if ids.stride(1) == 1 else ids.contiguous()
         each = pages_of_split or split_pages(
             queries.shape[0], queries.shape[1], ids.shape[1], how.layout.page_size, how.processors
@@ -173,6 +185,7 @@ def attend(
         softcap or 0.0,
         lse_of_pages,
         exact,
+        in_tokens,
     )
     return Part(out, lse, groups if lse_of_pages else None)
 
@@ -223,8 +236,9 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     assert pool.is_contiguous()
     assert tokens.shape[1] % layout.page_size == 0
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
-    fields, *sizes = ops_records.regrouped(layout)
-    return ops_records.regroup(pool, ids, tokens.contiguous(), [x for field in fields for x in field], *sizes)
+    fields, size, _, body = ops_records.regrouped(layout)
+    flat = [x for field in fields for x in field]
+    return ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
 
 
 def attention_received(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:

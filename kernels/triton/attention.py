@@ -22,8 +22,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from . import plan
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(plan.LEAST)
 CHANGING = ["ids_stride", "tiles", "split_pages", "splits"]  # with a stream's length: one kernel for all of them
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there, bfloat16 is multiplied as if it were integers
 
@@ -431,6 +434,20 @@ def store_values(out, sums, mass, row, rows, channels, C: tl.constexpr):
 
 
 @triton.jit
+def tokens_held(counts, stream, PAGE: tl.constexpr, IN_TOKENS: tl.constexpr):
+    held = tl.load(counts + stream).to(tl.int32)
+    return held if IN_TOKENS else held * PAGE
+
+
+@triton.jit
+def tokens_of_split(held, splits, split_pages, PAGE: tl.constexpr):
+    """Tokens of one of a stream's splits: even shares of what it holds, of `LEAST` tokens or more, at most those that a
+    split has room for. A grid made for the longest stream there may be then serves short ones as well."""
+    share = tl.maximum(tl.cdiv(tl.cdiv(held, PAGE), splits), tl.cdiv(LEAST, PAGE))
+    return tl.minimum(share, split_pages) * PAGE
+
+
+@triton.jit
 def run(
     q,
     bias,
@@ -461,6 +478,7 @@ def run(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LSE_OF_TILES: tl.constexpr,
+    IN_TOKENS: tl.constexpr,
 ):
     """Attention over tokens first to last of a stream, in pages; PAGE = 0: side by side. Logits are in base 2."""
     queries = ()
@@ -495,7 +513,8 @@ def run(
                 page = tl.load(ids + at // PAGE).to(tl.int64) * BYTES
                 inner = at % PAGE
                 token = inner + tl.arange(0, TILE)
-                seen = tl.full((TILE,), True, tl.int1)
+                if not IN_TOKENS:
+                    seen = tl.full((TILE,), True, tl.int1)
             else:
                 page = tl.load(ids + token // PAGE, mask=seen, other=0).to(tl.int64) * BYTES
                 token = token % PAGE
@@ -566,10 +585,12 @@ def attend_kernel(
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LSE_OF_TILES: tl.constexpr,
+    IN_TOKENS: tl.constexpr,
 ):
-    """One split of one stream. q [S, R, Dk], bias [S, R], pool uint8, ids [S, n], counts [S]; keys, values: bytes of
-    exact tokens, whose strides are in bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles
-    [S, R, tiles]."""
+    """One split of one stream. q [S, R, Dk], bias [S, R], pool uint8 in records of BYTES, ids [S, n], counts [S] of
+    pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in bytes; out float32 [S,
+    splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has no tokens for a split,
+    nothing is written."""
     blocks = tl.cdiv(rows, ROWS)
     stream = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -584,19 +605,21 @@ def attend_kernel(
     lse_of_tiles += stream * rows * tiles
     if split < splits:
         if len(K) > 0:
-            first = split * split_pages
-            last = tl.minimum(first + split_pages, tl.load(counts + stream).to(tl.int32))
-            run(
-                q, bias, pool, pool, ids + stream * ids_stride, first * PAGE, last * PAGE, k_book, v_book, out, lse,
-                lse_of_tiles, row, rows, k_dim, v_dim, tiles, scale, softcap,
-                K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, SOFTCAP, LSE_OF_TILES,
-            )  # fmt: skip
+            held = tokens_held(counts, stream, PAGE, IN_TOKENS)
+            each = tokens_of_split(held, splits, split_pages, PAGE)
+            first = split * each
+            if first < held:
+                run(
+                    q, bias, pool, pool, ids + stream * ids_stride, first, tl.minimum(first + each, held), k_book,
+                    v_book, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, tiles, scale, softcap,
+                    K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
+                )  # fmt: skip
     elif len(TOKENS_K) > 0:
         run(
             q, bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
             tl.load(token_counts + stream).to(tl.int32), k_book, v_book, out, lse,
             lse_of_tiles, row, rows, k_dim, v_dim, tiles, scale, softcap,
-            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, BIAS, SOFTCAP, False,
+            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, BIAS, SOFTCAP, False, False,
         )  # fmt: skip
 
 
@@ -606,17 +629,24 @@ def merge_kernel(
     partial_lse,
     prior,
     prior_lse,
+    counts,
     out,
     lse,
     splits,
+    split_pages,
     rows,
     v_dim,
+    PAGE: tl.constexpr,
+    IN_TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr,
     PRIOR: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """sum_i w_i out_i, w_i = exp(lse_i - lse), over splits and what came before. Grid: (stream * rows). partial [S,
-    splits, R, Dv] with lse in base 2; prior and out [S, R, Dv], their lse [S, R] in base e."""
+    splits, R, Dv] with lse in base 2; prior and out [S, R, Dv], their lse [S, R] in base e. Of the splits of pages
+    (PAGE = 0: there are none) those are read that were written, by the same counts [S]; TOKENS: the last is the exact
+    tokens'."""
     at = tl.program_id(0).to(tl.int64)
     first = at // rows * splits * rows + at % rows
     channel = tl.arange(0, BLOCK)
@@ -628,9 +658,16 @@ def merge_kernel(
         if top > float("-inf"):
             mass += 1
             found += tl.load(prior + at * v_dim + channel, mask=channel < v_dim, other=0)
-    for begin in range(0, splits, SPLITS):
-        split = begin + tl.arange(0, SPLITS)
-        logits = tl.load(partial_lse + first + split * rows, mask=split < splits, other=float("-inf"))
+    last = splits - 1 if TOKENS else splits
+    live = 0
+    if PAGE > 0:
+        held = tokens_held(counts, at // rows, PAGE, IN_TOKENS)
+        live = tl.cdiv(held, tokens_of_split(held, last, split_pages, PAGE))
+    parts = live + 1 if TOKENS else live
+    for begin in range(0, parts, SPLITS):
+        part = begin + tl.arange(0, SPLITS)
+        split = tl.where(part < live, part, last)
+        logits = tl.load(partial_lse + first + split * rows, mask=part < parts, other=float("-inf"))
         highest = tl.maximum(tl.max(logits, 0), top)
         if highest > float("-inf"):
             weight = tl.exp2(logits - highest)

@@ -170,12 +170,11 @@ def lanes_of(segment: Uniform | Codebook | Floats) -> int:
 
 @dataclass(frozen=True)
 class Description:
-    """What a kernel is compiled for: pages of `page_size` tokens and `page_bytes` bytes, in tiles of `tile` tokens."""
+    """What a kernel is compiled for: pages of `page_size` tokens, in tiles of `tile` tokens."""
 
     k: Chunks
     v: Chunks
     page_size: int
-    page_bytes: int
     tile: int
 
     @property
@@ -215,7 +214,7 @@ def described(sides: Sides, layout: PageLayout) -> Description:
     """Pages of this layout whose K and V are to be read as `sides` say."""
     shared = [s.token_group for side in sides for s in side.segments if isinstance(s, Uniform) and s.token_group > 1]
     k, v = (chunks(side, layout) for side in sides)
-    description = Description(k, v, layout.page_size, layout.bytes_per_page, TILE)
+    description = Description(k, v, layout.page_size, TILE)
     full = any(c.kind in (BOOK, FLOATS) for c in (*k, *v)) or min(len(k), len(v)) > 1  # of registers
     most = TILE // 4 if description.lanes >= MANY else TILE // 2 if full else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales

@@ -9,7 +9,8 @@ Scales, zeros and norms are rounded to float16 first, and codes against what is 
 those of IEEE 754, and nothing is fused, so that codes are the specification's. Two things are not determined by it: the
 sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another order.
 
-Grid: (page, tile of one of its segments). Moved: K and V once, the record once.
+Grid: (page, tile of one of its segments). Moved: K and V once, the record once. A single token is a page of one that
+is written to its row of a record.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -181,7 +182,7 @@ def put_book(record, x, middles, token, run, seen, C: tl.constexpr):
 
 @triton.jit
 def put_part(
-    record, page, source, norm, middles, tile, POWER: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    record, page, shift, source, norm, middles, tile, POWER: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
     """Writes the codes of a part, and gives its two sums of the gain [T, 1, 1], without their weight."""
@@ -191,14 +192,14 @@ def put_part(
     there = seen & live
     x = tl.div_rn(load(source, page, token, channel, there, DIM, PAGE, C), norm)
     codes = exceeded(x, middles, C)
-    put_codes(record, codes, token, run, seen, C)
+    put_codes(record, codes, token + shift, run, seen, C)
     book = tl.load(middles + FIRST + LEVELS + codes, mask=there, other=0)
     other = book if POWER < 1 else x
     return tl.sum(x * x, 2, keep_dims=True), tl.sum(book * other, 2, keep_dims=True)
 
 
 @triton.jit
-def put_joint(record, page, source, middles, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+def put_joint(record, page, shift, source, middles, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     """Writes tokens [T, 1, 1] of all parts, and their norm, which comes behind the coordinates of `source`."""
     COUNT: tl.constexpr = len(C.parts)
     SCALE: tl.constexpr = C.parts[0].scale
@@ -209,13 +210,13 @@ def put_joint(record, page, source, middles, tile, DIM: tl.constexpr, PAGE: tl.c
     least = tl.maximum(norm, TINY)
     own, coded = tl.zeros_like(norm), tl.zeros_like(norm)
     for i in tl.static_range(COUNT):
-        a, b = put_part(record, page, source, least, middles, tile, POWER, DIM, PAGE, chunk(C.parts, i))
+        a, b = put_part(record, page, shift, source, least, middles, tile, POWER, DIM, PAGE, chunk(C.parts, i))
         own += a * chunk(C.weights, i)
         coded += b * chunk(C.weights, i)
     gain = tl.minimum(tl.div_rn(own, tl.maximum(coded, TINY)), MOST)
     if POWER < 1:
         gain = tl.sqrt_rn(gain)
-    put_halves(record, SCALE + token * 2, tl.minimum(norm * gain, HUGE).to(tl.float16), seen)
+    put_halves(record, SCALE + (token + shift) * 2, tl.minimum(norm * gain, HUGE).to(tl.float16), seen)
 
 
 @triton.constexpr_function
@@ -307,10 +308,10 @@ def clear(record, GAP: tl.constexpr):
 
 @triton.jit
 def put(
-    record, page, keys, values, k_middles, v_middles, tile,
+    record, page, shift, keys, values, k_middles, v_middles, tile,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of a piece."""
+    """Writes a tile of a piece; shift: where in the record its first token goes."""
     KIND: tl.constexpr = C.kind
     DIM: tl.constexpr = V_DIM if C.side else K_DIM
     if C.side:
@@ -318,11 +319,12 @@ def put(
     else:
         source, middles = keys, k_middles
     if KIND == "joint":
-        put_joint(record, page, source, middles, tile, DIM, PAGE, C)
+        put_joint(record, page, shift, source, middles, tile, DIM, PAGE, C)
     else:
         token, run, channel, seen, live = place(page, tile, PAGE, C)
         there = seen & live
         x = load(source, page, token, channel, there, DIM, PAGE, C)
+        token += shift
         if KIND == "numbers":
             put_numbers(record, x, token, channel, there, C)
         elif KIND == "book":
@@ -342,6 +344,7 @@ def encode_kernel(
     values,
     pool,
     ids,
+    rows,
     k_middles,
     v_middles,
     PIECES: tl.constexpr,
@@ -350,15 +353,21 @@ def encode_kernel(
     V_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BYTES: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):
-    """keys [M, P, Dk] and values [M, P, Dv] into the pages ids [M] of a pool uint8. Grid: (M, programs of a page)."""
+    """keys [M, P, Dk] and values [M, P, Dv] into the pages ids [M] of a pool uint8 in records of BYTES, those below 0
+    left out; SINGLE: of one token each (P = 1), which goes to rows [M] of its page. Grid: (M, programs of a page)."""
     page = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    record = pool + tl.load(ids + page).to(tl.int64) * BYTES
+    number = tl.load(ids + page).to(tl.int64)
+    if number < 0:
+        return
+    record = pool + number * BYTES
+    shift = tl.load(rows + page).to(tl.int32) if SINGLE else 0
     if tile == 0:
         for i in tl.static_range(len(GAPS)):
             clear(record, chunk(GAPS, i))
     for i in tl.static_range(len(PIECES)):
         if (tile >= 0) & (tile < programs(PIECES, i)):
-            put(record, page, keys, values, k_middles, v_middles, tile, K_DIM, V_DIM, PAGE, chunk(PIECES, i))
+            put(record, page, shift, keys, values, k_middles, v_middles, tile, K_DIM, V_DIM, PAGE, chunk(PIECES, i))
         tile -= programs(PIECES, i)

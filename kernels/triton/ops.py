@@ -23,16 +23,17 @@ Exact = tuple[chunks.Chunks, chunks.Chunks]  # keys and values that are no pages
 
 
 def attention_constants(
-    layout: chunks.Description, tokens: Exact, tokens_tile: int, rows: int, exact: bool
+    layout: chunks.Description, record_bytes: int, tokens: Exact, tokens_tile: int, rows: int, exact: bool
 ) -> dict[str, Any]:
-    """What a kernel of `attention` is compiled for, and how. rows: of a program; `exact` takes the most room."""
+    """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
+    of a program; `exact` takes the most room."""
     return {
         "K": layout.k,
         "V": layout.v,
         "TOKENS_K": tokens[0],
         "TOKENS_V": tokens[1],
         "PAGE": layout.page_size,
-        "BYTES": layout.page_bytes,
+        "BYTES": record_bytes,
         "TILE": layout.tile,
         "TOKENS_TILE": tokens_tile,
         "ROWS": rows,
@@ -69,19 +70,20 @@ def attend_pages(
     softcap: float,
     lse_of_pages: bool,
     exact: bool,
+    in_tokens: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [S, R, Dv], lse [S, R] and the lse of each page [S, R, n], all float32, of attention over pages (pool uint8
     [pages, bytes], ids [S, n], counts [S]), exact tokens (keys [S, N, Dk], values [S, N, Dv], token_counts [S]) and
     what came before (prior).
 
     queries [S, R, Dk], bias float32 [S, R]; description: of `chunks.Description`; k_book, v_book: as of `chunks.books`;
-    split_pages: pages of a split; workspace: float32 of `workspace_size`; softcap 0: none; n is 0 unless
-    `lse_of_pages`.
+    split_pages: pages that a split has room for; workspace: float32 of `workspace_size`; softcap 0: none; n is 0 unless
+    `lse_of_pages`; in_tokens: counts are of tokens.
     """
     streams, rows, k_dim = queries.shape
     out, lse, groups = _results(queries, ids, values, description, lse_of_pages)
     v_dim, block = out.shape[2], blocked(rows)
-    layout, pages, splits = chunks.Description((), (), 0, 0, chunks.TILE), 0, 0
+    layout, pages, splits = chunks.Description((), (), 0, chunks.TILE), 0, 0
     if ids is not None and ids.shape[1]:
         layout, pages = chunks.parsed(description), ids.shape[1]
         splits = triton.cdiv(pages, split_pages)
@@ -120,21 +122,27 @@ def attend_pages(
             split_pages,
             scale,
             softcap,
-            **attention_constants(layout, tokens, window, block, exact),
+            **attention_constants(layout, 0 if pool is None else pool.stride(0), tokens, window, block, exact),
             BIAS=bias is not None,
             SOFTCAP=softcap > 0,
             LSE_OF_TILES=lse_of_pages,
+            IN_TOKENS=in_tokens,
         )
         attention.merge_kernel[(streams * rows,)](
             workspace,
             partial_lse,
             idle if prior_out is None else prior_out,
             idle if prior_lse is None else prior_lse,
+            idle if counts is None else counts,
             out,
             lse,
             splits,
+            split_pages,
             rows,
             v_dim,
+            PAGE=layout.page_size,
+            IN_TOKENS=in_tokens,
+            TOKENS=keys is not None,
             PRIOR=prior_out is not None,
             SPLITS=SPLITS,
             BLOCK=triton.next_power_of_2(v_dim),
@@ -166,6 +174,7 @@ def _(
     softcap: float,
     lse_of_pages: bool,
     exact: bool,
+    in_tokens: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(queries, ids, values, description, lse_of_pages)
 

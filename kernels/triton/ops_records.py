@@ -15,15 +15,17 @@ from . import encode, pieces, tokens
 COPIED, WORDS = 64, 2048  # tokens of a program, and words of them
 
 
-def encode_constants(layout: pieces.Description) -> dict[str, Any]:
-    """What `encode_kernel` is compiled for, and how: without fused operations, which round otherwise."""
+def encode_constants(layout: pieces.Description, record_bytes: int, single: bool = False) -> dict[str, Any]:
+    """What `encode_kernel` is compiled for, and how: without fused operations, which round otherwise. record_bytes:
+    from a page of the pool to the next; single: of tokens one by one."""
     return {
         "PIECES": layout.pieces,
         "GAPS": layout.gaps,
         "K_DIM": layout.k_dim,
         "V_DIM": layout.v_dim,
-        "PAGE": layout.page_size,
-        "BYTES": layout.page_bytes,
+        "PAGE": layout.tokens,
+        "BYTES": record_bytes,
+        "SINGLE": single,
         "num_warps": layout.warps,
         "enable_fp_fusion": False,
     }
@@ -31,11 +33,20 @@ def encode_constants(layout: pieces.Description) -> dict[str, Any]:
 
 @torch.library.custom_op("kvcomp::write_pages", mutates_args=("pool",))
 def write_pages(
-    pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, k_middles: Tensor, v_middles: Tensor, description: str
+    pool: Tensor,
+    ids: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k_middles: Tensor,
+    v_middles: Tensor,
+    description: str,
+    rows: Tensor | None = None,
 ) -> None:
     """Encode keys [M, P, Dk] and values [M, P, Dv], as `Codec.kernel_input` gives them, into the pages ids int64 [M] of
-    a pool uint8 [pages, bytes]: all that attention reads of them, and 0 between fields; not the summaries.
+    a pool uint8 [pages, bytes]: all that attention reads of them, and 0 between fields; not the summaries. Negative ids
+    are no page's.
 
+    rows int64 [M]: of K and V [M, 1, D], single tokens, where in those pages they go; nothing else is touched.
     description: of `pieces.Description`; k_middles, v_middles: as of `pieces.middles`.
     """
     layout = pieces.parsed(description)
@@ -43,13 +54,21 @@ def write_pages(
         return
     with torch.cuda.device_of(pool):
         encode.encode_kernel[(len(ids), layout.programs)](
-            keys, values, pool, ids, k_middles, v_middles, **encode_constants(layout)
+            *(keys, values, pool, ids, ids if rows is None else rows, k_middles, v_middles),
+            **encode_constants(layout, pool.stride(0), rows is not None),
         )
 
 
 @write_pages.register_fake
 def _(
-    pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, k_middles: Tensor, v_middles: Tensor, description: str
+    pool: Tensor,
+    ids: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k_middles: Tensor,
+    v_middles: Tensor,
+    description: str,
+    rows: Tensor | None = None,
 ) -> None:
     return None
 

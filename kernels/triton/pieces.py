@@ -94,14 +94,13 @@ class Joint:
 
 @dataclass(frozen=True)
 class Description:
-    """What the kernel is compiled for: pages of `page_size` tokens and `page_bytes` bytes. gaps: (offset, bytes) of
-    those that belong to no field and are written as 0. k_dim, v_dim: numbers of a token in what is to be written."""
+    """What the kernel is compiled for: `tokens` tokens, a whole page or one of it. gaps: (offset, bytes) of those that
+    belong to no field and are written as 0. k_dim, v_dim: numbers of a token in what is to be written."""
 
     pieces: tuple[Piece | Joint, ...]
     k_dim: int
     v_dim: int
-    page_size: int
-    page_bytes: int
+    tokens: int
     gaps: tuple[tuple[int, int], ...]
 
     @property
@@ -121,8 +120,8 @@ class Description:
 @cache
 def parsed(text: str) -> Description:
     """Inverse of `str`."""
-    pieces, k_dim, v_dim, size, total, gaps = json.loads(text)
-    return Description(tuple(_piece(fields) for fields in pieces), k_dim, v_dim, size, total, tuple(map(tuple, gaps)))
+    pieces, k_dim, v_dim, size, gaps = json.loads(text)
+    return Description(tuple(_piece(fields) for fields in pieces), k_dim, v_dim, size, tuple(map(tuple, gaps)))
 
 
 def _piece(fields: list[Any]) -> Piece | Joint:
@@ -137,25 +136,27 @@ def _segment_piece(fields: list[Any]) -> Piece:
     return Piece(*fields)
 
 
-def described(sides: Sides, layout: PageLayout) -> Description:
-    """Pages of this layout whose K and V are to be written as `sides` say."""
+def described(sides: Sides, layout: PageLayout, single: bool = False) -> Description:
+    """Pages of this layout whose K and V are to be written as `sides` say; `single`: one token of a page."""
+    size = 1 if single else layout.page_size
     found: list[Piece | Joint] = []
     for i, side in enumerate(sides):
         channel, middles, parts = 0, 0, []
         for segment in side.segments:
-            parts.append(_piece_of(segment, layout, i, channel, middles))
+            parts.append(_piece_of(segment, layout, size, i, channel, middles))
             channel += segment.channels
             middles += len(_table(segment, side))
         found += parts if side.gain is None else [_joint(side, parts)]
     ends = {f.name: layout.offsets[f.name] + f.nbytes for f in layout.fields}
-    gaps = tuple((end, -end % 16) for end in ends.values() if end % 16)
+    gaps = () if single else tuple((end, -end % 16) for end in ends.values() if end % 16)
     k, v = (side.inputs for side in sides)
-    return Description(tuple(found), k, v, layout.page_size, layout.bytes_per_page, gaps)
+    return Description(tuple(found), k, v, size, gaps)
 
 
-def _piece_of(segment: Segment, layout: PageLayout, side: int, channel: int, middles: int) -> Piece:
+def _piece_of(segment: Segment, layout: PageLayout, size: int, side: int, channel: int, middles: int) -> Piece:
+    """A segment, of which `size` tokens of a page are written at once."""
     offsets, strides = layout.offsets, {f.name: f.nbytes // layout.page_size for f in layout.fields}
-    size, channels = layout.page_size, segment.channels
+    channels = segment.channels
     kind, tokens, group, scale, zero, levels, clip = NUMBERS, 1, 1, NOTHING, NOTHING, 0, 1.0
     formats: tuple[str, str, int] = ("", "", NOTHING)
     if isinstance(segment, Numbers):

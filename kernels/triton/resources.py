@@ -44,6 +44,7 @@ WRITTEN = (
     *("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)"),
     *("fp8", "nvfp4", "mxfp4", "klt(bits=2)"),
 )
+BY_TOKEN = ("none", "int(bits=4)", "int(bits=2)", "turboquant(bits=4)", "fp8", "mxfp4")  # stacks without a window
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     "q": "*bf16",
@@ -123,28 +124,32 @@ def built(spec: str, dim: int) -> tuple[Codec, PageLayout]:
     return codec, layout
 
 
-def attend(spec: str, capability: int, rows: int = 16, dim: int = 128) -> Resources:
-    """Of attention with the window in the same launch, unless the stack's pages have another basis."""
+def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens: bool = False) -> Resources:
+    """Of attention with the window in the same launch, unless the stack's pages have another basis; `in_tokens`: over
+    pages that are filled in part."""
     codec, layout = built(spec, dim)
     sides = codec.kernel_sides()
     assert sides is not None
     one = chunks.numbers(dim, torch.bfloat16)
     constants = ops.attention_constants(
         chunks.described(sides, layout),
+        layout.bytes_per_page,
         ((), ()) if codec.rotates else (one, one),
         plan.tokens_tile(dim * torch.bfloat16.itemsize),
         rows,
         exact=False,
     )
-    constants |= {"BIAS": codec.rotates, "SOFTCAP": False, "LSE_OF_TILES": False}
+    constants |= {"BIAS": codec.rotates, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
     queries = "*fp32" if codec.rotates else "*bf16"
     name = spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows"
     name = name if dim == 128 else f"{name}, {dim} channels"
+    name = f"{name}, filled in part" if in_tokens else name
     return compiled(attention.attend_kernel, constants, capability, name, q=queries)
 
 
 def merge(capability: int, dim: int = 128) -> Resources:
     constants = {"PRIOR": True, "SPLITS": ops.SPLITS, "BLOCK": dim, "num_warps": ops.WARPS}
+    constants |= {"PAGE": 64, "IN_TOKENS": True, "TOKENS": True}
     return compiled(attention.merge_kernel, constants, capability, "all")
 
 
@@ -156,14 +161,14 @@ def score(capability: int, bits: int, dim: int = 128) -> Resources:
     return compiled(summaries.scores_kernel, constants, capability, f"quest(summary_bits={bits})", q="*fp32")
 
 
-def write(spec: str, capability: int, dim: int = 128) -> Resources:
-    """Of pages written."""
+def write(spec: str, capability: int, dim: int = 128, single: bool = False) -> Resources:
+    """Of pages written, or `single` tokens of them."""
     codec, layout = built(spec, dim)
     sides = codec.kernel_sides()
     assert sides is not None
-    constants = ops_records.encode_constants(pieces.described(sides, layout))
-    x = "*fp32" if codec.rotates else "*bf16"
-    return compiled(encode.encode_kernel, constants, capability, spec, keys=x, values=x, ids="*i64")
+    constants = ops_records.encode_constants(pieces.described(sides, layout, single), layout.bytes_per_page, single)
+    x, name = "*fp32" if codec.rotates else "*bf16", f"{spec}, one token" if single else spec
+    return compiled(encode.encode_kernel, constants, capability, name, keys=x, values=x, ids="*i64", rows="*i64")
 
 
 def code_dots(capability: int, bits: int, rank: int = 16, page_size: int = 16) -> Resources:
@@ -201,6 +206,8 @@ def every(capabilities: list[int]) -> Iterator[Resources]:
         yield from (score(capability, bits) for bits in (16, 8))
         yield merge(capability)
         yield from (write(spec, capability) for spec in WRITTEN)
+        yield from (attend(spec, capability, in_tokens=True) for spec in BY_TOKEN)
+        yield from (write(spec, capability, single=True) for spec in BY_TOKEN)
         yield from (code_dots(capability, bits) for bits in (4, 8))
         yield code_dots(capability, 8, rank=128, page_size=64)
         yield from (regroup(spec, capability) for spec in ("none", "int(bits=4)"))
