@@ -190,6 +190,13 @@ def attend_tokens(
     return part if prior is None else merge([prior, part])
 
 
+def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
+    """[..., width]: of x [N] the runs of so many elements that begin at starts int64 [...]."""
+    if x.is_cpu and cpu.library() is not None:
+        return cpu.runs(x, starts, width)
+    return x[starts[..., None] + torch.arange(width, device=x.device)]
+
+
 def append_token(exact: ExactBuffer, keys: Tensor, values: Tensor) -> None:
     """One more token for every stream of a buffer: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
     if keys.is_cpu and cpu.library() is not None and keys.is_contiguous() and values.is_contiguous():

@@ -130,33 +130,39 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         self, pages: Pages, step: Step, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor | None, out: Tensor
     ) -> None:
         """Attention of the step's tokens without what follows it, written to `out` [T, Hq, D], and what they leave."""
-        window = self.window
-        held = [
-            None if window is None or blocks is None else window.read(blocks[group.requests], group.slots)
-            for group in step.groups
-        ]
+        window = None if blocks is None else self.window
+        starts = [] if window is None or blocks is None else self._starts(window, step, blocks)
+        held = [None if window is None else window.read(at) for at in starts[1:]] or [None] * len(step.groups)
         # A request of this step may share a prefix with another one that is computed in it: write, then read.
         self._write(pages, step, key, value, held)
         for group, exact in zip(step.groups, held, strict=True):
             new = (x[group.tokens] for x in (query, key, value))
             out[group.tokens] = self._attend(pages, step, group, exact, *new).to(out.dtype)
-        if self.window is None or blocks is None:
+        if window is None or blocks is None:
             return
         new = query, key, value
         for prompt in step.scores:
             score(pages, prompt, *_of_prompt(step, prompt, held, new), self.scale)
         for keep in step.keeps:
             old_new = _of_prompt(step, keep.prompt, held, new)
-            keep_chosen(pages, self.window, keep, blocks[keep.request], *old_new, self.scale)
+            keep_chosen(pages, window, keep, blocks[keep.request], *old_new, self.scale)
         if len(step.fresh):
             pages.forget(step.fresh)
         for leave in step.leaves:
             let_go(pages, leave)
-        rows, requests, slots = step.writes
-        self.window.write(blocks[requests], slots, key[rows], value[rows])
+        rows = step.writes[0]
+        window.write(starts[0], key[rows], value[rows])
         if len(step.votes[0]):
             rows, requests, slots = step.votes
-            self.window.write_queries(blocks[requests], slots, query[rows])
+            window.write_queries(blocks[requests], slots, query[rows])
+
+    def _starts(self, window: Window, step: Step, blocks: Tensor) -> list[Tensor]:
+        """Where windows keep what the step writes, and hold what each of its groups reads; found out once a step."""
+        if not step.starts:
+            _, requests, slots = step.writes
+            step.starts = [window.starts(blocks[requests], slots[:, None])[:, 0]]
+            step.starts += [window.starts(blocks[group.requests], group.slots) for group in step.groups]
+        return step.starts
 
     def _write(self, pages: Pages, step: Step, key: Tensor, value: Tensor, held: list[Tensor | None]) -> None:
         """Write the step's tokens, or the pages that they make full."""

@@ -35,7 +35,7 @@ def keep_chosen(
     if setup.sums:
         scored = _summed(pages, keep.prompt, query, k, v, scale)[None] / k.shape[1]
     elif setup.voters:
-        before = window.read_queries(blocks[None], torch.arange(keep.voters, device=blocks.device)[None])[0]
+        before = window.read_queries(blocks, torch.arange(keep.voters, device=blocks.device))
         queries = torch.cat([before, query[-(setup.voters - keep.voters) :]])
     chosen = setup.policy.select(_chunk(pages, queries, k, v, scale, scored))[0]
     chosen = chosen.nonzero()[:, 1].view(len(k), -1)  # [H, kept], ascending
@@ -43,7 +43,7 @@ def keep_chosen(
     pages.rewrite(k[:, setup.sinks :], v[:, setup.sinks :], keep.pages, old, chosen[:, setup.sinks :] - setup.sinks)
     end = setup.sinks + keep.pages.shape[1] * setup.page_size
     k, v = (torch.cat([x[:, : setup.sinks], x[:, end:]], 1).transpose(0, 1) for x in (k, v))
-    window.write(blocks.expand(len(keep.slots), -1), keep.slots, k, v)
+    window.write(window.starts(blocks[None], keep.slots[None])[0], k, v)
 
 
 def score(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence[Tensor], scale: float) -> None:

@@ -130,7 +130,8 @@ class Step:
     writes and votes int64 [3, w]: (row of the step, request, slot of its window) of new tokens that the window keeps,
     and of queries.
     then: what follows in the same step, of requests that bring tokens from behind a turn (`Setup.turns`), too.
-    cells: what follows from it, where tokens are written singly, for all layers once one has asked.
+    cells: what follows from it, where tokens are written singly; starts: where windows have what is written and read.
+    Both for all layers, once one has asked.
     choices: by layer, the pages that it chose and others follow in this step.
     """
 
@@ -145,6 +146,7 @@ class Step:
     slot_mapping: Tensor
     then: Step | None = None
     cells: Cells | None = None
+    starts: list[Tensor] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
 
     @classmethod

@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvcomp.errors import UnsupportedError
+from kvcomp.kernels.dispatch import runs
 
 from .setup import Setup
 from .specs import WindowSpec
@@ -116,41 +117,49 @@ class Window(nn.Module, AttentionLayerBase):
             kept_blocks=kept,
         )
 
-    def read(self, blocks: Tensor, slots: Tensor) -> Tensor:
-        """Keys and values [R, H, n, 2 * D], side by side, in slots [R, n] of requests whose blocks are [R, m]."""
-        block, slot = self._places(self.token, blocks, slots)
-        heads = torch.arange(self.token[0], device=slots.device)[:, None]
-        return self._cells(self.token)[block[:, None], slot[:, None], heads]
+    def starts(self, blocks: Tensor, slots: Tensor) -> Tensor:
+        """int64 [R, n]: where slots [R, n] of requests whose blocks are [R, m] begin, in every layer alike."""
+        return self._starts(self.token, blocks, slots)
 
-    def write(self, blocks: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keep keys and values [w, H, D] in slots [w] of windows whose blocks are [w, m]."""
-        at = self._places(self.token, blocks, slots[:, None])
-        self._cells(self.token)[at] = torch.cat([keys, values], -1)[:, None]
+    def read(self, starts: Tensor) -> Tensor:
+        """Keys and values [R, H, n, 2 * D], side by side, of slots that begin at starts [R, n]."""
+        heads, width = self.token
+        head = torch.arange(0, heads * width, width, device=starts.device)
+        return runs(self._flat, starts[:, None] + head[:, None], width)
+
+    def write(self, starts: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values [w, H, D] in slots that begin at starts [w]."""
+        self._put(starts, torch.cat([keys, values], -1))
 
     def read_queries(self, blocks: Tensor, slots: Tensor) -> Tensor:
-        """Queries [R, n, Hq, D], as `read`."""
-        return self._cells(self.query)[self._places(self.query, self._behind(blocks), slots)]
+        """Queries [n, Hq, D] in slots [n] of a request whose blocks are [m]."""
+        starts = self._starts(self.query, self._behind(blocks[None]), slots[None])[0]
+        return runs(self._flat, starts, prod(self.query)).unflatten(1, self.query)
 
     def write_queries(self, blocks: Tensor, slots: Tensor, queries: Tensor) -> None:
-        """Keep queries [w, Hq, D], as `write`."""
-        at = self._places(self.query, self._behind(blocks), slots[:, None])
-        self._cells(self.query)[at] = queries[:, None]
+        """Keep queries [w, Hq, D] in slots [w] of requests whose blocks are [w, m]."""
+        self._put(self._starts(self.query, self._behind(blocks), slots[:, None])[:, 0], queries)
+
+    def _put(self, starts: Tensor, slots: Tensor) -> None:
+        slots = slots.flatten(1)
+        self._flat[starts[:, None] + torch.arange(slots.shape[1], device=starts.device)] = slots
 
     def _behind(self, blocks: Tensor) -> Tensor:
         """Those of a request's blocks [R, m] that are for queries."""
-        room = self._cells(self.token).shape[1]
-        return blocks[:, -(-self.setup.slots // room) :]
+        return blocks[:, -(-self.setup.slots // self._room(self.token)) :]
 
     def _bytes(self, slot: tuple[int, int]) -> int:
         return prod(slot) * self.setup.dtype.itemsize
 
-    def _cells(self, slot: tuple[int, int]) -> Tensor:
-        """[blocks, slots per block, *slot] in the model's dtype: a view of the pool."""
-        block = self.kv_cache.view(len(self.kv_cache), -1)
-        room = block.shape[1] // self._bytes(slot)
-        return block[:, : room * self._bytes(slot)].view(self.setup.dtype).unflatten(1, (room, *slot))
+    @property
+    def _flat(self) -> Tensor:
+        """The pool's elements in the model's dtype."""
+        return self.kv_cache.view(-1).view(self.setup.dtype)
 
-    def _places(self, slot: tuple[int, int], blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Where `_cells` have slots [R, n] of requests whose blocks are [R, m]."""
-        room = self._cells(slot).shape[1]
-        return blocks.gather(1, slots // room), slots % room
+    def _room(self, slot: tuple[int, int]) -> int:
+        """Slots in a block."""
+        return self.kv_cache[0].nbytes // self._bytes(slot)
+
+    def _starts(self, slot: tuple[int, int], blocks: Tensor, slots: Tensor) -> Tensor:
+        room, block = self._room(slot), self.kv_cache[0].nbytes // self.setup.dtype.itemsize
+        return blocks.gather(1, slots // room) * block + slots % room * prod(slot)

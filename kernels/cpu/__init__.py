@@ -77,6 +77,7 @@ def library() -> ctypes.CDLL | None:
     found.kvcomp_largest.argtypes = [place, place, number, number, number, place]
     sizes = [number] * 3
     found.kvcomp_regroup.argtypes = [place, number, place, number, place, *sizes, place, place, number, place, number]
+    found.kvcomp_runs.argtypes, found.kvcomp_runs.restype = [place, place, number, number, number, place], None
     found.kvcomp_code_dots.restype = found.kvcomp_shares.restype = found.kvcomp_regroup.restype = None
     found.kvcomp_largest.restype = c_int
     return found
@@ -322,6 +323,14 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor, recor
         *(pool.data_ptr(), pool.stride(0), ids.data_ptr(), ids.stride(0), tokens.data_ptr(), *tokens.shape),
         *(layout.page_size, offsets, rows, len(offsets), records.data_ptr(), records.stride(0)),
     )
+
+
+def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
+    """As `dispatch.runs`."""
+    starts, out = starts.contiguous(), empty(*starts.shape, width, dtype=x.dtype)
+    sizes = x.itemsize, starts.numel(), width * x.itemsize
+    _compiled().kvcomp_runs(x.data_ptr(), starts.data_ptr(), *sizes, out.data_ptr())
+    return out
 
 
 def _ids(ids: Tensor) -> Tensor:

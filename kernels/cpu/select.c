@@ -276,6 +276,16 @@ void kvcomp_regroup(const uint8_t *pool, int64_t page_bytes, const int32_t *ids,
     }
 }
 
+/* out [count, bytes]: runs of so many bytes that begin at from + starts[i] * unit. */
+void kvcomp_runs(const uint8_t *from, const int64_t *starts, int64_t unit, int64_t count, int64_t bytes, uint8_t *out) {
+#pragma omp parallel for schedule(static) if (count > 256)
+    for (int64_t i = 0; i < count; i++) {
+        if (i + AHEAD < count)
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + starts[i + AHEAD] * unit + at);
+        copy_row(out + i * bytes, from + starts[i] * unit, bytes);
+    }
+}
+
 /* A token of each stream behind the counts[s] that k and v [streams, stride bytes] hold; it counts from then on. */
 void kvcomp_append(uint8_t *k, uint8_t *v, const uint8_t *keys, const uint8_t *values, int64_t *counts, int64_t streams,
                    int64_t k_stride, int64_t v_stride, int64_t k_bytes, int64_t v_bytes) {
