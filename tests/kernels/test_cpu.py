@@ -131,7 +131,8 @@ def test_the_kernel_is_the_reference(
     q = torch.randn(len(counts), rows, dims[0]).to(dtype)
     expected, tokens = reference.attend_pages(q, *args), None
     if exact:
-        room = (torch.randn(len(counts), 40, dim).to(dtype) for dim in dims)
+        both = torch.randn(len(counts), 40, sum(dims)).to(dtype)  # keys and values side by side, or each by itself
+        room = both.split(dims, -1) if seed % 3 else (x.contiguous() for x in both.split(dims, -1))
         tokens = Tokens(*(x[:, :37] for x in room), torch.randint(0, 38, (len(counts),)))
         seen = (torch.arange(37) < tokens.counts[:, None])[:, None]
         other = attend_reference(q, tokens.keys, tokens.values, args[5], seen, softcap)
@@ -153,6 +154,85 @@ def test_the_kernel_is_the_reference(
     assert (part.groups is None) == (not lse_of_pages)
     if part.groups is not None and expected.groups is not None:
         assert error(part.groups, expected.groups) < BOUND
+
+
+@compiled
+@given(
+    seed=st.integers(0, 2**31),
+    spec=st.sampled_from([spec for spec in QUANTIZERS if "kivi" not in spec and "per=channel" not in spec]),
+    dims=st.sampled_from(DIMS),
+    rows=st.sampled_from([1, 3, 4, 8, 17]),
+    counts=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    softcap=st.sampled_from([None, 1.5]),
+    lse_of_pages=st.booleans(),
+    level=st.integers(0, 2),
+    threads=st.sampled_from([1, 2, 3]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=120)
+def test_pages_filled_in_part(
+    seed: int,
+    spec: str,
+    dims: tuple[int, int],
+    rows: int,
+    counts: list[int],
+    softcap: float | None,
+    lse_of_pages: bool,
+    level: int,
+    threads: int,
+    dtype: torch.dtype,
+) -> None:
+    """Counts of tokens: what lies behind them, in their last page too, is nan in every scale, and has no effect."""
+    if not all(fits(spec, dim) for dim in dims):
+        return
+    torch.manual_seed(seed)
+    size = Stack.parse(f"{spec} + window(recent=0)").page_size
+    n = max(1, -(-max(counts) // size))
+    pool, layout, codec = filled(spec, len(counts) * n, dims, dtype)
+    assert layout.tokenwise
+    ids = torch.randperm(len(counts) * n).to(torch.int32).view(len(counts), n)
+    held = torch.tensor(counts)
+    args = (pool.data, ids, held, layout, codec, dims[0] ** -0.5, softcap, lse_of_pages)
+    q = torch.randn(len(counts), rows, dims[0]).to(dtype)
+    seen = torch.arange(n * size) < held[:, None]
+    whole = reference.attend_pages(q, pool.data, ids, held.new_full((len(counts),), n), *args[3:])
+    expected = reference.attend_pages(q, *args, in_tokens=True)
+    unseen = ~seen.unflatten(1, (n, size))
+    for field in layout.fields:
+        at = layout.offsets[field.name]
+        of_tokens = pool.data[:, at : at + field.nbytes].unflatten(1, (size, -1))
+        of_tokens[ids.long()[unseen.any(-1)]] = of_tokens[ids.long()[unseen.any(-1)]].masked_fill(
+            unseen[unseen.any(-1)][..., None], 0xFF
+        )
+    poisoned_too = reference.attend_pages(q, *args, in_tokens=True)
+    had = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "empty", poisoned)
+        patch.setattr(cpu, "level", lambda: min(level, BEST))
+        torch.set_num_threads(threads)
+        try:
+            part = dispatch.attend_pages(q, *args, in_tokens=True)
+        finally:
+            torch.set_num_threads(had)
+    assert torch.equal(poisoned_too.out, expected.out)
+    if bool(seen.all()):
+        assert error(expected.out, whole.out) < BOUND
+    assert error(part.out, expected.out) < BOUND
+    assert error(part.lse, expected.lse) < BOUND
+    if part.groups is not None and expected.groups is not None:
+        assert error(part.groups, expected.groups) < BOUND
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs(dtype: torch.dtype) -> None:
+    """As indexing gives them, with one thread and with several."""
+    x, starts = torch.randn(5000).to(dtype), torch.randint(0, 5000 - 24, (3, 2, 150))
+    expected = x[starts[..., None] + torch.arange(24)]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(dispatch.runs(x, starts, 24), expected)
+    torch.set_num_threads(1)
 
 
 @compiled
