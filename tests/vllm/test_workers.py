@@ -39,10 +39,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def requests() -> list[dict[str, Any]]:
     prompts = [[(7 * i + 11 * k) % 512 for k in range(n)] for i, n in enumerate(LENGTHS)]
-    return [{"prompt": prompt, "tokens": 24} for prompt in prompts]
+    return [{"prompt": prompt, "tokens": 80} for prompt in prompts]
 
 
-@pytest.mark.parametrize("stack", ["kivi(bits=2)", "snapkv(budget=80, window=16) + kivi(bits=2, group=16)"])
+@pytest.mark.parametrize("stack", ["kivi(bits=2)", "h2o(budget=64) + int(bits=4)"])
 def test_two_ranks_write_what_one_does(
     engine: ENGINE, tiny: dict[str, Any], requests: list[dict[str, Any]], stack: str
 ) -> None:
