@@ -184,8 +184,9 @@ def test_tokens_are_written_one_by_one(spec: str, dim: int) -> None:
     codec, layout = built(spec, dim, dtype)
     single, size = built(spec, dim, dtype, page_size=1)[0], layout.page_size
     k, v = (torch.randn(2, size, dim, device=DEVICE).to(dtype) for _ in range(2))
-    pool = torch.full((5, layout.bytes_per_page + WIDER), 0xFF, dtype=torch.uint8, device=DEVICE)
-    expected, streams = pool.clone(), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    room = torch.full((7, layout.bytes_per_page + WIDER), 0xFF, dtype=torch.uint8, device=DEVICE)
+    pool, streams = room[2:], torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    expected = pool.clone()
     fields = codec.encode(k, v, streams)
     for name, view in layout.views(expected).items():
         for i, page in enumerate([3, 1]):
@@ -211,6 +212,7 @@ def test_tokens_are_written_one_by_one(spec: str, dim: int) -> None:
             found[codes].copy_(wanted[codes])
         found[name].copy_(wanted[name])
     assert torch.equal(pool, expected)
+    assert (room[:2] == 0xFF).all()  # what ids below 0 would point at
 
 
 def test_pages_in_wider_records_are_written_whole() -> None:
@@ -218,8 +220,9 @@ def test_pages_in_wider_records_are_written_whole() -> None:
     torch.manual_seed(0)
     codec, layout = built("kivi(bits=4)", 64, torch.float32)
     k, v = (torch.randn(3, layout.page_size, 64, device=DEVICE) for _ in range(2))
-    pool = torch.full((4, layout.bytes_per_page + WIDER), 0xFF, dtype=torch.uint8, device=DEVICE)
-    expected, streams = pool.clone(), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    room = torch.full((5, layout.bytes_per_page + WIDER), 0xFF, dtype=torch.uint8, device=DEVICE)
+    pool, streams = room[1:], torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    expected = pool.clone()
     fields = codec.encode(k, v, streams)
     expected[[2, 0], : layout.bytes_per_page] = 0  # between fields, too
     for name, view in layout.views(expected).items():
@@ -227,6 +230,7 @@ def test_pages_in_wider_records_are_written_whole() -> None:
     how = kernels.written(sides_of(codec), layout, DEVICE)
     kernels.write(pool, torch.tensor([2, -1, 0], device=DEVICE), k, v, how)
     assert torch.equal(pool, expected)
+    assert (room[0] == 0xFF).all()
 
 
 def test_chosen_tokens_of_wider_records_are_read() -> None:
