@@ -50,8 +50,7 @@ def attend_pages(
 ) -> Part:
     """As `reference.attend_pages`, by the fastest kernel that there is for these pages, and over exact `tokens` too."""
     sides = codec.kernel_sides()
-    unread = in_tokens and pool.is_cpu  # the C kernel reads whole pages
-    if sides is None or unread or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
+    if sides is None or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
         ragged = None if pool.is_cpu else True  # elsewhere, to look would be to wait
         args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, ragged, in_tokens
         return _with_tokens(queries, tokens, scale, softcap, reference.attend_pages(*args))
@@ -63,7 +62,7 @@ def attend_pages(
                 return _with_tokens(queries, tokens, scale, softcap, dense)
         asked = queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens
         return by_triton(*asked, in_tokens)
-    pages = cpu.Pages(pool, ids, counts, layout, sides)
+    pages = cpu.Pages(pool, ids, counts, layout, sides, in_tokens)
     if codec.rotates or (tokens is not None and not cpu.readable(tokens)):
         rotated, bias = codec.read_query(queries.float())
         part = cpu.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
@@ -180,10 +179,12 @@ def attend_tokens(
     longest, visible = tokens.keys.shape[1], None
     if tokens.counts.is_cpu:
         longest = int(tokens.counts.max())
+    keys, values = tokens.keys[:, :longest], tokens.values[:, :longest]
     if not tokens.counts.is_cpu or bool((tokens.counts < longest).any()):  # to look would be to wait
-        there = torch.arange(longest, device=tokens.counts.device) < tokens.counts[:, None]
-        visible = there[:, None].to(queries.device)
-    part = attend(queries, tokens.keys[:, :longest], tokens.values[:, :longest], scale, visible, softcap)
+        there = (torch.arange(longest, device=tokens.counts.device) < tokens.counts[:, None]).to(queries.device)
+        keys, values = (x.masked_fill(~there[..., None], 0) for x in (keys, values))  # it may be anything
+        visible = there[:, None]
+    part = attend(queries, keys, values, scale, visible, softcap)
     return part if prior is None else merge([prior, part])
 
 

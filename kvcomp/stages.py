@@ -222,6 +222,8 @@ class Chunk:
     post-RoPE; alive [b, Hkv, n] bool: what earlier policies of the stack kept. `past` tokens came before; of this
     chunk the first `sinks` and the last `recent` tokens are the exact window's and must be kept.
     model: None where no policy `needs_model`. chosen [b, Hkv, n] bool: what `Policy.choose` gave, None if not asked.
+    scored [b, Hkv, n]: scores that an engine made of parts of the queries, and that stand for the policy's own; None
+    where all queries are here.
     """
 
     queries: Tensor | None
@@ -236,6 +238,7 @@ class Chunk:
     layers: int
     model: ModelPart | None = None
     chosen: Tensor | None = None
+    scored: Tensor | None = None
 
 
 class Held(NamedTuple):

@@ -42,6 +42,10 @@ class H2O(ScoredPolicy):
     def newest(self, count: int) -> int:
         return round(self.recent * count)
 
+    @property
+    def averages(self) -> bool:
+        return True
+
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         received = votes(chunk.queries, chunk.keys, chunk.scale, chunk.alive)

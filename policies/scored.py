@@ -77,6 +77,11 @@ class ScoredPolicy(Policy):
         return None if self.needs_queries else 0
 
     @property
+    def averages(self) -> bool:
+        """Whether `scores` are means over the queries, so that an engine which cuts a prompt may add up its parts."""
+        return False
+
+    @property
     def uniform(self) -> bool:
         """Whether every head of every layer keeps exactly `kept` tokens."""
         return self.threshold is None and self.layers == "uniform" and self.heads != "adaptive"
@@ -105,7 +110,7 @@ class ScoredPolicy(Policy):
         if count >= n and self.threshold is None:
             return chunk.alive
         first, last = self._protected(n, chunk.sinks, chunk.recent)
-        scores = self.scores(chunk).float()
+        scores = (self.scores(chunk) if chunk.scored is None else chunk.scored).float()
         if self.heads == "common":
             scores = scores.mean(1, keepdim=True).expand_as(chunk.alive)
         open_ = chunk.alive.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from kvcomp.pages import Summary
 from kvcomp.stages import Choice, Summaries
 
 from .decode import DecodeStep
-from .keep import keep_chosen
+from .keep import keep_chosen, let_go, score, watch
 from .pages import Pages
 from .setup import Setup
-from .step import Group, Step
+from .step import Group, Prompt, Step
 from .window import Window
 
 
@@ -121,16 +122,19 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         size = group.pages.nbytes + int(pages.sum()) * layout.body_bytes
         if self.pages.index is not None:
             size += int(group.counts.sum()) * layout.summary_bytes
-        if self.window is None:  # the page that is not full yet is decoded, and the new token is at hand
-            size += int(group.exact.count_nonzero()) * self.num_kv_heads * layout.body_bytes
-            exact = exact - group.exact.repeat_interleave(self.num_kv_heads)
+        if self.window is None:  # tokens, which share nothing, and the new one is at hand
+            return group.pages.nbytes + int(pages.sum()) * (layout.body_bytes // layout.page_size)
         return size + int(exact.sum()) * 2 * self.head_size * self.setup.dtype.itemsize
 
     def _run(
         self, pages: Pages, step: Step, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor | None, out: Tensor
     ) -> None:
         """Attention of the step's tokens without what follows it, written to `out` [T, Hq, D], and what they leave."""
-        held = [self._exact(pages, group, blocks) for group in step.groups]
+        window = self.window
+        held = [
+            None if window is None or blocks is None else window.read(blocks[group.requests], group.slots)
+            for group in step.groups
+        ]
         # A request of this step may share a prefix with another one that is computed in it: write, then read.
         self._write(pages, step, key, value, held)
         for group, exact in zip(step.groups, held, strict=True):
@@ -138,27 +142,23 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
             out[group.tokens] = self._attend(pages, step, group, exact, *new).to(out.dtype)
         if self.window is None or blocks is None:
             return
+        new = query, key, value
+        for prompt in step.scores:
+            score(pages, prompt, *_of_prompt(step, prompt, held, new), self.scale)
         for keep in step.keeps:
-            group, exact = step.groups[keep.group], held[keep.group]
-            assert exact is not None
-            old = [x[keep.row, : group.held[keep.row]] for x in exact]
-            ended = [x[group.tokens[keep.row]] for x in (query, key, value)]
-            keep_chosen(pages, self.window, keep, blocks[keep.request], old, ended, self.scale)
+            old_new = _of_prompt(step, keep.prompt, held, new)
+            keep_chosen(pages, self.window, keep, blocks[keep.request], *old_new, self.scale)
+        if len(step.fresh):
+            pages.forget(step.fresh)
+        for leave in step.leaves:
+            let_go(pages, leave)
         rows, requests, slots = step.writes
         self.window.write(blocks[requests], slots, key[rows], value[rows])
         if len(step.votes[0]):
             rows, requests, slots = step.votes
             self.window.write_queries(blocks[requests], slots, query[rows])
 
-    def _exact(self, pages: Pages, group: Group, blocks: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [R, n, H, D] of the tokens behind the pages; None where they are read once all is written."""
-        if self.window is None or blocks is None:
-            return None
-        return self.window.read(blocks[group.requests], group.slots)
-
-    def _write(
-        self, pages: Pages, step: Step, key: Tensor, value: Tensor, held: list[tuple[Tensor, Tensor] | None]
-    ) -> None:
+    def _write(self, pages: Pages, step: Step, key: Tensor, value: Tensor, held: list[Tensor | None]) -> None:
         """Write the step's tokens, or the pages that they make full."""
         if self.setup.by_token:
             step.cells = step.cells or pages.cells(step.slot_mapping)
@@ -167,17 +167,17 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         for fill in step.fills:
             group, exact = step.groups[fill.group], held[fill.group]
             assert exact is not None
-            behind = slice(fill.sinks, group.held[fill.row])
+            old = exact[fill.row, :, fill.sinks : group.held[fill.row]].chunk(2, -1)
             rows = group.tokens[fill.row, fill.new_sinks :]
-            k, v = (torch.cat([old[fill.row, behind], new[rows]]) for old, new in zip(exact, (key, value), strict=True))
-            pages.write_pages(k.transpose(0, 1), v.transpose(0, 1), fill.pages)
+            k, v = (torch.cat([x, new[rows].transpose(0, 1)], 1) for x, new in zip(old, (key, value), strict=True))
+            pages.write_pages(k, v, fill.pages)
 
     def _attend(
         self,
         pages: Pages,
         step: Step,
         group: Group,
-        held: tuple[Tensor, Tensor] | None,
+        held: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -191,36 +191,31 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
             return dense.transpose(1, 2)
         q = query.transpose(1, 2).reshape(requests * heads, queries, -1)  # [S, G * n, D]
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # [S, n, D]
-        exact = self._tokens(pages, group, held, k, v)
+        exact = self._tokens(group, held, k, v)
         parts = self._attend_pages(pages, step, group, q, exact)
+        groups = parts[0].groups if parts else None
         if n > 1:
             parts.append(attend_causal(q.unflatten(1, (-1, n)), k, v, self.scale, self.softcap))
-        out = merge(parts).out  # [S, G * n, D]
+        out, lse, _ = merge(parts)  # [S, G * n, D], [S, G * n]
+        if groups is not None:
+            watch(pages, group, groups, lse)
         return out.view(requests, self.num_heads, n, -1).transpose(1, 2)
 
-    def _tokens(
-        self, pages: Pages, group: Group, held: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor
-    ) -> Tokens | None:
-        """What queries read behind the pages: exact tokens or, where there is no window, the page not full yet.
+    def _tokens(self, group: Group, held: Tensor | None, key: Tensor, value: Tensor) -> Tokens | None:
+        """The exact tokens that queries read behind the pages, of held [R, H, longest + 1, 2 * D].
 
         key and value [S, n, D] are the group's new tokens: a single one goes behind the others.
         """
-        counts = group.exact.repeat_interleave(self.num_kv_heads)
-        longest, alone = group.longest, group.new == 1
-        if not longest:
-            return Tokens(key.contiguous(), value.contiguous(), counts + 1) if alone else None
-        if held is not None:
-            k, v = (x.transpose(1, 2).flatten(0, 1) for x in held)  # [S, longest, D]
-        else:
-            k, v = (x[:, :longest] for x in pages.decode(group.tail))
-        beyond = (torch.arange(longest, device=counts.device) >= counts[:, None])[..., None]
-        k, v = (x.masked_fill(beyond, 0) for x in (k, v))  # what lies there may be anything
-        if alone:
-            every = torch.arange(len(counts), device=counts.device)
-            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
-            k[every, counts], v[every, counts] = key[:, 0].to(k.dtype), value[:, 0].to(v.dtype)
-            counts = counts + 1
-        return Tokens(k.contiguous(), v.contiguous(), counts)
+        if group.new > 1:
+            if held is None or not group.longest:
+                return None
+            return Tokens(*held[:, :, :-1].flatten(0, 1).chunk(2, -1), group.exact)
+        if held is None:
+            return Tokens(key, value, torch.ones_like(group.exact))
+        held = held.flatten(0, 1)
+        every = torch.arange(len(held), device=held.device)
+        held[every, group.exact] = torch.cat([key[:, 0], value[:, 0]], -1).to(held.dtype)
+        return Tokens(*held.chunk(2, -1), group.exact + 1)
 
     def _attend_pages(self, pages: Pages, step: Step, group: Group, q: Tensor, exact: Tokens | None) -> list[Part]:
         """Attention of queries q [S, R, D] over the group's pages, or those a selector chooses, and exact tokens."""
@@ -235,7 +230,13 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         elif choice is not None:
             ids, counts = ids.gather(1, choice.positions), choice.valid
         self._remember(group, counts, exact)
-        part = attend_pages(q, pool, ids, counts, pages.layout, pages.codec, self.scale, self.softcap, False, exact)
+        watched = self.setup.most is not None
+        how = pages.layout, pages.codec, self.scale, self.softcap, watched
+        part = attend_pages(q, pool, ids, counts, *how, exact, self.setup.by_token)
+        if part.groups is not None and choice is not None:
+            every = part.groups.new_full((*part.groups.shape[:2], group.pages.shape[1]), -torch.inf)
+            place = choice.positions[:, None].expand_as(part.groups)  # of what is not valid: any, with -inf
+            part = part._replace(groups=every.scatter_reduce(2, place, part.groups, "amax"))
         return [part] if rest is None else [part, rest]
 
     def _remember(self, group: Group, pages: Tensor, exact: Tokens | None) -> None:
@@ -252,3 +253,12 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         held = Summaries(summary, group.counts, self.num_kv_heads, pages.layout.page_size, pages.by_tokens)
         choice = step.choices[plan.layer] = index.choose(q, self.scale, held)
         return choice, index.rest(q, self.scale, held, choice, self.softcap)
+
+
+def _of_prompt(
+    step: Step, prompt: Prompt, held: Sequence[Tensor | None], new: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values [H, w, D] of a prompt that its window holds, and the step's queries, keys and values [n, ...]."""
+    group, exact, row = step.groups[prompt.group], held[prompt.group], prompt.row
+    assert exact is not None
+    return list(exact[row, :, : group.held[row]].chunk(2, -1)), [x[group.tokens[row]] for x in new]

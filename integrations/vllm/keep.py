@@ -1,4 +1,4 @@
-"""What stays of a prompt, once a step has brought its last token: a policy's own choice for each KV head."""
+"""What stays of a request: of its prompt, by a policy's choice for each KV head, and of its pages later on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcomp.stages import Chunk
+from kvcomp.stages import Chunk, Held
 
 from .pages import Pages
-from .step import Keep
+from .step import Group, Keep, Leave, Prompt
 from .window import Window
 
 
@@ -25,29 +25,85 @@ def keep_chosen(
 ) -> None:
     """Leave of a prompt in one layer what the policy chooses: whole pages, and the rest in the window.
 
-    blocks int64 [m]: those of the request's window. exact: keys and values [w, H, D] that it held before the step.
+    blocks int64 [m]: those of the request's window. exact: keys and values [H, w, D] that it held before the step.
     new: queries [n, Hq, D], keys and values [n, H, D] of the step, the last of which end the prompt.
     """
-    query, *added = new
-    setup, plan = pages.setup, pages.plan
+    query, setup, old = new[0], pages.setup, keep.prompt.old
     assert setup.policy is not None
-    sinks = min(setup.sinks, len(exact[0]))
-    k, v = (
-        torch.cat([held[:sinks].transpose(0, 1), page, torch.cat([held[sinks:], last]).transpose(0, 1)], 1)
-        for held, page, last in zip(exact, pages.tokens(keep.old), added, strict=True)
-    )  # [H, prompt, D]
-    prompt, queries = k.shape[1], None
-    if setup.voters:
+    k, v = _tokens(pages, keep.prompt, exact, new)  # [H, prompt, D]
+    queries = scored = None
+    if setup.sums:
+        scored = _summed(pages, keep.prompt, query, k, v, scale)[None] / k.shape[1]
+    elif setup.voters:
         before = window.read_queries(blocks[None], torch.arange(keep.voters, device=blocks.device)[None])[0]
-        queries = torch.cat([before, query[-(setup.voters - keep.voters) :]]).transpose(0, 1)[None]
-    alive = torch.ones(1, *k.shape[:2], dtype=torch.bool, device=k.device)
-    recent = min(setup.recent, prompt - setup.sinks)
-    chunk = Chunk(queries, k[None], v[None], alive, 0, setup.sinks, recent, scale, plan.layer, plan.layers)
-    chosen = setup.policy.select(chunk)[0].nonzero()[:, 1].view(len(k), -1)  # [H, kept], ascending
+        queries = torch.cat([before, query[-(setup.voters - keep.voters) :]])
+    chosen = setup.policy.select(_chunk(pages, queries, k, v, scale, scored))[0]
+    chosen = chosen.nonzero()[:, 1].view(len(k), -1)  # [H, kept], ascending
     k, v = (x.take_along_dim(chosen[..., None], 1) for x in (k, v))
-    pages.rewrite(
-        k[:, setup.sinks :], v[:, setup.sinks :], keep.pages, keep.old, chosen[:, setup.sinks :] - setup.sinks
-    )
+    pages.rewrite(k[:, setup.sinks :], v[:, setup.sinks :], keep.pages, old, chosen[:, setup.sinks :] - setup.sinks)
     end = setup.sinks + keep.pages.shape[1] * setup.page_size
     k, v = (torch.cat([x[:, : setup.sinks], x[:, end:]], 1).transpose(0, 1) for x in (k, v))
     window.write(blocks.expand(len(keep.slots), -1), keep.slots, k, v)
+
+
+def score(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence[Tensor], scale: float) -> None:
+    """Add up what the queries of a part of a prompt give to all its tokens so far; arguments as of `keep_chosen`."""
+    k, v = _tokens(pages, prompt, exact, new)
+    pages.put_scores(prompt.cells, _summed(pages, prompt, new[0], k, v, scale))
+
+
+def watch(pages: Pages, group: Group, groups: Tensor, lse: Tensor) -> None:
+    """Add the attention that pages receive from queries behind prompts, the mean over the query heads of a KV head.
+
+    groups float32 [S, G * n, m]: the lse of each page read, lse [S, G * n] that of all.
+    """
+    n, places = group.new, group.pages.shape[1]
+    mass = (groups - lse[..., None]).exp().unflatten(1, (-1, n)).mean(1).sum(1)  # [S, m]
+    seen = torch.arange(places, device=mass.device) < (group.counts * group.behind)[:, None]
+    more = torch.stack([mass, torch.full_like(mass, n)], -1)
+    pages.receive(group.pages, torch.where(seen[..., None], more, 0))
+
+
+def let_go(pages: Pages, leave: Leave) -> None:
+    """Close the gaps of pages that the policy lets go, in each head others."""
+    policy, heads = pages.setup.policy, pages.heads
+    assert policy is not None
+    mass, queries = pages.received(leave.pages).cpu().unbind(-1)
+    full = torch.ones(heads, dtype=torch.int64)
+    n, size = leave.pages.shape[1], pages.setup.page_size
+    held = Held(full * leave.tokens, full * n, size, pages.setup.sinks, heads, mass / queries.clamp_min(1))
+    gone = policy.expired(held)
+    assert gone is not None
+    stay = (~gone).nonzero()[:, 1].view(heads, n - leave.count).to(leave.pages.device)
+    pages.move(leave.pages.gather(1, stay), leave.pages[:, : n - leave.count])
+
+
+def _tokens(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values [H, n, D] of a prompt as far as it is in."""
+    sinks = min(pages.setup.sinks, exact[0].shape[1])
+    k, v = (
+        torch.cat([held[:, :sinks], page, held[:, sinks:], last.transpose(0, 1)], 1)
+        for held, page, last in zip(exact, pages.tokens(prompt.old), new[1:], strict=True)
+    )
+    return k, v
+
+
+def _chunk(
+    pages: Pages, queries: Tensor | None, k: Tensor, v: Tensor, scale: float, scored: Tensor | None = None
+) -> Chunk:
+    """A prompt k, v [H, n, D], the last of whose queries are [w, Hq, D], as a policy sees it."""
+    setup, plan = pages.setup, pages.plan
+    alive = torch.ones(1, *k.shape[:2], dtype=torch.bool, device=k.device)
+    recent = min(setup.recent, k.shape[1] - setup.sinks)
+    q = None if queries is None else queries.transpose(0, 1)[None]
+    return Chunk(q, k[None], v[None], alive, 0, setup.sinks, recent, scale, plan.layer, plan.layers, scored=scored)
+
+
+def _summed(pages: Pages, prompt: Prompt, query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """float32 [H, n]: what the queries so far gave to tokens k, v [H, n, D], `query` [m, Hq, D] the last of them."""
+    policy, past = pages.setup.policy, prompt.past
+    assert policy is not None
+    total = policy.scores(_chunk(pages, query, k, v, scale))[0].float() * len(query)
+    if past:
+        total[:, :past] += pages.scores(prompt.cells)[:, :past]
+    return total

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.finite import saturated
@@ -103,17 +104,42 @@ class Pages:
         for (_, rows), tokens in zip(self._rows() if moved else (), moved, strict=True):
             rows[records[head, to // size], to % size] = tokens
 
+    def received(self, records: Tensor) -> Tensor:
+        """float32 [..., 2] from the tails of records: the attention that pages received, and of how many queries."""
+        return self._tails(2)[records]
+
+    def receive(self, records: Tensor, more: Tensor) -> None:
+        """Add `more` float32 [S, n, 2] to what records int [S, n] received; one may be named several times."""
+        self._tails(2).index_put_((records.long(),), more, accumulate=True)
+
+    def forget(self, records: Tensor) -> None:
+        """Nothing was received yet by pages records int64 [m]."""
+        self._tails(2)[records] = 0
+
+    def move(self, origin: Tensor, records: Tensor) -> None:
+        """Put whole records `origin` int64 [H, n], tails too, in place of `records` [H, n]; they may overlap."""
+        self.pool[records] = self.pool[origin]
+
+    def scores(self, cells: Tensor) -> Tensor:
+        """float32 [H, c * P] of cells int64 [H, c]: a number for each token of so many columns, kept in their tails."""
+        return self._tails(self.setup.page_size)[cells].flatten(1)
+
+    def put_scores(self, cells: Tensor, scores: Tensor) -> None:
+        """Keep scores float32 [H, n] of the first n tokens of cells' columns."""
+        size = self.setup.page_size
+        padded = F.pad(scores, (0, cells.shape[1] * size - scores.shape[1]))
+        self._tails(size)[cells] = padded.unflatten(1, (-1, size))
+
+    def _tails(self, numbers: int) -> Tensor:
+        """The last `numbers` of each record, float32 [records, numbers]."""
+        return self.pool[:, -numbers * torch.float32.itemsize :].view(torch.float32)
+
     def _rows(self) -> Iterator[tuple[Field, Tensor]]:
         """Fields that attention reads, where the layout is `tokenwise`, and their tokens uint8 [records, P, bytes]."""
         for field in self.layout.fields:
             if not field.name.startswith(SUMMARY):
                 at = self.layout.offsets[field.name]
                 yield field, self.pool[:, at : at + field.nbytes].unflatten(1, (self.setup.page_size, -1))
-
-    def decode(self, records: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [S, P, D] of records [S] of S streams, float32 in original coordinates; what was not written
-        may be anything."""
-        return self._decode(records, torch.arange(len(records), device=records.device))
 
     def tokens(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [H, n * P, D] of records [H, n] in the model's dtype."""

@@ -33,11 +33,9 @@ def register() -> None:
         warnings.warn(f"{message}; without one of them no stack has an effect", KvcompWarning, stacklevel=2)
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     for name in REPLACED:
         register_backend(AttentionBackendEnum[name], f"kvcomp.integrations.vllm.select.{name}")
-    KVCacheSpecRegistry._ensure_registered()  # it registers vLLM's own only while nothing is registered
     from . import specs  # noqa: F401  registers ours
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from kvcomp.errors import SpecError, UnsupportedError
-from kvcomp.plan import LayerPlan
+from kvcomp.plan import RECEIVED, LayerPlan
 from kvcomp.policies.scored import ScoredPolicy
 from kvcomp.policies.streaming import Streaming
 from kvcomp.stack import Stack
@@ -39,18 +39,20 @@ class Extent(NamedTuple):
     """What a request holds, and where.
 
     held: how many tokens pages and window are laid out for. pages: how many are read; gap: the columns (from, to) of
-    the block table between or before them, whose blocks are free. exact: tokens in the window alone, sinks among them.
+    the block table between, before or behind them, whose blocks are free. exact: tokens in the window alone, sinks
+    among them. written: pages read, and those that left since.
     """
 
     held: int
     pages: int
     gap: tuple[int, int]
     exact: int
+    written: int
 
-    @property
-    def end(self) -> int:
-        """The column of the page that comes next."""
-        return self.pages + self.gap[1] - self.gap[0]
+    def column(self, page: int) -> int:
+        """The column of the block table that page number `page` of those read is in, or comes to."""
+        first, last = self.gap
+        return page if page < first else page + last - first
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,12 @@ class Setup:
                 "keeps other numbers of tokens in each layer or head, and a block of vLLM serves all of them alike: "
                 "use snapkv or another policy with equal budgets"
             )
-        elif policy.voters is None:
+        elif policy.voters is None and not policy.averages:
             why = f"scores with all queries of the prompt, and vLLM may cut it: {once}"
-        elif policy.watches:
+        elif policy.watches and self.drafts:
             why = (
-                "lets pages go while generating, in each head others, and a block of vLLM has all heads: set hold=false"
+                "lets pages go while generating, which a rejected draft cannot take back: set hold=false, or leave out "
+                "--speculative-config"
             )
         elif len(self.stack.policies) > 1:
             why = "has to be the only policy of the stack in vLLM: leave out the others"
@@ -208,9 +211,35 @@ class Setup:
         """Of how many of a prompt's last tokens the policy needs the queries."""
         return 0 if self.policy is None else self.policy.voters or 0
 
+    @property
+    def sums(self) -> bool:
+        """Whether scores of a prompt that is cut are added up over its parts."""
+        return self.policy is not None and self.policy.voters is None
+
     def kept(self, prompt: int) -> int:
         """How many tokens of a prompt each head of each layer keeps, once it is in."""
         return prompt if self.policy is None else self.policy.kept(prompt, self.sinks, self.recent, 0, self.layers)
+
+    @property
+    def most(self) -> int | None:
+        """Tokens that a request holds behind its prompt, a page more at times: what is over leaves in whole pages.
+        None: nothing leaves then."""
+        if self.policy is None or self.policy.budget is None or not self.policy.watches:
+            return None
+        return max(self.policy.budget, self.sinks + self.recent)
+
+    def turns(self, past: int, end: int, prompt: int) -> list[int]:
+        """Numbers of tokens between `past` and `end` at which another step has to begin, for a request to be treated
+        as if it had come token by token: at the end of its prompt, of which some goes, or what leaves later begins to
+        be watched; and behind that where a page is written or leaves."""
+        turns = []
+        most, kept = self.most, self.kept(prompt)
+        if past < prompt < end and (kept < prompt or most is not None):
+            turns.append(prompt)
+        if most is not None:
+            phases = {(n + prompt - kept) % self.page_size for n in (self.sinks + self.recent, most)}
+            turns += [t for t in range(max(past, prompt) + 1, end) if t % self.page_size in phases]
+        return turns
 
     @cached_property
     def by_token(self) -> bool:
@@ -245,10 +274,14 @@ class Setup:
         exact = held - paged * size
         if self.streaming is not None and tokens >= prompt:
             expired = min(max(tokens - self.sinks - self.streaming, 0) // size, paged)
-            return Extent(held, paged - expired, (0, expired), exact)
+            return Extent(held, paged - expired, (0, expired), exact, paged)
+        if self.most is not None and tokens >= prompt:
+            left = max(held - self.most, 0) // size
+            room = self.paged(self.most + size)  # pages stay in these columns: those that leave make room in them
+            return Extent(held, paged - left, (room, max(-(-tokens // size), room)), exact, paged)
         first = self.paged(prompt - gone)
         spare = -(-(gone + self.sinks + self.recent) // size) if gone else 0  # no token comes earlier into its column
-        return Extent(held, paged, (first, first + spare), exact)
+        return Extent(held, paged, (first, first + spare), exact, paged)
 
     def plan(self, layer: int) -> LayerPlan:
         return self.stack.plan(layer, self.layers)
@@ -258,7 +291,16 @@ class Setup:
         has it on the device of the pool."""
         return PageShape(self.page_size, self.dim, self.dim, heads, self.dtype, HOST, layer)
 
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes at the end of a cell for a float32 per token, where `sums`, and then the attention that a page received
+        and of how many queries, where pages leave."""
+        scores = self.page_size * torch.float32.itemsize if self.sums else 0
+        return max(scores, 0 if self.most is None else RECEIVED)
+
     def record_bytes(self, heads: int) -> int:
-        """Bytes of a (block, head) cell: the largest page of any layer, filled up to a whole number a token."""
+        """Bytes of a (block, head) cell: the largest page of any layer and a tail, filled up to a whole number a
+        token."""
         layouts = (self.plan(i).layout(self.shape(heads, i)) for i in range(self.layers))
-        return -(-max(layout.bytes_per_page for layout in layouts) // self.page_size) * self.page_size
+        most = max(layout.bytes_per_page for layout in layouts) + self.tail_bytes
+        return -(-most // self.page_size) * self.page_size

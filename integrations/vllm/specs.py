@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager, FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, FullAttentionSpec
-from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from .setup import Setup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+KVCacheSpecRegistry._ensure_registered()  # it registers vLLM's own only while nothing is registered
 
 
 class WindowManager(CircularBufferManager):

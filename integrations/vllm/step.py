@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,11 @@ class Group:
     """R requests that bring n new tokens each.
 
     requests int64 [R]: their rows in the batch. tokens int64 [R, n]: their rows in the step's queries, keys, values.
-    pages int32 [R * H, longest] and counts int64 [R * H]: records of the pool that each KV head reads, oldest first.
-    exact int64 [R]: tokens behind those pages, newer than them or sinks; held: the same numbers on the host.
-    tail int64 [R * H]: the record of the page that the next token belongs to (read where tokens are written singly).
-    slots int64 [R, longest]: slots of the window that hold the exact tokens, where there is a window.
+    pages int32 [R * H, m] and counts int64 [R * H]: records of the pool that each KV head reads, oldest first; counts
+    of tokens, the last page filled in part, where tokens are written singly.
+    exact int64 [R * H]: tokens behind those pages, newer than them or sinks; held: of each request, on the host.
+    slots int64 [R, longest + 1]: slots of the window that hold the exact tokens, and one more.
+    behind bool [R * H]: whether the prompt is in, and what pages receive is watched where pages leave.
     """
 
     requests: Tensor
@@ -42,8 +44,8 @@ class Group:
     pages: Tensor
     counts: Tensor
     exact: Tensor
-    tail: Tensor
     slots: Tensor
+    behind: Tensor
     held: list[int]
 
     @property
@@ -53,7 +55,7 @@ class Group:
     @property
     def longest(self) -> int:
         """The most exact tokens of a request."""
-        return self.slots.shape[1]
+        return self.slots.shape[1] - 1
 
     @property
     def past(self) -> bool:
@@ -77,21 +79,45 @@ class Fill:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """A prompt that is in with the new tokens, of which the policy keeps a part.
+class Prompt:
+    """Tokens of a prompt, of which the policy is to keep a part.
 
-    group, row: as in `Fill`. request: its row in the batch. old int64 [H, m]: records that hold its first tokens behind
-    the sinks. pages int64 [H, m']: those that what is kept goes to, as far as it fills whole pages. slots int64 [w]:
-    slots of the window that the rest goes to, sinks first. voters: how many of the last queries came in steps before.
+    group, row: as in `Fill`. past: how many tokens came before. old int64 [H, m]: records that hold its first tokens
+    behind the sinks. cells int64 [H, c]: records of all columns that its tokens, the new ones too, fall into: their
+    tails have a place for a score of each, where scores are summed.
     """
 
     group: int
     row: int
-    request: int
+    past: int
     old: Tensor
+    cells: Tensor
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A prompt that is in with the new tokens, and what stays of it.
+
+    request: its row in the batch. pages int64 [H, m']: records that what is kept goes to, as far as it fills whole
+    pages. slots int64 [w]: slots of the window that the rest goes to, sinks first. voters: how many of the last queries
+    came in steps before.
+    """
+
+    prompt: Prompt
+    request: int
     pages: Tensor
     slots: Tensor
     voters: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Pages that leave: `count` of the records pages int64 [H, n], oldest first, of a request that has `tokens` tokens.
+    Behind that the first n - count records hold the others."""
+
+    pages: Tensor
+    tokens: int
+    count: int
 
 
 @dataclass
@@ -99,9 +125,11 @@ class Step:
     """One step's batch: planned on the host out of lengths alone, all tensors on the device of the pool.
 
     slot_mapping int64 [T]: a token's place in the pool, in tokens; -1 where it has none.
-    fills: pages that become full; keeps: prompts that are in and lose tokens. writes and votes int64 [3, w]: (row of
-    the step, request, slot of its window) of new tokens that the window keeps, and of queries.
-    then: what follows in the same step, of requests that bring tokens from behind such a prompt, too.
+    fills: pages that become full; keeps: prompts that are in and lose tokens; scores: prompts that are not, whose
+    queries score their tokens; leaves: pages that leave. fresh int64 [f]: records that nothing was received by yet.
+    writes and votes int64 [3, w]: (row of the step, request, slot of its window) of new tokens that the window keeps,
+    and of queries.
+    then: what follows in the same step, of requests that bring tokens from behind a turn (`Setup.turns`), too.
     cells: what follows from it, where tokens are written singly, for all layers once one has asked.
     choices: by layer, the pages that it chose and others follow in this step.
     """
@@ -109,6 +137,9 @@ class Step:
     groups: list[Group]
     fills: list[Fill]
     keeps: list[Keep]
+    scores: list[Prompt]
+    leaves: list[Leave]
+    fresh: Tensor
     writes: Tensor
     votes: Tensor
     slot_mapping: Tensor
@@ -132,19 +163,21 @@ class Step:
         prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page, on the device.
 
         A request that was thrown out comes back as a prompt with its own words behind: those see, as they did at first,
-        what the policy kept of the prompt.
+        what the policy kept of the prompt, and later of them.
         """
         table = table.long()
-        runs, behind = [], []
+        levels: list[list[Run]] = [[]]
         for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
-            past, end = length - (starts[r + 1] - starts[r]), length
-            if past < prompt < length and setup.kept(prompt) < prompt:
-                behind.append(Run(r, starts[r] + prompt - past, prompt, length, prompt))
-                end = prompt
-            if past < end:
-                runs.append(Run(r, starts[r], past, end, prompt))
-        then = cls._made(setup, heads, behind, table, slot_mapping) if behind else None
-        return cls._made(setup, heads, runs, table, slot_mapping, then)
+            past = length - (starts[r + 1] - starts[r])
+            edges = [past, *setup.turns(past, length, prompt), length] if past < length else []
+            levels += [[] for _ in range(len(edges) - 1 - len(levels))]
+            for level, (begin, end) in zip(levels, pairwise(edges), strict=False):
+                level.append(Run(r, starts[r] + begin - past, begin, end, prompt))
+        step = None
+        for runs in reversed(levels):
+            step = cls._made(setup, heads, runs, table, slot_mapping, step)
+        assert step is not None
+        return step
 
     @classmethod
     def _made(
@@ -154,7 +187,7 @@ class Step:
         runs: Sequence[Run],
         table: Tensor,
         slot_mapping: Tensor,
-        then: Step | None = None,
+        then: Step | None,
     ) -> Step:
         by_length: dict[int, list[Run]] = defaultdict(list)
         for run in runs:
@@ -162,6 +195,9 @@ class Step:
         groups: list[Group] = []
         fills: list[Fill] = []
         keeps: list[Keep] = []
+        scores: list[Prompt] = []
+        leaves: list[Leave] = []
+        fresh = [torch.zeros(0, dtype=torch.int64, device=table.device)]
         writes, votes = [_nowhere()], [_nowhere()]
         for same in by_length.values():
             befores = [setup.extent(run.past, run.prompt) for run in same]
@@ -169,19 +205,33 @@ class Step:
                 if setup.by_token:
                     continue
                 after, place = setup.extent(run.end, run.prompt), (len(groups), row)
-                if after.held - before.held < run.end - run.past:
-                    keeps.append(_keep(setup, heads, *place, run, before, after, table))
+                ends, loses = run.past < run.prompt <= run.end, setup.kept(run.prompt) < run.prompt
+                if ends and setup.most is not None:
+                    fresh.append(_columns(table, run, heads, 0, after.pages).flatten())
+                if ends and loses:
+                    keeps.append(
+                        _keep(setup, heads, _prompt(setup, heads, *place, run, before, table), run, after, table)
+                    )
                     continue
-                if after.end > before.end:
-                    records = _records(table[run.request, None, before.end : after.end], heads)
+                if run.end < run.prompt and loses and setup.sums:
+                    scores.append(_prompt(setup, heads, *place, run, before, table))
+                new = after.written - before.written
+                if new > 0:
+                    records = _columns(table, run, heads, before.column(before.pages), new)
                     fills.append(Fill(*place, min(setup.sinks, run.past), max(setup.sinks - run.past, 0), records))
+                if setup.most is not None and run.past >= run.prompt:
+                    pages = before.pages + new
+                    fresh.append(_columns(table, run, heads, before.pages, new).flatten())
+                    if pages > after.pages:
+                        records = _columns(table, run, heads, 0, pages)
+                        leaves.append(Leave(records, after.exact + pages * setup.page_size, pages - after.pages))
                 held = torch.arange(before.held, after.held)
                 kept = held[(held < setup.sinks) | (held >= after.held - setup.ring)]
                 writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
                 votes.append(_votes(setup, run))
             groups.append(_group(setup, heads, same, befores, table))
         moved, voting = (torch.cat(runs, 1).to(table.device, non_blocking=True) for runs in (writes, votes))
-        return cls(groups, fills, keeps, moved, voting, slot_mapping, then)
+        return cls(groups, fills, keeps, scores, leaves, torch.cat(fresh), moved, voting, slot_mapping, then)
 
 
 def _nowhere() -> Tensor:
@@ -200,40 +250,54 @@ def _votes(setup: Setup, run: Run) -> Tensor:
     return _moved(run, voters, slot[voters])
 
 
-def _keep(
-    setup: Setup, heads: int, group: int, row: int, run: Run, before: Extent, after: Extent, table: Tensor
-) -> Keep:
-    old, pages = (_records(table[run.request, None, : extent.pages], heads) for extent in (before, after))
+def _prompt(setup: Setup, heads: int, group: int, row: int, run: Run, before: Extent, table: Tensor) -> Prompt:
+    pages, cells = before.pages, -(-run.end // setup.page_size)
+    old, every = (_columns(table, run, heads, 0, count) for count in (pages, cells))
+    return Prompt(group, row, run.past, old, every)
+
+
+def _keep(setup: Setup, heads: int, prompt: Prompt, run: Run, after: Extent, table: Tensor) -> Keep:
+    pages = _columns(table, run, heads, 0, after.pages)
     held = torch.arange(after.held)
     exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
     voters = max(run.past - (run.prompt - setup.voters), 0)
     slots = _slot(setup, exact).to(table.device, non_blocking=True)
-    return Keep(group, row, run.request, old, pages, slots, voters)
+    return Keep(prompt, run.request, pages, slots, voters)
 
 
 def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Extent], table: Tensor) -> Group:
-    new, device = runs[0].end - runs[0].past, table.device
-    pairs = zip(runs, extents, strict=True)
-    numbers = torch.tensor([(r.request, r.start, e.held, e.pages, e.exact, e.end, *e.gap) for r, e in pairs])
-    rows, starts, held, counts, exact, end, first, last = numbers.to(device, non_blocking=True).T
+    new, size, device = runs[0].end - runs[0].past, setup.page_size, table.device
+    if setup.by_token:  # all tokens are in pages
+        extents = [e._replace(pages=-(-e.held // size), exact=0) for e in extents]
+    numbers = torch.tensor(
+        [
+            (r.request, r.start, r.past >= r.prompt, e.held, e.held if setup.by_token else e.pages, e.exact, *e.gap)
+            for r, e in zip(runs, extents, strict=True)
+        ]
+    )
+    rows, starts, behind, held, counts, exact, first, last = numbers.to(device, non_blocking=True).T
     page = torch.arange(max(extent.pages for extent in extents), device=device)
     column = page + (last - first)[:, None] * (page >= first[:, None])
     blocks = table[rows[:, None], column.clamp_max(table.shape[1] - 1)]
-    blocks = blocks.masked_fill(page >= counts[:, None], 0)
-    tail = table[rows, end.clamp_max(table.shape[1] - 1)]
+    blocks = blocks.masked_fill(page * (size if setup.by_token else 1) >= counts[:, None], 0)
     # Exact tokens in order: the sinks, then what lies behind the pages.
-    place = torch.arange(max(extent.exact for extent in extents), device=device)
+    place = torch.arange(max(extent.exact for extent in extents) + 1, device=device)
     position = torch.where(place < setup.sinks, place, place + (held - exact)[:, None])
     return Group(
         rows,
         starts[:, None] + torch.arange(new, device=device),
         _records(blocks, heads).to(torch.int32),
         counts.repeat_interleave(heads),
-        exact,
-        (tail[:, None] * heads + torch.arange(heads, device=device)).flatten(),
+        exact.repeat_interleave(heads),
         _slot(setup, position),
+        behind.bool().repeat_interleave(heads),
         [extent.exact for extent in extents],
     )
+
+
+def _columns(table: Tensor, run: Run, heads: int, first: int, count: int) -> Tensor:
+    """Records [H, count] of a request's columns from `first` on."""
+    return _records(table[run.request, None, first : first + count], heads)
 
 
 def _records(blocks: Tensor, heads: int) -> Tensor:

@@ -116,10 +116,11 @@ class Window(nn.Module, AttentionLayerBase):
             kept_blocks=kept,
         )
 
-    def read(self, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [R, n, H, D] in slots [R, n] of requests whose blocks are [R, m]."""
-        k, v = self._cells(self.token)[self._places(self.token, blocks, slots)].chunk(2, -1)
-        return k, v
+    def read(self, blocks: Tensor, slots: Tensor) -> Tensor:
+        """Keys and values [R, H, n, 2 * D], side by side, in slots [R, n] of requests whose blocks are [R, m]."""
+        block, slot = self._places(self.token, blocks, slots)
+        heads = torch.arange(self.token[0], device=slots.device)[:, None]
+        return self._cells(self.token)[block[:, None], slot[:, None], heads]
 
     def write(self, blocks: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep keys and values [w, H, D] in slots [w] of windows whose blocks are [w, m]."""

@@ -48,7 +48,7 @@ class _Segment(Structure):
 
 
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
-_SOURCE = 12  # two sides of segments, base, page_bytes and count; ids, counts, ids_stride, page_tokens
+_SOURCE = 13  # two sides of segments, base, page_bytes and count; ids, counts, ids_stride, page_tokens, in_tokens
 _NO_SOURCE = (0,) * _SOURCE
 _PROBLEM = Struct(f"{2 * _SOURCE + 13}q2fi4x")
 _VECTORS = Struct("17qi4x")
@@ -123,13 +123,17 @@ class Described:
 
 
 class Pages(NamedTuple):
-    """Pages of a pool [pages, bytes_per_page]: of ids [S, n] a stream's first counts [S], read as `sides` say."""
+    """Pages of a pool [pages, bytes_per_page]: of ids [S, n] a stream's first counts [S], read as `sides` say.
+
+    in_tokens: counts are of tokens, of a layout that is `tokenwise`, and the last page may be filled in part.
+    """
 
     pool: Tensor
     ids: Tensor
     counts: Tensor
     layout: PageLayout
     sides: Sides
+    in_tokens: bool = False
 
 
 _DESCRIBED: WeakKeyDictionary[SideLayout, tuple[PageLayout, SideLayout, Described, Described]] = WeakKeyDictionary()
@@ -181,12 +185,12 @@ def attend(
         k, v = described(pages.sides, pages.layout)
         v_dim = v.dim
         sides = k.address, base, stride, k.count, v.address, base, stride, v.count
-        sources = *sides, ids.data_ptr(), counts.data_ptr(), ids.stride(0), pages.layout.page_size
+        sources = *sides, ids.data_ptr(), counts.data_ptr(), ids.stride(0), pages.layout.page_size, pages.in_tokens
         if lse_of_pages:
             groups = queries.new_full((streams, rows, ids.shape[1]), -torch.inf)
     if tokens is not None:
         v_dim = tokens.values.shape[2]
-        own = *_rows(tokens.keys), *_rows(tokens.values), 0, tokens.counts.data_ptr(), 0, tokens.keys.shape[1]
+        own = *_rows(tokens.keys), *_rows(tokens.values), 0, tokens.counts.data_ptr(), 0, tokens.keys.shape[1], 0
         sources = (*own, *_NO_SOURCE) if pages is None else (*sources, *own)
     else:
         sources = *sources, *_NO_SOURCE
@@ -340,22 +344,19 @@ def _rows_of(layout: PageLayout) -> tuple[ctypes.Array[c_int64], ctypes.Array[c_
 
 
 def readable(tokens: Tokens) -> bool:
-    """Whether the kernel can read exact tokens: on this device, in a dtype that it knows, side by side."""
-    return all(
-        x.is_cpu and x.dtype in KINDS and x.stride(2) == 1 and x.stride(1) == x.shape[2]
-        for x in (tokens.keys, tokens.values)
-    )
+    """Whether the kernel can read exact tokens: on this device, in a dtype that it knows, channels side by side."""
+    return all(x.is_cpu and x.dtype in KINDS and x.stride(2) == 1 for x in (tokens.keys, tokens.values))
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int]:
     """A side of exact tokens [S, N, D]."""
-    segment = _row_segment(x.shape[2], x.dtype)
+    segment = _row_segment(x.shape[2], x.dtype, x.stride(1))
     return addressof(segment), x.data_ptr(), x.stride(0) * x.itemsize, 1
 
 
 @cache
-def _row_segment(dim: int, dtype: torch.dtype) -> ctypes.Array[_Segment]:
-    return (_Segment * 1)(_numbers(dim, dtype, 0, dim * dtype.itemsize))
+def _row_segment(dim: int, dtype: torch.dtype, stride: int) -> ctypes.Array[_Segment]:
+    return (_Segment * 1)(_numbers(dim, dtype, 0, stride * dtype.itemsize))
 
 
 def _numbers(channels: int, dtype: torch.dtype, offset: int, stride: int) -> _Segment:

@@ -11,8 +11,9 @@
  * row, and probabilities times scales are spread over them; sums over V stay in the order of words until the end. V
  * that comes in several planes, or shares scales along tokens, is unpacked to bytes first.
  *
- * Tiles of T tokens lie within a page. Blocks of tiles: all logits, one maximum and one rescaling a row (online softmax),
- * all values. Work is cut into equal runs of tiles, whatever the streams' lengths; runs of a stream merge by log-sum-exp.
+ * Tiles of T tokens lie within a page; of the last page there may be a part, and behind that anything. Blocks of tiles:
+ * all logits, one maximum and one rescaling a row (online softmax), all values. Work is cut into equal runs of tiles,
+ * whatever the streams' lengths; runs of a stream merge by log-sum-exp.
  * Moved: each listed page once per 16 rows, so bytes_per_page less the summaries.
  *
  * `tiles.h` is compiled once for each instruction set; `kvcomp_attend` chooses when it runs.
@@ -58,8 +59,8 @@ typedef struct {
 typedef struct {
     Side k, v;
     const int32_t *ids;    /* [streams, ids_stride] pages; NULL: page s */
-    const int64_t *counts; /* [streams] pages, or tokens where there are no ids */
-    int64_t ids_stride, page_tokens;
+    const int64_t *counts; /* [streams] pages, or tokens where there are no ids or `in_tokens` says so */
+    int64_t ids_stride, page_tokens, in_tokens;
 } Source;
 
 typedef struct {
@@ -109,7 +110,7 @@ typedef struct {
 static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 static int64_t stream_tokens(const Source *s, int64_t stream) {
-    return s->ids ? s->counts[stream] * s->page_tokens : s->counts[stream];
+    return s->ids && !s->in_tokens ? s->counts[stream] * s->page_tokens : s->counts[stream];
 }
 
 static int64_t stream_tiles(const Source *s, int64_t stream, const Shape *shape) {

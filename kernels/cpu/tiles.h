@@ -803,11 +803,19 @@ INLINE void NAME(turn)(float *to, const float *from, int tile, int groups) {
     }
 }
 
-/* Scales and zeros of a tile's tokens as [groups, tile], into s->scale and s->zero. */
-static TARGET void NAME(token_grid)(const Segment *g, const uint8_t *page, int64_t token, int tile, int groups,
+/* Scales and zeros 0 of what is no token: 0 times anything is not always 0. n tokens of a tile, `step` numbers from one
+ * to the next, in `groups` rows of `room`. */
+INLINE void NAME(clear)(Scratch *s, int n, int tile, int step, int groups, int room) {
+    for (int i = 0; i < groups; i++)
+        for (int t = n * step; t < tile * step; t++) s->scale[i * room + t] = s->zero[i * room + t] = 0;
+}
+
+/* Scales and zeros of a tile's n tokens as [groups, tile], into s->scale and s->zero. */
+static TARGET void NAME(token_grid)(const Segment *g, const uint8_t *page, int64_t token, int n, int tile, int groups,
                                     Scratch *s) {
     if (groups == 1) {
         NAME(grid)(g, page, token, tile, s->scale, s->zero);
+        NAME(clear)(s, n, tile, 1, 1, tile);
         return;
     }
     NAME(halves)(s->spare, page + g->scale + 2 * token * groups, (int64_t)tile * groups);
@@ -818,6 +826,7 @@ static TARGET void NAME(token_grid)(const Segment *g, const uint8_t *page, int64
     } else {
         for (int i = 0; i < tile * groups; i++) s->zero[i] = -g->middle * s->scale[i];
     }
+    NAME(clear)(s, n, tile, 1, groups, tile);
 }
 
 /* Scales and zeros of the channels of a tile whose tokens share them, into s->scale and s->zero. */
@@ -844,7 +853,7 @@ APART void NAME(k_segment)(const Segment *g, const Shape *shape, const uint8_t *
     }
     NAME(k_words)(g, page, token, tile, s->words);
     if (g->kind == CODEBOOK || g->token_group == 1) {
-        NAME(token_grid)(g, page, token, tile, groups, s);
+        NAME(token_grid)(g, page, token, n, tile, groups, s);
         for (int i = 0; i < groups; i++) {
             int c = i * g->channel_group;
             NAME(k_numbers)(s->acc, q + c, q_room, s->words, g, c, g->channel_group, tile, rows);
@@ -893,6 +902,7 @@ APART void NAME(v_segment)(const Segment *g, const Shape *shape, const uint8_t *
     Words w = words_of(g, VL);
     if (w.words) {
         NAME(grid)(g, page, token * groups, tile * groups, s->scale, s->zero);
+        NAME(clear)(s, n, tile, groups, 1, 0);
         NAME(v_whole)(g, w, page, token, tile, p, rows, out, shape->out_width, s->scale, s->zero, s->weights,
                       lanes);
         return;
@@ -906,7 +916,7 @@ APART void NAME(v_segment)(const Segment *g, const Shape *shape, const uint8_t *
     }
     NAME(v_codes)(g, page, token, tile, s->codes, shape->codes);
     if (g->kind == CODEBOOK || g->token_group == 1) {
-        NAME(token_grid)(g, page, token, tile, groups, s);
+        NAME(token_grid)(g, page, token, n, tile, groups, s);
         for (int i = 0; i < groups; i++) {
             int c = i * g->channel_group;
             for (int r = 0; r < rows; r++) {

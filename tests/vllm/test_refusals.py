@@ -39,7 +39,7 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         model_config=model_config,
         cache_config=cache_config,
         parallel_config=parallel_config,
-        speculative_config=None,
+        speculative_config=SimpleNamespace(num_speculative_tokens=changes["drafts"]) if "drafts" in changes else None,
         kv_transfer_config=changes.get("kv_transfer_config"),
     )
 
@@ -53,7 +53,8 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         ("expected_attention + int8", {}, "expected_attention needs the model .* use snapkv"),
         ("criticalkv + int8", {}, "criticalkv needs the model"),
         ("kvzip + int8", {}, "kvzip needs the model"),
-        ("snapkv(budget=256, hold=true) + int8", {}, "snapkv lets pages go while generating, .* set hold=false"),
+        ("h2o(budget=256) + int8", {"drafts": 3}, "h2o lets pages go while generating, .* set hold=false"),
+        ("h2o(budget=256, heads=adaptive) + int8", {}, "h2o keeps other numbers of tokens .* use snapkv"),
         ("snapkv + streaming + int8", {}, "snapkv has to be the only policy"),
         ("tova(keep=0.3) + int8", {"tensor_parallel_size": 2}, "tova keeps the same tokens in all heads, .* one rank"),
         ("snapkv + int8", {"caching": True}, "snapkv rewrites the pages .* --no-enable-prefix-caching"),
@@ -65,7 +66,6 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         ("int8", {"user_specified_block_size": True, "block_size": 16}, "use --block-size 64"),
         ("int8", {"decode_context_parallel_size": 2}, "context parallelism"),
         ("kivi(bits=2)", {"kv_transfer_config": object()}, "leave out --kv-transfer-config, or use a stack .* int"),
-        ("h2o(keep=0.2) + int8", {}, "h2o scores with all queries .* vLLM may cut it: use snapkv"),
     ],
 )
 def test_refused(stack: str, changes: dict[str, Any], said: str) -> None:
