@@ -55,15 +55,13 @@ def attend_pages(
         args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, ragged, in_tokens
         return _with_tokens(queries, tokens, scale, softcap, reference.attend_pages(*args))
     if pool.is_cuda:
-        if (
-            not (lse_of_pages or in_tokens)
-            and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None
-        ):
+        whole = not (lse_of_pages or in_tokens)
+        if whole and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None:
             dense = flashinfer.attend(queries, pool, ids, counts, layout, sides, scale, softcap)
             if dense is not None:
                 return _with_tokens(queries, tokens, scale, softcap, dense)
-        args = queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens
-        return by_triton(*args, in_tokens)
+        asked = queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens
+        return by_triton(*asked, in_tokens)
     pages = cpu.Pages(pool, ids, counts, layout, sides, in_tokens)
     if codec.rotates or (tokens is not None and not cpu.readable(tokens)):
         rotated, bias = codec.read_query(queries.float())

@@ -1,4 +1,4 @@
-"""The Triton kernels: pages written, scored and attended to on GPUs.
+"""The Triton kernels: pages written, whole or token by token, scored and attended to on GPUs.
 
 The functions take what their specifications take; all else of this package needs triton, and is imported only then.
 With TRITON_INTERPRET=1 set before triton is first imported, tensors on the host are served, too, slowly: for tests.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import Part
-from kvcomp.kernels import reference
+from kvcomp.kernels import dispatch, reference
 from kvcomp.kernels.reference import attend_pages
 from kvcomp.pages import PageLayout, PagePool
 from kvcomp.stages import Codec, PageShape
@@ -102,6 +104,30 @@ def test_pages_handed_over_are_attended_and_no_other_is_read(
     torch.testing.assert_close(part.out, expected.out, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(part.lse, expected.lse, rtol=1e-4, atol=2e-5)
     assert torch.equal(pool.data, before)
+
+
+@pytest.mark.parametrize("attend", [attend_pages, dispatch.attend_pages], ids=["specification", "dispatched"])
+@pytest.mark.parametrize("spec", ["none", "int(bits=4)", "kivi(bits=2, group=16)"])
+def test_pages_filled_in_part(attend: Callable[..., Part], spec: str) -> None:
+    """Counts of tokens, at ends of pages and between them: what lies behind the last is not read."""
+    torch.manual_seed(0)
+    pool, layout, codec = filled(spec, 18, (64, 64), torch.float32)
+    size, (k, v) = layout.page_size, decoded(pool, layout, codec)
+    ids, counts = torch.randperm(18).view(6, 3), [0, 1, size - 1, size, size + 1, 3 * size]
+    q = torch.randn(len(counts), 3, 64)
+    flat = [x[ids].flatten(1, 2) for x in (k, v)]  # [S, 3 * P, 64]
+    expected = [
+        dense(q[s : s + 1], *(x[s : s + 1, :n] for x in flat), [[0] * (n > 0)], 0.2, None) for s, n in enumerate(counts)
+    ]
+    if layout.tokenwise:
+        for name, field in layout.views(pool.data).items():
+            poisoned = field[ids].flatten(1, 2)
+            for tokens, n in zip(poisoned, counts, strict=True):
+                tokens[n:] = torch.nan if field.dtype.is_floating_point else 255
+            layout.views(pool.data)[name][ids] = poisoned.unflatten(1, (3, size))
+    part = attend(q, pool.data, ids, torch.tensor(counts), layout, codec, 0.2, in_tokens=True)
+    torch.testing.assert_close(part.out, torch.cat([x.out for x in expected]), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(part.lse, torch.cat([x.lse for x in expected]), rtol=1e-4, atol=2e-5)
 
 
 def test_the_poison_is_poison() -> None:

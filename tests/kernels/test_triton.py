@@ -21,6 +21,8 @@ TESTS = [
     ("test_triton_kernels.py", "not reference"),
     ("test_triton_records.py", ""),
     ("test_triton_tokens.py", ""),
+    ("test_triton_parts.py", ""),
+    ("test_triton_decode.py", ""),
 ]
 
 

@@ -18,7 +18,9 @@ COMMAND = [sys.executable, "-m", "kvcomp.kernels.triton.resources", "--json"]
 KERNELS = {"attend", "merge", "scores", "encode", "code_dots", "regroup", "lse", "received"}
 OURS = {  # among others: shapes and variants that are easily spilled or left out
     ("attend", "int(bits=4), 80 channels"),
+    ("attend", "mxfp4, filled in part"),
     ("encode", "klt(bits=2)"),
+    ("encode", "turboquant(bits=4), one token"),
     ("received", "64 queries"),
     ("received", "most of 64 queries"),
 }
