@@ -130,14 +130,14 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         self, pages: Pages, step: Step, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor | None, out: Tensor
     ) -> None:
         """Attention of the step's tokens without what follows it, written to `out` [T, Hq, D], and what they leave."""
-        window = None if blocks is None else self.window
-        starts = [] if window is None or blocks is None else self._starts(window, step, blocks)
-        held = [None if window is None else window.read(at) for at in starts[1:]] or [None] * len(step.groups)
+        window, held = self.window, list[Tensor | None]([None] * len(step.groups))
+        if window is not None and blocks is not None:
+            held = [window.read(at) for at in self._starts(window, step, blocks)[1:]]
         # A request of this step may share a prefix with another one that is computed in it: write, then read.
         self._write(pages, step, key, value, held)
         for group, exact in zip(step.groups, held, strict=True):
-            new = (x[group.tokens] for x in (query, key, value))
-            out[group.tokens] = self._attend(pages, step, group, exact, *new).to(out.dtype)
+            own = (x[group.tokens] for x in (query, key, value))
+            out[group.tokens] = self._attend(pages, step, group, exact, *own).to(out.dtype)
         if window is None or blocks is None:
             return
         new = query, key, value
@@ -151,7 +151,7 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         for leave in step.leaves:
             let_go(pages, leave)
         rows = step.writes[0]
-        window.write(starts[0], key[rows], value[rows])
+        window.write(step.starts[0], key[rows], value[rows])
         if len(step.votes[0]):
             rows, requests, slots = step.votes
             window.write_queries(blocks[requests], slots, query[rows])
@@ -215,13 +215,15 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         if group.new > 1:
             if held is None or not group.longest:
                 return None
-            return Tokens(*held[:, :, :-1].flatten(0, 1).chunk(2, -1), group.exact)
+            k, v = held[:, :, :-1].flatten(0, 1).chunk(2, -1)
+            return Tokens(k, v, group.exact)
         if held is None:
             return Tokens(key, value, torch.ones_like(group.exact))
         held = held.flatten(0, 1)
         every = torch.arange(len(held), device=held.device)
         held[every, group.exact] = torch.cat([key[:, 0], value[:, 0]], -1).to(held.dtype)
-        return Tokens(*held.chunk(2, -1), group.exact + 1)
+        k, v = held.chunk(2, -1)
+        return Tokens(k, v, group.exact + 1)
 
     def _attend_pages(self, pages: Pages, step: Step, group: Group, q: Tensor, exact: Tokens | None) -> list[Part]:
         """Attention of queries q [S, R, D] over the group's pages, or those a selector chooses, and exact tokens."""
