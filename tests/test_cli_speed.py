@@ -100,3 +100,17 @@ def test_doctor() -> None:
     assert kernel in asked.stdout
     assert "PyTorch: floating-point codes" in run("doctor", "--stack", "nvfp4").stdout
     refused(run("doctor", "--stack", "kivii"), "kivii", "kivi")
+
+
+def test_doctor_says_what_vllm_serves() -> None:
+    told = {
+        "int8": "served",
+        "h2o(budget=256) + int8": "served, with --no-enable-prefix-caching",
+        "adakv + int8": "refused: adakv keeps other numbers of tokens",
+        "turboquant(bits=2.5)": "settles on channels by the first text",
+        "klt": "refused: klt fits itself to each request",
+    }
+    for stack, words in told.items():
+        lines = run("doctor", "--stack", stack).stdout.splitlines()
+        cells = [line.split("│")[-2].strip() for line in lines if line.count("│") >= 3]
+        assert words in " ".join(" ".join(cells).split())

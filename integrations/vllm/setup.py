@@ -14,8 +14,9 @@ from kvcomp.plan import RECEIVED, LayerPlan
 from kvcomp.policies.scored import ScoredPolicy
 from kvcomp.policies.streaming import Streaming
 from kvcomp.stack import Stack
-from kvcomp.stages import PageShape, Policy
+from kvcomp.stages import PageShape
 
+from .checks import check_engine, check_stages
 from .plugin import VARIABLE
 
 if TYPE_CHECKING:
@@ -87,93 +88,9 @@ class Setup:
                 "without a stack"
             )
         setup = cls(stack, model.get_total_num_hidden_layers(), model.get_head_size(), model.dtype, drafts)
-        setup._check_stages(config)
-        setup._check_engine(config)
+        check_stages(setup, config.parallel_config.tensor_parallel_size)
+        check_engine(setup, config)
         return setup
-
-    def _check_engine(self, config: VllmConfig) -> None:
-        parallel, cache = config.parallel_config, config.cache_config
-        if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
-            raise UnsupportedError(
-                f"{self.stack}: --kv-cache-dtype {cache.cache_dtype} would quantize what the stack quantizes: leave "
-                "it out"
-            )
-        if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-            raise UnsupportedError(f"{self.stack}: context parallelism splits a request's pages: leave it out")
-        if cache.enable_prefix_caching and self.policy is not None:
-            raise UnsupportedError(
-                f"{self.stack}: {self.policy.name} rewrites the pages of a prompt, which others then cannot share: "
-                "serve with --no-enable-prefix-caching"
-            )
-        if cache.enable_prefix_caching and self.stack_window:
-            raise UnsupportedError(
-                f"{self.stack} keeps {self.stack_window} in full precision per request, which a prefix found in the "
-                "cache would lack: serve with --no-enable-prefix-caching, or add window(sinks=0, recent=0)"
-                + (", or leave out streaming" if self.streaming else "")
-            )
-        if config.kv_transfer_config is not None and self.slots:
-            raise UnsupportedError(
-                f"{self.stack} keeps tokens of each request in a window of its own, and a KV connector moves pages "
-                "alone: leave out --kv-transfer-config, or use a stack that writes token by token, such as int(bits=4) "
-                "or turboquant(bits=4)"
-            )
-        # A block size that nobody asked for is final only once the platform has had its say.
-        if cache.user_specified_block_size and cache.block_size % self.page_size:
-            raise UnsupportedError(
-                f"{self.stack}: --block-size {cache.block_size} is no multiple of the stack's pages of "
-                f"{self.page_size} tokens: use --block-size {self.page_size}"
-            )
-
-    def _check_stages(self, config: VllmConfig) -> None:
-        stack, quantizer = self.stack, self.stack.quantizer
-        for policy in stack.policies:
-            self._check_policy(policy, config.parallel_config.tensor_parallel_size)
-        shape = self.shape(1, 0)
-        if quantizer.needs_queries or quantizer.adapted_bytes(shape):
-            raise UnsupportedError(
-                f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: give it a "
-                "calibration file where it takes one, or use int, kivi or turboquant"
-            )
-        selector = stack.selector
-        if selector is not None and (selector.needs_queries or any(selector.index_bytes(shape))):
-            raise UnsupportedError(
-                f"{selector.name} fits itself to each request, which has no place in vLLM's blocks: use quest or moba"
-            )
-        if config.parallel_config.tensor_parallel_size > 1 and getattr(quantizer, "calibration", None) is not None:
-            raise UnsupportedError(
-                f"{quantizer.name}: a calibration knows all heads, and a rank has some: use one rank"
-            )
-
-    def _check_policy(self, policy: Policy, ranks: int) -> None:
-        if policy.prefill_chunk is not None:
-            raise UnsupportedError(
-                f"{policy.name}(chunk={policy.prefill_chunk}): vLLM decides how prompts are cut "
-                "(--max-num-batched-tokens): leave chunk out"
-            )
-        if isinstance(policy, Streaming):
-            return
-        once = "use snapkv or another policy that chooses once, when the prompt is in"
-        why = None
-        if not isinstance(policy, ScoredPolicy) or policy.needs_model:
-            why = f"needs the model beside queries, keys and values, which vLLM's attention does not see: {once}"
-        elif not policy.uniform:
-            why = (
-                "keeps other numbers of tokens in each layer or head, and a block of vLLM serves all of them alike: "
-                "use snapkv or another policy with equal budgets"
-            )
-        elif policy.voters is None and not policy.averages:
-            why = f"scores with all queries of the prompt, and vLLM may cut it: {once}"
-        elif policy.watches and self.drafts:
-            why = (
-                "lets pages go while generating, which a rejected draft cannot take back: set hold=false, or leave out "
-                "--speculative-config"
-            )
-        elif len(self.stack.policies) > 1:
-            why = "has to be the only policy of the stack in vLLM: leave out the others"
-        elif ranks > 1 and "heads" in policy.same_tokens:
-            why = "keeps the same tokens in all heads, and a rank knows its own alone: set heads=own, or use one rank"
-        if why is not None:
-            raise UnsupportedError(f"{policy.name} {why}")
 
     # -- what follows from the stack ------------------------------------------------------------------------------
 

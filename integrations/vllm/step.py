@@ -208,25 +208,23 @@ class Step:
                     continue
                 after, place = setup.extent(run.end, run.prompt), (len(groups), row)
                 ends, loses = run.past < run.prompt <= run.end, setup.kept(run.prompt) < run.prompt
-                if ends and setup.most is not None:
-                    fresh.append(_columns(table, run, heads, 0, after.pages).flatten())
-                if ends and loses:
-                    keeps.append(
-                        _keep(setup, heads, _prompt(setup, heads, *place, run, before, table), run, after, table)
-                    )
-                    continue
-                if run.end < run.prompt and loses and setup.sums:
-                    scores.append(_prompt(setup, heads, *place, run, before, table))
-                new = after.written - before.written
-                if new > 0:
-                    records = _columns(table, run, heads, before.column(before.pages), new)
-                    fills.append(Fill(*place, min(setup.sinks, run.past), max(setup.sinks - run.past, 0), records))
-                if setup.most is not None and run.past >= run.prompt:
-                    pages = before.pages + new
-                    fresh.append(_columns(table, run, heads, before.pages, new).flatten())
+                keep, new = ends and loses, after.written - before.written
+                if setup.most is not None and run.end >= run.prompt:
+                    first = 0 if ends else before.pages
+                    pages = before.pages + new  # before any leave
+                    fresh.append(_columns(table, run, heads, first, pages - first).flatten())
                     if pages > after.pages:
                         records = _columns(table, run, heads, 0, pages)
                         leaves.append(Leave(records, after.exact + pages * setup.page_size, pages - after.pages))
+                if keep or (run.end < run.prompt and loses and setup.sums):
+                    prompt = _prompt(setup, heads, *place, run, before, table)
+                    if keep:
+                        keeps.append(_keep(setup, heads, prompt, run, after, table))
+                        continue
+                    scores.append(prompt)
+                if new > 0:
+                    records = _columns(table, run, heads, before.column(before.pages), new)
+                    fills.append(Fill(*place, min(setup.sinks, run.past), max(setup.sinks - run.past, 0), records))
                 held = torch.arange(before.held, after.held)
                 kept = held[(held < setup.sinks) | (held >= after.held - setup.ring)]
                 writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
@@ -259,7 +257,7 @@ def _prompt(setup: Setup, heads: int, group: int, row: int, run: Run, before: Ex
 
 
 def _keep(setup: Setup, heads: int, prompt: Prompt, run: Run, after: Extent, table: Tensor) -> Keep:
-    pages = _columns(table, run, heads, 0, after.pages)
+    pages = _columns(table, run, heads, 0, after.written)
     held = torch.arange(after.held)
     exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
     voters = max(run.past - (run.prompt - setup.voters), 0)

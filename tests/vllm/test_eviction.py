@@ -128,6 +128,7 @@ class Ledger:
         "h2o(keep=0.4) + int8 + window(sinks=4, recent=30)",
         "snapkv(budget=150, window=20, hold=true) + none + window(sinks=4, recent=30)",
         "tova(budget=40) + kivi(bits=2, group=16) + window(sinks=0, recent=70)",
+        "snapkv(budget=40, window=200, hold=true) + int8 + window(sinks=2, recent=8)",
     ],
 )
 def test_what_a_step_reads_is_what_is_held(stack: str) -> None:
