@@ -40,19 +40,24 @@ def attend_pages(
     size = layout.page_size
     rotated, bias = codec.read_query(queries.float())
     block = max(MAX_DECODED // (streams * size * queries.shape[-1]), 1)
-    held = counts if in_tokens else counts * size
-    ragged = bool((held != n * size).any()) if ragged is None else ragged
+    held, longest = counts if in_tokens else counts * size, n * size
+    if ragged is None:
+        least, most = (int(x) for x in held.aminmax())
+        ragged = least < longest
+        if 0 < least == most and not lse_of_pages:  # all end at the same token: no masks
+            longest, ragged = most, False
     parts = []
-    for at in range(0, n, block):
+    for at in range(0, -(-longest // size), block):
         piece = ids[:, at : at + block]
         m = piece.shape[1]
-        keys, values = codec.decode(layout.gather(pool, piece.flatten()))
-        keys = keys.reshape(streams, m * size, -1)
-        values = values.reshape(streams, m * size, -1)
+        keys, values = (
+            x.reshape(streams, m * size, -1)[:, : longest - at * size]
+            for x in codec.decode(layout.gather(pool, piece.flatten()))
+        )
         visible = None
         if ragged:
             exists = torch.arange(at * size, (at + m) * size, device=ids.device) < held[:, None]
-            values = values.masked_fill(~exists[..., None], 0)
+            keys, values = (x.masked_fill(~exists[..., None], 0) for x in (keys, values))
             visible = exists[:, None]
         group = size if lse_of_pages else None
         parts.append(attend(rotated, keys, values, scale, visible, softcap, bias, group))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcomp import Stack
+from kvcomp import Stack, attention
 from kvcomp.attention import Part
 from kvcomp.kernels import dispatch, reference
 from kvcomp.kernels.reference import attend_pages
@@ -108,13 +108,20 @@ def test_pages_handed_over_are_attended_and_no_other_is_read(
 
 @pytest.mark.parametrize("attend", [attend_pages, dispatch.attend_pages], ids=["specification", "dispatched"])
 @pytest.mark.parametrize("spec", ["none", "int(bits=4)", "kivi(bits=2, group=16)"])
-def test_pages_filled_in_part(attend: Callable[..., Part], spec: str) -> None:
-    """Counts of tokens, at ends of pages and between them: what lies behind the last is not read."""
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_pages_filled_in_part(
+    attend: Callable[..., Part], spec: str, alike: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts of tokens, at ends of pages and between them: what lies behind the last is not read, by torch's kernels
+    for many queries neither."""
+    monkeypatch.setattr(attention, "MANY_LOGITS", 1)
     torch.manual_seed(0)
     pool, layout, codec = filled(spec, 18, (64, 64), torch.float32)
     size, (k, v) = layout.page_size, decoded(pool, layout, codec)
     ids, counts = torch.randperm(18).view(6, 3), [0, 1, size - 1, size, size + 1, 3 * size]
-    q = torch.randn(len(counts), 3, 64)
+    counts = [size + 3] * 6 if alike else counts
+    q = torch.randn(len(counts), rows, 64)
     flat = [x[ids].flatten(1, 2) for x in (k, v)]  # [S, 3 * P, 64]
     expected = [
         dense(q[s : s + 1], *(x[s : s + 1, :n] for x in flat), [[0] * (n > 0)], 0.2, None) for s, n in enumerate(counts)

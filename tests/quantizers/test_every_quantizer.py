@@ -302,3 +302,9 @@ def test_the_bits_declared_are_the_bytes_of_a_page(lab: Lab, spec: str) -> None:
         store.write(x, x, None, x)
         assert store.table.total == 1
         assert declared.effective_bits(dim, tokens, layers=1) == 8 * allocated(store) / (2 * dim * tokens)
+
+
+@every
+def test_what_a_file_says_is_no_state(lab: Lab, spec: str) -> None:
+    """A saved cache need not hold it, and engines that cannot keep state serve it."""
+    assert "FILE" not in spec or not lab.store(spec).codec.state()

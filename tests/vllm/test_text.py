@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+MODEL = "smollm2-135m"
 TOKENS = 16
 ENGINE = Callable[..., dict[str, Any]]
 TEXT = Callable[[int, int], list[int]]
@@ -60,3 +62,17 @@ def test_selected_pages(engine: ENGINE, hugging_face: Any, share: SHARE, text: T
     prompts = [text(40, 30), text(310, 300)]  # where nothing is close: a tie would go another way with the last bit
     written = engine(stack, [asked(*prompts)], max_num_batched_tokens=4096)["rounds"][0]["outputs"]
     assert share(written, [hugging_face(stack, prompt, TOKENS) for prompt in prompts]) >= 0.95
+
+
+def test_calibrated(engine: ENGINE, hugging_face: Any, share: SHARE, text: TEXT, tmp_path: Path) -> None:
+    """Bases out of a file, with bits where that says; prompts and decoding over the ends of pages."""
+    from kvcomp.integrations.huggingface.calibrate import calibrate
+    from kvcomp.integrations.models import load_model
+
+    file = tmp_path / "klt.safetensors"
+    licence = Path(__file__).parents[2] / "LICENSE"
+    calibrate(*load_model(MODEL), "klt", [licence], 512, 256, MODEL).save(file)
+    stack = f"klt(k=4.5, v=3.5, calibration='{file}') + window(sinks=4, recent=16)"
+    prompts = [text(50, 90), text(310, 300)]
+    written = engine(stack, [asked(*prompts, tokens=40)], max_num_batched_tokens=4096)["rounds"][0]["outputs"]
+    assert share(written, [hugging_face(stack, prompt, 40) for prompt in prompts]) >= 0.95
