@@ -39,7 +39,7 @@ test: .venv/dev.stamp ## run all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a thread a worker: more would fight over the cores
 
 test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
-	$(call say,Tests of the vLLM plugin: thirty engines in six minutes on two cores)
+	$(call say,Tests of the vLLM plugin: fifty engines in ten minutes on two cores)
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
 
 lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package

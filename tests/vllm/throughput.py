@@ -22,13 +22,15 @@ FP8 = '|{"kv_cache_dtype": "fp8"}'
 BFLOAT16 = '|{"dtype": "bfloat16"}'
 STACKS = (
     "",
-    BFLOAT16,
-    FP8,
     "int8",
     "int(bits=4)",
     "turboquant(bits=4)",
     "kivi(bits=4)",
     "int(bits=4) + quest(keep=0.1)",
+    BFLOAT16,
+    f"int(bits=4){BFLOAT16}",
+    FP8,
+    "",  # again: what the machine did meanwhile
 )
 TOKENS = 32
 
