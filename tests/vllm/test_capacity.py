@@ -39,6 +39,7 @@ def test_capacity(
     capacity = result["capacity"]
     if stack is None:
         dense["capacity"] = capacity
+    print(f"{stack or 'vLLM alone'}: {capacity} tokens, {capacity / dense['capacity']:.2f}x")
     assert capacity >= times * dense["capacity"] * 0.999
 
 
