@@ -28,6 +28,7 @@ def dense() -> dict[str, int]:
         ("int(bits=2)", 6.0),
         ("turboquant(bits=2)", 6.0),
         ("kivi(bits=2, group=64) + window(sinks=0, recent=0)", 6.0),
+        ("h2o(budget=512) + int8", 1.8),
     ],
 )
 def test_capacity(
