@@ -26,6 +26,7 @@ from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunError
 from kvcomp.benchmarks.samples import Sample
 from kvcomp.benchmarks.tasks import expand, find_task, origins
+from kvcomp.integrations.configs import decoder_config, max_positions
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.models import load_model
 
@@ -118,7 +119,7 @@ def _measure(
 ) -> None:
     console.print(f"Loading {settings.model} ...")
     model, tokenizer = load_model(settings.model)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(decoder_config(model.config))
     if limit is not None and max(settings.contexts) > limit:
         raise RunError(f"context: {max(settings.contexts)} is more than the {limit} tokens of {settings.model}.")
     for name, context in missing:  # what cannot be written is better known before hours of measuring

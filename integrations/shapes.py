@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.roofline import LayerShape, Matrices, ModelShape
 
+from .configs import cache_layers, caches_latents, decoder_config, field, max_positions
 from .models import ModelError, explained, locate
 
 WINDOWS = ("sliding_attention", "chunked_attention")
@@ -66,9 +66,7 @@ def model_shape(name: str, weight_bits: float | None = None) -> ModelShape:
 
 def shape_of(outer: PreTrainedConfig, name: str, weight_bits: float | None = None) -> ModelShape:
     """The shape of the decoder that a transformers config describes."""
-    if outer.is_encoder_decoder:
-        raise UnsupportedError(f"{name} is an encoder-decoder, which a stack does not serve: use a decoder model")
-    config = outer.get_text_config(decoder=True)
+    config = decoder_config(outer)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -81,7 +79,7 @@ def shape_of(outer: PreTrainedConfig, name: str, weight_bits: float | None = Non
     groups = {"dense": Matrices(), "experts": Matrices(), "lookup": Matrices()}
     for group, key, parameter in _matrices(model):
         groups[group] += Matrices(parameter.numel(), parameter.numel() * bits(key, group) / 8)
-    total, active = (next((n for f in fields if (n := getattr(config, f, None))), 0) for fields in (EXPERTS, CHOSEN))
+    total, active = (_number(config, fields) for fields in (EXPERTS, CHOSEN))
     if groups["experts"].parameters and not (total and active):
         raise UnsupportedError(f"{name}: its config does not say how many of its experts a token uses")
     return ModelShape(
@@ -92,9 +90,25 @@ def shape_of(outer: PreTrainedConfig, name: str, weight_bits: float | None = Non
         active_experts=active if groups["experts"].parameters else 0,
         dtype=str(dtype).removeprefix("torch."),
         itemsize=dtype.itemsize,
-        positions=getattr(config, "max_position_embeddings", None),
-        latent=bool(getattr(config, "kv_lora_rank", None)),
+        positions=max_positions(config),
+        latent=caches_latents(config),
     )
+
+
+def _number(config: PreTrainedConfig, fields: tuple[str, ...]) -> int:
+    """The value of the first of these fields that the config sets, 0 without any.
+
+    Raises:
+        UnsupportedError: layers that differ in it.
+    """
+    for name in fields:
+        said = field(config, name)
+        values = {value for value in (said if isinstance(said, list) else [said]) if value}
+        if len(values) > 1:
+            raise UnsupportedError(f"{config.model_type}: its layers differ in {name}, which a plan does not know yet")
+        if values:
+            return int(values.pop())
+    return 0
 
 
 def _dtype(*configs: PreTrainedConfig) -> torch.dtype:
@@ -142,7 +156,7 @@ class _Bits:
 def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name: str) -> Iterator[LayerShape]:
     """What each layer caches, and what its attention multiplies."""
     widths = {key: parameter.shape[0] for key, parameter in model.named_parameters() if key.endswith("k_proj.weight")}
-    kinds, options = get_layer_types_and_kwargs(config)
+    kinds, options = cache_layers(config)
     for i, (kind, option, own) in enumerate(zip(kinds, options, config.per_layer_config, strict=True)):
         if kind == "dummy":  # caches nothing: an MLP, or it reads another layer's cache
             yield LayerShape()

@@ -156,13 +156,14 @@ def generate(
     parsed = Stack.parse(stack)
     from transformers import TextStreamer
 
+    from kvcomp.integrations.configs import decoder_config, max_positions
     from kvcomp.integrations.huggingface import prefill
     from kvcomp.integrations.models import load_model
 
     network, tokenizer = load_model(model)
     inputs = tokenizer(text, return_tensors="pt").to(network.device)
     length = inputs.input_ids.shape[1]
-    limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(decoder_config(network.config))
     if limit is not None and length + max_new_tokens > limit:
         raise KvcompError(
             f"prompt: {length} tokens and {max_new_tokens} new ones are more than the {limit} of {model}. "

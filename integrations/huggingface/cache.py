@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache
 
 from kvcomp import saving
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
@@ -23,6 +23,7 @@ from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
 from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
 
+from ..configs import cache_layers, caches_latents, decoder_config, library_layer, max_positions
 from .compact import Compaction, compact
 from .fingerprint import fingerprint
 from .hook import PREFIX, hook
@@ -67,8 +68,8 @@ class CompressedCache(Cache):
         for stage in self.stack.stages:
             stage.serves(partial(fingerprint, model_or_config))
         if max_tokens is None:
-            max_tokens = getattr(config, "max_position_embeddings", None)
-        types, kwargs = get_layer_types_and_kwargs(config)
+            max_tokens = max_positions(config)
+        types, kwargs = cache_layers(config)
         if preallocate is not None:
             check_room(config, types, preallocate, max_tokens)
         full = [i for i, kind in enumerate(types) if kind in OURS]
@@ -82,7 +83,7 @@ class CompressedCache(Cache):
                 else:
                     layers.append(OURS[kind](plan, max_tokens, self.stack.prefill_chunk, choices))
             else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                layers.append(library_layer(kind, options))
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
             warnings.warn(
                 f"no layer of this {config.model_type} is full attention ({', '.join(sorted(set(types)))}): "
@@ -102,10 +103,7 @@ class CompressedCache(Cache):
             raise KvcompError(
                 f"CompressedCache(model_or_config={model_or_config!r}): expected a transformers model or its config"
             )
-        if config.is_encoder_decoder:
-            raise UnsupportedError(
-                f"{config.model_type} is an encoder-decoder, which CompressedCache does not serve: use a decoder model"
-            )
+        decoder = decoder_config(config)
         if isinstance(model_or_config, torch.nn.Module):
             for module in model_or_config.modules():
                 own = "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
@@ -114,14 +112,13 @@ class CompressedCache(Cache):
                         f"{type(module).__name__} does not go through transformers' attention interface, so "
                         f"{type(model_or_config).__name__} cannot be hooked"
                     )
-        config = config.get_text_config(decoder=True)
-        if getattr(config, "kv_lora_rank", None) and (self.stack.policies or self.stack.selector):
+        if caches_latents(decoder) and (self.stack.policies or self.stack.selector):
             names = " and ".join(s.name for s in (*self.stack.policies, self.stack.selector) if s is not None)
             raise UnsupportedError(
-                f"{config.model_type} caches latents (MLA), which {names} cannot score yet: use a stack of a quantizer "
-                "alone"
+                f"{decoder.model_type} caches latents (MLA), which {names} cannot score yet: use a stack of "
+                "a quantizer alone"
             )
-        return config
+        return decoder
 
     def detach(self) -> None:
         """Give the model its own attention back. Caches that are still in use with it stop working."""

@@ -12,13 +12,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache
 
 from kvcomp.calibration import Calibrated, Calibration, Seen
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.registry import find, stages
 from kvcomp.statistics import Moments
 
+from ..configs import cache_layers, caches_latents, decoder_config, library_layer, max_positions
 from .attention_module import output_projection
 from .fingerprint import fingerprint
 from .handles import Call, HandleLayer
@@ -195,14 +196,14 @@ def gather(
     Raises:
         UnsupportedError: a model whose attention cannot be hooked, that caches latents (MLA), or has no full attention.
     """
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "kv_lora_rank", None):
+    config = decoder_config(model.config)
+    if caches_latents(config):
         raise UnsupportedError(f"{config.model_type} caches latents (MLA), which cannot be calibrated yet")
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = max_positions(config)
     longest = max(map(len, contexts))
     if limit is not None and longest > limit:
         raise KvcompError(f"context: {longest} is more than the {limit} positions of {config.model_type}")
-    kinds, options = get_layer_types_and_kwargs(config)
+    kinds, options = cache_layers(config)
     ours = {i: ReadingLayer(seen()) for i, kind in enumerate(kinds) if kind == "full_attention"}
     if not ours:
         raise UnsupportedError(f"no layer of this {config.model_type} is full attention: nothing to calibrate")
@@ -211,7 +212,7 @@ def gather(
     try:
         for ids in contexts:
             layers: list[Any] = [
-                ours[i] if i in ours else DYNAMIC_LAYER_TYPE_MAPPING[kind](**option)
+                ours[i] if i in ours else library_layer(kind, option)
                 for i, (kind, option) in enumerate(zip(kinds, options, strict=True))
             ]
             prompt = torch.tensor([ids], device=model.device)

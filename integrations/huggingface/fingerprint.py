@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvcomp.fingerprint import Fingerprint
 
+from ..configs import decoder_config, field
+
 ESSENTIALS = (
     "model_type",
     "num_hidden_layers",
@@ -35,10 +37,12 @@ def fingerprint(model_or_config: torch.nn.Module | PreTrainedConfig, name: str |
     name: what to call it; by default what the config says.
     """
     outer: Any = getattr(model_or_config, "config", model_or_config)
-    config = outer.get_text_config(decoder=True)
-    said = {field: _plain(getattr(config, field, None)) for field in ESSENTIALS}
+    config = decoder_config(outer)
+    said = {key: _plain(field(config, key)) for key in ESSENTIALS}
     called = name or outer.name_or_path or config.name_or_path or "a model without a name"
-    shape = f"{config.model_type}, {said['num_hidden_layers']:g} layers, hidden size {said['hidden_size']:g}"
+    hidden = said["hidden_size"]
+    width = f", hidden size {hidden:g}" if isinstance(hidden, float) else ""
+    shape = f"{config.model_type}, {said['num_hidden_layers']:g} layers{width}"
     return Fingerprint(
         f"{called} ({shape})",
         hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),

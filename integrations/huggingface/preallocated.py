@@ -17,6 +17,7 @@ from kvcomp.ledger import add_parts
 from kvcomp.plan import LayerPlan
 from kvcomp.preallocated import PreallocatedStore, decode_step, why_not
 
+from ..configs import caches_latents
 from .handles import Call, Handle
 from .layer import CompressedLayer, Pending, answered
 
@@ -24,7 +25,7 @@ from .layer import CompressedLayer, Pending, answered
 def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_tokens: int | None) -> None:
     """Raise an error unless a model with layers of these types can have a cache with room for so many tokens."""
     others = sorted(set(types) - {"full_attention"})
-    if getattr(config, "kv_lora_rank", None):
+    if caches_latents(config):
         others = ["latent attention (MLA)"]
     if others:
         raise UnsupportedError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from kvcomp.errors import KvcompError
 from kvcomp.saving import Saved
 
+from ..configs import field
 from .fingerprint import ESSENTIALS, fingerprint
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer
@@ -21,7 +22,7 @@ from .preallocated import PreallocatedLayer
 
 def essentials(config: PreTrainedConfig) -> dict[str, Any]:
     """What a file says of the model: those of `ESSENTIALS` that its decoder's config has, as JSON gives them back."""
-    own = {name: getattr(config, name, None) for name in ESSENTIALS}
+    own = {name: field(config, name) for name in ESSENTIALS}
     said: dict[str, Any] = json.loads(json.dumps({k: v for k, v in own.items() if v is not None}, default=str))
     return said
 
