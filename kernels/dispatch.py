@@ -152,6 +152,8 @@ def encode_pages(
 
 def writable(pool: Tensor, sides: Sides) -> bool:
     """Whether a kernel writes pages of this pool whose K and V are to be read as `sides` say, or single tokens."""
+    if not all(side.channels for side in sides):
+        return False
     if on_gpu(pool):
         from . import triton
 
@@ -170,6 +172,7 @@ def attend_tokens(
 ) -> Part:
     """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
     few = queries.shape[1] <= MOST_ROWS and not _reference_only
+    few = few and tokens.keys.shape[2] > 0 and tokens.values.shape[2] > 0
     if few and on_gpu(queries):
         from . import triton
 
@@ -244,6 +247,8 @@ def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int =
     sides = codec.kernel_sides()
     if sides is None:
         return f"{type(codec).__name__} does not tell kernels how to read its pages"
+    if not all(side.channels for side in sides):
+        return "keys or values of no channels"
     why = _gpu_obstacle(device, sides) if device.type == "cuda" else _cpu_obstacle(sides, layout)
     if why is None and rows > MOST_ROWS:
         return f"{rows} queries of a stream are more than {MOST_ROWS}"

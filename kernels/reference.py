@@ -39,7 +39,7 @@ def attend_pages(
     streams, n = ids.shape
     size = layout.page_size
     rotated, bias = codec.read_query(queries.float())
-    block = max(MAX_DECODED // (streams * size * queries.shape[-1]), 1)
+    block = max(MAX_DECODED // (streams * size * max(queries.shape[-1], 1)), 1)
     held, longest = counts if in_tokens else counts * size, n * size
     if ragged is None:
         least, most = (int(x) for x in held.aminmax())

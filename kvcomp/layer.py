@@ -263,7 +263,7 @@ class LayerStore:
         """
         n = queries.shape[2]
         group = queries.shape[1] // self.heads
-        q = queries.reshape(self.rows * self.heads, group * n, -1)
+        q = queries.reshape(self.rows * self.heads, group * n, queries.shape[3])
         self.choices.pop(self.plan.layer, None)
         tokens, self.read = self.exact.tokens()
         parts, pages = self._attend_held(q, n, scale, softcap, tokens)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcomp.one_sided import filled, make_codec, page_fields
 from kvcomp.pages import Field, PageLayout
 from kvcomp.stages import Codec, PageShape, Policy, Quantizer, Selector
 
@@ -86,12 +87,12 @@ class LayerPlan:
         return self.chosen(pages) * self.page_size + exact + 1
 
     def build(self, shape: PageShape) -> tuple[Codec, PageLayout]:
-        codec = self.quantizer.codec(shape)
+        codec = make_codec(self.quantizer, shape)
         return codec, self._layout(codec.fields, shape)
 
     def layout(self, shape: PageShape) -> PageLayout:
         """The layout that `build` gives, without a codec: nothing has to be loaded."""
-        return self._layout(self.quantizer.fields(shape), shape)
+        return self._layout(page_fields(self.quantizer, shape), shape)
 
     def _layout(self, fields: tuple[Field, ...], shape: PageShape) -> PageLayout:
         summary = self.chooser.summary_fields(shape) if self.chooser is not None else ()
@@ -121,9 +122,8 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
 
 def shared_bytes(plan: LayerPlan, k_dim: int, v_dim: int, heads: int, dtype: torch.dtype) -> int:
     """Bytes that the layer holds for all of its streams, whatever the context and the batch."""
-    return plan.quantizer.shared_bytes(
-        PageShape(plan.page_size, k_dim, v_dim, heads, dtype, torch.device("cpu"), plan.layer)
-    )
+    shape = PageShape(plan.page_size, k_dim, v_dim, heads, dtype, torch.device("cpu"), plan.layer)
+    return plan.quantizer.shared_bytes(filled(shape))
 
 
 def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -159,7 +159,7 @@ def read_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: 
 def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[PageLayout, tuple[int, int]]:
     """A page's layout, and the bytes of constants made for a stream: those it holds, and those that a step reads."""
     shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
-    codec = plan.quantizer.adapted_bytes(shape)
+    codec = plan.quantizer.adapted_bytes(filled(shape))
     held, read = (0, 0) if plan.chooser is None else plan.chooser.index_bytes(shape)
     return plan.layout(shape), (codec + held, codec + read)
 

@@ -16,6 +16,7 @@ from kvcomp import KvcompWarning, SpecError, Stack
 from kvcomp.calibration import Calibrated
 from kvcomp.layer import LayerStore
 from kvcomp.ledger import storage_bytes
+from kvcomp.plan import held_parts
 from kvcomp.quantizers.int import Int
 from kvcomp.quantizers.widths import WidthQuantizer
 from kvcomp.registry import find, stages
@@ -308,3 +309,30 @@ def test_the_bits_declared_are_the_bytes_of_a_page(lab: Lab, spec: str) -> None:
 def test_what_a_file_says_is_no_state(lab: Lab, spec: str) -> None:
     """A saved cache need not hold it, and engines that cannot keep state serve it."""
     assert "FILE" not in spec or not lab.store(spec).codec.state()
+
+
+@pytest.mark.parametrize("empty", ["k", "v"])
+@pytest.mark.parametrize("spec", dict.fromkeys(s[at] for s in PRESETS.values() for at in (0, len(s) // 2, -1)))
+def test_keys_or_values_of_no_channels(lab: Lab, spec: str, empty: str) -> None:
+    """Latents without a rotary key: the other side is stored as it always is, and the bytes are its own alone."""
+    q, k, v = lab.inputs("plain")
+    given = (q[..., :0], k[..., :0], v) if empty == "k" else (q, k, v[..., :0])
+    store = lab.store(spec, given=given, sinks=2, recent=5)
+    usual = lab.store(spec, given=(q, k, v), sinks=2, recent=5)
+    other = int(empty == "k")
+    back, whole = store.dense(), usual.dense()
+    assert back[1 - other].shape == (1, HEADS, TOKENS, 0)
+    assert torch.equal(back[other], whole[other])
+    part = store.attend(given[0][:, :, -1:], 0.2)
+    logits = 0.2 * given[0][:, :, -1:].double() @ back[0].double().repeat_interleave(2, 1).mT
+    expected = logits.softmax(-1) @ back[1].double().repeat_interleave(2, 1)
+    torch.testing.assert_close(part.out.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part.lse.double(), logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
+    declared = held_parts(store.plan, given[1].shape[-1], given[2].shape[-1], TOKENS, k.dtype)
+    assert declared["pages"] * HEADS == store.held(set())["pages"] < usual.held(set())["pages"]
+    twin = store.fork({})
+    twin.select_rows(torch.tensor([0, 0]))
+    assert torch.equal(twin.dense()[other][1:], back[other])
+    again = LayerStore(store.plan)
+    again.restore(store.state(), torch.device("cpu"))
+    assert torch.equal(again.dense()[other], back[other])
