@@ -23,7 +23,7 @@ from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
 from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
 
-from ..configs import cache_layers, caches_latents, decoder_config, library_layer, max_positions
+from ..configs import cache_layers, caches_latents, decoder_config, field, library_layer, max_positions
 from .compact import Compaction, compact
 from .fingerprint import fingerprint
 from .hook import PREFIX, hook
@@ -112,11 +112,13 @@ class CompressedCache(Cache):
                         f"{type(module).__name__} does not go through transformers' attention interface, so "
                         f"{type(model_or_config).__name__} cannot be hooked"
                     )
-        if caches_latents(decoder) and (self.stack.policies or self.stack.selector):
+        own = "caches latents (MLA)" if caches_latents(decoder) else None
+        if own is None and "indexed_attention" in (field(decoder, "layer_types") or ()):
+            own = "chooses tokens by an indexer of its own"
+        if own is not None and (self.stack.policies or self.stack.selector):
             names = " and ".join(s.name for s in (*self.stack.policies, self.stack.selector) if s is not None)
             raise UnsupportedError(
-                f"{decoder.model_type} caches latents (MLA), which {names} cannot score yet: use a stack of "
-                "a quantizer alone"
+                f"{decoder.model_type} {own}, which {names} cannot score yet: use a stack of a quantizer alone"
             )
         return decoder
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models as models
 import torch
-from generation import greedy, tokens
+from generation import assert_same, greedy, left_padded, tokens
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen4ExpTextConfig
 
-from kvcomp import CompressedCache, UnsupportedError
+from kvcomp import CompressedCache, Stack, UnsupportedError
 from kvcomp.integrations.huggingface.hook import hook
+from kvcomp.integrations.huggingface.indexed import IndexedLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*as dense tensors")
 
@@ -43,6 +46,101 @@ def test_latents_are_compressed_and_index_keys_are_not(tmp_path: Path) -> None:
     assert torch.equal(on[0], on[2])
     cache.crop(-3)
     assert all(layer.index_keys.shape[1] == cache.get_seq_length() for layer in cache.layers)
+
+
+def _qwen4() -> PreTrainedModel:
+    """A model that masks what its indexer leaves out, and keeps the positions of tokens in its first indexed layer."""
+    torch.manual_seed(0)
+    config = Qwen4ExpTextConfig(
+        **{**models.COMMON, "eos_token_id": 1},
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        head_dim=16,
+        layer_types=["linear_attention", "indexed_attention"] * 2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        indexer_n_heads=4,
+        indexer_kv_heads=1,
+        indexer_head_dim=16,
+        indexer_budget=24,
+        indexer_compress_ratio=2,
+        hc_lowrank=8,
+        ngram_vocab_size_base=512,
+        split_ngram_parts=2,
+        ple_embed_dim=64,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.normal_(0, 0.12)
+    return model
+
+
+def test_positions_that_an_indexer_holds_follow_the_cache(tmp_path: Path) -> None:
+    model = _qwen4()
+    ids, mask = left_padded([90, 61])
+
+    def both(stack: str, **kwargs: Any) -> tuple[Any, Any]:
+        caches = DynamicCache(config=model.config), CompressedCache(stack, model)
+        dense, ours = (greedy(model, ids, cache, attention_mask=mask, new=4, **kwargs) for cache in caches)
+        return dense, ours
+
+    for kwargs in ({}, {"num_beams": 2}, {"prefill_chunk_size": 40}):
+        dense, ours = both("none + window(recent=8)", **kwargs)
+        assert_same(ours, dense)
+    cache = ours.past_key_values
+    held = [layer for layer in cache.layers if hasattr(layer, "indexer_position_ids")]
+    assert held[0].indexer_position_ids.shape == (3, 2, 93)
+    memory = cache.memory()
+    assert memory.parts["library"] >= sum(x.nbytes for layer in held for x in layer.library())
+    cache.save(tmp_path / "cache")
+    loaded, twin = CompressedCache.load(tmp_path / "cache", model), cache.fork()
+    wide = torch.cat([mask, torch.ones(2, 4, dtype=mask.dtype)], 1)
+    steps = [greedy(model, ours.sequences, each, attention_mask=wide, new=3) for each in (twin, loaded, cache)]
+    assert_same(steps[0], steps[2])
+    assert_same(steps[1], steps[2])
+    with pytest.raises(UnsupportedError, match="chooses tokens by an indexer of its own, which snapkv and quest"):
+        CompressedCache("snapkv(keep=0.5) + quest(pages=2)", model)
+
+
+def test_what_an_indexer_holds_follows_crops_rows_and_resets() -> None:
+    positions, keys = torch.arange(24).view(2, 3, 4), torch.randn(3, 4, 5)
+    layer = IndexedLayer(Stack.parse("none").plan(0, 1), None)
+
+    def holds(rows: list[int], tokens: int) -> bool:
+        expected = positions[:, rows, :tokens], keys[rows, :tokens]
+        return torch.equal(layer.indexer_position_ids, expected[0]) and torch.equal(layer.index_keys, expected[1])
+
+    layer.update(torch.randn(3, 1, 4, 8), torch.randn(3, 1, 4, 8))
+    layer.update_indexer(keys)
+    layer.indexer_position_ids = positions
+    layer.crop(0)
+    assert holds([0, 1, 2], 4)
+    layer.crop(-1)
+    assert holds([0, 1, 2], 3)
+    twin = layer.fork({})
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    assert holds([2, 0, 0], 3)
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    assert holds([2, 0], 3)
+    layer.batch_repeat_interleave(2)
+    assert holds([2, 2, 0, 0], 3)
+    state = layer.state()
+    layer.reset()
+    assert layer.indexer_position_ids is None
+    assert layer.index_keys is None
+    assert torch.equal(twin.indexer_position_ids, positions[..., :3])
+    layer.restore(state, torch.device("cpu"))
+    assert holds([2, 2, 0, 0], 3)
+    older = {name: value for name, value in state.items() if name != "index_positions"}
+    layer.restore(older, torch.device("cpu"))
+    assert layer.indexer_position_ids is None
 
 
 def test_an_indexer_over_keys_and_values_is_refused() -> None:
