@@ -25,7 +25,7 @@ from kvcomp.stack import Stack
 
 from .compact import Compaction, compact
 from .fingerprint import fingerprint
-from .hook import PREFIX, hook
+from .hook import base_name, hook
 from .indexed import IndexedLayer
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
@@ -90,7 +90,7 @@ class CompressedCache(Cache):
                 KvcompWarning,
                 stacklevel=2,
             )
-        self._base = hook(config)
+        hook(config)
         self._config = weakref.ref(config)
         self._model, self._source = essentials(config), weakref.ref(model_or_config)
         super().__init__(layers=layers)
@@ -126,8 +126,9 @@ class CompressedCache(Cache):
     def detach(self) -> None:
         """Give the model its own attention back. Caches that are still in use with it stop working."""
         config = self._config()
-        if config is not None and (config._attn_implementation or "").startswith(PREFIX):
-            config._attn_implementation = self._base
+        base = None if config is None else base_name(config._attn_implementation or "")
+        if config is not None and base is not None:
+            config._attn_implementation = base
 
     def save(self, path: FilePath) -> None:
         """Write the cache to one safetensors file, whole or not at all; the cache stays as it is. `load` reads it.
