@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from .compact import Compaction, compact
 from .fingerprint import fingerprint
 from .hook import base_name, hook
 from .indexed import IndexedLayer
+from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
 from .saving import differences, essentials, layer_state, restore_layer, weights
@@ -106,14 +106,12 @@ class CompressedCache(Cache):
             raise UnsupportedError(
                 f"{config.model_type} is an encoder-decoder, which CompressedCache does not serve: use a decoder model"
             )
-        if isinstance(model_or_config, torch.nn.Module):
-            for module in model_or_config.modules():
-                own = "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
-                if own and not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
-                    raise UnsupportedError(
-                        f"{type(module).__name__} does not go through transformers' attention interface, so "
-                        f"{type(model_or_config).__name__} cannot be hooked"
-                    )
+        alone = outside_interface(model_or_config)
+        if alone is not None:
+            raise UnsupportedError(
+                f"{alone} does not go through transformers' attention interface, so {type(model_or_config).__name__} "
+                "cannot be hooked: use the model's own cache"
+            )
         config = config.get_text_config(decoder=True)
         if getattr(config, "kv_lora_rank", None) and (self.stack.policies or self.stack.selector):
             names = " and ".join(s.name for s in (*self.stack.policies, self.stack.selector) if s is not None)

@@ -32,6 +32,11 @@ def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_
             f"preallocate={tokens}: {config.model_type} has other layers than full attention ({', '.join(others)}), "
             "whose steps are not of fixed shape here: leave preallocate= out"
         )
+    if "flex_attention" in (config._attn_implementation or ""):
+        raise UnsupportedError(
+            f"preallocate={tokens}: transformers' generate has no block masks for caches of fixed room: load the model "
+            "with attn_implementation='sdpa', or leave preallocate= out"
+        )
     if tokens < 1 or (max_tokens is not None and tokens > max_tokens):
         most = "" if max_tokens is None else f", at most the model's max_position_embeddings={max_tokens}"
         raise KvcompError(f"preallocate={tokens}: expected a positive number of tokens{most}")
