@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,8 +25,9 @@ from kvcomp.stack import Stack
 from ..configs import cache_layers, caches_latents, decoder_config, field, library_layer, max_positions
 from .compact import Compaction, compact
 from .fingerprint import fingerprint
-from .hook import PREFIX, hook
+from .hook import base_name, hook
 from .indexed import IndexedLayer
+from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
 from .saving import differences, essentials, layer_state, restore_layer, weights
@@ -91,7 +91,7 @@ class CompressedCache(Cache):
                 KvcompWarning,
                 stacklevel=2,
             )
-        self._base = hook(config)
+        hook(config)
         self._config = weakref.ref(config)
         self._model, self._source = essentials(config), weakref.ref(model_or_config)
         super().__init__(layers=layers)
@@ -104,14 +104,12 @@ class CompressedCache(Cache):
                 f"CompressedCache(model_or_config={model_or_config!r}): expected a transformers model or its config"
             )
         decoder = decoder_config(config)
-        if isinstance(model_or_config, torch.nn.Module):
-            for module in model_or_config.modules():
-                own = "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
-                if own and not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
-                    raise UnsupportedError(
-                        f"{type(module).__name__} does not go through transformers' attention interface, so "
-                        f"{type(model_or_config).__name__} cannot be hooked"
-                    )
+        alone = outside_interface(model_or_config)
+        if alone is not None:
+            raise UnsupportedError(
+                f"{alone} does not go through transformers' attention interface, so {type(model_or_config).__name__} "
+                "cannot be hooked: use the model's own cache"
+            )
         own = "caches latents (MLA)" if caches_latents(decoder) else None
         if own is None and "indexed_attention" in (field(decoder, "layer_types") or ()):
             own = "chooses tokens by an indexer of its own"
@@ -125,8 +123,9 @@ class CompressedCache(Cache):
     def detach(self) -> None:
         """Give the model its own attention back. Caches that are still in use with it stop working."""
         config = self._config()
-        if config is not None and (config._attn_implementation or "").startswith(PREFIX):
-            config._attn_implementation = self._base
+        base = None if config is None else base_name(config._attn_implementation or "")
+        if config is not None and base is not None:
+            config._attn_implementation = base
 
     def save(self, path: FilePath) -> None:
         """Write the cache to one safetensors file, whole or not at all; the cache stays as it is. `load` reads it.

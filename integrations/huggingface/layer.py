@@ -17,7 +17,7 @@ from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 
 from .attention_module import AttentionModule
-from .handles import Call, Handle, HandleLayer, apart
+from .handles import Call, Handle, HandleLayer, apart, given_dtypes
 from .masks import read_mask
 
 
@@ -99,8 +99,14 @@ class CompressedLayer(HandleLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
-        new = key_states, value_states
-        return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
+        new = self.as_held(key_states, value_states)
+        with given_dtypes(key_states.device):
+            return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
+
+    def as_held(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V in the one dtype of this layer: under autocast RoPE gives float32 K, and V is bfloat16."""
+        dtype = self.dtype if self.is_initialized else torch.promote_types(keys.dtype, values.dtype)
+        return (keys, values) if keys.dtype == values.dtype == dtype else (keys.to(dtype), values.to(dtype))
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         """`update`, outside of graphs."""
@@ -166,6 +172,7 @@ class CompressedLayer(HandleLayer):
                 "compressed pages cannot follow a mask that changes later"
             )
         softcap = call.kwargs.get("softcap")
+        weights = self._weights(call, keys, values) if call.wants_weights else None
         if n == 1 and valid is None and not self.record_past:
             store.append(keys, values)
             part = store.attend(query, scale, softcap)
@@ -173,9 +180,22 @@ class CompressedLayer(HandleLayer):
             self.pending = None
         else:
             visible = None if seen is None or seen.visible is None else seen.visible.to(query.device)
+            if call.mask is None and not call.causal:
+                visible = torch.ones(1, n, n, dtype=torch.bool, device=query.device)
             part = store.attend(query, scale, softcap, (keys, values, visible))
             self._hold(valid, query, scale)
-        return answered(part, call), None
+        return answered(part, call), weights
+
+    def _weights(self, call: Call, keys: Tensor, values: Tensor) -> Tensor | None:
+        """What the model's own attention gives for weights [B, Hq, n, N] over all tokens, decoded, and the new ones."""
+        stages = [*self.plan.policies, *([self.plan.selector] if self.plan.selector else [])]
+        if stages:
+            raise UnsupportedError(
+                f"output_attentions=True: {stages[0].name} leaves tokens out, which have no weight in decode steps: "
+                "use a stack of a quantizer alone, or generate without"
+            )
+        held = self.store.padded()
+        return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))[1]
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced."""
@@ -192,7 +212,8 @@ class CompressedLayer(HandleLayer):
             chunk, self.pending = self.pending, None
             if chunk.keys.shape[2]:
                 scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
-                self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
+                with given_dtypes(chunk.keys.device):
+                    self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
 
     def dense(self, which: int) -> Tensor:
         """All K (0) or V (1) as a tensor, for models that do not attend through the attention interface."""

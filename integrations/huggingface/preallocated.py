@@ -18,8 +18,9 @@ from kvcomp.plan import LayerPlan
 from kvcomp.preallocated import PreallocatedStore, decode_step, why_not
 
 from ..configs import caches_latents
-from .handles import Call, Handle
+from .handles import Call, Handle, given_dtypes
 from .layer import CompressedLayer, Pending, answered
+from .masks import columns
 
 
 def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_tokens: int | None) -> None:
@@ -31,6 +32,11 @@ def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_
         raise UnsupportedError(
             f"preallocate={tokens}: {config.model_type} has other layers than full attention ({', '.join(others)}), "
             "whose steps are not of fixed shape here: leave preallocate= out"
+        )
+    if "flex_attention" in (config._attn_implementation or ""):
+        raise UnsupportedError(
+            f"preallocate={tokens}: transformers' generate has no block masks for caches of fixed room: load the model "
+            "with attn_implementation='sdpa', or leave preallocate= out"
         )
     if tokens < 1 or (max_tokens is not None and tokens > max_tokens):
         most = "" if max_tokens is None else f", at most the model's max_position_embeddings={max_tokens}"
@@ -84,7 +90,7 @@ class PreallocatedLayer(CompressedLayer):
         if not self._steps(key_states):
             return super().update(key_states, value_states)
         self.check_rows(key_states)
-        self.pending = Pending(key_states, value_states)
+        self.pending = Pending(*self.as_held(key_states, value_states))
         return self.handles(key_states.shape, value_states.shape, self.preallocated.tokens)
 
     def _steps(self, new: Tensor) -> bool:
@@ -101,7 +107,10 @@ class PreallocatedLayer(CompressedLayer):
         return super()._update(key_states, value_states)
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        return self._step(call) if self._steps(call.query) else super().answer(call)
+        if self._steps(call.query):
+            with given_dtypes(call.query.device):
+                return self._step(call)
+        return super().answer(call)
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if self._steps(call.query):
@@ -114,10 +123,16 @@ class PreallocatedLayer(CompressedLayer):
     def _step(self, call: Call) -> tuple[Tensor, None]:
         """Attention of a step, which the preallocated store takes."""
         assert self.pending is not None
+        if call.wants_weights:
+            raise UnsupportedError(
+                f"output_attentions=True: steps of preallocate={self.preallocated.tokens} give none: leave one of the "
+                "two out"
+            )
         (keys, values, *_), self.pending, ahead = self.pending, None, self.preallocated
         scale = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         softcap = call.kwargs.get("softcap") or 0.0
-        part = decode_step(call.query, keys, values, call.mask, ahead.length, ahead.name, scale, softcap)
+        mask = columns(call.mask, ahead.tokens)
+        part = decode_step(call.query, keys, values, mask, ahead.length, ahead.name, scale, softcap)
         ahead.length.add_(1)
         return answered(Part(*part), call), None
 
