@@ -103,8 +103,8 @@ class LayerStore:
     def _expire(self) -> None:
         plan, table = self.plan, self.table
         for policy in plan.policies:
-            attention = table.attention() if policy.watches else None
-            held = Held(self.kept, table.counts, plan.page_size, plan.sinks, self.heads, attention)
+            attention, queries = (table.attention() if policy.watches else None) or (None, None)
+            held = Held(self.kept, table.counts, plan.page_size, plan.sinks, self.heads, attention, queries)
             gone = policy.expired(held) if table.longest else None
             if gone is not None and bool(gone.any()):
                 last = (gone * torch.arange(1, gone.shape[1] + 1)).amax(1)  # pages up to the newest that goes

@@ -288,12 +288,13 @@ class PageTable:
             seen = torch.stack([mass.cpu(), torch.full(mass.shape, float(queries))], -1)
             self.received[:, : mass.shape[1]] += seen * (torch.arange(mass.shape[1]) < self.counts[:, None])[..., None]
 
-    def attention(self) -> Tensor | None:
-        """float32 [S, longest]: mean attention that each page received of a query, 0 before any; None if unwatched."""
+    def attention(self) -> tuple[Tensor, Tensor] | None:
+        """float32 [S, longest]: mean attention that each page received of a query, 0 before any, and the number of
+        queries; None if unwatched."""
         if self.received is None:
             return None
         mass, queries = self.received[:, : self.longest].unbind(-1)
-        return mass / queries.clamp_min(1)
+        return mass / queries.clamp_min(1), queries
 
     def select(self, streams: Tensor) -> None:
         """Keep (and repeat, and order) the given streams."""

@@ -246,8 +246,8 @@ class Held(NamedTuple):
 
     tokens [S]: all that each holds, of which the first `sinks` stay. pages [S]: how many full pages of `page_size` lie
     behind them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
-    page received on average, since it was written and over the query heads of its KV head; None unless the policy
-    `watches`.
+    page received on average, since it was written and over the query heads of its KV head; queries [S, n] float32: the
+    number of these queries. Both None unless the policy `watches`.
     """
 
     tokens: Tensor
@@ -256,6 +256,7 @@ class Held(NamedTuple):
     sinks: int
     heads: int
     attention: Tensor | None
+    queries: Tensor | None
 
 
 @dataclass(frozen=True)

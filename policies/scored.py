@@ -21,8 +21,8 @@ class ScoredPolicy(Policy):
 
     A subclass overrides `scores`, and the defaults that its method publishes. Sinks, the exact window and `newest`
     tokens are kept whatever their score, and count. Tokens generated later are kept, unless an absolute budget is to
-    `hold`: then the pages that received least attention leave, the newest tokens' apart, and between the budget and a
-    page more is held.
+    `hold`: then the pages that received least attention leave, young ones and the newest tokens' last, and between the
+    budget and a page more is held.
     """
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
@@ -135,22 +135,31 @@ class ScoredPolicy(Policy):
     def expired(self, held: Held) -> Tensor | None:
         """The pages that received least attention, of streams, or rows where heads share, that exceed the budget.
 
-        Pages with tokens among the `newest` stay, as long as others can go.
+        A mean over few queries says little, so a page that fewer queries have seen than it has tokens is young: it
+        stays as long as older pages can go, and of young pages those leave first that most queries have seen. Pages
+        with tokens among the `newest` stay longest.
         """
-        if held.attention is None or self.budget is None or not self.watches:
+        if held.attention is None or held.queries is None or self.budget is None or not self.watches:
+            return None
+        size = held.page_size
+        over, count = held.tokens - self.budget, held.pages
+        if self.heads == "adaptive":
+            over, count = over.view(-1, held.heads).sum(-1), count.view(-1, held.heads).sum(-1)
+        excess = (over.clamp_min(0) // size).minimum(count)
+        if not bool(excess.any()):
             return None
         page = torch.arange(held.attention.shape[1])
-        paged = held.pages * held.page_size
+        paged = held.pages * size
         older = held.tokens - self.newest(self.budget) - held.sinks  # tokens of the pages that may go
-        young = (page + 1) * held.page_size > older.minimum(paged)[:, None]
-        worth = (held.attention + 2.0 * young).masked_fill(page >= held.pages[:, None], torch.inf)
-        over, count = held.tokens - self.budget, held.pages
+        newest = (page + 1) * size > older.minimum(paged)[:, None]
+        youth = 2.0 * (size - held.queries).clamp_min(0)  # more than any attention for each query that is missing
+        worth = held.attention + youth + 2.0 * (size + 1) * newest
+        worth = worth.masked_fill(page >= held.pages[:, None], torch.inf)
         rows = worth.unflatten(0, (-1, held.heads))
         if self.heads == "common":
             worth = rows.mean(1, keepdim=True).expand_as(rows).flatten(0, 1)
         if self.heads == "adaptive":
-            worth, over, count = rows.flatten(1), over.view(-1, held.heads).sum(-1), count.view(-1, held.heads).sum(-1)
-        excess = (over.clamp_min(0) // held.page_size).minimum(count)
+            worth = rows.flatten(1)
         rank = worth.argsort(dim=-1, stable=True).argsort(-1)
         return (rank < excess[:, None]).view_as(held.attention)
 
