@@ -282,6 +282,11 @@ class PageTable:
             self.received *= inside[..., None]
         self._mirror = self._total = None
 
+    def begin_watch(self) -> None:
+        """From now on remember the attention that pages receive."""
+        if self.received is None:
+            self.received = torch.zeros(*self.rows.shape, 2)
+
     def watch(self, mass: Tensor, queries: int) -> None:
         """Add the attention mass [S, longest] that pages received from `queries` queries."""
         if self.received is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyrami
 
 LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
+ROUND = 512  # tokens of a prompt from which a policy chooses at least
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,24 @@ class ScoredPolicy(Policy):
     def same_tokens(self) -> tuple[str, ...]:
         return ("heads",) if self.heads == "common" and not self.critical else ()
 
+    def gathers(self, sinks: int, recent: int) -> int:
+        """As many tokens as let the protected ones be a part of the share that is kept."""
+        protected = sinks + max(self.newest(1), recent)
+        return ROUND if self.keep is None else max(ROUND, ceil(protected / self.keep))
+
+    @property
+    def trims(self) -> bool:
+        return self.budget is not None
+
     def select(self, chunk: Chunk) -> Tensor:
         n = chunk.keys.shape[2]
+        first, last = self._protected(n, chunk.sinks, chunk.recent)
         count = self.kept(n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
+        if self.budget is not None and chunk.before:  # what came before had its part of the budget
+            whole = self.kept(chunk.before + n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
+            count = min(count, max(round(whole * n / (chunk.before + n)), first + last, 1))
         if count >= n and self.threshold is None:
             return chunk.alive
-        first, last = self._protected(n, chunk.sinks, chunk.recent)
         scores = (self.scores(chunk) if chunk.scored is None else chunk.scored).float()
         if self.heads == "common":
             scores = scores.mean(1, keepdim=True).expand_as(chunk.alive)
@@ -133,28 +147,36 @@ class ScoredPolicy(Policy):
         return self.watches
 
     def expired(self, held: Held) -> Tensor | None:
-        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget.
+        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget of
+        the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
 
         A mean over few queries says little, so a page that fewer queries have seen than it has tokens is young: it
         stays as long as older pages can go, and of young pages those leave first that most queries have seen. Pages
         with tokens among the `newest` stay longest.
         """
-        if held.attention is None or held.queries is None or self.budget is None or not self.watches:
+        if held.attention is None or held.queries is None or self.budget is None:
             return None
-        size = held.page_size
-        over, count = held.tokens - self.budget, held.pages
+        size, limit, over, count = held.page_size, self.budget, held.tokens, held.pages
+        if self.layers == "pyramid":
+            limit = self.kept(1 << 40, held.sinks, 0, held.layer, held.layers)
+        page = torch.arange(held.attention.shape[1])
+        fixed = page < 0
+        if held.before is not None:
+            older_pages = -(-(held.before - held.sinks).clamp_min(0) // size)
+            over, count = over - held.before, (count - older_pages).clamp_min(0)
+            fixed = page < older_pages[:, None]
+        over = over - limit
         if self.heads == "adaptive":
             over, count = over.view(-1, held.heads).sum(-1), count.view(-1, held.heads).sum(-1)
         excess = (over.clamp_min(0) // size).minimum(count)
         if not bool(excess.any()):
             return None
-        page = torch.arange(held.attention.shape[1])
         paged = held.pages * size
-        older = held.tokens - self.newest(self.budget) - held.sinks  # tokens of the pages that may go
+        older = held.tokens - self.newest(limit) - held.sinks  # tokens of the pages that may go
         newest = (page + 1) * size > older.minimum(paged)[:, None]
         youth = 2.0 * (size - held.queries).clamp_min(0)  # more than any attention for each query that is missing
         worth = held.attention + youth + 2.0 * (size + 1) * newest
-        worth = worth.masked_fill(page >= held.pages[:, None], torch.inf)
+        worth = worth.masked_fill(fixed | (page >= held.pages[:, None]), torch.inf)
         rows = worth.unflatten(0, (-1, held.heads))
         if self.heads == "common":
             worth = rows.mean(1, keepdim=True).expand_as(rows).flatten(0, 1)

@@ -43,6 +43,7 @@ class PreallocatedLayer(CompressedLayer):
     operator. Whatever else comes, a prompt or surgery, finds them in `store`.
     """
 
+    gathers = False  # steps that graphs take must find the prompt written
     is_compileable = True
 
     def __init__(
