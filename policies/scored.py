@@ -15,16 +15,21 @@ from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyrami
 LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
 ROUND = 512  # tokens of a prompt from which a policy chooses at least
+SHORT = 64  # tokens that may all stay behind others of their prompt, where there is a budget: a question, say
 
 
 @dataclass(frozen=True)
 class ScoredPolicy(Policy):
-    """Keeps the tokens of a prefilled chunk whose `scores` are best, as many as the budget allows.
+    """Keeps the tokens of a prompt whose `scores` are best, as many as the budget allows.
 
     A subclass overrides `scores`, and the defaults that its method publishes. Sinks, the exact window and `newest`
     tokens are kept whatever their score, and count. Tokens generated later are kept, unless an absolute budget is to
     `hold`: then the pages that received least attention leave, young ones and the newest tokens' last, and between the
     budget and a page more is held.
+
+    A prompt that comes in chunks is chosen from in rounds of `gathers` tokens or more. Each keeps its own share, or the
+    part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds the budget leaves
+    in whole pages.
     """
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
@@ -119,7 +124,7 @@ class ScoredPolicy(Policy):
         n = chunk.keys.shape[2]
         first, last = self._protected(n, chunk.sinks, chunk.recent)
         count = self.kept(n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
-        if self.budget is not None and chunk.before:  # what came before had its part of the budget
+        if self.budget is not None and chunk.before and n > SHORT:  # what came before had its part of the budget
             whole = self.kept(chunk.before + n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
             count = min(count, max(round(whole * n / (chunk.before + n)), first + last, 1))
         if count >= n and self.threshold is None:

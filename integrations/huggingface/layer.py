@@ -102,9 +102,10 @@ class CompressedLayer(HandleLayer):
             self.lazy_initialization(key_states, value_states)
         _refuse_nothing(n)
         self.check_rows(key_states)
-        length, counts = self.get_seq_length(), self.store.history.counts
+        length = self.get_seq_length()
         if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
-            seen = int((counts if earlier is None else counts + earlier.counts(0)).max()) + n
+            counts = self.store.history.counts + (0 if earlier is None else earlier.counts(0))
+            seen = int(counts.max()) + n
             if seen > self.max_tokens:
                 raise KvcompError(
                     f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt "
@@ -144,7 +145,7 @@ class CompressedLayer(HandleLayer):
         store, (keys, values, *_), query = self.store, self.pending, call.query
         if self.plan.needs_model and store.model is None:
             store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
-        n, counts = query.shape[2], store.history.counts + self.pending.counts(query.shape[2])
+        n = query.shape[2]
         past = store.history.length + keys.shape[2] - n
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
@@ -157,11 +158,13 @@ class CompressedLayer(HandleLayer):
             out, weights = call.dense(keys, values)
             self._hold(valid, query, scale)
             return out, weights
-        if seen is not None and seen.past is not None and bool((seen.past.cpu() != counts[:, None]).any()):
-            raise UnsupportedError(
-                "the attention mask hides or shows other cached tokens than those that were written as no padding; "
-                "compressed pages cannot follow a mask that changes later"
-            )
+        if seen is not None and seen.past is not None:
+            counts = store.history.counts + self.pending.counts(n)
+            if bool((seen.past.cpu() != counts[:, None]).any()):
+                raise UnsupportedError(
+                    "the attention mask hides or shows other cached tokens than those that were written as no padding; "
+                    "compressed pages cannot follow a mask that changes later"
+                )
         softcap = call.kwargs.get("softcap")
         if n == 1 and valid is None and not self.record_past and self.to_come is None:
             store.append(keys, values)
@@ -182,20 +185,22 @@ class CompressedLayer(HandleLayer):
         n, queries = query.shape[2], query if self.plan.needs_queries else None
         self.pending = self.pending.completed(n, valid, queries, scale)
         waits = self.plan.reconstructs and self.store.history.length == 0  # until the prompt was repeated
-        incomplete = self.gathers if self.to_come is None else self.to_come > n
-        self.to_come = None if self.to_come is None or not incomplete else self.to_come - n
+        announced, more = self.to_come is not None, self.gathers if self.to_come is None else self.to_come > n
+        self.to_come = self.to_come - n if self.to_come is not None and more else None
         if self.record_past or waits:
             return
         least = min(self.plan.gathers, self.prefill_chunk or self.plan.gathers)
-        self.waiting = incomplete and self.pending.keys.shape[2] < least
+        self.waiting = more and self.pending.keys.shape[2] < least
         if not self.waiting:
             self.commit()
+        if announced and not more:
+            self.store.end_prompt()
 
     def commit(self) -> None:
         """Write the pending chunk to the store."""
         self.waiting = False
         if self.pending is not None:
-            chunk, self.pending = self.pending, None
+            chunk, self.pending = self.pending.whole(), None
             if chunk.keys.shape[2]:
                 scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
                 self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)

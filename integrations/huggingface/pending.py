@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kvcomp.attention import causal
 
@@ -26,7 +27,8 @@ class Pending(NamedTuple):
 
     def followed_by(self, keys: Tensor, values: Tensor) -> Pending:
         """With a chunk after it, for which `completed` has to be called."""
-        return self._replace(keys=torch.cat([self.keys, keys], 2), values=torch.cat([self.values, values], 2))
+        k, v = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        return self._replace(keys=k, values=v, scale=None)
 
     def completed(self, n: int, valid: Tensor | None, queries: Tensor | None, scale: float) -> Pending:
         """With what its newest n tokens lack: valid bool [B, n] and queries [B, Hq, n, Dk], or None."""
@@ -38,6 +40,14 @@ class Pending(NamedTuple):
             every = [self.keys.new_ones(rows, m, dtype=torch.bool) if x is None else x for x, m in parts]
             valid = torch.cat(every, 1)
         return self._replace(valid=valid, queries=queries, scale=scale)
+
+    def whole(self) -> Pending:
+        """Without what is known of the earlier chunks alone, where attention never ran over the newest."""
+        if self.scale is not None:
+            return self
+        missing = 0 if self.valid is None else self.keys.shape[2] - self.valid.shape[1]
+        valid = None if self.valid is None else F.pad(self.valid, (0, missing), value=True)
+        return self._replace(valid=valid, queries=None)
 
     def counts(self, n: int) -> Tensor | int:
         """Tokens without padding, per row [B] (on the host), of the chunks before its newest n."""

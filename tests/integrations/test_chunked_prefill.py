@@ -171,6 +171,26 @@ def test_what_is_generated_and_earlier_turns_stay(spec: str) -> None:
     assert all(old <= new for old, new in zip(before, held(cache), strict=True))
 
 
+@pytest.mark.parametrize("name", ["tova", "knorm", "snapkv"])
+def test_a_question_behind_a_prompt_stays(name: str) -> None:
+    """What follows `prefill` is a prompt of its own; and a short part of a prompt with a budget stays whole."""
+    model, ids, question = models.make("llama", num_hidden_layers=2), tokens(1, 1100), tokens(1, 50, seed=5)
+    for own in (True, False):
+        cache = CompressedCache(f"{name}(budget=200)", model)
+        if own:
+            prefill(model, ids, [cache], chunk=600)
+        with torch.no_grad():
+            if not own:
+                model(ids, past_key_values=cache)
+            before = kept(cache)
+            model(question, past_key_values=cache)
+        size = cache.layers[0].plan.page_size
+        grown = [sum(x) - sum(y) for x, y in zip(kept(cache), before, strict=True)]
+        assert all(n in (100, 100 - size, 100 - 2 * size) for n in grown)
+        if own and name != "tova":  # which holds its budget
+            assert grown == [100] * 2
+
+
 @pytest.mark.parametrize("look", ["memory", "fork", "save", "rows", "report"])
 def test_surgery_between_chunks(look: str, tmp_path: Path) -> None:
     """Whoever looks at the cache finds the tokens that came, chosen from."""
@@ -214,3 +234,5 @@ def test_a_preallocated_cache_takes_small_chunks_from_prefill() -> None:
         fixed = CompressedCache(spec, model, preallocate=200)
         prefill(model, ids, [fixed], chunk=chunk)
         assert_same(greedy(model, torch.cat([ids, more], 1), fixed, new=6), expected)
+    with pytest.warns(KvcompWarning, match=r"by itself: use kvcomp.prefill\(chunk=50\), or chunks of 512"):
+        greedy(model, ids, CompressedCache(spec, model, preallocate=200), new=2, prefill_chunk_size=50)
