@@ -282,18 +282,24 @@ class PageTable:
             self.received *= inside[..., None]
         self._mirror = self._total = None
 
+    def begin_watch(self) -> None:
+        """From now on remember the attention that pages receive."""
+        if self.received is None:
+            self.received = torch.zeros(*self.rows.shape, 2)
+
     def watch(self, mass: Tensor, queries: int) -> None:
         """Add the attention mass [S, longest] that pages received from `queries` queries."""
         if self.received is not None:
             seen = torch.stack([mass.cpu(), torch.full(mass.shape, float(queries))], -1)
             self.received[:, : mass.shape[1]] += seen * (torch.arange(mass.shape[1]) < self.counts[:, None])[..., None]
 
-    def attention(self) -> Tensor | None:
-        """float32 [S, longest]: mean attention that each page received of a query, 0 before any; None if unwatched."""
+    def attention(self) -> tuple[Tensor, Tensor] | None:
+        """float32 [S, longest]: mean attention that each page received of a query, 0 before any, and the number of
+        queries; None if unwatched."""
         if self.received is None:
             return None
         mass, queries = self.received[:, : self.longest].unbind(-1)
-        return mass / queries.clamp_min(1)
+        return mass / queries.clamp_min(1), queries
 
     def select(self, streams: Tensor) -> None:
         """Keep (and repeat, and order) the given streams."""

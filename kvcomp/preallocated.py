@@ -103,6 +103,7 @@ class PreallocatedStore:
         store.codec = self.codec
         steps = int(self.length) - store.history.length
         if steps:
+            store.end_prompt()
             store.history.append(steps, None)
             store.tail = None if store.tail is None else store.tail + steps
         self.live = False

@@ -223,7 +223,7 @@ class Chunk:
     chunk the first `sinks` and the last `recent` tokens are the exact window's and must be kept.
     model: None where no policy `needs_model`. chosen [b, Hkv, n] bool: what `Policy.choose` gave, None if not asked.
     scored [b, Hkv, n]: scores that an engine made of parts of the queries, and that stand for the policy's own; None
-    where all queries are here.
+    where all queries are here. before: how many of the `past` tokens belong to the same prompt, which comes in chunks.
     """
 
     queries: Tensor | None
@@ -239,6 +239,7 @@ class Chunk:
     model: ModelPart | None = None
     chosen: Tensor | None = None
     scored: Tensor | None = None
+    before: int = 0
 
 
 class Held(NamedTuple):
@@ -246,8 +247,10 @@ class Held(NamedTuple):
 
     tokens [S]: all that each holds, of which the first `sinks` stay. pages [S]: how many full pages of `page_size` lie
     behind them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
-    page received on average, since it was written and over the query heads of its KV head; None unless the policy
-    `watches`.
+    page received on average, since it was written and over the query heads of its KV head; queries [S, n] float32: the
+    number of these queries. Both None unless the policy `watches`, or `trims` a prompt that comes in chunks. before
+    [S]: how many of the tokens were held before that prompt, and stay; None: the budget is that of all. layer, layers:
+    as in `Chunk`.
     """
 
     tokens: Tensor
@@ -256,6 +259,10 @@ class Held(NamedTuple):
     sinks: int
     heads: int
     attention: Tensor | None
+    queries: Tensor | None
+    before: Tensor | None = None
+    layer: int = 0
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -274,6 +281,11 @@ class Policy(Stage):
     def needs_model(self) -> bool:
         """Whether `select` asks for `Chunk.model`."""
         return False
+
+    def gathers(self, sinks: int, recent: int) -> int:
+        """From how many tokens of a prompt `select` chooses at least: an engine that gets smaller chunks keeps them in
+        full precision until there are as many, or the prompt ends. 0: of any chunk."""
+        return 0
 
     def choose(self, received: Sequence[Tensor], sinks: int, recent: int) -> list[Tensor]:
         """bool [1, Hkv, n] of each layer: the tokens of a row's prompt to keep, where the policy `reconstructs`.
@@ -297,6 +309,11 @@ class Policy(Stage):
     @property
     def watches(self) -> bool:
         """Whether `expired` needs the attention that pages receive."""
+        return False
+
+    @property
+    def trims(self) -> bool:
+        """Whether `expired` is asked after each chunk of a prompt but the first, too, whatever happens later."""
         return False
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvcomp.attention import Part
-from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import Shared
 from kvcomp.ledger import add_parts
 from kvcomp.plan import LayerPlan
@@ -50,6 +51,7 @@ class PreallocatedLayer(CompressedLayer):
     operator. Whatever else comes, a prompt or surgery, finds them in `store`.
     """
 
+    gathers = False  # steps that graphs take must find the prompt written
     is_compileable = True
 
     def __init__(
@@ -98,7 +100,15 @@ class PreallocatedLayer(CompressedLayer):
         return self.preallocated.live and new.shape[2] == 1
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
-        tokens = int(self.get_seq_length()) + key_states.shape[2]
+        n, ahead = key_states.shape[2], self.preallocated
+        if 1 < n < self.plan.gathers and ahead.live and int(ahead.length) == self.store.history.length:
+            warnings.warn(
+                f"{n} more tokens of a prompt came to a preallocated cache, where {self.plan.policies[0].name} chooses "
+                f"from each chunk by itself: use kvcomp.prefill(chunk={n}), or chunks of {self.plan.gathers}",
+                KvcompWarning,
+                stacklevel=2,
+            )
+        tokens = int(self.get_seq_length()) + n
         if tokens > self.preallocated.tokens:
             raise KvcompError(
                 f"{tokens} tokens exceed preallocate={self.preallocated.tokens}, the room of this cache: ask for more"
