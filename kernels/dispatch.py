@@ -23,10 +23,6 @@ from . import cpu, flashinfer, reference
 from .cpu import encode
 
 MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
-MISSING = (
-    "the C kernel is not installed, so attention over compressed pages runs in PyTorch, several times slower: "
-    "install kvcomp again where there is a C compiler (gcc or clang)"
-)
 NO_TRITON = (
     "triton is not installed, so attention over compressed pages runs in PyTorch on the GPU, several times slower: "
     "pip install triton"
@@ -256,12 +252,12 @@ def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int =
 
 
 def _cpu_obstacle(sides: Sides, layout: PageLayout) -> str | None:
-    for side in cpu.described(sides, layout):
-        if side.obstacle is not None:
-            return side.obstacle
+    for side in sides:
+        if (why := cpu.described(side, layout).obstacle) is not None:
+            return why
     if cpu.library() is None:
-        _warn(MISSING)
-        return MISSING
+        _warn(cpu.missing())
+        return cpu.missing()
     return None
 
 
