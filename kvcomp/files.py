@@ -73,18 +73,27 @@ def usable(path: FilePath) -> Path:
 
 
 def readable(path: FilePath) -> Path:
-    """The path of a regular file, of which `~` is expanded. Devices and pipes, which may never end, are none.
+    """The path of a regular file. Devices and pipes, which may never end, are none.
 
     Raises:
-        OSError: there is no such file, or no such user, it is no regular file, or no file can have that name.
+        OSError: there is no such file, it is no regular one, or no file can have that name.
+    """
+    given = usable(path)
+    _require_regular(given.stat())
+    return given
+
+
+def expanded(path: FilePath) -> Path:
+    """The path with `~` and `~user` replaced by home directories.
+
+    Raises:
+        OSError: there is no such user, or no file can have that name.
     """
     given = usable(path)
     try:
-        given = given.expanduser()
+        return given.expanduser()
     except RuntimeError as error:
         raise OSError(errno.ENOENT, f"no home directory is known for {given.parts[0]}") from error
-    _require_regular(given.stat())
-    return given
 
 
 def reason(error: OSError) -> str:

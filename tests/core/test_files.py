@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcomp.files import readable, usable, whole, write_whole
+from kvcomp.files import expanded, readable, usable, whole, write_whole
 
 
 def mode(path: Path) -> int:
@@ -104,7 +104,7 @@ def test_names_of_no_file_are_os_errors_and_are_left_alone(tmp_path: Path) -> No
                 use(path)
     assert names(tmp_path) == ["folder", "loop", "pipe"]
     with pytest.raises(OSError, match="no home directory is known for ~nosuchuser"):
-        readable("~nosuchuser/file")
+        expanded("~nosuchuser/file")
     with pytest.raises(OSError, match="No such file"):
         readable(tmp_path / "nothing")
 
