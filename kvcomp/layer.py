@@ -26,7 +26,9 @@ from kvcomp.kernels.select import regroup
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, Summary, compact
 from kvcomp.plan import LayerPlan
+from kvcomp.restoring import restore
 from kvcomp.stages import Choice, Chunk, Held, ModelPart, PageShape, Summaries
+from kvcomp.state import State
 
 
 class Shared(NamedTuple):
@@ -607,26 +609,10 @@ class LayerStore:
 
         Raises:
             KvcompError: pages of another layout than this plan's.
+            DamagedError: the state is no store's of this plan.
         """
-        if not state:
-            return
-        keys, values = (state["exact"][name].unflatten(0, (state["rows"], state["heads"])) for name in ("k", "v"))
-        self.start(keys[:, :, :0].to(device), values[:, :, :0].to(device))
-        fields = [[f.name, *f.shape, str(f.dtype)] for f in self.layout.fields]
-        if state["fields"] != fields:
-            raise KvcompError(f"layer {self.plan.layer} holds pages of {state['fields']}, but the stack makes {fields}")
-        self.pool.data = state["pages"].to(device)
-        self.table.rows, self.table.counts = state["table"], state["counts"]
-        self.table.received = state.get("received")  # caches saved before policies watched have none
-        self.exact.restore(state["exact"], device)
-        self.history.restore(state["history"])
-        self.codec.restore({name: tensor.to(device) for name, tensor in state["codec"].items()})
-        if self.index is not None:
-            self.index.restore({name: tensor.to(device) for name, tensor in state.get("index", {}).items()})
-        if (spans := state.get("compacted")) is not None:
-            keys, bias, values = (spans[name].to(device) for name in ("keys", "bias", "values"))
-            self.compacted = CompactSpans(keys, bias, values, tuple((a, b) for a, b in spans["columns"]))
-        self.tail = state["tail"]
+        if state:
+            restore(self, State.of(state, f"layer {self.plan.layer}"), device)
 
     # -- accounting -----------------------------------------------------------------------------------------------
 

@@ -174,7 +174,15 @@ class Codec:
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` of a codec for the same layer gave."""
+        """Take over what `state` of a codec for the same layer gave.
+
+        From a file it is a `State`: numbers are finite, and tensors with the names of a new codec's `state` have its
+        dtypes and sizes, where those are not 0. A DamagedError says what else is wrong.
+        """
+
+    def lacks(self, paged: Tensor) -> str | None:
+        """What `restore` should have given for the streams of which bool [S] `paged` have pages; None: nothing."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -411,7 +419,11 @@ class Index:
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` of an index for the same layer gave."""
+        """As `Codec.restore`."""
+
+    def lacks(self, paged: Tensor) -> str | None:
+        """As `Codec.lacks`."""
+        return None
 
 
 @dataclass(frozen=True)

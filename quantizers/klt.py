@@ -19,6 +19,7 @@ from kvcomp.kernel_layout import Codebook, Gain, Plane, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
+from kvcomp.state import DamagedError
 from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, rotation
@@ -197,6 +198,20 @@ class KltSide:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.dual, self.mean = state[f"{self.name}.dual"], state.get(f"{self.name}.mean")
         self.widths = tuple(state[f"{self.name}.widths"].tolist())
+        fits = len(self.widths) == self.dim // UNIT and sum(self.widths) == self.total and max(self.widths) <= WIDEST
+        if self.widths and not (fits and list(self.widths) == sorted(self.widths, reverse=True)):
+            raise DamagedError(
+                f"{self.name}.widths are {list(self.widths)}, which are not {self.total} bits, descending"
+            )
+
+    def lacks(self, paged: Tensor) -> str | None:
+        """As `Codec.lacks`, of bool [S] `paged`."""
+        if not bool(paged.any()) or self.dual.is_meta:
+            return None
+        if not self.widths:
+            return f"some streams have pages, but {self.name}.widths are not settled"
+        singular = torch.linalg.inv_ex(self.dual[paged.nonzero().flatten().to(self.device)].float()).info
+        return f"{self.name}.dual is singular" if bool(singular.any()) else None
 
 
 @cache
@@ -319,6 +334,12 @@ class KltCodec(Codec):
         self.queries.restore(state)
         for side in (self.k_side, self.v_side):
             side.restore(state)
+
+    def lacks(self, paged: Tensor) -> str | None:
+        if self.fitted_heads:
+            return None
+        why = self.queries.lacks(paged, *self.k_side.constants(), *self.v_side.constants())
+        return why or self.k_side.lacks(paged) or self.v_side.lacks(paged)
 
 
 def _rms(x: Tensor) -> Tensor:

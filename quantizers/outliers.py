@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvcomp.state import DamagedError
+
 from .basis import Basis
 from .codecs import GridCodec
 
@@ -83,7 +85,11 @@ class OutlierCodec(GridCodec):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+            given = state[name]
+            channels = torch.arange(given.shape[-1], device=given.device)
+            if name.endswith(".order") and not given.is_meta and bool((given.sort(-1).values != channels).any()):
+                raise DamagedError(f"{name} does not name every channel once")
+            tensor.copy_(given)
 
 
 def _arranged(x: Tensor, order: Tensor, streams: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from .indexed import IndexedLayer
 from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
-from .saving import differences, essentials, layer_state, restore_layer, weights
+from .saving import check_kinds, differences, essentials, layer_state, restore_layers, usable_device, weights
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
@@ -164,18 +164,21 @@ class CompressedCache(Cache):
             preallocate: as for a new cache.
 
         Raises:
-            KvcompError: no such file, an incomplete one, one that holds no cache, or the cache of another model, dtype,
-                version of the format or meaning of the stack.
+            KvcompError: no such file, an incomplete or damaged one, or one that holds no cache; the cache of another
+                model, dtype, version of the format or meaning of the stack; more tokens than `max_tokens` or
+                `preallocate`; no such device.
             SpecError: the stack has stages that are not installed.
         """
-        saved = saving.read(path)
-        cache = cls(saved.stack, model_or_config, max_tokens, preallocate)
-        found = differences(saved, cache._model, model_or_config)
-        if found:
-            raise KvcompError(f"load({os.fspath(path)!r}): the cache is of another model: {', '.join(found)}")
-        on = torch.device(getattr(model_or_config, "device", "cpu") if device is None else device)
-        for layer, state in zip(cache.layers, saved.layers, strict=True):
-            restore_layer(layer, state, on)
+        asked = f"load({os.fspath(path)!r}"
+        with saving.opened(path) as file:
+            saved = file.outline
+            cache = cls(saved.stack, model_or_config, max_tokens, preallocate)
+            found = differences(saved, cache._model, model_or_config)
+            if found:
+                raise KvcompError(f"{asked}): the cache is of another model: {', '.join(found)}")
+            check_kinds(cache.layers, saved)
+            on = usable_device(f"{asked}, device={device!r})", model_or_config, device)
+            restore_layers(cache.layers, file.saved(), on)
         return cache
 
     def fork(self) -> CompressedCache:

@@ -15,6 +15,7 @@ from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import LayerStore, Shared
 from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
+from kvcomp.state import State
 
 from .attention_module import AttentionModule
 from .handles import Call, Handle, HandleLayer, apart, given_dtypes
@@ -48,6 +49,7 @@ class CompressedLayer(HandleLayer):
         self.pending: Pending | None = None
         self.to_come: int | None = None  # of a prompt that was announced
         self.is_initialized = False
+        self.loaded = False  # from a file, and not compared with the model's keys and values yet
 
     @property
     def store(self) -> LayerStore:
@@ -89,6 +91,8 @@ class CompressedLayer(HandleLayer):
     ) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
         new = self.as_held(key_states, value_states)
+        if self.loaded:
+            self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
         with given_dtypes(key_states.device):
             return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
 
@@ -310,14 +314,45 @@ class CompressedLayer(HandleLayer):
         return {"store": store, "pending": pending, "record_past": self.record_past, "warned": self.warned}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host."""
-        self.store.restore(state["store"], device)
+        """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
+
+        Raises:
+            KvcompError: more tokens than there is room for, or pages of another layout.
+            DamagedError: the state is no layer's of this plan.
+        """
+        state = State.of(state, f"layer {self.plan.layer}")
+        self.store.restore(state.part("store"), device)
         if self.store.started:
             self.dtype, self.device, self.is_initialized = self.store.dtype, self.store.device, True
         if state["pending"] is not None:
-            values: Any = (x.to(device) if isinstance(x, Tensor) else x for x in state["pending"])
-            self.pending = Pending(*values)
-        self.record_past, self.warned = state["record_past"], state["warned"]
+            self.pending = Pending.restored(state, self.store, device)
+        self.record_past, self.warned = state.flag("record_past"), state.flag("warned")
+        self.loaded = True
+        self.check_room()
+
+    def check_loaded(self, keys: Tensor, values: Tensor) -> None:
+        """Raise a KvcompError unless a model's keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv] are like those held."""
+        if self.is_initialized:
+            store = self.store
+            held = (store.heads, store.k_dim, store.v_dim, store.dtype)
+            given = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+            if given != held:
+                raise KvcompError(
+                    "the cache holds {} KV heads of {} and {} channels in {}, but the model has {} of {} and {} in {}: "
+                    "it was saved by another model, or its file is damaged".format(*held, *given)
+                )
+        self.loaded = False
+
+    def check_room(self) -> None:
+        """Raise a KvcompError where a layer that was loaded holds more tokens than `max_tokens`."""
+        held = 0 if self.pending is None else self.pending.keys.shape[2]
+        held += int(self.store.history.counts.max()) if self.batch_size > 0 else 0
+        if self.max_tokens is not None and held > self.max_tokens:
+            raise KvcompError(
+                f"max_tokens={self.max_tokens}: the cache holds {held} tokens, and with the next one {held + 1} tokens "
+                "exceed it. The default is the model's max_position_embeddings: load the cache with a larger "
+                "max_tokens= if the model's positions do reach further"
+            )
 
     def library(self) -> list[Tensor]:
         """What the layer holds as transformers would, beside keys and values."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.attention import causal
+from kvcomp.layer import LayerStore
+from kvcomp.state import FLOATS, State
 
 
 class Pending(NamedTuple):
@@ -76,3 +78,29 @@ class Pending(NamedTuple):
         queries = None if self.queries is None else self.queries[:, :, :end]
         chosen = None if self.chosen is None else self.chosen[:, :, :end]
         return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale, chosen)
+
+    @classmethod
+    def restored(cls, state: State, store: LayerStore, device: torch.device) -> Pending:
+        """The chunk whose fields a state's `pending` has, on `device`, for the tokens that a store holds.
+
+        Raises:
+            DamagedError: it is no such chunk.
+        """
+        fields = dict(zip(cls._fields, state.sequence("pending", len(cls._fields)), strict=True))
+        state = State(fields, f"{state.where}.pending")
+        state.require(store.started, "there is a chunk, but no store")
+        rows, heads = store.rows, store.heads
+        keys = state.tensor("keys", (rows, heads, None, store.k_dim), store.dtype)
+        n = keys.shape[2]
+        state.tensor("values", (rows, heads, n, store.v_dim), store.dtype)
+        if fields["valid"] is not None:
+            state.tensor("valid", (rows, n), torch.bool)
+        if fields["queries"] is not None:
+            queries = state.tensor("queries", (rows, None, n, store.k_dim), *FLOATS)
+            state.require(queries.shape[1] % heads == 0, f"{queries.shape[1]} query heads for {heads} KV heads")
+        if fields["scale"] is not None:
+            state.number("scale")
+        if fields["chosen"] is not None:
+            state.tensor("chosen", (rows, heads, n), torch.bool)
+        values: Any = (x.to(device) if isinstance(x, Tensor) else x for x in fields.values())
+        return cls(*values)

@@ -91,6 +91,8 @@ class PreallocatedLayer(CompressedLayer):
     ) -> tuple[Handle, Handle]:
         if not self._steps(key_states):
             return super().update(key_states, value_states)
+        if self.loaded:
+            self.check_loaded(key_states, value_states)
         self.check_rows(key_states)
         self.pending = Pending(*self.as_held(key_states, value_states))
         return self.handles(key_states.shape, value_states.shape, self.preallocated.tokens)
@@ -202,6 +204,13 @@ class PreallocatedLayer(CompressedLayer):
         super().restore(state, device)
         if self.is_initialized and self.pending is None:
             self.preallocated.take(self.store)
+
+    def check_room(self) -> None:
+        held = int(self.get_seq_length())
+        if held > self.preallocated.tokens:
+            raise KvcompError(
+                f"preallocate={self.preallocated.tokens}: the cache holds {held} tokens per row: ask for more room"
+            )
 
     @property
     def dense_bytes(self) -> int:
