@@ -16,8 +16,8 @@ LOUD = 2.0  # a token counts at most as one that is so many times as large as th
 class PerStream:
     """A vector per stream, settled once.
 
-    values [S, D], until settled zeros, or 0, 1, ... where they are `counted`; settled bool [S]. Streams come as they are
-    named. Once there is room for all of them, both tensors are changed in place.
+    values [S, D], until settled zeros, or 0, 1, ... where they are `counted`; settled bool [S]. Streams come as they
+    are named. Once there is room for all of them, both tensors are changed in place.
 
     shared: there are n values for n heads, and stream s has value s mod n.
     """
