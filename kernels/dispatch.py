@@ -63,6 +63,9 @@ def attend_pages(
         rotated, bias = codec.read_query(queries.float())
         part = cpu.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
         return _with_tokens(queries, tokens, scale, softcap, part._replace(out=codec.read_output(part.out)))
+    if codec.biased:
+        queries, bias = codec.read_query(queries.float())
+        return cpu.attend(queries, pages, tokens, scale, softcap, bias, lse_of_pages=lse_of_pages)
     return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
 
 
@@ -87,7 +90,8 @@ def by_triton(
     pages = triton.Pages(pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device))
     how: dict[str, Any] = {"lse_of_pages": lse_of_pages, "workspace": workspace, "in_tokens": in_tokens}
     if not codec.rotates:
-        return triton.attend(queries, pages, tokens, scale, softcap, **how)
+        bias = codec.read_query(queries)[1] if codec.biased else None
+        return triton.attend(queries, pages, tokens, scale, softcap, bias, **how)
     rotated, bias = codec.read_query(queries.float())
     part = triton.attend(rotated, pages, None, scale, softcap, bias, **how)
     part = part._replace(out=codec.read_output(part.out))

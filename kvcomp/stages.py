@@ -103,11 +103,18 @@ class Codec:
     """
 
     lossless: bool = False
+    hosted: bool = False  # whether `fit` or `encode` look at tensors on the host, which no recorded graph can
 
     @property
     def rotates(self) -> bool:
-        """Whether pages have other coordinates than K and V: `read_query` or `read_output` is not the identity."""
+        """Whether pages have other coordinates than K and V: `read_output` is not the identity, or `read_query` changes
+        queries."""
         return True
+
+    @property
+    def biased(self) -> bool:
+        """Whether `read_query` may give a bias."""
+        return self.rotates
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -158,9 +165,19 @@ class Codec:
         Called for chunks, not for single decode steps, and only where the quantizer `needs_queries`.
         """
 
-    def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         """See keys [s, n, Dk] and values [s, n, Dv] of `streams`: those that `encode` is given next, and the newer ones
-        still in the window. What adapts to its data does so the first time."""
+        still in the window. What adapts to its data does so the first time.
+
+        due bool [s]: those of `streams` that this is true of; None: all. Only for codecs that are not `hosted`, after
+        `room`, and without a look at any tensor on the host."""
+
+    def room(self, streams: int) -> None:
+        """Have room for what so many streams adapt to; tensors stay where they are from then on, until `select`."""
+
+    def fix(self, mean: Tensor | None) -> None:
+        """Adapt to no data from now on, where the codec can do without. mean [n, Dk]: a mean key of each of n heads,
+        for codecs that subtract one; None: none is subtracted."""
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams (beams): int64 [S']."""

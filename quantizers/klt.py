@@ -251,6 +251,8 @@ class KltCodec(Codec):
     To fit, the second moment of a stream's queries is gathered until its first page, and dropped then.
     """
 
+    hosted = True
+
     def __init__(self, k_side: KltSide, v_side: KltSide, fitted_heads: bool = False) -> None:
         self.k_side, self.v_side, self.fitted_heads = k_side, v_side, fitted_heads
         self.queries = QueryMoments(k_side.dim, k_side.device)
@@ -263,7 +265,7 @@ class KltCodec(Codec):
         if not self.fitted_heads:
             self.queries.add(streams, queries)
 
-    def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         if self.fitted_heads:
             return
         new = self.queries.missing(streams)
