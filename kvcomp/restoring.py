@@ -29,7 +29,7 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
     exact = state.part("exact")
     keys, values = (exact.tensor(name, (rows * heads, None, None), *FLOATS) for name in ("k", "v"))
     dims = keys.shape[2], values.shape[2]
-    state.require(dims[0] > 0 and max(dims) <= WIDEST, f"heads have {dims[0]} and {dims[1]} channels")
+    state.require(0 < max(dims) <= WIDEST, f"heads have {dims[0]} and {dims[1]} channels")
     keys, values = (x[:, :0].unflatten(0, (rows, heads)).to(device) for x in (keys, values))
     store.start(keys, values)
     fields = [[f.name, *f.shape, str(f.dtype)] for f in store.layout.fields]
