@@ -260,6 +260,12 @@ class CompressedCache(Cache):
             f"{memory.effective_bits:.2f} effective bits",
             "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in memory.parts.items()),
         ]
+        limit = getattr(self._config(), "original_max_position_embeddings", None)
+        if limit is not None and 0 < int(self.get_seq_length()) <= limit:
+            lines.append(
+                f"  note    when a text grows past {limit} tokens, transformers drops this cache and goes on with one "
+                "of its own (longrope): these figures are from before"
+            )
         if any(layer.read()[0] for layer in ours):
             traffic = self.traffic()
             lines += [

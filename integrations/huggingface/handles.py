@@ -133,7 +133,10 @@ class HandleLayer(CacheLayerMixin):
 
 
 class Handle:
-    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning."""
+    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning.
+
+    It has the operators and methods of tensors, but is no `Tensor` to `isinstance`: dynamo could not follow that.
+    """
 
     def __init__(self, layer: HandleLayer, which: int, new: torch.Size, length: int) -> None:
         self.layer, self.which, self.new, self.length = layer, which, new, length

@@ -65,7 +65,7 @@ def choose(module: torch.nn.Module, mask: Tensor | None, query: Tensor, length: 
     out: models mask that by themselves only where they know the attention by its name.
 
     indices: int [B, n, k], tokens that a query sees; -1 for none. block_indices: int [B, H, n, k], blocks of the size
-    that the model's indexer has; -1 for none.
+    that the model's indexer has; -1 for none; the mask is additive then, as of these models.
     """
     if (indices := choices.get("indices")) is not None:
         shown = _scattered(indices, length)[:, None]
@@ -76,6 +76,10 @@ def choose(module: torch.nn.Module, mask: Tensor | None, query: Tensor, length: 
             raise refuse(module, ["block_indices"])
         shown = _scattered(blocks, -(-length // size)).repeat_interleave(size, -1)[..., :length]
         shown = shown.repeat_interleave(query.shape[1] // blocks.shape[1], 1)
+        if mask is None or mask.dtype == torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            hidden = ~shown if mask is None else ~(mask & shown)
+            return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, lowest)
     if mask is None or mask.dtype == torch.bool:
         return shown if mask is None else mask & shown
     return mask.masked_fill(~shown, torch.finfo(query.dtype).min)
