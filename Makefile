@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-vllm lint typecheck format clean
+.PHONY: help demo test test-models test-vllm lint typecheck format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,9 +34,15 @@ demo: .venv/demo.stamp ## run seven stacks on SmolLM2-135M at 2048 tokens: a tab
 	    echo "    the code is newer than the results in $(DEMO_OUT): starting them afresh"; rm -rf $(DEMO_OUT); fi
 	@$(BIN)/kvcomp bench $(DEMO) --out $(DEMO_OUT)
 
-test: .venv/dev.stamp ## run all tests
+test: .venv/dev.stamp ## run all tests but those of vLLM and of every model
 	$(call say,Tests)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # a thread a worker: more would fight over the cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore tests/models  # a thread a worker: more would fight over cores
+
+test-models: .venv/dev.stamp ## run every causal LM of transformers, built tiny, and write docs/models.md
+	$(call say,Tests of every architecture of transformers: minutes on two cores)
+	@rm -rf out/models; failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/models || failed=$$?; \
+	$(BIN)/python tests/models/document.py && exit $$failed
 
 test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
 	$(call say,Tests of the vLLM plugin: fifty engines in ten minutes on two cores)
