@@ -309,9 +309,9 @@ class CompressedLayer(HandleLayer):
 
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""
-        store = self.store.state()
         pending = None if self.pending is None else tuple(self.pending)
-        return {"store": store, "pending": pending, "record_past": self.record_past, "warned": self.warned}
+        flags = {name: getattr(self, name) for name in ("record_past", "warned", "waiting")}
+        return {"store": self._store.state(), "pending": pending, **flags}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
@@ -327,6 +327,7 @@ class CompressedLayer(HandleLayer):
         if state["pending"] is not None:
             self.pending = Pending.restored(state, self.store, device)
         self.record_past, self.warned = state.flag("record_past"), state.flag("warned")
+        self.waiting = "waiting" in state and state.flag("waiting")  # caches saved before chunks waited have none
         self.loaded = True
         self.check_room()
 
@@ -346,7 +347,7 @@ class CompressedLayer(HandleLayer):
     def check_room(self) -> None:
         """Raise a KvcompError where a layer that was loaded holds more tokens than `max_tokens`."""
         held = 0 if self.pending is None else self.pending.keys.shape[2]
-        held += int(self.store.history.counts.max()) if self.batch_size > 0 else 0
+        held += int(self._store.history.counts.max()) if self.batch_size > 0 else 0
         if self.max_tokens is not None and held > self.max_tokens:
             raise KvcompError(
                 f"max_tokens={self.max_tokens}: the cache holds {held} tokens, and with the next one {held + 1} tokens "
