@@ -27,9 +27,9 @@ class ScoredPolicy(Policy):
     `hold`: then the pages that received least attention leave, young ones and the newest tokens' last, and between the
     budget and a page more is held.
 
-    A prompt that comes in chunks is chosen from in rounds: the first chunk, then `gathers` tokens or more. Each keeps its
-    share, or the part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds the budget leaves
-    in whole pages.
+    A prompt that comes in chunks is chosen from in rounds: the first chunk, then `gathers` tokens or more. Each keeps
+    its share, or the part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds
+    the budget leaves in whole pages.
     """
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
