@@ -119,8 +119,9 @@ class LayerStore:
             if self.prompt is not None and policy.trims and not policy.watches:
                 before = torch.tensor(self.prompt[1])
             watched = table.attention() if policy.watches or before is not None else None
-            at = plan.page_size, plan.sinks, self.heads
-            held = Held(self.kept, table.counts, *at, *(watched or (None, None)), before, plan.layer, plan.layers)
+            attention, queries = (None, None) if watched is None else watched
+            own = attention, queries, before, plan.layer, plan.layers
+            held = Held(self.kept, table.counts, plan.page_size, plan.sinks, self.heads, *own)
             gone = policy.expired(held) if table.longest else None
             if gone is not None and bool(gone.any()):
                 last = (gone * torch.arange(1, gone.shape[1] + 1)).amax(1)  # pages up to the newest that goes

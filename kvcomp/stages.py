@@ -308,8 +308,8 @@ class Policy(Stage):
         return False
 
     def gathers(self, sinks: int, recent: int) -> int:
-        """From how many tokens of a prompt `select` chooses at least: an engine that gets smaller chunks keeps them in
-        full precision until there are as many, or the prompt ends. 0: of any chunk."""
+        """From how many tokens of a prompt `select` chooses at least, after its first chunk: an engine that gets
+        smaller chunks keeps them in full precision until there are as many, or the prompt ends. 0: from any chunk."""
         return 0
 
     def choose(self, received: Sequence[Tensor], sinks: int, recent: int) -> list[Tensor]:

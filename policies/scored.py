@@ -14,7 +14,7 @@ from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyrami
 
 LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
-ROUND = 512  # tokens of a prompt from which a policy chooses at least
+ROUND = 512  # tokens of a prompt from which a policy chooses at least, behind its first chunk
 SHORT = 64  # tokens that may all stay behind others of their prompt, where there is a budget: a question, say
 
 
@@ -27,9 +27,9 @@ class ScoredPolicy(Policy):
     `hold`: then the pages that received least attention leave, young ones and the newest tokens' last, and between the
     budget and a page more is held.
 
-    A prompt that comes in chunks is chosen from in rounds of `gathers` tokens or more. Each keeps its own share, or the
-    part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds the budget leaves
-    in whole pages.
+    A prompt that comes in chunks is chosen from in rounds: the first chunk, then `gathers` tokens or more. Each keeps
+    its share, or the part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds
+    the budget leaves in whole pages.
     """
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
@@ -123,10 +123,7 @@ class ScoredPolicy(Policy):
     def select(self, chunk: Chunk) -> Tensor:
         n = chunk.keys.shape[2]
         first, last = self._protected(n, chunk.sinks, chunk.recent)
-        count = self.kept(n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
-        if self.budget is not None and chunk.before and n > SHORT:  # what came before had its part of the budget
-            whole = self.kept(chunk.before + n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
-            count = min(count, max(round(whole * n / (chunk.before + n)), first + last, 1))
+        count = self._count(n, chunk, first + last)
         if count >= n and self.threshold is None:
             return chunk.alive
         scores = (self.scores(chunk) if chunk.scored is None else chunk.scored).float()
@@ -189,6 +186,18 @@ class ScoredPolicy(Policy):
             worth = rows.flatten(1)
         rank = worth.argsort(dim=-1, stable=True).argsort(-1)
         return (rank < excess[:, None]).view_as(held.attention)
+
+    def _count(self, n: int, chunk: Chunk, protected: int) -> int:
+        """How many of a chunk's n tokens to keep per head: with `before` others of its prompt, what is its part."""
+        own, before, whole = (
+            self.kept(tokens, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
+            for tokens in (n, chunk.before, chunk.before + n)
+        )
+        if not chunk.before or self.threshold is not None:
+            return own
+        if self.keep is not None:
+            return min(max(whole - before, protected, 1), n)
+        return own if n <= SHORT else min(own, max(round(whole * n / (chunk.before + n)), protected, 1))
 
     def _protected(self, tokens: int, sinks: int, recent: int) -> tuple[int, int]:
         """First and last tokens that are kept in any case."""

@@ -53,7 +53,7 @@ class CompressedLayer(HandleLayer):
 
     @property
     def store(self) -> LayerStore:
-        """All that is held. To look at it between two chunks of a prompt lets the policies choose from what came."""
+        """All that is held. To look at it while chunks wait lets the policies choose from those."""
         if self.waiting:
             self.commit()
         return self._store
@@ -214,7 +214,8 @@ class CompressedLayer(HandleLayer):
         if self.record_past or waits:
             return
         least = min(self.plan.gathers, self.prefill_chunk or self.plan.gathers)
-        self.waiting = more and self.pending.keys.shape[2] < least
+        first = self.store.prompt is None  # that may be all of the prompt
+        self.waiting = more and not first and self.pending.keys.shape[2] < least
         if not self.waiting:
             self.commit()
         if announced and not more:
