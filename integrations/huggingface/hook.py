@@ -110,7 +110,7 @@ def plain(
     key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
     if base in MASKED and choices:
         length = key.shape[2]
-        if (mask is None or mask.dim() == 2) and call.causal:
+        if (mask is None and call.causal) or (mask is not None and mask.dim() == 2):
             mask = chunk_mask(base, query, length, mask, whole=True)
         call = call._replace(mask=choose(module, mask, query, length, choices))
     if base in MASKED:

@@ -25,7 +25,7 @@ class Seen(NamedTuple):
 
 Mask = Tensor | BlockMask  # [B, N], [B, 1 or Hq, n, N], or flex attention's
 _read_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward hands the same mask to every layer
-_causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # causal block masks: their padding [B, N], in a tuple
+_causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # causal masks of ours: their padding [B, N], in a tuple
 
 
 def dense_mask(mask: BlockMask) -> Tensor:
@@ -61,7 +61,7 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
     Raises:
         UnsupportedError: an additive bias, or a mask that differs between heads.
     """
-    if isinstance(mask, BlockMask) and (padding := _causal_masks.get(mask)) is not None:
+    if mask is not None and (padding := _causal_masks.get(mask)) is not None:
         (mask,) = padding
     if mask is None:
         return Seen(None, None, None)
@@ -120,6 +120,14 @@ def chunk_mask(base: str, query: Tensor, length: int, padding: Any, whole: bool 
     )
 
 
+@torch.compiler.disable
+def _no_padding(rows: int, length: int, device: torch.device) -> Tensor:
+    """bool [rows, length]: None would say to attention that its own arguments decide what is seen."""
+    mask = torch.ones(rows, length, dtype=torch.bool, device=device)
+    _causal_masks[mask] = (None,)
+    return mask
+
+
 def mask_function(base: str) -> Callable[..., Any]:
     """The mask function of a hooked model whose implementation is `base`."""
     own: Any = AttentionMaskInterface._global_mapping[base]
@@ -134,13 +142,18 @@ def mask_function(base: str) -> Callable[..., Any]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Mask | None:
-        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on. Everything else as the
-        base does, and where the model itself reads the mask; of a cache with idle room behind the chunk it is whole."""
+        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on, [B, kv].
+
+        Everything else as the base does, and where the model itself reads the mask; of a cache with idle room behind
+        the chunk it is whole.
+        """
         if q_length > 1 and kv_offset + kv_length > q_offset + q_length:
             kwargs["allow_is_causal_skip"] = False
         ours = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
         if ours and q_length > 1 and q_offset > 0 and kv_offset == 0:
-            return attention_mask
+            return (
+                attention_mask if attention_mask is not None else _no_padding(batch_size, kv_length, kwargs["device"])
+            )
         made: Mask | None = own(
             batch_size=batch_size,
             q_length=q_length,
