@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,7 @@ def doctor(
     stack: Annotated[
         list[str] | None, typer.Option(help="A stack to ask about; repeat it.  \\[default: every quantizer]")
     ] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option(min=1, max=1024, help="Channels of a head.")] = 128,
 ) -> None:
     """Say what is installed, which kernel attends over the pages of each stack here, or why none does, and whether the
     plugin serves it in vLLM, or why not.
@@ -95,7 +96,7 @@ def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
     from kvcomp.layer import LayerStore
     from kvcomp.stack import Stack
 
-    plan = Stack.parse(spec).plan(8, 32)
+    plan = replace(Stack.parse(spec).plan(8, 32), policies=(), sinks=0, recent=0)  # a page is all that it takes
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     x = torch.randn(1, 1, plan.slots, head_dim, dtype=dtype, device=device)
     store = LayerStore(plan)
