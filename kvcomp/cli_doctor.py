@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from kvcomp.console import Plain
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def doctor(
     about.add_row("C kernels", f"installed, {cpu.LEVELS[cpu.level()]}" if found else "not installed")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     about.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
-    console = Console(width=120)
+    console = Plain(width=120)
     console.print(about)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
     table = Table("stack", *(f"decode attention on {device}" for device in devices), "in vLLM", show_lines=True)
