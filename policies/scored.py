@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class ScoredPolicy(Policy):
     the budget leaves in whole pages.
     """
 
+    scores_within: ClassVar[tuple[float, float]] = (-1e30, 1e30)  # what `scores` are at least and at most
+
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
     budget: int | None = arg(None, "tokens to keep per KV head, alike (none of the three: keep=0.25, or as published)")
     threshold: float | None = arg(None, "keep what scores at least so much, however many; a plan counts all tokens")
@@ -44,13 +47,14 @@ class ScoredPolicy(Policy):
     hold: bool = arg(False, "keep within an absolute budget while generating, too")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = {name: getattr(self, name) for name in ("keep", "budget", "threshold")}
         given = [name for name, size in sizes.items() if size is not None]
         if not given:
             object.__setattr__(self, self.default[0], self.default[1])
         for other in given[1:]:
             self.check(False, other, f"left out where {given[0]} is given")
-        self.check(self.keep is None or 0 < self.keep <= 1, "keep", "in (0, 1]")
+        self.check_share("keep")
         self.check(self.budget is None or self.budget > 0, "budget", "positive")
         self.check(self.layers in LAYERS, "layers", " or ".join(LAYERS))
         self.check(self.heads in HEADS, "heads", "own, common or adaptive")
@@ -60,6 +64,8 @@ class ScoredPolicy(Policy):
         self.check(not self.critical or self.needs_queries, "critical", "false: this score is no share of attention")
         self.check(not self.critical or self.span == 1, "span", "1 where critical is true")
         if self.threshold is not None:
+            least, most = self.scores_within
+            self.check(least < self.threshold <= most, "threshold", f"more than {least:g} and at most {most:g}")
             self.check(self.layers == "uniform", "layers", "uniform with a threshold, which sets no sizes")
             self.check(self.heads != "adaptive", "heads", "own or common with a threshold, which sets no sizes")
             self.check(not self.critical, "critical", "false with a threshold, which sets no sizes")

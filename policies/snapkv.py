@@ -27,6 +27,7 @@ class SnapKV(ScoredPolicy):
 
     paper: ClassVar[str] = "arXiv:2404.14469"
     needs_queries: ClassVar[bool] = True
+    scores_within: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     window: int = arg(64, "last queries that vote; their own tokens are always kept")
     kernel: int = arg(5, "width of the pooling along the sequence, odd")

@@ -32,6 +32,7 @@ class Streaming(Policy):
     chunk: int | None = arg(None, "tokens of prompt that enter at once (None: all, in a dense prefill)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check(self.sinks >= 0, "sinks", "zero or positive")
         self.check(self.recent > 0, "recent", "positive")
         self.check(self.chunk is None or self.chunk > 0, "chunk", "positive, or left out")

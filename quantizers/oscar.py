@@ -17,6 +17,7 @@ from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer
 from .centred import CentredCodec, centre_bytes, centred
 from .grid import UniformSide, channel_group
+from .int import LEAST_CLIP
 from .widths import BITS, WidthQuantizer
 
 
@@ -65,6 +66,8 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
         self.check(self.group > 0, "group", "a positive number")
         self.check(0 < self.k_clip <= 1, "k_clip", "more than 0 and at most 1")
         self.check(0 < self.v_clip <= 1, "v_clip", "more than 0 and at most 1")
+        self.check_share("k_clip", LEAST_CLIP)
+        self.check_share("v_clip", LEAST_CLIP)
 
     @property
     def default_window(self) -> tuple[int, int]:

@@ -42,6 +42,7 @@ class Svd(CalibratedQuantizer):
     calibration: str | None = arg(None, FILE)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_amount(self, "rank")
         if self.v_rank is not None:
             check_amount(self, "v_rank")
@@ -94,6 +95,8 @@ def check_amount(stage: CalibratedQuantizer, argument: str) -> None:
     value = getattr(stage, argument)
     ok = value >= 1 if isinstance(value, int) else 0 < value <= 1
     stage.check(ok, argument, "a positive whole number, or a share above 0 and at most 1.0")
+    if isinstance(value, float):
+        stage.check_share(argument)
 
 
 def kept(amount: int | float, dim: int, stage: str, argument: str) -> int:

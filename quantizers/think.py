@@ -39,6 +39,7 @@ class Think(CalibratedQuantizer):
     calibration: str | None = arg(None, FILE)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_amount(self, "keep")
         self.check(self.bits is None or 2 <= self.bits <= 8, "bits", "None or 2 to 8")
         self.check(self.group > 0 and self.group % 16 == 0, "group", "a positive multiple of 16")

@@ -45,6 +45,7 @@ class RankedSelector(Selector):
     share: int = arg(1, "layers in a row that read what the first of them chooses")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in RULES if getattr(self, name) is not None]
         if not given:
             object.__setattr__(self, self.default[0], self.default[1])
@@ -54,8 +55,7 @@ class RankedSelector(Selector):
             value = getattr(self, name)
             self.check(value is None or value > 0, name, "positive")
         for name in ("keep", "top_p", "threshold"):
-            value = getattr(self, name)
-            self.check(value is None or 0 < value <= 1, name, "in (0, 1]")
+            self.check_share(name)
         self.check(self.heads in HEADS, "heads", " or ".join(HEADS))
         for name in ("first", "last", "min_pages", "dense_layers"):
             self.check(getattr(self, name) >= 0, name, "zero or positive")

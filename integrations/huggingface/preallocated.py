@@ -57,6 +57,7 @@ class PreallocatedLayer(CompressedLayer):
     def __init__(
         self, plan: LayerPlan, tokens: int, prefill_chunk: int | None = None, choices: dict[int, Shared] | None = None
     ) -> None:
+        plan = plan.within(tokens)
         why = why_not(plan)
         if why is not None:
             raise UnsupportedError(f"preallocate={tokens}: {why}; leave one of the two out")

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import triton
-from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcomp import Stack
+from kvcomp.console import Plain
 from kvcomp.pages import PageLayout
 from kvcomp.stages import Codec, PageShape
 
@@ -231,7 +231,7 @@ def main() -> None:
         table.add_row(found.kernel, found.stack, f"sm_{found.capability}", *map(str, numbers))
     for column in table.columns:
         column.no_wrap = True
-    Console().print(table)
+    Plain().print(table)
 
 
 if __name__ == "__main__":
