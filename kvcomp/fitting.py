@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGEST = 1e15  # of a query's channels: their squares can be summed
+
 
 class QueryMoments:
     """Per stream, the sum of q q' over its queries [S, D, D], dropped when all streams are fitted. Streams come as they
@@ -29,7 +31,7 @@ class QueryMoments:
         mine = ~self.fitted[streams]
         if bool(mine.any()):
             self.sums = F.pad(self.sums, (0, 0, 0, 0, 0, len(self.fitted) - len(self.sums)))
-            q = queries[mine].float()
+            q = queries[mine].float().clamp(-LARGEST, LARGEST)
             self.sums = self.sums.index_add(0, streams[mine], q.mT @ q)
 
     def missing(self, streams: Tensor) -> Tensor:
