@@ -96,6 +96,7 @@ class Calibration:
             "model": self.model.name,
             "config": self.model.config,
             "weights": self.model.weights or "",
+            "parameters": self.model.parameters or "",
             "texts": json.dumps([{"name": name, "sha256": digest} for name, digest in self.texts]),
             "tokens": str(self.tokens),
             "context": str(self.context),
@@ -168,7 +169,9 @@ def _read(path: Path, changed: int, size: int) -> Calibration:
     return Calibration(
         method=metadata["method"],
         settings=json.loads(metadata["settings"]),
-        model=Fingerprint(metadata["model"], metadata["config"], metadata["weights"] or None),
+        model=Fingerprint(
+            metadata["model"], metadata["config"], metadata["weights"] or None, metadata.get("parameters") or None
+        ),
         texts=tuple((text["name"], text["sha256"]) for text in json.loads(metadata["texts"])),
         tokens=int(metadata["tokens"]),
         context=int(metadata["context"]),

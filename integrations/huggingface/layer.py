@@ -17,6 +17,7 @@ from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 from kvcomp.state import FLOATS, State
 
+from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, HandleLayer, apart
 from .masks import read_mask
@@ -101,6 +102,7 @@ class CompressedLayer(HandleLayer):
         self.store = LayerStore(self.plan, self.choices)
         self.pending: Pending | None = None
         self.is_initialized = False
+        self.adapters: tuple[tuple[str, ...], ...] | None = None  # that the last chunk came through
         self.loaded = False  # from a file, and not compared with the model's keys and values yet
 
     @property
@@ -175,6 +177,8 @@ class CompressedLayer(HandleLayer):
         if self.plan.needs_model and store.model is None:
             store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
         n, past = keys.shape[2], store.history.length
+        if n > 1:
+            self._notice(adapters_of(call.module), past)
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
         valid = seen.valid if seen is not None else None
@@ -206,6 +210,17 @@ class CompressedLayer(HandleLayer):
             part = store.attend(query, scale, softcap, (keys, values, visible))
             self._hold(valid, query, scale)
         return answered(part, call), None
+
+    def _notice(self, adapters: tuple[tuple[str, ...], ...], past: int) -> None:
+        """Warn where a chunk comes through other adapters than those before it."""
+        if past and self.adapters not in (None, adapters):
+            warnings.warn(
+                "other adapters are active than when the cache was filled: its keys and values stay those of the "
+                "former. reset() it, and feed the prompt again, for those of the adapters that are active now",
+                KvcompWarning,
+                stacklevel=2,
+            )
+        self.adapters = adapters
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced."""
