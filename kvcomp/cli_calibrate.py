@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvcomp.cli_plan import size
 from kvcomp.errors import KvcompError
+from kvcomp.files import reason, usable
 
 EXAMPLES = """Examples:
 
@@ -45,9 +46,9 @@ def calibrate(
     if out.exists():
         raise KvcompError(f"out: {str(out)!r} exists: name another file, or remove it.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        usable(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise KvcompError(f"out: {str(out)!r} cannot be written: {error.strerror}.") from error
+        raise KvcompError(f"out: {str(out)!r} cannot be written: {reason(error)}.") from error
     from kvcomp.integrations.huggingface import calibrate as calibration
     from kvcomp.integrations.models import load_model
 
