@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from kvcomp.cli_plan import size
 from kvcomp.console import Plain, notes
 from kvcomp.errors import KvcompError
+from kvcomp.files import reason, usable
 from kvcomp.text import quote
 
 EXAMPLES = """Examples:
@@ -46,9 +47,9 @@ def calibrate(
     if os.path.exists(out):
         raise KvcompError(f"out: {quote(str(out))} exists: name another file, or remove it.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        usable(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise KvcompError(f"out: {quote(str(out))} cannot be written: {error.strerror}.") from error
+        raise KvcompError(f"out: {quote(str(out))} cannot be written: {reason(error)}.") from error
     from kvcomp.integrations.huggingface import calibrate as calibration
     from kvcomp.integrations.models import load_model
 

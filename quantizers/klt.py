@@ -19,7 +19,7 @@ from kvcomp.kernel_layout import Codebook, Gain, Plane, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
-from kvcomp.state import DamagedError
+from kvcomp.state import DamagedError, State, described
 from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, rotation
@@ -222,7 +222,7 @@ class KltSide:
             return None
         if not self.widths:
             return f"some streams have pages, but {self.name}.widths are not settled"
-        singular = torch.linalg.inv_ex(self.dual[paged.nonzero().flatten().to(self.device)].float()).info
+        singular = _singular(self.dual[paged.nonzero().flatten().to(self.device)].float())
         return f"{self.name}.dual is singular" if bool(singular.any()) else None
 
 
@@ -356,6 +356,12 @@ class KltCodec(Codec):
         return why or self.k_side.lacks(paged) or self.v_side.lacks(paged)
 
 
+def _singular(matrices: Tensor) -> Tensor:
+    """bool [n]: which of float32 [n, d, d] have no inverse."""
+    inverse, info = torch.linalg.inv_ex(matrices)
+    return (info != 0) | ~inverse.isfinite().all(-1).all(-1)
+
+
 def _rms(x: Tensor) -> Tensor:
     """Root mean square over the last dimension, kept: a norm that float16 can hold wherever it can hold x."""
     largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
@@ -439,6 +445,20 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
         identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64).expand_as(seen.value_directions)
         v = scaled_directions(seen.value_directions * len(identity[0]), identity)
         return {"k.basis": k[0], "k.variance": k[1], "k.mean": seen.key_mean, "v.basis": v[0], "v.variance": v[1]}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        for name in ("k", "v"):
+            basis = layer.finite(f"{name}.basis", (None, None, None), torch.float32)
+            variance = layer.finite(f"{name}.variance", basis.shape[:2], torch.float32)
+            layer.require(
+                bool((variance >= 0).all() and (variance.double().sum(-1) > 0).all()), f"{name}.variance is 0"
+            )
+            layer.require(basis.shape[1] == basis.shape[2], f"{name}.basis is {described(basis)}, no square matrices")
+            size = basis.double().square().mean((1, 2), keepdim=True).sqrt()
+            stored = (basis / (size if name == "k" else 1)).to(SCALE).float()
+            layer.require(not bool(_singular(stored).any()), f"{name}.basis has no inverse")
+        layer.finite("k.mean", layer["k.variance"].shape, torch.float32)
 
     def _sides(self, shape: PageShape) -> tuple[KltSide, KltSide]:
         return (

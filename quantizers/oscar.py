@@ -11,10 +11,11 @@ from torch import Tensor
 from kvcomp.calibration import FILE, Tensors
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.state import State
 from kvcomp.statistics import Statistics
 
 from .basis import Basis, hadamard
-from .calibrated import CalibratedQuantizer
+from .calibrated import CalibratedQuantizer, check_inverse
 from .centred import CentredCodec, centre_bytes, centred
 from .grid import UniformSide, channel_group
 from .int import LEAST_CLIP
@@ -77,6 +78,11 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
     def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """k and v [H, D, D]: the rotations."""
         return {"k": spread_rotation(seen.queries), "v": spread_rotation(seen.value_scored)}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        for name in ("k", "v"):
+            check_inverse(layer, name, name)
 
     def sides(self, shape: PageShape) -> tuple[ClippedSide, ClippedSide]:
         return (

@@ -12,10 +12,11 @@ from kvcomp.calibration import FILE, Tensors, own
 from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.state import State
 from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, hadamard
-from .calibrated import CalibratedQuantizer
+from .calibrated import CalibratedQuantizer, check_inverse
 from .codecs import RawSide, Side
 from .grid import UniformSide
 
@@ -62,6 +63,12 @@ class Svd(CalibratedQuantizer):
         v, v_dual = weighted_directions(seen.value_covariance, cost, damping)
         means = {"k_mean": seen.key_mean, "v_mean": seen.value_mean}
         return {"k": k, "k_dual": k_dual, "v": v, "v_dual": v_dual, **means}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        for name in ("k", "v"):
+            check_inverse(layer, name, f"{name}_dual")
+            layer.finite(f"{name}_mean", layer[name].shape[:2], torch.float32)
 
     def sides(self, shape: PageShape) -> tuple[Side, Side]:
         return self._side("k", shape, shape.k_dim), self._side("v", shape, shape.v_dim)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kvcomp.calibration import FILE, Calibrated
 from kvcomp.registry import register
 from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.state import State
 from kvcomp.statistics import weighted_directions
 
 from .codes import TokenSelector, encode, step
@@ -152,6 +153,21 @@ class Dsa(TokenSelector, Calibrated):
             "weight": weight.detach(),
             "bias": bias.detach(),
         }
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        key = layer.finite("k", (None, None, None), torch.float32)
+        heads, dim, rank = key.shape
+        query = layer.finite("q", (heads, None, dim, rank), torch.float32)
+        for name, shape in (
+            ("mean", (heads, rank)),
+            ("deviation", (heads, rank)),
+            ("weight", (heads, query.shape[1], dim)),
+            ("bias", (heads, query.shape[1])),
+        ):
+            layer.finite(name, shape, torch.float32)
+        layer.require(bool((layer["deviation"] >= 0).all()), "deviation is negative")
+        layer.require(bool(key.any()), "k is 0")
 
     def index(self, shape: PageShape) -> Indexer:
         return Indexer(self, shape)

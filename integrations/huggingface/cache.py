@@ -30,7 +30,7 @@ from .indexed import IndexedLayer
 from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
-from .saving import check_kinds, differences, essentials, layer_state, restore_layers, usable_device, weights
+from .saving import check_kinds, differences, digests, essentials, layer_state, restore_layers, usable_device
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
@@ -140,7 +140,7 @@ class CompressedCache(Cache):
             UnsupportedError: a layer of the library's own holds something else than tensors and plain values.
         """
         dtype = next((str(x.dtype).removeprefix("torch.") for x in self._compressed() if x.is_initialized), "")
-        model = {**self._model, "weights": weights(self._source())}
+        model = {**self._model, **digests(self._source())}
         saving.write(path, saving.Saved(self.stack, dtype, model, [layer_state(x) for x in self.layers]))
 
     @classmethod

@@ -17,6 +17,7 @@ from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 from kvcomp.state import State
 
+from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, HandleLayer, apart, given_dtypes
 from .masks import read_mask
@@ -49,6 +50,7 @@ class CompressedLayer(HandleLayer):
         self.pending: Pending | None = None
         self.to_come: int | None = None  # of a prompt that was announced
         self.is_initialized = False
+        self.adapters: tuple[tuple[str, ...], ...] | None = None  # that the last chunk came through
         self.loaded = False  # from a file, and not compared with the model's keys and values yet
 
     @property
@@ -157,6 +159,8 @@ class CompressedLayer(HandleLayer):
             store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
         n = query.shape[2]
         past = store.history.length + keys.shape[2] - n
+        if n > 1:
+            self._notice(adapters_of(call.module), past)
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
         valid = seen.valid if seen is not None else None
@@ -201,6 +205,17 @@ class CompressedLayer(HandleLayer):
             )
         held = self.store.padded()
         return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))[1]
+
+    def _notice(self, adapters: tuple[tuple[str, ...], ...], past: int) -> None:
+        """Warn where a chunk comes through other adapters than those before it."""
+        if past and self.adapters not in (None, adapters):
+            warnings.warn(
+                "other adapters are active than when the cache was filled: its keys and values stay those of the "
+                "former. reset() it, and feed the prompt again, for those of the adapters that are active now",
+                KvcompWarning,
+                stacklevel=2,
+            )
+        self.adapters = adapters
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced, or more of its prompt is to
