@@ -66,7 +66,7 @@ class Geometry:
 
 def bandwidth(device: torch.device) -> float:
     """GB/s that a copy of a large tensor reads and writes."""
-    source = torch.zeros(COPY // 4, device=device)
+    source = torch.zeros(COPY // 4, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(7):
@@ -187,9 +187,9 @@ def _flashinfer(query: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None =
         query.device, "HND", dtype != query.dtype or query_heads // heads >= flashinfer.TENSOR_CORES_FROM, "auto"
     )
     wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32) * pages,
+        torch.arange(batch + 1, dtype=torch.int32, device="cpu") * pages,
         torch.arange(batch * pages, dtype=torch.int32, device=query.device),
-        torch.full((batch,), tokens - (pages - 1) * PAGE, dtype=torch.int32),
+        torch.full((batch,), tokens - (pages - 1) * PAGE, dtype=torch.int32, device="cpu"),
         query_heads,
         heads,
         dim,

@@ -82,7 +82,7 @@ class KvcompLM(HFLM):
         results = []
         for strings, context, continuation in tqdm(requests, disable=disable_tqdm, desc="loglikelihood requests"):
             tokens = (context + continuation)[-self.max_length - 1 :]
-            ids = torch.tensor([tokens], device=self.device)
+            ids = torch.tensor([tokens], device=self.device, dtype=torch.int64)
             first = len(tokens) - len(continuation)
             cache = self._start(ids[:, :first])
             fed = cache.get_seq_length()

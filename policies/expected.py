@@ -54,7 +54,7 @@ class ExpectedAttention(ScoredPolicy):
         at = chunk.past + torch.arange(n, device=keys.device)
         plain = chunk.model.rotate(queries, -at)[:, :, sinks:]
         ahead = chunk.past + n + torch.arange(self.future, device=keys.device)
-        unit = torch.eye(dim, device=keys.device)[:, None].expand(-1, self.future, -1)
+        unit = torch.eye(dim, device=keys.device, dtype=torch.float32)[:, None].expand(-1, self.future, -1)
         turn = chunk.model.rotate(unit, ahead).mean(1)  # [D, D], whose transpose is R
         mean = plain.mean(2, keepdim=True)
         keys = keys[:, :, None, sinks:]  # [b, Hkv, 1, m, D]

@@ -139,7 +139,7 @@ class ScoredPolicy(Policy):
         """
         if held.attention is None or self.budget is None or not self.watches:
             return None
-        page = torch.arange(held.attention.shape[1])
+        page = torch.arange(held.attention.shape[1], device="cpu")
         paged = held.pages * held.page_size
         older = held.tokens - self.newest(self.budget) - held.sinks  # tokens of the pages that may go
         young = (page + 1) * held.page_size > older.minimum(paged)[:, None]

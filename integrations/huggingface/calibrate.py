@@ -214,7 +214,7 @@ def gather(
                 ours[i] if i in ours else DYNAMIC_LAYER_TYPE_MAPPING[kind](**option)
                 for i, (kind, option) in enumerate(zip(kinds, options, strict=True))
             ]
-            prompt = torch.tensor([ids], device=model.device)
+            prompt = torch.tensor([ids], device=model.device, dtype=torch.int64)
             model(input_ids=prompt, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
             advance(len(ids))
     finally:

@@ -50,7 +50,7 @@ def compact(
         layer.commit()
     start, end = ours[0].store.compactable(*span)
     step = max(PART // ours[0].plan.page_size, 1) * ours[0].plan.page_size
-    total, errors = 0, torch.zeros(2, len(ours))
+    total, errors = 0, torch.zeros(2, len(ours), dtype=torch.float32, device="cpu")
     for at in range(start, end, step):
         until = min(at + step, end)
         asked = _questions(cache, model, input_ids[:, at:until], tokenizer)

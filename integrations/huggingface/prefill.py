@@ -188,7 +188,7 @@ def _repeat(
     rows, n = prompt.ids.shape
     found = []
     for b in range(rows):
-        tokens = torch.arange(n) if prompt.mask is None else prompt.mask[b].nonzero().flatten().cpu()
+        tokens = torch.arange(n, device="cpu") if prompt.mask is None else prompt.mask[b].nonzero().flatten().cpu()
         layers: list[Any] = []
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer):

@@ -49,7 +49,7 @@ class Pages:
                 "workers and restarts would settle differently: use whole bits"
             )
         self.one = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
-        self.pool = torch.empty(0)
+        self.pool = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def at(self, kv_cache: Tensor) -> Pages:
         """Bound to uint8 [blocks, H, P, C], whose cells (block, head) are records: uint8 [blocks * H, P * C]."""
