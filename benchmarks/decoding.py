@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kvcomp import CompressedCache
 from kvcomp.benchmarks import memory
+from kvcomp.integrations.huggingface.forward import with_cache
 from kvcomp.integrations.huggingface.lockstep import can_step_together, lockstep
 from kvcomp.integrations.huggingface.timing import clock
 
@@ -171,5 +172,5 @@ def _alone(model: Any, decoding: Decoding, steps: int | None) -> None:
 def _step(model: Any, tokens: Sequence[Sequence[int]], cache: Any) -> Tensor:
     """Logits [rows, n, V] behind n tokens of each row."""
     ids = torch.tensor(tokens, device=model.device, dtype=torch.int64)
-    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(input_ids=ids, **with_cache(model, cache), use_cache=True).logits
     return logits

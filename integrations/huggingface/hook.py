@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcomp.errors import UnsupportedError
 
+from .forward import refuse_misnamed
 from .handles import Attention, Call, Handle
 from .masks import mask_function
 
@@ -43,6 +44,7 @@ def _attention_function(base: str) -> Attention:
         indices: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_misnamed(module, kwargs)
         if isinstance(key, Handle):
             if indices is not None:
                 raise UnsupportedError(
