@@ -24,6 +24,7 @@ def measure(model: str, context: int, new_tokens: int, stack: str) -> dict[str, 
     from transformers import DynamicCache
 
     from kvcomp import CompressedCache
+    from kvcomp.integrations.huggingface.forward import generating_with
     from kvcomp.integrations.models import load_model
 
     network, tokenizer = load_model(model)
@@ -35,7 +36,7 @@ def measure(model: str, context: int, new_tokens: int, stack: str) -> dict[str, 
     before = _peak()
     network.generate(
         ids,
-        past_key_values=cache,
+        **generating_with(cache),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,

@@ -69,7 +69,9 @@ def measure(model: Any, tokenizer: Any, prompt: str, stacks: list[str], tallies:
 
 
 def _continue(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    out: Tensor = model.generate(ids, past_key_values=cache, max_new_tokens=ANSWER, do_sample=False)
+    from kvcomp.integrations.huggingface.forward import generating_with
+
+    out: Tensor = model.generate(ids, **generating_with(cache), max_new_tokens=ANSWER, do_sample=False)
     return out[0, ids.shape[1] :]
 
 

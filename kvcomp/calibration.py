@@ -236,7 +236,7 @@ class Blank:
     """Stands for a file that need not be there yet: tensors of ones, of the right shapes. For plans."""
 
     def tensor(self, name: str, shape: PageShape, *dims: int | None) -> Tensor:
-        return torch.ones(shape.heads, *(dim or 1 for dim in dims))
+        return torch.ones(shape.heads, *(dim or 1 for dim in dims), dtype=torch.float32, device="cpu")
 
 
 class Seen(Protocol):

@@ -143,6 +143,7 @@ def generate(
 
     from kvcomp.integrations.configs import decoder_config, max_positions
     from kvcomp.integrations.huggingface import prefill
+    from kvcomp.integrations.huggingface.forward import generating_with
     from kvcomp.integrations.models import load_model
 
     network, tokenizer = load_model(model)
@@ -160,7 +161,7 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     network.generate(
         **inputs,
-        past_key_values=cache,
+        **generating_with(cache),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=streamer,

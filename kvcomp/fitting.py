@@ -17,7 +17,7 @@ class QueryMoments:
     are named. Tensors are never changed in place: forks share them."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
-        self.sums = torch.zeros(0, dim, dim, device=device)
+        self.sums = torch.zeros(0, dim, dim, device=device, dtype=torch.float32)
         self.fitted = torch.zeros(0, dtype=torch.bool, device=device)
 
     def room(self, streams: int) -> None:
@@ -43,7 +43,7 @@ class QueryMoments:
         """The moments [s, D, D] of `streams`, which are fitted from now on; the identity where no query was seen."""
         dim = self.sums.shape[-1]
         weight = self.sums[streams] if len(self.sums) else self.sums.new_zeros(len(streams), dim, dim)
-        weight[weight.diagonal(dim1=1, dim2=2).sum(-1) == 0] = torch.eye(dim, device=weight.device)
+        weight[weight.diagonal(dim1=1, dim2=2).sum(-1) == 0] = torch.eye(dim, device=weight.device, dtype=torch.float32)
         self.fitted = self.fitted.index_fill(0, streams, True)
         if bool(self.fitted.all()):
             self.sums = self.sums[:0].clone()

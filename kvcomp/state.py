@@ -43,9 +43,6 @@ class State(Mapping[str, Any]):
         self.require(name in self._values, f"{name} is missing")
         return self._values[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 

@@ -58,7 +58,8 @@ class ExpectedAttention(ScoredPolicy):
         at = chunk.past + torch.arange(n, device=keys.device)
         plain = chunk.model.rotate(queries, -at)[:, :, sinks:]
         ahead = chunk.past + n + torch.arange(self.future, device=keys.device)
-        unit, turn = torch.eye(dim, device=keys.device)[:, None], torch.zeros((), device=keys.device)
+        unit = torch.eye(dim, device=keys.device, dtype=torch.float32)[:, None]
+        turn = torch.zeros((), device=keys.device, dtype=torch.float32)
         for block in ahead.split(BLOCK):
             turned = chunk.model.rotate(unit.expand(-1, len(block), -1), block).mean(1)
             turn = turn + turned * (len(block) / self.future)  # [D, D], whose transpose is R

@@ -98,5 +98,5 @@ class Random(ScoredPolicy):
 
     def scores(self, chunk: Chunk) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + chunk.layer)
-        drawn = torch.rand(chunk.alive.shape[1:], generator=generator)
+        drawn = torch.rand(chunk.alive.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(chunk.keys.device).expand(chunk.alive.shape)

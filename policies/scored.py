@@ -167,7 +167,7 @@ class ScoredPolicy(Policy):
         size, limit, over, count = held.page_size, self.budget, held.tokens, held.pages
         if self.layers == "pyramid":
             limit = self.kept(1 << 40, held.sinks, 0, held.layer, held.layers)
-        page = torch.arange(held.attention.shape[1])
+        page = torch.arange(held.attention.shape[1], device="cpu")
         fixed = page < 0
         if held.before is not None:
             older_pages = -(-(held.before - held.sinks).clamp_min(0) // size)

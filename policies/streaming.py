@@ -67,4 +67,4 @@ class Streaming(Policy):
 
     def expired(self, held: Held) -> Tensor | None:
         excess = (held.tokens - held.sinks - self.recent).clamp_min(0) // held.page_size
-        return torch.arange(int(held.pages.max())) < excess.minimum(held.pages)[:, None]
+        return torch.arange(int(held.pages.max()), device="cpu") < excess.minimum(held.pages)[:, None]

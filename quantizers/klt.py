@@ -203,7 +203,7 @@ class KltSide:
         return [self.dual] if self.mean is None else [self.dual, self.mean]
 
     def state(self) -> dict[str, Tensor]:
-        widths = torch.tensor(self.widths, dtype=torch.uint8)
+        widths = torch.tensor(self.widths, dtype=torch.uint8, device="cpu")
         state = {f"{self.name}.dual": self.dual, f"{self.name}.widths": widths}
         return state if self.mean is None else state | {f"{self.name}.mean": self.mean}
 
@@ -285,7 +285,7 @@ class KltCodec(Codec):
             return
         ours = streams[new]
         weight = self.queries.take(ours)
-        identity = torch.eye(self.v_side.dim, device=weight.device)
+        identity = torch.eye(self.v_side.dim, device=weight.device, dtype=torch.float32)
         self.k_side.fit(ours, keys[new], weight)
         self.v_side.fit(ours, values[new], identity.expand(len(ours), -1, -1))
 
@@ -405,7 +405,8 @@ def shrinkage(covariance: Tensor, tokens: int) -> Tensor:
     """
     dim = covariance.shape[-1]
     level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return max(dim / tokens - 1 / SETTLED, 0.0) * DOUBT * level * torch.eye(dim, device=covariance.device)
+    identity = torch.eye(dim, device=covariance.device, dtype=torch.float32)
+    return max(dim / tokens - 1 / SETTLED, 0.0) * DOUBT * level * identity
 
 
 @register("klt")
@@ -442,7 +443,8 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
     def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """Per side: the basis [H, D, D] and the variances [H, D]; of keys the mean [H, D]."""
         k = scaled_directions(seen.key_covariance, seen.queries)
-        identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64).expand_as(seen.value_directions)
+        identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64, device="cpu")
+        identity = identity.expand_as(seen.value_directions)
         v = scaled_directions(seen.value_directions * len(identity[0]), identity)
         return {"k.basis": k[0], "k.variance": k[1], "k.mean": seen.key_mean, "v.basis": v[0], "v.variance": v[1]}
 

@@ -116,17 +116,17 @@ def spread_rotation(moment: Tensor) -> Tensor:
     dim = moment.shape[-1]
     size = dim & -dim
     blocks = dim // size
-    in_turn = torch.arange(dim).view(size, blocks).T.flatten()
+    in_turn = torch.arange(dim, device="cpu").view(size, blocks).T.flatten()
     vectors = torch.linalg.eigh(moment).eigenvectors[..., in_turn]
     mixing = hadamard(dim, torch.device("cpu")).matrix
     assert mixing is not None
-    columns = (torch.arange(blocks) * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
+    columns = (torch.arange(blocks, device="cpu") * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
     return (vectors @ mixing.to(moment.dtype))[..., columns]
 
 
 def bit_reversed(size: int) -> Tensor:
     """int64 [size]: each number below `size`, a power of two, with its bits in reverse."""
-    order = torch.zeros(1, dtype=torch.int64)
+    order = torch.zeros(1, dtype=torch.int64, device="cpu")
     while len(order) < size:
         order = torch.cat([2 * order, 2 * order + 1])
     return order

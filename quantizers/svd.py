@@ -58,7 +58,8 @@ class Svd(CalibratedQuantizer):
         damping: share of the mean weight that every direction gets at least, which keeps the inverse bounded.
         """
         k, k_dual = weighted_directions(seen.key_covariance, seen.queries, damping)
-        even = torch.eye(seen.value_mean.shape[-1], dtype=seen.value_mean.dtype).expand_as(seen.value_covariance)
+        even = torch.eye(seen.value_mean.shape[-1], dtype=seen.value_mean.dtype, device="cpu")
+        even = even.expand_as(seen.value_covariance)
         cost = even if seen.output is None else seen.output
         v, v_dual = weighted_directions(seen.value_covariance, cost, damping)
         means = {"k_mean": seen.key_mean, "v_mean": seen.value_mean}

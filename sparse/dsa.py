@@ -35,7 +35,7 @@ class Traces:
         """A context, B = 1: queries [1, Hq, n, D], keys [1, H, n, D]."""
         if self.count % self.every == 0:
             n = keys.shape[2]
-            at = torch.linspace(n // 2, n - 1, min(QUERIES, n - n // 2)).long()
+            at = torch.linspace(n // 2, n - 1, min(QUERIES, n - n // 2), dtype=torch.float32, device="cpu").long()
             q = rearrange(queries[0, :, at.to(queries.device)], "(h g) m d -> h g m d", h=keys.shape[1])
             self.kept.append((at, q.cpu().half(), keys[0].cpu().half()))
         self.count += 1
@@ -119,8 +119,8 @@ class Dsa(TokenSelector, Calibrated):
         rank, group = min(MOST, keys.shape[-1]), first.shape[1]
         key = write[..., :rank].float().requires_grad_()
         query = (scale * read[:, None, :, :rank].float()).repeat(1, group, 1, 1).requires_grad_()
-        weight = torch.zeros(len(keys), group, keys.shape[-1], requires_grad=True)
-        bias = torch.full((len(keys), group), 1.0, requires_grad=True)
+        weight = torch.zeros(len(keys), group, keys.shape[-1], requires_grad=True, dtype=torch.float32, device="cpu")
+        bias = torch.full((len(keys), group), 1.0, requires_grad=True, dtype=torch.float32, device="cpu")
         adam = torch.optim.Adam(
             [
                 {"params": [key, query], "lr": rate * float(key.detach().square().mean().sqrt())},
@@ -132,7 +132,7 @@ class Dsa(TokenSelector, Calibrated):
         with torch.enable_grad():
             for i in range(steps):
                 at, q, k = contexts[i % len(contexts)]
-                hidden = torch.arange(k.shape[1]) > at[:, None]  # [m, n]
+                hidden = torch.arange(k.shape[1], device="cpu") > at[:, None]  # [m, n]
                 logits = torch.einsum("hgmd,hnd->hgmn", q, k) * scale
                 target = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)  # [H, m, n]
                 index = torch.einsum("hgmd,hgdr->hgmr", q, query)

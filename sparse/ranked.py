@@ -102,7 +102,8 @@ class RankedSelector(Selector):
     def _reads(self, counts: Tensor, most: int, page_size: int) -> Tensor:
         """int64 [S]: `reads` of counts [S] pages, of which `most` is the largest; nothing waits for a GPU."""
         if counts.is_cpu and not on_gpu(counts):  # each operation on a tensor costs more than all of this
-            return torch.tensor([self.reads(count, page_size) for count in counts.tolist()])
+            each = [self.reads(count, page_size) for count in counts.tolist()]
+            return torch.tensor(each, dtype=torch.int64, device="cpu")
         if self.keep is None:
             return counts.long().clamp_max(most)
         return self._bounded((counts.double() * self.keep).round().long().clamp_min(1), counts)

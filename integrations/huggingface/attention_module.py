@@ -64,7 +64,8 @@ class AttentionModule:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.embedding is None:
-            self.embedding = self._embedding().to(x.device)
+            with x.device:  # where it computes its frequencies
+                self.embedding = self._embedding()
         options = {"layer_type": self._layer_type()} if self._by_layer_type() else {}
         cos, sin = self.embedding(x.float(), positions.abs()[None], **options)  # [1, n, R]
         scaling = (cos.square() + sin.square()).amax(-1, keepdim=True).sqrt()  # yarn's factor, which q and k have

@@ -36,7 +36,9 @@ OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
 
 class CompressedCache(Cache):
-    """A stack as `past_key_values` of any decoder model whose attention goes through transformers' attention interface.
+    """A stack as the cache of any decoder model whose attention goes through transformers' attention interface.
+
+    Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
 
     Full-attention layers are compressed; sliding, linear and convolutional layers stay the library's own. The model is
     hooked on construction (its config names kvcomp's attention function) and keeps working with every other cache;

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcomp.errors import UnsupportedError
 
+from .forward import refuse_misnamed
 from .handles import Attention, Call, Handle, as_called
 from .keywords import CHOICES, HARMLESS, SERVED, VARLEN, choose, given, refuse
 from .masks import chunk_mask, mask_function
@@ -70,6 +71,7 @@ def _attention_function(base: str) -> Attention:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_misnamed(module, kwargs)
         attend = as_called(function, query.device)
         if isinstance(key, Handle) and key.pairs(value):
             if not kwargs.keys() <= known and (unknown := given(kwargs, known)):

@@ -303,10 +303,10 @@ class CompressedLayer(HandleLayer):
         self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self.select_rows(torch.arange(max(self.batch_size, 0), device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(torch.arange(max(self.batch_size, 0))[indices.cpu()])
+        self.select_rows(torch.arange(max(self.batch_size, 0), device="cpu")[indices.cpu()])
 
     def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
         """A layer that goes on by itself from here, among those with the same `choices`, and shares the pages that
