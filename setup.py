@@ -1,10 +1,15 @@
 """The C kernel, where there is a compiler for it; all else is in pyproject.toml."""
 
+from pathlib import Path
+from runpy import run_path
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 OPENMP = ["-fopenmp"]  # linked by name, libgomp.so.1 is the one that torch has loaded by then
+FOLDER = Path(__file__).parent / "kernels" / "cpu"
+SOURCES = run_path(str(FOLDER / "sources.py"))["digest"](FOLDER)
 COMPILE = ["-O3", "-g0", "-std=gnu99", "-Wno-psabi"]
 
 
@@ -28,6 +33,7 @@ setup(
             "kvcomp.kernels.cpu._attend",
             sources=["kernels/cpu/attend.c", "kernels/cpu/select.c", "kernels/cpu/encode.c"],
             depends=["kernels/cpu/tiles.h"],
+            define_macros=[("KVCOMP_SOURCES", f'"{SOURCES}"')],
             extra_compile_args=COMPILE + OPENMP,
             extra_link_args=OPENMP,
             libraries=["m"],

@@ -261,9 +261,11 @@ def _plain(network: Any, token: Tensor, cache: Any) -> None:
 
 @contextmanager
 def _unhooked(network: Any) -> Iterator[None]:
+    from kvcomp.integrations.huggingface.hook import base_name
+
     config = network.config.get_text_config(decoder=True)
     name = config._attn_implementation
-    config._attn_implementation = (name or "sdpa").removeprefix("kvcomp_")
+    config._attn_implementation = base_name(name or "sdpa") or name
     try:
         yield
     finally:

@@ -23,10 +23,6 @@ from . import cpu, flashinfer, reference
 from .cpu import encode
 
 MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
-MISSING = (
-    "the C kernel is not installed, so attention over compressed pages runs in PyTorch, several times slower: "
-    "install kvcomp again where there is a C compiler (gcc or clang)"
-)
 NO_TRITON = (
     "triton is not installed, so attention over compressed pages runs in PyTorch on the GPU, several times slower: "
     "pip install triton"
@@ -67,6 +63,9 @@ def attend_pages(
         rotated, bias = codec.read_query(queries.float())
         part = cpu.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
         return _with_tokens(queries, tokens, scale, softcap, part._replace(out=codec.read_output(part.out)))
+    if codec.biased:
+        queries, bias = codec.read_query(queries.float())
+        return cpu.attend(queries, pages, tokens, scale, softcap, bias, lse_of_pages=lse_of_pages)
     return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
 
 
@@ -91,7 +90,8 @@ def by_triton(
     pages = triton.Pages(pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device))
     how: dict[str, Any] = {"lse_of_pages": lse_of_pages, "workspace": workspace, "in_tokens": in_tokens}
     if not codec.rotates:
-        return triton.attend(queries, pages, tokens, scale, softcap, **how)
+        bias = codec.read_query(queries)[1] if codec.biased else None
+        return triton.attend(queries, pages, tokens, scale, softcap, bias, **how)
     rotated, bias = codec.read_query(queries.float())
     part = triton.attend(rotated, pages, None, scale, softcap, bias, **how)
     part = part._replace(out=codec.read_output(part.out))
@@ -256,12 +256,12 @@ def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int =
 
 
 def _cpu_obstacle(sides: Sides, layout: PageLayout) -> str | None:
-    for side in cpu.described(sides, layout):
-        if side.obstacle is not None:
-            return side.obstacle
+    for side in sides:
+        if (why := cpu.described(side, layout).obstacle) is not None:
+            return why
     if cpu.library() is None:
-        _warn(MISSING)
-        return MISSING
+        _warn(cpu.missing())
+        return cpu.missing()
     return None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from kvcomp.attention import MAX_LOGITS, Part, attend
 from kvcomp.errors import KvcompError
 from kvcomp.finite import saturated
+from kvcomp.state import State
 
 CANDIDATES = 2048  # of a longer span, the pursuit looks at so many tokens (or 4 t) with the highest attention
 ROUNDS = 64  # of the pursuit, each of which takes t / 64 tokens at once: 1 and 4 a round gave the same error
@@ -75,6 +76,30 @@ class CompactSpans(NamedTuple):
         """Keep, repeat and order streams."""
         keys, bias, values = (t[streams.to(t.device)] for t in self.tensors)
         return CompactSpans(keys, bias, values, self.columns)
+
+    @classmethod
+    def restored(cls, state: State, like: tuple[Tensor, Tensor], page_size: int, device: torch.device) -> CompactSpans:
+        """The spans whose fields a state has, on `device`, of streams with keys and values `like` [S, n, Dk] and
+        [S, n, Dv].
+
+        Raises:
+            DamagedError: the state is none of such spans.
+        """
+        state.only(*cls._fields)
+        keys = state.finite("keys", (len(like[0]), None, like[0].shape[2]), like[0].dtype)
+        values = state.finite("values", (*keys.shape[:2], like[1].shape[2]), like[1].dtype)
+        bias = state.finite("bias", (*keys.shape[:2],), torch.float32)
+        columns, end = [], 0
+        for i, pair in enumerate(state.sequence("columns")):
+            entry = State({"start, end": pair}, f"{state.where}.columns.{i}")
+            entry = State(dict(zip(("start", "end"), entry.sequence("start, end", 2), strict=True)), entry.where)
+            start = entry.integer("start", end)
+            end = entry.integer("end", start + 1)
+            entry.require((end - start) % page_size == 0, f"{start} to {end} are no whole pages of {page_size} tokens")
+            columns.append((start, end))
+        replaced = sum(b - a for a, b in columns)
+        state.require(keys.shape[1] <= replaced, f"{keys.shape[1]} tokens stand for {replaced}")
+        return cls(keys.to(device), bias.to(device), values.to(device), tuple(columns))
 
     def extended(self, new: Compacted, columns: tuple[int, int]) -> CompactSpans:
         """With one more span."""

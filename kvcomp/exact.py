@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.plan import COUNTER, LayerPlan
+from kvcomp.state import State
 
 
 class Tokens(NamedTuple):
@@ -147,9 +148,19 @@ class ExactBuffer:
         return {"k": self.k, "v": self.v, "counts": self.counts}
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Become the buffer whose `state` this is, on `device`."""
-        self.k, self.v, self.counts = state["k"].to(device), state["v"].to(device), state["counts"]
-        self._bounds = None
+        """Become the buffer whose `state` this is, on `device`: one of the same streams, dimensions and dtypes.
+
+        Raises:
+            DamagedError: the state is none of such a buffer.
+        """
+        state = State.of(state, "exact")
+        state.only("k", "v", "counts")
+        streams, slots = len(self.counts), self.plan.slots
+        k = state.tensor("k", (streams, None, self.k.shape[2]), self.k.dtype)
+        v = state.tensor("v", (streams, k.shape[1], self.v.shape[2]), self.v.dtype)
+        state.require(k.shape[1] <= slots, f"{k.shape[1]} slots, expected at most {slots}")
+        counts = state.numbers("counts", (streams,), COUNTER, 0, min(k.shape[1], slots - 1))  # the next has a slot
+        self.k, self.v, self.counts, self._bounds = k.to(device), v.to(device), counts, None
 
     def _reserve(self, tokens: int) -> None:
         more = self.plan.room(tokens) - self.k.shape[1]

@@ -66,3 +66,14 @@ class QueryMoments:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.sums, self.fitted = state["moment"], state["fitted"]
+
+    def lacks(self, paged: Tensor, *fits: Tensor) -> str | None:
+        """As `Codec.lacks`: bool [S] `paged`, and the tensors [n, ...] that were fitted to n streams."""
+        streams = len(paged)
+        if len(self.sums) > len(self.fitted) or max(map(len, (self.fitted, *fits))) > streams:
+            return f"it was fitted to more than {streams} streams"
+        used = paged.nonzero().flatten()
+        known = min(map(len, (self.fitted, *fits))) > int(used.max()) if len(used) else True
+        if not known or not (self.fitted.is_meta or bool(self.fitted[used.to(self.fitted.device)].all())):
+            return "some streams have pages, but it was not fitted to them"
+        return None

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcomp.state import State
+
+LONGEST = 1 << 40  # tokens that a run of a file may have
+
 
 class History:
     """Per row: how many tokens were seen, and which of them were padding, as runs of equal treatment.
@@ -106,10 +110,25 @@ class History:
         return {"counts": self.counts, "runs": [list(run) for run in self.runs]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become the history whose `state` this is."""
-        self.counts, self._total = state["counts"], None
-        self.runs = [(n, valid) for n, valid in state["runs"]]
-        self.length = sum(n for n, _ in self.runs)
+        """Become the history whose `state` this is: one of as many rows.
+
+        Raises:
+            DamagedError: the state is none of such a history.
+        """
+        state, rows = State.of(state, "history"), len(self.counts)
+        state.only("counts", "runs")
+        runs, seen = [], torch.zeros(rows, dtype=torch.int64)
+        for i, run in enumerate(state.sequence("runs")):
+            entry = State({"run": run}, f"{state.where}.runs.{i}")
+            entry = State(dict(zip(("tokens", "valid"), entry.sequence("run", 2), strict=True)), entry.where)
+            n = entry.integer("tokens", 0, LONGEST)
+            valid = None if entry["valid"] is None else entry.tensor("valid", (rows, n), torch.bool)
+            seen += n if valid is None else valid.sum(-1).cpu()
+            runs.append((n, valid))
+        counts = state.tensor("counts", (rows,), torch.int64)
+        state.require(torch.equal(counts, seen), f"counts are {counts.tolist()}, but the runs have {seen.tolist()}")
+        self.counts, self._total, self.runs = counts, None, runs
+        self.length = sum(n for n, _ in runs)
 
     def tensors(self) -> list[Tensor]:
         return [self.counts] + [valid for _, valid in self.runs if valid is not None]

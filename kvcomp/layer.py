@@ -26,7 +26,9 @@ from kvcomp.kernels.select import regroup
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, Summary, compact
 from kvcomp.plan import LayerPlan
+from kvcomp.restoring import restore
 from kvcomp.stages import Choice, Chunk, Held, ModelPart, PageShape, Summaries
+from kvcomp.state import State
 
 
 class Shared(NamedTuple):
@@ -54,6 +56,8 @@ class LayerStore:
         self.history = History()
         self.read: dict[str, int] = {}  # bytes that the last decode step loaded, by part
         self.dense_read = 0  # what the same step would have loaded without compression
+        # While a prompt comes in chunks: tokens of each row seen, and of each stream held, before its first one.
+        self.prompt: tuple[list[int], list[int]] | None = None
         self.model: ModelPart | None = None  # for policies that need it; the engine sets it
 
     # -- set-up ---------------------------------------------------------------------------------------------------
@@ -88,10 +92,18 @@ class LayerStore:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add one token to every row: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]. The buffer has room after
         `settle`."""
+        if self.prompt is not None:
+            self.end_prompt()
         self.history.append(1, None)
         append_token(self.exact, keys, values)
         if self.tail is not None:
             self.tail += 1
+
+    def end_prompt(self) -> None:
+        """What comes next is no part of the last prompt: a generated token, or another turn."""
+        self.prompt = None
+        if not self.plan.watched and self.started:
+            self.table.received = None
 
     def settle(self) -> None:
         """Move what overflows the windows into pages, then let the policies expire old pages."""
@@ -103,8 +115,12 @@ class LayerStore:
     def _expire(self) -> None:
         plan, table = self.plan, self.table
         for policy in plan.policies:
-            attention = table.attention() if policy.watches else None
-            held = Held(self.kept, table.counts, plan.page_size, plan.sinks, self.heads, attention)
+            before = None
+            if self.prompt is not None and policy.trims and not policy.watches:
+                before = torch.tensor(self.prompt[1])
+            watched = table.attention() if policy.watches or before is not None else None
+            at = plan.page_size, plan.sinks, self.heads
+            held = Held(self.kept, table.counts, *at, *(watched or (None, None)), before, plan.layer, plan.layers)
             gone = policy.expired(held) if table.longest else None
             if gone is not None and bool(gone.any()):
                 last = (gone * torch.arange(1, gone.shape[1] + 1)).amax(1)  # pages up to the newest that goes
@@ -135,25 +151,39 @@ class LayerStore:
         if valid is not None and bool(valid.all()):
             valid = None
         past = self.history.counts.clone()
+        if self.prompt is None:
+            self.prompt = past.tolist(), self.kept.tolist()
+        elif self.plan.trims:
+            self.table.begin_watch()
+        seen = torch.stack([past, past - torch.tensor(self.prompt[0])], 1)  # in all, and of this prompt
         self.history.append(n, valid)
-        if valid is None and bool((past == past[0]).all()):
+        if valid is None and bool((seen == seen[0]).all()):
             rows = torch.arange(self.rows)
-            tails = [self._write_rows(rows, keys, values, queries, chosen, int(past[0]), scale)]
+            tails = [self._write_rows(rows, keys, values, queries, chosen, seen[0].tolist(), scale)]
         else:
             tails = []
             for b in range(self.rows):
                 tokens = slice(None) if valid is None else valid[b].nonzero().flatten()
                 row = (slice(b, b + 1), slice(None), tokens)
                 q, c = (None if x is None else x[row] for x in (queries, chosen))
-                tails.append(self._write_rows(torch.tensor([b]), keys[row], values[row], q, c, int(past[b]), scale))
+                at = seen[b].tolist()
+                tails.append(self._write_rows(torch.tensor([b]), keys[row], values[row], q, c, at, scale))
         self.tail = min((t for t in tails if t is not None), default=None)
         self._expire()
 
     def _write_rows(
-        self, rows: Tensor, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, past: int, scale: float
+        self,
+        rows: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor | None,
+        chosen: Tensor | None,
+        seen: list[int],
+        scale: float,
     ) -> int | None:
         """Write a chunk of rows with the same past and without padding: k [b, H, n, Dk], v [b, H, n, Dv].
 
+        seen: how many tokens came before, and how many of them belong to the same prompt.
         Returns how many of the newest tokens these rows surely hold (None: all).
         """
         n = k.shape[2]
@@ -165,7 +195,7 @@ class LayerStore:
             if n:
                 self._extend(streams, k.flatten(0, 1), v.flatten(0, 1))
             return tail
-        kept = self._select(k, v, q, chosen, past, scale).flatten(0, 1)  # [s, n]
+        kept = self._select(k, v, q, chosen, seen, scale).flatten(0, 1)  # [s, n]
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         lost = (~kept).any(0).nonzero().flatten()
         if len(lost):
@@ -189,9 +219,11 @@ class LayerStore:
         if self.index is not None and by_index:
             self.index.observe(streams, queries)
 
-    def _select(self, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, past: int, scale: float) -> Tensor:
-        """bool [b, H, n]: what the policies keep of a chunk."""
-        plan, n = self.plan, k.shape[2]
+    def _select(
+        self, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, seen: list[int], scale: float
+    ) -> Tensor:
+        """bool [b, H, n]: what the policies keep of a chunk; seen: as in `_write_rows`."""
+        plan, n, (past, before) = self.plan, k.shape[2], seen
         alive = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
         sinks = min(max(plan.sinks - past, 0), n)
         recent = min(plan.recent, n - sinks)
@@ -203,7 +235,8 @@ class LayerStore:
                 )
             if policy.needs_model and self.model is None:
                 raise UnsupportedError(f"{policy.name} needs the model's weights, which are not at hand here")
-            chunk = Chunk(q, k, v, alive, past, sinks, recent, scale, plan.layer, plan.layers, self.model, chosen)
+            where = plan.layer, plan.layers, self.model, chosen
+            chunk = Chunk(q, k, v, alive, past, sinks, recent, scale, *where, before=before)
             alive = policy.select(chunk)
         return alive
 
@@ -258,10 +291,12 @@ class LayerStore:
         """Attention of queries [B, Hq, n, Dk] over everything held: out [B, Hq, n, Dv] and lse [B, Hq, n], float32.
 
         `chunk` adds tokens that are not written yet: keys [B, Hkv, c, Dk], values [B, Hkv, c, Dv] and which of them
-        each query sees, bool, broadcastable to [B, n, c]; None: those up to its own (c = n). Selectors act on single
-        queries only (n = 1); more read every page.
+        each query sees, bool, broadcastable to [B, n, c]; None: those up to its own, the queries being those of the
+        last n <= c. Selectors act on single queries only (n = 1); more read every page.
         """
         n = queries.shape[2]
+        if chunk is not None and self.prompt is not None and self.plan.trims:
+            self.table.begin_watch()
         group = queries.shape[1] // self.heads
         q = queries.reshape(self.rows * self.heads, group * n, queries.shape[3])
         self.choices.pop(self.plan.layer, None)
@@ -288,9 +323,13 @@ class LayerStore:
     ) -> Part:
         """Attention of q [S, G, n, Dk] over a chunk, as `attend` has it."""
         k, v = keys.flatten(0, 1), values.flatten(0, 1)
-        if visible is None:
-            return attend_causal(q, k, v, scale, softcap)
         group, n = q.shape[1:3]
+        if visible is None:
+            first = k.shape[1] - n
+            own = attend_causal(q, k[:, first:], v[:, first:], scale, softcap)
+            if not first:
+                return own
+            return merge([attend(q.flatten(1, 2), k[:, :first], v[:, :first], scale, None, softcap), own])
         seen = visible.expand(self.rows, n, k.shape[1])[:, None, None]  # [B, 1, 1, n, c]
         seen = seen.expand(-1, self.heads, group, -1, -1).flatten(2, 3).flatten(0, 1)
         return attend(q.flatten(1, 2), k, v, scale, seen, softcap)
@@ -318,7 +357,7 @@ class LayerStore:
                 ids = ids.gather(1, choice.positions)
             total = sum(counts.tolist())
         self.read["pages"] = total * self.layout.body_bytes
-        args = (self.layout, self.codec, scale, softcap, self.plan.watched, tokens)
+        args = (self.layout, self.codec, scale, softcap, self.table.received is not None, tokens)
         parts = [attend_pages(q, pool, ids, counts, *args)]
         return parts if rest is None else [*parts, rest], None if choice is None else choice.positions
 
@@ -417,6 +456,7 @@ class LayerStore:
         """
         if tokens > self.history.length:
             raise KvcompError(f"crop({-tokens}): the cache holds {self.history.length} tokens")
+        self.end_prompt()
         gone = self.history.newest(tokens)  # [B]: without padding
         remove = gone.repeat_interleave(self.heads)
         window = (self.exact.counts - self.plan.sinks).clamp_min(0)
@@ -514,6 +554,9 @@ class LayerStore:
         self.exact.select(streams)
         self.table.select(streams)
         self.history.select(rows)
+        if self.prompt is not None:
+            seen, held = self.prompt
+            self.prompt = [seen[i] for i in rows.tolist()], [held[i] for i in streams.tolist()]
         self.codec.select(streams.to(self.device))
         if self.index is not None:
             self.index.select(streams.to(self.device))
@@ -544,6 +587,7 @@ class LayerStore:
         if not self.started:
             return {}
         pages, table = compact(self.pool, self.table)
+        watched = self.table.received if self.plan.watched else None
         return {
             "rows": self.rows,
             "heads": self.heads,
@@ -551,7 +595,7 @@ class LayerStore:
             "pages": pages,
             "table": table,
             "counts": self.table.counts,
-            "received": None if self.table.received is None else self.table.received[:, : self.table.longest],
+            "received": None if watched is None else watched[:, : self.table.longest],
             "exact": self.exact.state(),
             "history": self.history.state(),
             "codec": self.codec.state(),
@@ -565,26 +609,10 @@ class LayerStore:
 
         Raises:
             KvcompError: pages of another layout than this plan's.
+            DamagedError: the state is no store's of this plan.
         """
-        if not state:
-            return
-        keys, values = (state["exact"][name].unflatten(0, (state["rows"], state["heads"])) for name in ("k", "v"))
-        self.start(keys[:, :, :0].to(device), values[:, :, :0].to(device))
-        fields = [[f.name, *f.shape, str(f.dtype)] for f in self.layout.fields]
-        if state["fields"] != fields:
-            raise KvcompError(f"layer {self.plan.layer} holds pages of {state['fields']}, but the stack makes {fields}")
-        self.pool.data = state["pages"].to(device)
-        self.table.rows, self.table.counts = state["table"], state["counts"]
-        self.table.received = state.get("received")  # caches saved before policies watched have none
-        self.exact.restore(state["exact"], device)
-        self.history.restore(state["history"])
-        self.codec.restore({name: tensor.to(device) for name, tensor in state["codec"].items()})
-        if self.index is not None:
-            self.index.restore({name: tensor.to(device) for name, tensor in state.get("index", {}).items()})
-        if (spans := state.get("compacted")) is not None:
-            keys, bias, values = (spans[name].to(device) for name in ("keys", "bias", "values"))
-            self.compacted = CompactSpans(keys, bias, values, tuple((a, b) for a, b in spans["columns"]))
-        self.tail = state["tail"]
+        if state:
+            restore(self, State.of(state, f"layer {self.plan.layer}"), device)
 
     # -- accounting -----------------------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcomp.state import State
+
 ALIGN = 16
 SUMMARY = "summary."
 
@@ -282,18 +284,24 @@ class PageTable:
             self.received *= inside[..., None]
         self._mirror = self._total = None
 
+    def begin_watch(self) -> None:
+        """From now on remember the attention that pages receive."""
+        if self.received is None:
+            self.received = torch.zeros(*self.rows.shape, 2)
+
     def watch(self, mass: Tensor, queries: int) -> None:
         """Add the attention mass [S, longest] that pages received from `queries` queries."""
         if self.received is not None:
             seen = torch.stack([mass.cpu(), torch.full(mass.shape, float(queries))], -1)
             self.received[:, : mass.shape[1]] += seen * (torch.arange(mass.shape[1]) < self.counts[:, None])[..., None]
 
-    def attention(self) -> Tensor | None:
-        """float32 [S, longest]: mean attention that each page received of a query, 0 before any; None if unwatched."""
+    def attention(self) -> tuple[Tensor, Tensor] | None:
+        """float32 [S, longest]: mean attention that each page received of a query, 0 before any, and the number of
+        queries; None if unwatched."""
         if self.received is None:
             return None
         mass, queries = self.received[:, : self.longest].unbind(-1)
-        return mass / queries.clamp_min(1)
+        return mass / queries.clamp_min(1), queries
 
     def select(self, streams: Tensor) -> None:
         """Keep (and repeat, and order) the given streams."""
@@ -315,6 +323,30 @@ class PageTable:
         """Make each page's place in the sorted ids `owned` its id."""
         self.rows, self._mirror = self.places(owned), None  # as many of them
         self.received = None if self.received is None else self.received[:, : self.longest].clone()
+
+    def restore(self, state: State, pages: int) -> None:
+        """Become the table of as many streams whose `table`, `counts` and `received` a state has, for a pool of
+        `pages` pages, all of which are some stream's.
+
+        Raises:
+            DamagedError: the state is none of such a table.
+        """
+        streams = len(self.counts)
+        longest = state.tensor("table", (streams, None), torch.int32).shape[1]
+        counts = state.numbers("counts", (streams,), torch.int64, 0, longest)
+        rows = state.numbers("table", (streams, longest), torch.int32, 0, max(pages - 1, 0))
+        inside = torch.arange(longest) < counts[:, None]
+        state.require(bool(inside.any(0).all()), f"table has {longest} columns, of which some are no stream's")
+        state.require(not rows[~inside].any(), "table has pages behind a stream's last one")
+        owned = len(rows[inside].unique())
+        state.require(owned == pages, f"there are {pages} pages, but the table has {owned}")
+        received = state.get("received")
+        if received is not None:  # caches saved before policies watched have none
+            state.require(self.received is not None, "received is there, but no policy of the stack watches")
+            received = state.finite("received", (streams, longest, 2), torch.float32)
+            state.require(not (received < 0).any(), "received has negative numbers")
+        self.rows, self.counts, self.received = rows, counts, received
+        self._mirror = self._total = None
 
     def tensors(self) -> Iterable[Tensor]:
         return [t for t in (self.rows, self.counts, self.received, *(self._mirror or ())) if t is not None]

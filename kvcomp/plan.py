@@ -48,6 +48,16 @@ class LayerPlan:
         return any(policy.watches for policy in self.policies)
 
     @property
+    def trims(self) -> bool:
+        """Whether pages of a prompt that comes in chunks may leave before its end."""
+        return any(policy.trims for policy in self.policies)
+
+    @property
+    def gathers(self) -> int:
+        """From how many tokens of a prompt the policies choose at least."""
+        return max((policy.gathers(self.sinks, self.recent) for policy in self.policies), default=0)
+
+    @property
     def chooser(self) -> Selector | None:
         """The selector, where this layer chooses for itself: only then its pages have summaries."""
         return self.selector if self.leader is None else None

@@ -72,10 +72,15 @@ class PreallocatedStore:
             raise UnsupportedError("a compacted span cannot be taken into a preallocated cache: leave preallocate= out")
         most = int(store.kept.max()) + self.tokens - store.history.length
         pages = max(self.plan.pages_of(most), store.table.longest)  # after a crop the window may be short of its tokens
+        store.codec.room(store.rows * store.heads)
         if not self._fits(store, pages):
             self._allocate(store, pages)
-        if self.host:
-            self.codec = store.codec  # elsewhere recorded graphs know the first one's tensors
+        self.codec = store.codec
+        if not self.host:  # recorded graphs know the first one's tensors
+            adapted = store.codec.state()
+            for name, tensor in self.adapted.items():
+                tensor.copy_(adapted[name])
+            self.codec.restore(self.adapted)
         ids, counts = store.table.held()
         if ids.shape[1]:
             self._records[:, : ids.shape[1]] = store.pool.data[ids.long()]
@@ -103,6 +108,7 @@ class PreallocatedStore:
         store.codec = self.codec
         steps = int(self.length) - store.history.length
         if steps:
+            store.end_prompt()
             store.history.append(steps, None)
             store.tail = None if store.tail is None else store.tail + steps
         self.live = False
@@ -119,18 +125,21 @@ class PreallocatedStore:
         held = (len(self.seen), self.k.shape[0], self.k.shape[2], self.v.shape[2], self.k.dtype, self.k.device)
         streams = store.rows * store.heads
         asked = (store.rows, streams, store.k_dim, store.v_dim, store.dtype, store.device)
+        if self.adapted.keys() != store.codec.state().keys():  # one was saved before its codec adapted to anything
+            return False
         return held == asked and self.ids.shape[1] >= pages
 
     def _allocate(self, store: LayerStore, pages: int) -> None:
         """Tensors of the store's shapes with room for so many pages of a stream, all of them empty."""
         device, streams = store.device, store.rows * store.heads
         self.host = device.type == "cpu" if self._host is None else self._host
-        if store.codec.state() and not self.host:
+        if store.codec.hosted and not self.host:
             name = self.plan.quantizer.name
             raise UnsupportedError(
                 f"{name} adapts to pages as they are written, on the host: without preallocate= it is served"
             )
         self.codec, self.layout = store.codec, store.layout
+        self.adapted = store.codec.state()
         self.k = torch.zeros(streams, self.plan.slots, store.k_dim, dtype=store.dtype, device=device)
         self.v = torch.zeros(streams, self.plan.slots, store.v_dim, dtype=store.dtype, device=device)
         self.pool = PagePool(store.layout, device)
@@ -145,7 +154,8 @@ class PreallocatedStore:
         self._publish()
         if not self.host:  # kernels make what they keep, such as codebooks, now: what is made in a graph is its own
             self._attend(self.k[:, :1], 1.0, None)
-            self._encode(torch.full_like(self.streams, len(self.pool.data) - 1), self.k, self.v, self.streams)
+            nowhere = torch.full_like(self.streams, len(self.pool.data) - 1)
+            self._encode(nowhere, self.k, self.v, self.streams, due=self.pages > 0)
 
     def _publish(self) -> None:
         """Let graphs know the tensors there are by a new name."""
@@ -234,20 +244,20 @@ class PreallocatedStore:
             return
         k, v = self.k[at, sinks:], self.v[at, sinks:]  # [s, P + recent, D]
         ids = (self.first + self.pages).masked_fill(~full, len(self.pool.data) - 1)[at]
-        self._encode(ids, k, v, streams)
+        self._encode(ids, k, v, streams, None if self.host else full)
         for buffer, window in ((self.k, k), (self.v, v)):
             moved = torch.where(full[at][:, None, None], window[:, size:], window[:, :recent])
             buffer[at, sinks : sinks + recent] = moved
         self.counts -= full * size
         self.pages += full
 
-    def _encode(self, ids: Tensor, k: Tensor, v: Tensor, streams: Tensor) -> None:
-        """Encode the first P tokens of k [s, n, Dk], v [s, n, Dv] of `streams` into the pages ids [s]."""
+    def _encode(self, ids: Tensor, k: Tensor, v: Tensor, streams: Tensor, due: Tensor | None = None) -> None:
+        """Encode the first P tokens of k [s, n, Dk], v [s, n, Dv] of `streams` into the pages ids [s]; those of streams
+        that are not `due` are read by nobody."""
         if not self.codec.lossless:
             named = ((k, f"keys of layer {self.plan.layer}"), (v, f"values of layer {self.plan.layer}"))
             k, v = (finite(x, name) if self.host else x.nan_to_num(0.0, 0.0, 0.0) for x, name in named)
-        if self.host:
-            self.codec.fit(streams, k, v)
+        self.codec.fit(streams, k, v, due)
         size = self.plan.page_size
         write_pages(self.pool, ids, self.codec, k[:, :size], v[:, :size], streams, {})
 

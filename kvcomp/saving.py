@@ -1,19 +1,19 @@
 """A compressed cache in one safetensors file: its tensors as they are held, and metadata that says what they are.
 
 A state is plain values, tensors, and lists, tuples and dicts of them. Its tensors become the file's, each storage once;
-the rest becomes JSON in the metadata, where {"$tensor": name} stands for a tensor.
+the rest becomes JSON in the metadata, where {"$tensor": name} stands for a tensor. A checksum covers all of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from reprlib import repr as short
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,12 +22,23 @@ from torch import Tensor
 
 from kvcomp import __version__
 from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.files import FilePath, readable, reason, whole
 from kvcomp.stack import Stack
+from kvcomp.state import DamagedError, State, described
 
 FORMAT, VERSION = "kvcomp cache", "1"
+WORDS = ("format", "version", "kvcomp", "stack", "stack_hash", "dtype", "model", "layers")
+CHECKSUM = "crc32"  # of a file's other metadata and its tensors; files of the first kvcomp have none
 PLAIN = (type(None), bool, int, float, str)
-
-FilePath = str | os.PathLike[str]
+DEEPEST = 100  # lists in lists of a state
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.complex64),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -63,56 +74,140 @@ def write(path: FilePath, saved: Saved) -> None:
         "model": json.dumps(saved.model),
         "layers": json.dumps(layers),
     }
-    file = Path(path)
-    part = file.parent / f".{uuid4().hex}.part"
+    metadata[CHECKSUM] = checksum(metadata, tensors.by_name)
     try:
-        save_file(tensors.by_name, part, metadata)
-        os.replace(part, file)
+        with whole(path) as scratch:
+            save_file(tensors.by_name, scratch, metadata)
     except (OSError, SafetensorError) as error:
-        raise KvcompError(f"save({str(file)!r}): it cannot be written: {_reason(error)}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
+        raise KvcompError(f"save({os.fspath(path)!r}): it cannot be written: {_reason(error)}") from error
 
 
 def read(path: FilePath) -> Saved:
     """Read a file that `write` made.
 
     Raises:
-        KvcompError: no such file, an incomplete one, one of something else or of another version of the format, or a
-            stack that means something else by now.
+        KvcompError: no such file, an incomplete or damaged one, one of something else or of another version of the
+            format, or a stack that means something else by now.
         SpecError: a stack with stages that are not installed.
     """
-    file = Path(path)
-    asked = f"load({str(file)!r})"
-    if not file.is_file():
-        raise KvcompError(f"{asked}: there is no such file")
+    with opened(path) as file:
+        return file.saved()
+
+
+@contextmanager
+def opened(path: FilePath) -> Iterator[CacheFile]:
+    """A file that `write` made, of which only the header is read. A DamagedError of the block names the file.
+
+    Raises:
+        KvcompError, SpecError: as `read`.
+    """
+    asked = f"load({os.fspath(path)!r})"
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise KvcompError(f"{asked}: it holds tensors, but no cache: expected a file that save() wrote")
-            if metadata["version"] != VERSION:
-                raise KvcompError(
-                    f"{asked}: format version {metadata['version']}, written by kvcomp {metadata['kvcomp']}; kvcomp "
-                    f"{__version__} reads version {VERSION}"
-                )
-            names = opened.keys()
-            tensors = {name: opened.get_tensor(name).clone() for name in names}  # views would keep the file mapped
+        with _mapped(asked, path) as tensors:
+            yield CacheFile(asked, tensors)
+    except DamagedError as error:
+        raise KvcompError(f"{asked}: the file is damaged: {error}") from error
+
+
+def _mapped(asked: str, path: FilePath) -> Any:
+    """A safetensors file, mapped into memory."""
+    try:
+        file = readable(path)
+        size = file.stat().st_size
+        if size > _memory():
+            raise KvcompError(f"{asked}: its {size:,} bytes are more than the memory of this machine")
+        return safe_open(file, framework="pt")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise KvcompError(f"{asked}: there is no such file") from error
     except (OSError, SafetensorError) as error:
         raise KvcompError(f"{asked}: no complete safetensors file: {_reason(error)}") from error
-    stack = Stack.parse(metadata["stack"])
-    if stack.hash != metadata["stack_hash"]:
-        raise KvcompError(
-            f"{asked}: {str(stack)!r} means something else here than where kvcomp {metadata['kvcomp']} wrote it: "
-            "a default of a stage has changed, or the content of a file that the stack names"
-        )
-    layers = [_unpack(layer, tensors) for layer in json.loads(metadata["layers"])]
-    return Saved(stack, metadata["dtype"], json.loads(metadata["model"]), layers)
+    except (RuntimeError, MemoryError) as error:  # torch, of a file that it cannot map
+        raise KvcompError(f"{asked}: it cannot be mapped into memory: {error}") from error
+
+
+class CacheFile:
+    """An open file.
+
+    outline: what it says of itself, with None in place of tensors.
+    """
+
+    def __init__(self, asked: str, tensors: Any) -> None:
+        self._tensors, self._names = tensors, sorted(tensors.keys())
+        metadata = tensors.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise KvcompError(f"{asked}: it holds tensors, but no cache: expected a file that save() wrote")
+        words = State(metadata, "the header")
+        wrote = f"kvcomp {words.text('kvcomp')}"
+        if words.text("version") != VERSION:
+            raise KvcompError(
+                f"{asked}: format version {words['version']}, written by {wrote}; kvcomp {__version__} reads version "
+                f"{VERSION}"
+            )
+        if CHECKSUM not in metadata:
+            words.only(*WORDS)
+        self._checksum, self._metadata = metadata.pop(CHECKSUM, None), metadata
+        stack = Stack.parse(words.text("stack"))
+        if stack.hash != words.text("stack_hash"):
+            raise KvcompError(
+                f"{asked}: {str(stack)!r} means something else here than where {wrote} wrote it: "
+                "a default of a stage has changed, or the content of a file that the stack names"
+            )
+        self._layers, model = _parsed(words, "layers", list), _parsed(words, "model", dict)
+        layers, used = _unpacked(self._layers, dict.fromkeys(self._names))
+        words.require(used == set(self._names), "some tensors are in no layer")
+        self.outline = Saved(stack, words.text("dtype"), model, layers)
+
+    def saved(self) -> Saved:
+        """All of it, on the host.
+
+        Raises:
+            DamagedError: it is not what was written.
+        """
+        try:
+            found = {name: self._tensors.get_tensor(name) for name in self._names}
+            if self._checksum is not None and self._checksum != checksum(self._metadata, found):
+                raise DamagedError("its checksum is not that of its content")
+            own = {name: tensor.clone() for name, tensor in found.items()}  # views would keep the file mapped
+        except (SafetensorError, RuntimeError, MemoryError) as error:
+            raise DamagedError(f"its tensors cannot be read: {error}") from error
+        return replace(self.outline, layers=_unpacked(self._layers, own)[0])
+
+
+def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of metadata and of contiguous tensors on the host, with their names, dtypes and shapes."""
+    found = 0
+    for name in sorted(metadata):
+        found = zlib.crc32(f"{len(name)} {len(metadata[name])} {name}{metadata[name]}".encode(), found)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(), found)
+        if tensor.numel():
+            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
+
+
+def _memory() -> float:
+    """Bytes of memory that this machine has; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def _parsed(words: State, name: str, kind: type) -> Any:
+    """The JSON that a word of the header is, a list or a dict."""
+    try:
+        found = json.loads(words.text(name))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{words.where}: {name} is no JSON") from error
+    words.require(isinstance(found, kind), f"{name} is {described(found)}, expected a {kind.__name__}")
+    return found
 
 
 def _reason(error: Exception) -> str:
     """What the system or safetensors says, without where in safetensors it was said."""
+    if isinstance(error, OSError):
+        return reason(error)
     return str(error).rpartition("I/O error: ")[2].partition(" at path ")[0]
 
 
@@ -158,19 +253,38 @@ def _plain(value: Any, name: str) -> Any:
     return value
 
 
-def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The state of which `packed` is the JSON, on the host."""
-    if isinstance(packed, list):
-        return [_unpack(item, tensors) for item in packed]
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, value),) = packed.items()
-    if kind == "$tensor":
-        return tensors[value]
-    if kind == "$dtype":
-        return getattr(torch, value)
-    if kind == "$device":
-        return torch.device("cpu")
-    if kind == "$tuple":
-        return tuple(_unpack(item, tensors) for item in value)
-    return {key: _unpack(item, tensors) for key, item in value}
+def _unpacked(packed: Any, tensors: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """The state of which `packed` is the JSON, on the host, and the names of its tensors.
+
+    Raises:
+        DamagedError: it is no state's, or names tensors that are not there.
+    """
+    used: set[str] = set()
+
+    def unpack(packed: Any, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise DamagedError(f"the layers are nested more than {DEEPEST} deep")
+        if isinstance(packed, list):
+            return [unpack(item, depth + 1) for item in packed]
+        if not isinstance(packed, dict):
+            return packed
+        kind, value = next(iter(packed.items())) if len(packed) == 1 else ("", None)
+        if kind == "$tensor" and isinstance(value, str) and value in tensors:
+            used.add(value)
+            return tensors[value]
+        if kind == "$dtype" and isinstance(value, str) and value in DTYPES:
+            return DTYPES[value]
+        if kind == "$device" and value is None:
+            return torch.device("cpu")
+        if kind == "$tuple" and isinstance(value, list):
+            return tuple(unpack(item, depth + 1) for item in value)
+        if kind == "$dict" and isinstance(value, list) and all(map(_is_entry, value)):
+            return {key: unpack(item, depth + 1) for key, item in value}
+        raise DamagedError(f"the layers have {short(packed)}, which stands for nothing that a state holds")
+
+    return unpack(packed, 0), used
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a key and an item of a dict."""
+    return isinstance(entry, list) and len(entry) == 2 and type(entry[0]) in PLAIN

@@ -103,11 +103,18 @@ class Codec:
     """
 
     lossless: bool = False
+    hosted: bool = False  # whether `fit` or `encode` look at tensors on the host, which no recorded graph can
 
     @property
     def rotates(self) -> bool:
-        """Whether pages have other coordinates than K and V: `read_query` or `read_output` is not the identity."""
+        """Whether pages have other coordinates than K and V: `read_output` is not the identity, or `read_query` changes
+        queries."""
         return True
+
+    @property
+    def biased(self) -> bool:
+        """Whether `read_query` may give a bias."""
+        return self.rotates
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -158,9 +165,19 @@ class Codec:
         Called for chunks, not for single decode steps, and only where the quantizer `needs_queries`.
         """
 
-    def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         """See keys [s, n, Dk] and values [s, n, Dv] of `streams`: those that `encode` is given next, and the newer ones
-        still in the window. What adapts to its data does so the first time."""
+        still in the window. What adapts to its data does so the first time.
+
+        due bool [s]: those of `streams` that this is true of; None: all. Only for codecs that are not `hosted`, after
+        `room`, and without a look at any tensor on the host."""
+
+    def room(self, streams: int) -> None:
+        """Have room for what so many streams adapt to; tensors stay where they are from then on, until `select`."""
+
+    def fix(self, mean: Tensor | None) -> None:
+        """Adapt to no data from now on, where the codec can do without. mean [n, Dk]: a mean key of each of n heads,
+        for codecs that subtract one; None: none is subtracted."""
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams (beams): int64 [S']."""
@@ -174,7 +191,15 @@ class Codec:
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` of a codec for the same layer gave."""
+        """Take over what `state` of a codec for the same layer gave.
+
+        From a file it is a `State`: numbers are finite, and tensors with the names of a new codec's `state` have its
+        dtypes and sizes, where those are not 0. A DamagedError says what else is wrong.
+        """
+
+    def lacks(self, paged: Tensor) -> str | None:
+        """What `restore` should have given for the streams of which bool [S] `paged` have pages; None: nothing."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -223,7 +248,7 @@ class Chunk:
     chunk the first `sinks` and the last `recent` tokens are the exact window's and must be kept.
     model: None where no policy `needs_model`. chosen [b, Hkv, n] bool: what `Policy.choose` gave, None if not asked.
     scored [b, Hkv, n]: scores that an engine made of parts of the queries, and that stand for the policy's own; None
-    where all queries are here.
+    where all queries are here. before: how many of the `past` tokens belong to the same prompt, which comes in chunks.
     """
 
     queries: Tensor | None
@@ -239,6 +264,7 @@ class Chunk:
     model: ModelPart | None = None
     chosen: Tensor | None = None
     scored: Tensor | None = None
+    before: int = 0
 
 
 class Held(NamedTuple):
@@ -246,8 +272,10 @@ class Held(NamedTuple):
 
     tokens [S]: all that each holds, of which the first `sinks` stay. pages [S]: how many full pages of `page_size` lie
     behind them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
-    page received on average, since it was written and over the query heads of its KV head; None unless the policy
-    `watches`.
+    page received on average, since it was written and over the query heads of its KV head; queries [S, n] float32: the
+    number of these queries. Both None unless the policy `watches`, or `trims` a prompt that comes in chunks. before
+    [S]: how many of the tokens were held before that prompt, and stay; None: the budget is that of all. layer, layers:
+    as in `Chunk`.
     """
 
     tokens: Tensor
@@ -256,6 +284,10 @@ class Held(NamedTuple):
     sinks: int
     heads: int
     attention: Tensor | None
+    queries: Tensor | None
+    before: Tensor | None = None
+    layer: int = 0
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -274,6 +306,11 @@ class Policy(Stage):
     def needs_model(self) -> bool:
         """Whether `select` asks for `Chunk.model`."""
         return False
+
+    def gathers(self, sinks: int, recent: int) -> int:
+        """From how many tokens of a prompt `select` chooses at least: an engine that gets smaller chunks keeps them in
+        full precision until there are as many, or the prompt ends. 0: of any chunk."""
+        return 0
 
     def choose(self, received: Sequence[Tensor], sinks: int, recent: int) -> list[Tensor]:
         """bool [1, Hkv, n] of each layer: the tokens of a row's prompt to keep, where the policy `reconstructs`.
@@ -297,6 +334,11 @@ class Policy(Stage):
     @property
     def watches(self) -> bool:
         """Whether `expired` needs the attention that pages receive."""
+        return False
+
+    @property
+    def trims(self) -> bool:
+        """Whether `expired` is asked after each chunk of a prompt but the first, too, whatever happens later."""
         return False
 
     @property
@@ -394,7 +436,11 @@ class Index:
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` of an index for the same layer gave."""
+        """As `Codec.restore`."""
+
+    def lacks(self, paged: Tensor) -> str | None:
+        """As `Codec.lacks`."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -13,16 +14,22 @@ from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyrami
 
 LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
+ROUND = 512  # tokens of a prompt from which a policy chooses at least
+SHORT = 64  # tokens that may all stay behind others of their prompt, where there is a budget: a question, say
 
 
 @dataclass(frozen=True)
 class ScoredPolicy(Policy):
-    """Keeps the tokens of a prefilled chunk whose `scores` are best, as many as the budget allows.
+    """Keeps the tokens of a prompt whose `scores` are best, as many as the budget allows.
 
     A subclass overrides `scores`, and the defaults that its method publishes. Sinks, the exact window and `newest`
     tokens are kept whatever their score, and count. Tokens generated later are kept, unless an absolute budget is to
-    `hold`: then the pages that received least attention leave, the newest tokens' apart, and between the budget and a
-    page more is held.
+    `hold`: then the pages that received least attention leave, young ones and the newest tokens' last, and between the
+    budget and a page more is held.
+
+    A prompt that comes in chunks is chosen from in rounds of `gathers` tokens or more. Each keeps its own share, or the
+    part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds the budget leaves
+    in whole pages.
     """
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
@@ -104,12 +111,24 @@ class ScoredPolicy(Policy):
     def same_tokens(self) -> tuple[str, ...]:
         return ("heads",) if self.heads == "common" and not self.critical else ()
 
+    def gathers(self, sinks: int, recent: int) -> int:
+        """As many tokens as let the protected ones be a part of the share that is kept."""
+        protected = sinks + max(self.newest(1), recent)
+        return ROUND if self.keep is None else max(ROUND, ceil(protected / self.keep))
+
+    @property
+    def trims(self) -> bool:
+        return self.budget is not None
+
     def select(self, chunk: Chunk) -> Tensor:
         n = chunk.keys.shape[2]
+        first, last = self._protected(n, chunk.sinks, chunk.recent)
         count = self.kept(n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
+        if self.budget is not None and chunk.before and n > SHORT:  # what came before had its part of the budget
+            whole = self.kept(chunk.before + n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
+            count = min(count, max(round(whole * n / (chunk.before + n)), first + last, 1))
         if count >= n and self.threshold is None:
             return chunk.alive
-        first, last = self._protected(n, chunk.sinks, chunk.recent)
         scores = (self.scores(chunk) if chunk.scored is None else chunk.scored).float()
         if self.heads == "common":
             scores = scores.mean(1, keepdim=True).expand_as(chunk.alive)
@@ -133,24 +152,41 @@ class ScoredPolicy(Policy):
         return self.watches
 
     def expired(self, held: Held) -> Tensor | None:
-        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget.
+        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget of
+        the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
 
-        Pages with tokens among the `newest` stay, as long as others can go.
+        A mean over few queries says little, so a page that fewer queries have seen than it has tokens is young: it
+        stays as long as older pages can go, and of young pages those leave first that most queries have seen. Pages
+        with tokens among the `newest` stay longest.
         """
-        if held.attention is None or self.budget is None or not self.watches:
+        if held.attention is None or held.queries is None or self.budget is None:
             return None
+        size, limit, over, count = held.page_size, self.budget, held.tokens, held.pages
+        if self.layers == "pyramid":
+            limit = self.kept(1 << 40, held.sinks, 0, held.layer, held.layers)
         page = torch.arange(held.attention.shape[1])
-        paged = held.pages * held.page_size
-        older = held.tokens - self.newest(self.budget) - held.sinks  # tokens of the pages that may go
-        young = (page + 1) * held.page_size > older.minimum(paged)[:, None]
-        worth = (held.attention + 2.0 * young).masked_fill(page >= held.pages[:, None], torch.inf)
-        over, count = held.tokens - self.budget, held.pages
+        fixed = page < 0
+        if held.before is not None:
+            older_pages = -(-(held.before - held.sinks).clamp_min(0) // size)
+            over, count = over - held.before, (count - older_pages).clamp_min(0)
+            fixed = page < older_pages[:, None]
+        over = over - limit
+        if self.heads == "adaptive":
+            over, count = over.view(-1, held.heads).sum(-1), count.view(-1, held.heads).sum(-1)
+        excess = (over.clamp_min(0) // size).minimum(count)
+        if not bool(excess.any()):
+            return None
+        paged = held.pages * size
+        older = held.tokens - self.newest(limit) - held.sinks  # tokens of the pages that may go
+        newest = (page + 1) * size > older.minimum(paged)[:, None]
+        youth = 2.0 * (size - held.queries).clamp_min(0)  # more than any attention for each query that is missing
+        worth = held.attention + youth + 2.0 * (size + 1) * newest
+        worth = worth.masked_fill(fixed | (page >= held.pages[:, None]), torch.inf)
         rows = worth.unflatten(0, (-1, held.heads))
         if self.heads == "common":
             worth = rows.mean(1, keepdim=True).expand_as(rows).flatten(0, 1)
         if self.heads == "adaptive":
-            worth, over, count = rows.flatten(1), over.view(-1, held.heads).sum(-1), count.view(-1, held.heads).sum(-1)
-        excess = (over.clamp_min(0) // held.page_size).minimum(count)
+            worth = rows.flatten(1)
         rank = worth.argsort(dim=-1, stable=True).argsort(-1)
         return (rank < excess[:, None]).view_as(held.attention)
 

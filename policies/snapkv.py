@@ -22,7 +22,7 @@ class SnapKV(ScoredPolicy):
 
     score_j = pool(mean over the window's queries of softmax(q k_j)), averaged over the query heads of a KV head; the
     window itself is always kept. Defaults are the authors' class: window 64, capacity 320, average pooling over 5.
-    Each prefilled chunk is scored by its own last queries.
+    Of a prompt in chunks each round of 512 tokens or more is scored by its own last queries.
     """
 
     paper: ClassVar[str] = "arXiv:2404.14469"

@@ -10,6 +10,7 @@ import torch
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, Quantizer, arg
 
+from .centred import CentredCodec, centre_bytes, centred
 from .codecs import GridCodec
 from .floats import FloatSide, float8_values
 
@@ -32,10 +33,14 @@ class Fp8(Quantizer):
     def __post_init__(self) -> None:
         self.check(self.format in FORMATS, "format", " or ".join(FORMATS))
 
-    def codec(self, shape: PageShape) -> GridCodec:
+    def codec(self, shape: PageShape) -> CentredCodec:
         dtype = FORMATS[self.format]
         book = float8_values(dtype, shape.device)
-        return GridCodec(
+        codec = GridCodec(
             FloatSide("k", shape.page_size, shape.k_dim, dtype, book),
             FloatSide("v", shape.page_size, shape.v_dim, dtype, book),
         )
+        return centred(codec, shape)
+
+    def adapted_bytes(self, shape: PageShape) -> int:
+        return centre_bytes(shape)

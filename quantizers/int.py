@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvcomp.registry import register
-from kvcomp.stages import PageShape, arg
+from kvcomp.stages import Codec, PageShape, arg
 
 from .basis import BASES
+from .centred import centre_bytes, centred
 from .codecs import GridCodec
 from .grid import UniformSide, channel_group
 from .widths import BITS, WidthQuantizer
@@ -58,10 +59,19 @@ class Int(WidthQuantizer):
             name, shape.page_size, dim, int(bits), tokens, channels, symmetric=self.symmetric, clip=self.clip
         )
 
-    def codec(self, shape: PageShape) -> GridCodec:
-        return GridCodec(
+    @property
+    def _centres(self) -> bool:
+        """Whether a mean key is worth subtracting: not where each channel has a zero of its own."""
+        return self.symmetric or self.per == TOKEN
+
+    def adapted_bytes(self, shape: PageShape) -> int:
+        return centre_bytes(shape) if self._centres else 0
+
+    def codec(self, shape: PageShape) -> Codec:
+        codec = GridCodec(
             self._side("k", shape, shape.k_dim, self.k_bits),
             self._side("v", shape, shape.v_dim, self.v_bits),
             BASES[self.basis](shape.k_dim, shape.device),
             BASES[self.basis](shape.v_dim, shape.device),
         )
+        return centred(codec, shape) if self._centres else codec

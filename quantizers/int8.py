@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvcomp.registry import register
-from kvcomp.stages import PageShape, Quantizer
+from kvcomp.stages import Codec, PageShape, Quantizer
 
-from .codecs import GridCodec
+from .centred import centre_bytes
 from .int import Int
 
 
@@ -22,5 +22,8 @@ class Int8(Quantizer):
 
     paper: ClassVar[str] = "arXiv:2208.07339"
 
-    def codec(self, shape: PageShape) -> GridCodec:
+    def codec(self, shape: PageShape) -> Codec:
         return Int(bits=8, symmetric=True).codec(shape)
+
+    def adapted_bytes(self, shape: PageShape) -> int:
+        return centre_bytes(shape)

@@ -19,6 +19,7 @@ from kvcomp.kernel_layout import Codebook, Gain, Plane, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
+from kvcomp.state import DamagedError
 from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, rotation
@@ -197,6 +198,20 @@ class KltSide:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.dual, self.mean = state[f"{self.name}.dual"], state.get(f"{self.name}.mean")
         self.widths = tuple(state[f"{self.name}.widths"].tolist())
+        fits = len(self.widths) == self.dim // UNIT and sum(self.widths) == self.total and max(self.widths) <= WIDEST
+        if self.widths and not (fits and list(self.widths) == sorted(self.widths, reverse=True)):
+            raise DamagedError(
+                f"{self.name}.widths are {list(self.widths)}, which are not {self.total} bits, descending"
+            )
+
+    def lacks(self, paged: Tensor) -> str | None:
+        """As `Codec.lacks`, of bool [S] `paged`."""
+        if not bool(paged.any()) or self.dual.is_meta:
+            return None
+        if not self.widths:
+            return f"some streams have pages, but {self.name}.widths are not settled"
+        singular = torch.linalg.inv_ex(self.dual[paged.nonzero().flatten().to(self.device)].float()).info
+        return f"{self.name}.dual is singular" if bool(singular.any()) else None
 
 
 @cache
@@ -236,6 +251,8 @@ class KltCodec(Codec):
     To fit, the second moment of a stream's queries is gathered until its first page, and dropped then.
     """
 
+    hosted = True
+
     def __init__(self, k_side: KltSide, v_side: KltSide, fitted_heads: bool = False) -> None:
         self.k_side, self.v_side, self.fitted_heads = k_side, v_side, fitted_heads
         self.queries = QueryMoments(k_side.dim, k_side.device)
@@ -248,7 +265,7 @@ class KltCodec(Codec):
         if not self.fitted_heads:
             self.queries.add(streams, queries)
 
-    def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         if self.fitted_heads:
             return
         new = self.queries.missing(streams)
@@ -319,6 +336,12 @@ class KltCodec(Codec):
         self.queries.restore(state)
         for side in (self.k_side, self.v_side):
             side.restore(state)
+
+    def lacks(self, paged: Tensor) -> str | None:
+        if self.fitted_heads:
+            return None
+        why = self.queries.lacks(paged, *self.k_side.constants(), *self.v_side.constants())
+        return why or self.k_side.lacks(paged) or self.v_side.lacks(paged)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from kvcomp.statistics import Statistics
 
 from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer
+from .centred import CentredCodec, centre_bytes, centred
 from .grid import UniformSide, channel_group
 from .widths import BITS, WidthQuantizer
 
@@ -83,6 +84,12 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
     def _side(self, name: str, shape: PageShape, dim: int, bits: float, clip: float) -> ClippedSide:
         group = channel_group(self.name, self.group, dim, 8)
         return ClippedSide(name, shape.page_size, dim, int(bits), 1, group, quantile=clip)
+
+    def adapted_bytes(self, shape: PageShape) -> int:
+        return centre_bytes(shape)
+
+    def codec(self, shape: PageShape) -> CentredCodec:
+        return centred(super().codec(shape), shape)
 
     def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         return (

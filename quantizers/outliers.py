@@ -1,4 +1,4 @@
-"""Outlier channels: the few channels of a head that are louder than the rest, put first by its basis."""
+"""Outlier channels: the few channels of a stream that are louder than the rest, put first by its basis."""
 
 from __future__ import annotations
 
@@ -10,82 +10,106 @@ from torch import Tensor
 
 from .basis import Basis
 from .codecs import GridCodec
+from .per_stream import PerStream, weights
+
+ORDER = torch.int16
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutlierBasis(Basis):
-    """A basis behind an order of channels per KV head: y = x[order] W, loudest channels first.
+    """A basis after an order of channels per stream: y = x[order] W, loudest channels first.
 
-    The outlier channels of keys are the same for all tokens (QJL, 2406.03482, section 4.1), and nearly the same for all
-    texts. So a head's order is settled once, by the energy of each channel in the first pages that the head encodes,
-    and kept: it belongs to the head and not to a stream, so that beams may move and rows come and go.
+    The outlier channels of keys are the same for all tokens (QJL, 2406.03482, section 4.1). So a stream's order is
+    settled once, by the energy of each channel in the first tokens that it encodes, and kept. It depends on that stream
+    alone: rows of a batch do not change each other.
 
-    order: int64 [H, D], updated in place; stream s uses row s mod H.
-    settled: bool [H], whether a head's order is final; until then it is that of the channels.
+    orders: int16 [S, D].
     """
 
-    order: Tensor
-    settled: Tensor
+    orders: PerStream
 
     @classmethod
-    def unsettled(cls, heads: int, matrix: Tensor, dual: Tensor | None = None) -> OutlierBasis:
-        """A basis of `heads` heads that all use W [D, R] and its dual, and have seen nothing yet."""
-        order = torch.arange(len(matrix), device=matrix.device).repeat(heads, 1)
-        settled = torch.zeros(heads, dtype=torch.bool, device=matrix.device)
-        return cls(matrix, dual, order=order, settled=settled)
+    def unsettled(cls, matrix: Tensor, dual: Tensor | None = None) -> OutlierBasis:
+        """A basis with W [D, R] and its dual, that has seen nothing yet."""
+        return cls(matrix, dual, orders=PerStream(len(matrix), ORDER, matrix.device, counted=True))
+
+    def fit(self, streams: Tensor, x: Tensor, due: Tensor | None) -> None:
+        """Settle the order of new streams by the energy of their channels in x [s, n, D]."""
+        new = self.orders.new(streams, due)
+        if new is not None:
+            weight, unit = weights(x)
+            energy = (x.float() * weight / unit).square().sum(1)
+            self.orders.settle(streams, new, energy.argsort(dim=-1, descending=True, stable=True))
 
     def write(self, x: Tensor, streams: Tensor) -> Tensor:
-        """Coordinates [M, P, R] of x [M, P, D], pages of `streams` [M]; settles the order of heads that are new."""
-        self._settle(x, streams)
-        return super().write(_arranged(x, self.order, streams), streams)
+        return super().write(_arranged(x, self.orders.of(streams)), streams)
 
     def read(self, queries: Tensor) -> Tensor:
-        return super().read(_arranged(queries, self.order, torch.arange(len(queries), device=queries.device)))
+        return super().read(_arranged(queries, self.orders.all(len(queries))))
 
     def inverse(self, y: Tensor, streams: Tensor) -> Tensor:
-        return _arranged(super().inverse(y, streams), self.order.argsort(-1), streams)
-
-    def _settle(self, x: Tensor, streams: Tensor) -> None:
-        """Order the channels of heads that are not settled by their energy in x [M, P, D]."""
-        heads = len(self.order)
-        own = streams % heads == torch.arange(heads, device=x.device)[:, None]  # [H, M]
-        energy = own.float() @ x.float().square().sum(1)
-        new = own.any(1) & ~self.settled
-        loudest = energy.argsort(dim=-1, descending=True, stable=True)
-        self.order.copy_(torch.where(new[:, None], loudest, self.order))
-        self.settled.logical_or_(new)
+        return _arranged(super().inverse(y, streams), self.orders.of(streams).argsort(-1))
 
     def fork(self) -> OutlierBasis:
         """A basis that settles by itself from here."""
-        return replace(self, order=self.order.clone(), settled=self.settled.clone())
-
-    def state(self) -> dict[str, Tensor]:
-        """What data decided, by name."""
-        return {"order": self.order, "settled": self.settled}
+        return replace(self, orders=self.orders.fork())
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors, self.order, self.settled]
+        return [*super().tensors, *self.orders.tensors]
 
 
 @dataclass(frozen=True)
 class OutlierCodec(GridCodec):
-    """A `GridCodec` whose bases may be `OutlierBasis`: what they settled travels with a saved cache."""
+    """A `GridCodec` whose bases may be `OutlierBasis`."""
+
+    @property
+    def _outliers(self) -> dict[str, OutlierBasis]:
+        bases = {"k": self.k_basis, "v": self.v_basis}
+        return {side: basis for side, basis in bases.items() if isinstance(basis, OutlierBasis)}
+
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
+        given = {"k": keys, "v": values}
+        for side, basis in self._outliers.items():
+            basis.fit(streams, given[side], due)
+
+    def room(self, streams: int) -> None:
+        for basis in self._outliers.values():
+            basis.orders.room(streams)
+
+    def read_output(self, output: Tensor) -> Tensor:
+        self.room(len(output))
+        return super().read_output(output)
+
+    def select(self, streams: Tensor) -> None:
+        for basis in self._outliers.values():
+            basis.orders.select(streams)
 
     def fork(self) -> OutlierCodec:
         k, v = (b.fork() if isinstance(b, OutlierBasis) else b for b in (self.k_basis, self.v_basis))
         return replace(self, k_basis=k, v_basis=v)
 
+    def adapted(self) -> list[Tensor]:
+        return [tensor for basis in self._outliers.values() for tensor in basis.orders.tensors]
+
     def state(self) -> dict[str, Tensor]:
-        bases = {"k": self.k_basis, "v": self.v_basis}
-        outliers = {side: basis for side, basis in bases.items() if isinstance(basis, OutlierBasis)}
-        return {f"{side}.{name}": tensor for side, basis in outliers.items() for name, tensor in basis.state().items()}
+        state: dict[str, Tensor] = {}
+        for side, basis in self._outliers.items():
+            orders = basis.orders
+            if orders.shared:
+                state |= {f"{side}.order": orders.values, f"{side}.settled": orders.settled}
+            else:
+                state |= orders.state(f"{side}.order")
+        return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        for side, basis in self._outliers.items():
+            if f"{side}.order" in state:  # saved when a head had one order for all rows: [H, D]
+                basis.orders.share(state[f"{side}.order"].to(ORDER), state[f"{side}.settled"])
+            else:
+                basis.orders.restore(f"{side}.order", state)
 
 
-def _arranged(x: Tensor, order: Tensor, streams: Tensor) -> Tensor:
-    """The channels of x [M, P, D] in the order [H, D] of the heads of `streams` [M]."""
-    return x.take_along_dim(order[streams % len(order)][:, None], -1)
+def _arranged(x: Tensor, order: Tensor) -> Tensor:
+    """The channels of x [M, P, D] in the order [M, D]."""
+    return x.take_along_dim(order.long()[:, None], -1)

@@ -14,9 +14,10 @@ from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
 
 from .basis import Basis, rotation
-from .codecs import GridCodec, Side
+from .centred import CentredCodec, centre_bytes, centred
+from .codecs import Side
 from .lloyd import LloydSide, sphere_codebook
-from .outliers import OutlierBasis, OutlierCodec
+from .outliers import ORDER, OutlierBasis, OutlierCodec
 from .packing import planes
 from .qjl import ResidualSide, projection, sign_codebook
 from .segments import SegmentedSide
@@ -35,9 +36,9 @@ class TurboQuant(WidthQuantizer):
     After a random rotation every coordinate of a unit vector has a known density, so one optimal codebook serves all
     channels without data. Needs no calibration and no window; bits + 16 / D effective bits (a float16 norm per token).
 
-    2.5 and 3.5 bits are two such quantizers with a norm each, so 32 / D: the quarter of a head's channels that is
-    loudest in its first pages has 2 bits more than the rest. The paper's 32 outliers of 3 bits and 96 channels of 2 are
-    2.25 bits, not the 2.5 it states; 32 of 4 bits are.
+    2.5 and 3.5 bits are two such quantizers with a norm each, so 32 / D: the quarter of a stream's channels that is
+    loudest in its first tokens has 2 bits more than the rest. The paper's 32 outliers of 3 bits and 96 channels of 2
+    are 2.25 bits, not the 2.5 it states; 32 of 4 bits are.
 
     prod: one bit of K goes to the signs of the residual, with its norm (16 / D more), which make q . k unbiased. They
     add variance, and attention suffers more from that than from the bias of mse, the default. V needs no inner
@@ -55,10 +56,18 @@ class TurboQuant(WidthQuantizer):
         super().__post_init__()
         self.check(self.variant in (MSE, PROD), "variant", f"{MSE} or {PROD}")
 
-    def codec(self, shape: PageShape) -> GridCodec:
+    def adapted_bytes(self, shape: PageShape) -> int:
+        orders = [dim * ORDER.itemsize + 1 for dim, bits in self._sides(shape) if bits != int(bits)]
+        return centre_bytes(shape) + sum(orders)
+
+    def _sides(self, shape: PageShape) -> tuple[tuple[int, float], tuple[int, float]]:
+        """Channels and bits of K and of V."""
+        return (shape.k_dim, self.k_bits), (shape.v_dim, self.v_bits)
+
+    def codec(self, shape: PageShape) -> CentredCodec:
         k_side, k_basis = self._part("k", shape, shape.k_dim, self.k_bits, self.variant == PROD)
         v_side, v_basis = self._part("v", shape, shape.v_dim, self.v_bits, False)
-        return OutlierCodec(k_side, v_side, k_basis, v_basis)
+        return centred(OutlierCodec(k_side, v_side, k_basis, v_basis), shape)
 
     def _part(self, name: str, shape: PageShape, dim: int, bits: float, unbiased: bool) -> tuple[Side, Basis]:
         """The grid and the basis of K or of V."""
@@ -94,7 +103,7 @@ class TurboQuant(WidthQuantizer):
 def _basis(sizes: tuple[int, ...], shape: PageShape, dual: Tensor | None = None) -> Basis:
     """A rotation of all channels, or one of each run, with the loudest channels in the first."""
     matrix = _rotations(sizes, shape.device)
-    return Basis(matrix, dual) if len(sizes) == 1 else OutlierBasis.unsettled(shape.heads, matrix, dual)
+    return Basis(matrix, dual) if len(sizes) == 1 else OutlierBasis.unsettled(matrix, dual)
 
 
 @cache

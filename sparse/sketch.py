@@ -88,6 +88,9 @@ class Directions(Index):
         self.write, self.read, self.offset = state["write"], state["read"], state["offset"]
         self.queries.restore(state)
 
+    def lacks(self, paged: Tensor) -> str | None:
+        return self.queries.lacks(paged, self.write, self.read, self.offset)
+
 
 @register("sketch")
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,11 +25,12 @@ from kvcomp.stack import Stack
 from ..configs import cache_layers, caches_latents, decoder_config, field, library_layer, max_positions
 from .compact import Compaction, compact
 from .fingerprint import fingerprint
-from .hook import PREFIX, hook
+from .hook import base_name, hook
 from .indexed import IndexedLayer
+from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
-from .saving import differences, essentials, layer_state, restore_layer, weights
+from .saving import check_kinds, differences, essentials, layer_state, restore_layers, usable_device, weights
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
@@ -91,7 +91,7 @@ class CompressedCache(Cache):
                 KvcompWarning,
                 stacklevel=2,
             )
-        self._base = hook(config)
+        hook(config)
         self._config = weakref.ref(config)
         self._model, self._source = essentials(config), weakref.ref(model_or_config)
         super().__init__(layers=layers)
@@ -104,14 +104,12 @@ class CompressedCache(Cache):
                 f"CompressedCache(model_or_config={model_or_config!r}): expected a transformers model or its config"
             )
         decoder = decoder_config(config)
-        if isinstance(model_or_config, torch.nn.Module):
-            for module in model_or_config.modules():
-                own = "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
-                if own and not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
-                    raise UnsupportedError(
-                        f"{type(module).__name__} does not go through transformers' attention interface, so "
-                        f"{type(model_or_config).__name__} cannot be hooked"
-                    )
+        alone = outside_interface(model_or_config)
+        if alone is not None:
+            raise UnsupportedError(
+                f"{alone} does not go through transformers' attention interface, so {type(model_or_config).__name__} "
+                "cannot be hooked: use the model's own cache"
+            )
         own = "caches latents (MLA)" if caches_latents(decoder) else None
         if own is None and "indexed_attention" in (field(decoder, "layer_types") or ()):
             own = "chooses tokens by an indexer of its own"
@@ -125,8 +123,9 @@ class CompressedCache(Cache):
     def detach(self) -> None:
         """Give the model its own attention back. Caches that are still in use with it stop working."""
         config = self._config()
-        if config is not None and (config._attn_implementation or "").startswith(PREFIX):
-            config._attn_implementation = self._base
+        base = None if config is None else base_name(config._attn_implementation or "")
+        if config is not None and base is not None:
+            config._attn_implementation = base
 
     def save(self, path: FilePath) -> None:
         """Write the cache to one safetensors file, whole or not at all; the cache stays as it is. `load` reads it.
@@ -165,18 +164,21 @@ class CompressedCache(Cache):
             preallocate: as for a new cache.
 
         Raises:
-            KvcompError: no such file, an incomplete one, one that holds no cache, or the cache of another model, dtype,
-                version of the format or meaning of the stack.
+            KvcompError: no such file, an incomplete or damaged one, or one that holds no cache; the cache of another
+                model, dtype, version of the format or meaning of the stack; more tokens than `max_tokens` or
+                `preallocate`; no such device.
             SpecError: the stack has stages that are not installed.
         """
-        saved = saving.read(path)
-        cache = cls(saved.stack, model_or_config, max_tokens, preallocate)
-        found = differences(saved, cache._model, model_or_config)
-        if found:
-            raise KvcompError(f"load({os.fspath(path)!r}): the cache is of another model: {', '.join(found)}")
-        on = torch.device(getattr(model_or_config, "device", "cpu") if device is None else device)
-        for layer, state in zip(cache.layers, saved.layers, strict=True):
-            restore_layer(layer, state, on)
+        asked = f"load({os.fspath(path)!r}"
+        with saving.opened(path) as file:
+            saved = file.outline
+            cache = cls(saved.stack, model_or_config, max_tokens, preallocate)
+            found = differences(saved, cache._model, model_or_config)
+            if found:
+                raise KvcompError(f"{asked}): the cache is of another model: {', '.join(found)}")
+            check_kinds(cache.layers, saved)
+            on = usable_device(f"{asked}, device={device!r})", model_or_config, device)
+            restore_layers(cache.layers, file.saved(), on)
         return cache
 
     def fork(self) -> CompressedCache:
@@ -258,6 +260,12 @@ class CompressedCache(Cache):
             f"{memory.effective_bits:.2f} effective bits",
             "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in memory.parts.items()),
         ]
+        limit = getattr(self._config(), "original_max_position_embeddings", None)
+        if limit is not None and 0 < int(self.get_seq_length()) <= limit:
+            lines.append(
+                f"  note    when a text grows past {limit} tokens, transformers drops this cache and goes on with one "
+                "of its own (longrope): these figures are from before"
+            )
         if any(layer.read()[0] for layer in ours):
             traffic = self.traffic()
             lines += [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,22 +12,68 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
 
+from .masks import Mask, chunk_mask
+
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
+NOTHING = nullcontext()
+
+
+def given_dtypes(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, operations run in the dtypes of what they are given, whatever torch.autocast says around."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NOTHING
+
+
+def as_called(function: Attention, device: torch.device) -> Attention:
+    """The function, which runs under the autocast of now also where `given_dtypes` ended it."""
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        return function
+    dtype = torch.get_autocast_dtype(kind)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(kind, dtype):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Call(NamedTuple):
-    """What a model asks of its attention function: query [B, Hq, n, Dk], and `base`, its own implementation."""
+    """What a model asks of its attention function: query [B, Hq, n, Dk], and `base`, its own implementation, which
+    transformers knows by `name`."""
 
     base: Attention
     module: torch.nn.Module
     query: Tensor
-    mask: Tensor | None
+    mask: Mask | None
     scaling: float | None
     kwargs: dict[str, Any]
+    name: str
 
     def dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's own attention over keys [B, Hkv, N, Dk] and values [B, Hkv, N, Dv]."""
         return self.base(self.module, self.query, keys, values, self.mask, scaling=self.scaling, **self.kwargs)
+
+    def dense_behind(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `dense`, over N tokens of which the queries are the newest, behind our own mask function."""
+        mask, n, length = self.mask, self.query.shape[2], keys.shape[2]
+        if 1 < n < length and self.causal and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
+            mask = chunk_mask(self.name, self.query, length, mask)
+        return self._replace(mask=mask).dense(keys, values)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query without mask sees no later token."""
+        asked = self.kwargs.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if asked is None else asked)
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether output_attentions=True was asked of an implementation that may give weights."""
+        if self.name == "sdpa":
+            return False
+        config = getattr(self.module, "config", None)
+        return bool(self.kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
 
 
 @torch.compiler.disable
@@ -63,8 +110,9 @@ class HandleLayer(CacheLayerMixin):
         return Handle(self, 0, keys, length), Handle(self, 1, values, length)
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """`attention`, where graphs may have to break for it."""
-        return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
+        """`attention`, where graphs may have to break for it, without autocast but in the base's own."""
+        with given_dtypes(call.query.device):
+            return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
 
     @abstractmethod
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +133,10 @@ class HandleLayer(CacheLayerMixin):
 
 
 class Handle:
-    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning."""
+    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning.
+
+    It has the operators and methods of tensors, but is no `Tensor` to `isinstance`: dynamo could not follow that.
+    """
 
     def __init__(self, layer: HandleLayer, which: int, new: torch.Size, length: int) -> None:
         self.layer, self.which, self.new, self.length = layer, which, new, length
@@ -111,7 +162,30 @@ class Handle:
         return 4
 
     def dense(self) -> Tensor:
-        return self.layer.dense(self.which)
+        with given_dtypes(self.layer.device):
+            return self.layer.dense(self.which)
+
+    def pairs(self, values: Any) -> bool:
+        """Whether these are all K and `values` all V of the same layer at the same time, so that it can answer."""
+        return (
+            isinstance(values, Handle)
+            and values.layer is self.layer
+            and (self.which, values.which) == (0, 1)
+            and values.length == self.length
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As of tensors: the handle itself where nothing changes."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        changed = like.to(*args, **kwargs)
+        same = changed is like or (changed.dtype, changed.device) == (self.dtype, self.device)
+        return self if same and not kwargs.get("copy") else self.dense().to(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.dense())
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.dense()[index]
@@ -121,7 +195,26 @@ class Handle:
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
+    __hash__ = object.__hash__
+
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, Handle) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _decoding(name: str) -> Callable[..., Any]:
+    """The operator of that name on what a handle stands for."""
+
+    def apply(handle: Handle, *others: Any) -> Any:
+        others = tuple(x.dense() if isinstance(x, Handle) else x for x in others)
+        return getattr(handle.dense(), name)(*others)
+
+    return apply
+
+
+_PLAIN = ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "bool", "int", "float", "complex", "index")
+_BOTH = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+for _name in (*_PLAIN, "contains", "array", "dlpack", "dlpack_device", *_BOTH, *("r" + _name for _name in _BOTH)):
+    if hasattr(Tensor, f"__{_name}__"):
+        setattr(Handle, f"__{_name}__", _decoding(f"__{_name}__"))

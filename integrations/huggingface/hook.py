@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,96 +13,137 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcomp.errors import UnsupportedError
 
-from .handles import Attention, Call, Handle
-from .masks import mask_function
+from .handles import Attention, Call, Handle, as_called
+from .keywords import CHOICES, HARMLESS, SERVED, VARLEN, choose, given, refuse
+from .masks import chunk_mask, mask_function
 
-PREFIX = "kvcomp_"
-BASES = ("sdpa", "eager")
+PREFIX, SUFFIX = "kvcomp_", " (until cache.detach())"  # transformers' errors quote the name, so it tells the way out
+MASKED = ("sdpa", "eager")  # attention that sees what its mask shows, and nothing else decides
+
+
+class BaseModule:
+    """An attention module as its base implementation is to see it: the config names that implementation."""
+
+    def __init__(self, thing: Any, base: str) -> None:
+        self._thing, self._base = thing, base
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_attn_implementation":
+            return self._base
+        found = getattr(self._thing, name)
+        return BaseModule(found, self._base) if name == "config" else found
+
+
+def eager_attention(module: torch.nn.Module) -> Attention:
+    """The eager attention function of the module's modeling file."""
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if found is not None:
+            function: Attention = found
+            return function
+    raise UnsupportedError(
+        f"{type(module).__name__}: its modeling file has no eager_attention_forward: load the model with "
+        "attn_implementation='sdpa'"
+    )
 
 
 def _base_attention(base: str) -> Attention:
     def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if base == "eager":
-            function: Attention = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            function = AttentionInterface._global_mapping[base]
-        return function(module, *args, **kwargs)
+            return eager_attention(module)(module, *args, **kwargs)
+        function: Attention = AttentionInterface._global_mapping[base]
+        return function(module if base == "sdpa" else BaseModule(module, base), *args, **kwargs)
 
     return attend
 
 
 def _attention_function(base: str) -> Attention:
-    function = _base_attention(base)
+    function, masked = _base_attention(base), base in MASKED
+    known = HARMLESS | SERVED if masked else (HARMLESS | SERVED) - VARLEN
 
     def kvcomp_attention(
         module: torch.nn.Module,
         query: Tensor,
         key: Any,
         value: Any,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         scaling: float | None = None,
-        indices: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(key, Handle):
-            if indices is not None:
+        attend = as_called(function, query.device)
+        if isinstance(key, Handle) and key.pairs(value):
+            if not kwargs.keys() <= known and (unknown := given(kwargs, known)):
+                raise refuse(module, unknown)
+            window = kwargs.get("sliding_window")
+            if not masked and window is not None and key.length > window:
                 raise UnsupportedError(
-                    f"{type(module).__name__} chooses by itself which tokens attention sees, which compressed keys and "
-                    "values cannot follow yet: use the model's own cache"
+                    f"{type(module).__name__} passes sliding_window={window} to {base} attention in a layer of full "
+                    f"attention that holds {key.length} tokens: load the model with attn_implementation='sdpa'"
                 )
-            return key.layer.answer(Call(function, module, query, attention_mask, scaling, kwargs))
-        n, length = query.shape[2], key.shape[2]
-        if (
-            n > 1
-            and length > n
-            and (attention_mask is None or attention_mask.dim() == 2)
-            and getattr(module, "is_causal", True)
-        ):
-            # a plain cache behind our mask function, which leaves plain causal chunks to the attention
-            build: Any = AttentionMaskInterface._global_mapping[base]
-            attention_mask = build(
-                batch_size=query.shape[0],
-                q_length=n,
-                kv_length=length,
-                q_offset=length - n,
-                attention_mask=attention_mask,
-                dtype=query.dtype,
-                device=query.device,
-            )
-        if indices is not None:
-            attention_mask = _chosen(attention_mask, indices, length, query)
-        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            return key.layer.answer(Call(attend, module, query, attention_mask, scaling, kwargs, base))
+        return plain(attend, base, module, query, key, value, attention_mask, scaling, kwargs)
 
     return kvcomp_attention
 
 
-def _chosen(mask: Tensor | None, indices: Tensor, length: int, query: Tensor) -> Tensor:
-    """The mask [B, 1, n, N] without what the model's indexer leaves out.
+def plain(
+    attend: Attention,
+    base: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over keys and values that the model passes, by its own implementation: handles are decoded."""
+    call = Call(attend, module, query, mask, scaling, kwargs, base)
+    choices = {name: kwargs[name] for name in CHOICES & kwargs.keys() if kwargs[name] is not None}
+    decodes = isinstance(key, Handle) or isinstance(value, Handle)
+    unknown = given(kwargs, HARMLESS | SERVED | CHOICES) if base in MASKED or decodes else []
+    if unknown or (choices and base not in MASKED):
+        function = eager_attention(module) if base == "eager" else AttentionInterface._global_mapping[base]
+        named = signature(function).parameters.keys()
+        if unserved := [name for name in (*unknown, *(choices if base not in MASKED else ())) if name not in named]:
+            raise refuse(module, unserved)
+    key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
+    if base in MASKED and choices:
+        length = key.shape[2]
+        if (mask is None or mask.dim() == 2) and call.causal:
+            mask = chunk_mask(base, query, length, mask, whole=True)
+        call = call._replace(mask=choose(module, mask, query, length, choices))
+    if base in MASKED:
+        call = call._replace(kwargs={name: x for name, x in kwargs.items() if name not in CHOICES})
+    return call.dense_behind(key, value)
 
-    indices [B, n, k] of the tokens that a query sees: models with an indexer mask the others by themselves only where
-    they know the attention by its name.
-    """
-    hidden = torch.ones(*indices.shape[:2], length, dtype=torch.bool, device=query.device)
-    hidden = hidden.scatter(-1, indices.long(), False)[:, None]
-    if mask is None or mask.dtype == torch.bool:
-        return ~hidden if mask is None else mask & ~hidden
-    return mask.masked_fill(hidden, torch.finfo(query.dtype).min)
+
+def hooked_name(base: str) -> str:
+    """The name under which our attention with that base is registered: no kernel of a hub, which has a slash."""
+    return PREFIX + base.replace("/", "%2F") + SUFFIX
+
+
+def base_name(name: str) -> str | None:
+    """The implementation that a hooked config had; None for a name that is not ours."""
+    ours = name.startswith(PREFIX) and name.endswith(SUFFIX)
+    return name.removeprefix(PREFIX).removesuffix(SUFFIX).replace("%2F", "/") if ours else None
 
 
 def hook(config: PreTrainedConfig) -> str:
     """Route the config's attention through kvcomp; returns the implementation it had."""
     current = config._attn_implementation or "sdpa"
-    if current.startswith(PREFIX):
-        return current.removeprefix(PREFIX)
-    if current not in BASES:
-        raise UnsupportedError(
-            f"attn_implementation={current!r} cannot be hooked: "
-            "load the model with attn_implementation='sdpa' (or 'eager')"
-        )
-    name = PREFIX + current
+    original = base_name(current) or current
+    name = hooked_name(original)
     if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, _attention_function(current))
+        base = original.removeprefix("paged|")  # of continuous batching, whose cache is another one
+        if base != "eager" and base not in AttentionInterface._global_mapping:
+            raise UnsupportedError(
+                f"attn_implementation={original!r} is not registered with transformers, so it cannot be hooked: load "
+                "the model with it, or with attn_implementation='sdpa'"
+            )
+        AttentionInterface.register(name, _attention_function(base))
         # without a mask function of the same name transformers would drop the padding silently
-        AttentionMaskInterface.register(name, mask_function(current))
+        if base in AttentionMaskInterface._global_mapping:
+            AttentionMaskInterface.register(name, mask_function(base))
     config._attn_implementation = name
-    return current
+    return original

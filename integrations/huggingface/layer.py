@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,44 +15,18 @@ from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import LayerStore, Shared
 from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
+from kvcomp.state import State
 
 from .attention_module import AttentionModule
-from .handles import Call, Handle, HandleLayer, apart
+from .handles import Call, Handle, HandleLayer, apart, given_dtypes
 from .masks import read_mask
-
-
-class Pending(NamedTuple):
-    """A chunk that was handed to `update` and is not committed yet.
-
-    keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; valid bool [B, n], queries [B, Hq, n, Dk] and the softmax scale are
-    known once attention ran.
-    """
-
-    keys: Tensor
-    values: Tensor
-    valid: Tensor | None = None
-    queries: Tensor | None = None
-    scale: float | None = None
-    chosen: Tensor | None = None  # bool [B, Hkv, n]: what a policy that reconstructs keeps
-
-    def rows(self, index: Tensor) -> Pending:
-        on = index.to(self.keys.device)
-        valid = None if self.valid is None else self.valid[on]
-        queries = None if self.queries is None else self.queries[on]
-        chosen = None if self.chosen is None else self.chosen[on]
-        return Pending(self.keys[on], self.values[on], valid, queries, self.scale, chosen)
-
-    def without_last(self, n: int) -> Pending:
-        end = self.keys.shape[2] - n
-        valid = None if self.valid is None else self.valid[:, :end]
-        queries = None if self.queries is None else self.queries[:, :, :end]
-        chosen = None if self.chosen is None else self.chosen[:, :, :end]
-        return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale, chosen)
+from .pending import Pending
 
 
 class CompressedLayer(HandleLayer):
     """One full-attention layer: translates between transformers and the core's `LayerStore`."""
 
+    gathers = True  # whether small chunks wait for more of a prompt that nobody announced
     is_compileable = False
     is_croppable = True
     supports_early_init = False
@@ -73,11 +47,28 @@ class CompressedLayer(HandleLayer):
     def reset(self) -> None:
         self.store = LayerStore(self.plan, self.choices)
         self.pending: Pending | None = None
+        self.to_come: int | None = None  # of a prompt that was announced
         self.is_initialized = False
+        self.loaded = False  # from a file, and not compared with the model's keys and values yet
+
+    @property
+    def store(self) -> LayerStore:
+        """All that is held. To look at it between two chunks of a prompt lets the policies choose from what came."""
+        if self.waiting:
+            self.commit()
+        return self._store
+
+    @store.setter
+    def store(self, store: LayerStore) -> None:
+        self.waiting, self._store = False, store  # waiting: `pending` is to be chosen from with more of its prompt
+
+    def expect(self, tokens: int) -> None:
+        """Announce a prompt: the next `tokens` tokens are its, also those that come one at a time."""
+        self.to_come = tokens if self.plan.gathers else None
 
     @property
     def batch_size(self) -> int:
-        return self.store.rows if self.is_initialized else -1
+        return self._store.rows if self.is_initialized else -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.store.start(key_states, value_states)
@@ -89,7 +80,7 @@ class CompressedLayer(HandleLayer):
 
     # Lengths are logical: transformers derives positions and the tokens still to be fed from them.
     def get_seq_length(self) -> int:
-        return self.store.history.length + (self.pending.keys.shape[2] if self.pending else 0)
+        return self._store.history.length + (self.pending.keys.shape[2] if self.pending else 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         _refuse_nothing(query_length)
@@ -99,20 +90,32 @@ class CompressedLayer(HandleLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
-        new = key_states, value_states
-        return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
+        new = self.as_held(key_states, value_states)
+        if self.loaded:
+            self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
+        with given_dtypes(key_states.device):
+            return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
+
+    def as_held(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V in the one dtype of this layer: under autocast RoPE gives float32 K, and V is bfloat16."""
+        dtype = self.dtype if self.is_initialized else torch.promote_types(keys.dtype, values.dtype)
+        return (keys, values) if keys.dtype == values.dtype == dtype else (keys.to(dtype), values.to(dtype))
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         """`update`, outside of graphs."""
-        self.commit()
+        n = key_states.shape[2]
+        earlier = self.pending if self.waiting and (n > 1 or self.to_come is not None) else None
+        self.waiting = False
+        if earlier is None:
+            self.commit()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        n = key_states.shape[2]
         _refuse_nothing(n)
         self.check_rows(key_states)
-        history = self.store.history
-        if self.max_tokens is not None and history.length + n > self.max_tokens:  # padding counts there
-            seen = int(history.counts.max()) + n
+        length = self.get_seq_length()
+        if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
+            counts = self.store.history.counts + (0 if earlier is None else earlier.counts(0))
+            seen = int(counts.max()) + n
             if seen > self.max_tokens:
                 raise KvcompError(
                     f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt "
@@ -126,7 +129,15 @@ class CompressedLayer(HandleLayer):
                 KvcompWarning,
                 stacklevel=2,
             )
-        self.pending = Pending(key_states, value_states)
+        if n == 1 and not length and self.plan.gathers and self.to_come is None:
+            warnings.warn(
+                "the first token came alone, as generated tokens do: if all of the prompt comes so, "
+                f"{self.plan.policies[0].name} evicts nothing of it: use kvcomp.prefill(chunk=1), or larger chunks",
+                KvcompWarning,
+                stacklevel=2,
+            )
+        new = key_states, value_states
+        self.pending = Pending(*new) if earlier is None else earlier.followed_by(*new)
         self.store.read = {}  # of the step that begins
         return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
 
@@ -144,7 +155,8 @@ class CompressedLayer(HandleLayer):
         store, (keys, values, *_), query = self.store, self.pending, call.query
         if self.plan.needs_model and store.model is None:
             store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
-        n, past = keys.shape[2], store.history.length
+        n = query.shape[2]
+        past = store.history.length + keys.shape[2] - n
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
         valid = seen.valid if seen is not None else None
@@ -152,47 +164,73 @@ class CompressedLayer(HandleLayer):
             valid = valid.expand(store.rows, n)
             if bool(valid.all()):
                 valid = None
-        if past == 0 and n > 1:
+        if past == 0 and (n > 1 or self.to_come is not None):
             out, weights = call.dense(keys, values)
             self._hold(valid, query, scale)
             return out, weights
-        if (
-            seen is not None
-            and seen.past is not None
-            and bool((seen.past.cpu() != store.history.counts[:, None]).any())
-        ):
-            raise UnsupportedError(
-                "the attention mask hides or shows other cached tokens than those that were written as no padding; "
-                "compressed pages cannot follow a mask that changes later"
-            )
+        if seen is not None and seen.past is not None:
+            counts = store.history.counts + self.pending.counts(n)
+            if bool((seen.past.cpu() != counts[:, None]).any()):
+                raise UnsupportedError(
+                    "the attention mask hides or shows other cached tokens than those that were written as no padding; "
+                    "compressed pages cannot follow a mask that changes later"
+                )
         softcap = call.kwargs.get("softcap")
-        if n == 1 and valid is None and not self.record_past:
+        weights = self._weights(call, keys, values) if call.wants_weights else None
+        if n == 1 and valid is None and not self.record_past and self.to_come is None:
             store.append(keys, values)
             part = store.attend(query, scale, softcap)
             store.settle()
             self.pending = None
         else:
-            visible = None if seen is None or seen.visible is None else seen.visible.to(query.device)
+            own = None if seen is None or seen.visible is None else seen.visible.to(query.device)
+            if call.mask is None and not call.causal:
+                own = torch.ones(1, n, n, dtype=torch.bool, device=query.device)
+            visible = self.pending.visible(n, own)
             part = store.attend(query, scale, softcap, (keys, values, visible))
             self._hold(valid, query, scale)
-        return answered(part, call), None
+        return answered(part, call), weights
+
+    def _weights(self, call: Call, keys: Tensor, values: Tensor) -> Tensor | None:
+        """What the model's own attention gives for weights [B, Hq, n, N] over all tokens, decoded, and the new ones."""
+        stages = [*self.plan.policies, *([self.plan.selector] if self.plan.selector else [])]
+        if stages:
+            raise UnsupportedError(
+                f"output_attentions=True: {stages[0].name} leaves tokens out, which have no weight in decode steps: "
+                "use a stack of a quantizer alone, or generate without"
+            )
+        held = self.store.padded()
+        return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))[1]
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
-        """Complete the pending chunk and commit it, unless a crop or a choice is announced."""
+        """Complete the pending chunk and commit it, unless a crop or a choice is announced, or more of its prompt is to
+        come."""
         assert self.pending is not None
-        queries = query if self.plan.needs_queries else None
-        self.pending = Pending(self.pending.keys, self.pending.values, valid, queries, scale)
+        n, queries = query.shape[2], query if self.plan.needs_queries else None
+        self.pending = self.pending.completed(n, valid, queries, scale)
         waits = self.plan.reconstructs and self.store.history.length == 0  # until the prompt was repeated
-        if not self.record_past and not waits:
+        announced, more = self.to_come is not None, self.gathers if self.to_come is None else self.to_come > n
+        self.to_come = self.to_come - n if self.to_come is not None and more else None
+        if self.record_past or waits:
+            return
+        least = min(self.plan.gathers, self.prefill_chunk or self.plan.gathers)
+        self.waiting = more and self.pending.keys.shape[2] < least
+        if not self.waiting:
             self.commit()
+        if announced and not more:
+            self.store.end_prompt()
 
     def commit(self) -> None:
         """Write the pending chunk to the store."""
+        self.waiting = False
         if self.pending is not None:
-            chunk, self.pending = self.pending, None
+            chunk, self.pending = self.pending.whole(), None
             if chunk.keys.shape[2]:
                 scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
-                self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
+                with given_dtypes(chunk.keys.device):
+                    self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
+                    if self.record_past:  # drafts come in chunks, too
+                        self.store.end_prompt()
 
     def dense(self, which: int) -> Tensor:
         """All K (0) or V (1) as a tensor, for models that do not attend through the attention interface."""
@@ -227,6 +265,8 @@ class CompressedLayer(HandleLayer):
         remove = -tokens_to_remove
         if remove > self.get_seq_length():
             raise KvcompError(f"crop({tokens_to_remove}): the cache holds {self.get_seq_length()} tokens")
+        if self.waiting:
+            self.commit()
         if self.pending is not None:
             here = min(remove, self.pending.keys.shape[2])
             self.pending = self.pending.without_last(here)
@@ -255,8 +295,9 @@ class CompressedLayer(HandleLayer):
     def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
         """A layer that goes on by itself from here, among those with the same `choices`, and shares the pages that
         there are."""
+        store = self.store.fork(choices)
         twin = copy(self)
-        twin.choices, twin.store = choices, self.store.fork(choices)
+        twin.choices, twin.store = choices, store
         return twin
 
     def offload(self) -> None:
@@ -268,19 +309,50 @@ class CompressedLayer(HandleLayer):
 
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""
+        store = self.store.state()
         pending = None if self.pending is None else tuple(self.pending)
-        flags = {"record_past": self.record_past, "warned": self.warned}
-        return {"store": self.store.state(), "pending": pending, **flags}
+        return {"store": store, "pending": pending, "record_past": self.record_past, "warned": self.warned}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host."""
-        self.store.restore(state["store"], device)
+        """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
+
+        Raises:
+            KvcompError: more tokens than there is room for, or pages of another layout.
+            DamagedError: the state is no layer's of this plan.
+        """
+        state = State.of(state, f"layer {self.plan.layer}")
+        self.store.restore(state.part("store"), device)
         if self.store.started:
             self.dtype, self.device, self.is_initialized = self.store.dtype, self.store.device, True
         if state["pending"] is not None:
-            values: Any = (x.to(device) if isinstance(x, Tensor) else x for x in state["pending"])
-            self.pending = Pending(*values)
-        self.record_past, self.warned = state["record_past"], state["warned"]
+            self.pending = Pending.restored(state, self.store, device)
+        self.record_past, self.warned = state.flag("record_past"), state.flag("warned")
+        self.loaded = True
+        self.check_room()
+
+    def check_loaded(self, keys: Tensor, values: Tensor) -> None:
+        """Raise a KvcompError unless a model's keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv] are like those held."""
+        if self.is_initialized:
+            store = self.store
+            held = (store.heads, store.k_dim, store.v_dim, store.dtype)
+            given = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+            if given != held:
+                raise KvcompError(
+                    "the cache holds {} KV heads of {} and {} channels in {}, but the model has {} of {} and {} in {}: "
+                    "it was saved by another model, or its file is damaged".format(*held, *given)
+                )
+        self.loaded = False
+
+    def check_room(self) -> None:
+        """Raise a KvcompError where a layer that was loaded holds more tokens than `max_tokens`."""
+        held = 0 if self.pending is None else self.pending.keys.shape[2]
+        held += int(self.store.history.counts.max()) if self.batch_size > 0 else 0
+        if self.max_tokens is not None and held > self.max_tokens:
+            raise KvcompError(
+                f"max_tokens={self.max_tokens}: the cache holds {held} tokens, and with the next one {held + 1} tokens "
+                "exceed it. The default is the model's max_position_embeddings: load the cache with a larger "
+                "max_tokens= if the model's positions do reach further"
+            )
 
     def library(self) -> list[Tensor]:
         """What the layer holds as transformers would, beside keys and values."""
@@ -289,8 +361,8 @@ class CompressedLayer(HandleLayer):
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding that is written excluded."""
-        pending = 0 if self.pending is None else self.pending.keys.nbytes + self.pending.values.nbytes
-        return self.store.dense_bytes + pending
+        written = self.store.dense_bytes
+        return written + (0 if self.pending is None else self.pending.keys.nbytes + self.pending.values.nbytes)
 
     def read(self) -> tuple[dict[str, int], int]:
         """Bytes that the last decode step loaded, by part, and what it would have loaded without compression."""

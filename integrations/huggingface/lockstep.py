@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import CompressedCache
 from .handles import Call, HandleLayer
 from .layer import CompressedLayer
+from .masks import dense_mask
 
 
 class Rows(HandleLayer):
@@ -34,12 +36,13 @@ class Rows(HandleLayer):
         k, v = (torch.cat(parts) for parts in zip(*held, strict=True))
         return k, v
 
-    def attention(self, call: Call) -> tuple[Tensor, None]:
-        outs, mask = [], call.mask
+    def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        outs, mask = [], dense_mask(call.mask) if isinstance(call.mask, BlockMask) else call.mask
         for i, (member, q) in enumerate(zip(self.members, call.query.split(1), strict=True)):
             own = mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1]
-            outs.append(member.attention(call._replace(query=q, mask=own))[0])
-        return torch.cat(outs), None
+            outs.append(member.attention(call._replace(query=q, mask=own)))
+        out, weights = zip(*outs, strict=True)
+        return torch.cat(out), None if weights[0] is None else torch.cat(weights)
 
     def dense(self, which: int) -> Tensor:
         return torch.cat([member.dense(which) for member in self.members])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
@@ -22,15 +23,46 @@ class Seen(NamedTuple):
     past: Tensor | None  # int64 [B or 1, n or 1]: how many earlier tokens each query sees; None for all
 
 
+Mask = Tensor | BlockMask  # [B, N], [B, 1 or Hq, n, N], or flex attention's
 _read_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward hands the same mask to every layer
+_causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # causal block masks: their padding [B, N], in a tuple
 
 
-def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
-    """Interpret the mask of n queries behind `past` cached columns: None, [B, past + n], or [B, 1, n, past + n].
+def dense_mask(mask: BlockMask) -> Tensor:
+    """What a block mask shows, bool [B, H, n, N].
+
+    Raises:
+        UnsupportedError: a part of another block mask, which no longer tells which tokens its blocks show.
+    """
+    try:
+        shown = create_mask(mask.mask_mod, *mask.shape, device=str(mask.kv_indices.device))
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"attention_mask=BlockMask{tuple(mask.shape)}: its mask_mod does not say which tokens it shows ({error}); "
+            "pass a block mask from create_block_mask, or a tensor"
+        ) from None
+    q_block, kv_block = mask.BLOCK_SIZE
+    n, length = mask.shape[-2:]
+
+    def blocks(x: Tensor) -> Tensor:
+        return x.bool().repeat_interleave(q_block, -2).repeat_interleave(kv_block, -1)[..., :n, :length]
+
+    shown = shown & blocks(mask.to_dense())
+    if mask.full_kv_num_blocks is not None:  # flex attention does not ask mask_mod there
+        whole = BlockMask.from_kv_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=mask.BLOCK_SIZE)
+        shown = shown | blocks(whole.to_dense())
+    return shown
+
+
+def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
+    """Interpret the mask of n queries behind `past` cached columns: None, [B, past + n], [B, 1, n, past + n], or a
+    block mask of that shape.
 
     Raises:
         UnsupportedError: an additive bias, or a mask that differs between heads.
     """
+    if isinstance(mask, BlockMask) and (padding := _causal_masks.get(mask)) is not None:
+        (mask,) = padding
     if mask is None:
         return Seen(None, None, None)
     known = _read_masks.get(mask)
@@ -38,7 +70,9 @@ def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
         return known[1]
     if mask.shape[-1] != past + n:
         raise UnsupportedError(f"attention mask of length {mask.shape[-1]} for {past} cached and {n} new tokens")
-    if mask.dtype == torch.bool or mask.dim() == 2:
+    if isinstance(mask, BlockMask):
+        allowed = dense_mask(mask)
+    elif mask.dtype == torch.bool or mask.dim() == 2:
         allowed = mask.bool()
     else:
         low = torch.finfo(mask.dtype).min / 2
@@ -57,7 +91,37 @@ def read_mask(mask: Tensor | None, past: int, n: int) -> Seen:
     return seen
 
 
+def columns(mask: Mask | None, length: int) -> Tensor | None:
+    """A single query's mask over `length` columns, as [B, 1, 1, length]; what [B, N] does not reach is hidden."""
+    if isinstance(mask, BlockMask):
+        return dense_mask(mask)
+    if mask is None or mask.dim() == 4:
+        return mask
+    return torch.nn.functional.pad(mask.bool(), (0, length - mask.shape[1]))[:, None, None]
+
+
+def chunk_mask(base: str, query: Tensor, length: int, padding: Any, whole: bool = False) -> Any:
+    """The mask of causal queries [B, Hq, n, D], the newest of `length` tokens, in the form of implementation `base`.
+
+    padding: bool [B, length], False where padding; None for none. whole: also where attention knows it without.
+    """
+    n, own = query.shape[2], AttentionMaskInterface._global_mapping.get(base)
+    if own is None:
+        return padding
+    return own(
+        batch_size=query.shape[0],
+        q_length=n,
+        kv_length=length,
+        q_offset=length - n,
+        attention_mask=padding,
+        allow_is_causal_skip=not whole,
+        dtype=query.dtype,
+        device=query.device,
+    )
+
+
 def mask_function(base: str) -> Callable[..., Any]:
+    """The mask function of a hooked model whose implementation is `base`."""
     own: Any = AttentionMaskInterface._global_mapping[base]
 
     def kvcomp_mask(
@@ -69,7 +133,7 @@ def mask_function(base: str) -> Callable[..., Any]:
         mask_function: Callable[..., Any] = causal_mask_function,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor | None:
+    ) -> Mask | None:
         """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on. Everything else as the
         base does, and where the model itself reads the mask; of a cache with idle room behind the chunk it is whole."""
         if q_length > 1 and kv_offset + kv_length > q_offset + q_length:
@@ -77,7 +141,7 @@ def mask_function(base: str) -> Callable[..., Any]:
         ours = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
         if ours and q_length > 1 and q_offset > 0 and kv_offset == 0:
             return attention_mask
-        return own(
+        made: Mask | None = own(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -87,5 +151,9 @@ def mask_function(base: str) -> Callable[..., Any]:
             attention_mask=attention_mask,
             **kwargs,
         )
+        told = attention_mask is None or attention_mask.shape[1] == kv_length
+        if ours and told and isinstance(made, BlockMask) and kv_offset == 0:
+            _causal_masks[made] = (attention_mask,)
+        return made
 
     return kvcomp_mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvcomp.attention import Part
-from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import Shared
 from kvcomp.ledger import add_parts
 from kvcomp.plan import LayerPlan
 from kvcomp.preallocated import PreallocatedStore, decode_step, why_not
 
 from ..configs import caches_latents
-from .handles import Call, Handle
+from .handles import Call, Handle, given_dtypes
 from .layer import CompressedLayer, Pending, answered
+from .masks import columns
 
 
 def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_tokens: int | None) -> None:
@@ -31,6 +33,11 @@ def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_
         raise UnsupportedError(
             f"preallocate={tokens}: {config.model_type} has other layers than full attention ({', '.join(others)}), "
             "whose steps are not of fixed shape here: leave preallocate= out"
+        )
+    if "flex_attention" in (config._attn_implementation or ""):
+        raise UnsupportedError(
+            f"preallocate={tokens}: transformers' generate has no block masks for caches of fixed room: load the model "
+            "with attn_implementation='sdpa', or leave preallocate= out"
         )
     if tokens < 1 or (max_tokens is not None and tokens > max_tokens):
         most = "" if max_tokens is None else f", at most the model's max_position_embeddings={max_tokens}"
@@ -44,6 +51,7 @@ class PreallocatedLayer(CompressedLayer):
     operator. Whatever else comes, a prompt or surgery, finds them in `store`.
     """
 
+    gathers = False  # steps that graphs take must find the prompt written
     is_compileable = True
 
     def __init__(
@@ -83,8 +91,10 @@ class PreallocatedLayer(CompressedLayer):
     ) -> tuple[Handle, Handle]:
         if not self._steps(key_states):
             return super().update(key_states, value_states)
+        if self.loaded:
+            self.check_loaded(key_states, value_states)
         self.check_rows(key_states)
-        self.pending = Pending(key_states, value_states)
+        self.pending = Pending(*self.as_held(key_states, value_states))
         return self.handles(key_states.shape, value_states.shape, self.preallocated.tokens)
 
     def _steps(self, new: Tensor) -> bool:
@@ -92,7 +102,15 @@ class PreallocatedLayer(CompressedLayer):
         return self.preallocated.live and new.shape[2] == 1
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
-        tokens = int(self.get_seq_length()) + key_states.shape[2]
+        n, ahead = key_states.shape[2], self.preallocated
+        if 1 < n < self.plan.gathers and ahead.live and int(ahead.length) == self.store.history.length:
+            warnings.warn(
+                f"{n} more tokens of a prompt came to a preallocated cache, where {self.plan.policies[0].name} chooses "
+                f"from each chunk by itself: use kvcomp.prefill(chunk={n}), or chunks of {self.plan.gathers}",
+                KvcompWarning,
+                stacklevel=2,
+            )
+        tokens = int(self.get_seq_length()) + n
         if tokens > self.preallocated.tokens:
             raise KvcompError(
                 f"{tokens} tokens exceed preallocate={self.preallocated.tokens}, the room of this cache: ask for more"
@@ -101,7 +119,10 @@ class PreallocatedLayer(CompressedLayer):
         return super()._update(key_states, value_states)
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        return self._step(call) if self._steps(call.query) else super().answer(call)
+        if self._steps(call.query):
+            with given_dtypes(call.query.device):
+                return self._step(call)
+        return super().answer(call)
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if self._steps(call.query):
@@ -114,10 +135,16 @@ class PreallocatedLayer(CompressedLayer):
     def _step(self, call: Call) -> tuple[Tensor, None]:
         """Attention of a step, which the preallocated store takes."""
         assert self.pending is not None
+        if call.wants_weights:
+            raise UnsupportedError(
+                f"output_attentions=True: steps of preallocate={self.preallocated.tokens} give none: leave one of the "
+                "two out"
+            )
         (keys, values, *_), self.pending, ahead = self.pending, None, self.preallocated
         scale = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         softcap = call.kwargs.get("softcap") or 0.0
-        part = decode_step(call.query, keys, values, call.mask, ahead.length, ahead.name, scale, softcap)
+        mask = columns(call.mask, ahead.tokens)
+        part = decode_step(call.query, keys, values, mask, ahead.length, ahead.name, scale, softcap)
         ahead.length.add_(1)
         return answered(Part(*part), call), None
 
@@ -177,6 +204,13 @@ class PreallocatedLayer(CompressedLayer):
         super().restore(state, device)
         if self.is_initialized and self.pending is None:
             self.preallocated.take(self.store)
+
+    def check_room(self) -> None:
+        held = int(self.get_seq_length())
+        if held > self.preallocated.tokens:
+            raise KvcompError(
+                f"preallocate={self.preallocated.tokens}: the cache holds {held} tokens per row: ask for more room"
+            )
 
     @property
     def dense_bytes(self) -> int:

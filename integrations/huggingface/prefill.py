@@ -157,6 +157,7 @@ def _together(
         ours = isinstance(at_layer[0], CompressedLayer)
         layers.append(SharedLayer(at_layer, watches) if ours else deepcopy(at_layer[0]))
     start = clock(model.device)
+    _expect(caches, prompt.ids.shape[1])
     logits = prompt.enter(model, Cache(layers=layers), 0, prompt.ids.shape[1])
     seconds = clock(model.device) - start
     for cache in caches:
@@ -221,8 +222,16 @@ def _choose(policy: Policy, cache: CompressedCache, rows: list[list[Tensor]]) ->
             layer.commit()
 
 
+def _expect(caches: Sequence[CompressedCache], tokens: int) -> None:
+    for cache in caches:
+        for layer in cache.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.expect(tokens)
+
+
 def _alone(model: PreTrainedModel, prompt: Prompt, cache: CompressedCache, chunk: int) -> Prefilled:
     tokens = prompt.ids.shape[1]
+    _expect([cache], tokens - (tokens % chunk == 1 < chunk))  # as in `generate`, where a last single token is no chunk
     start = clock(model.device)
     for at in range(0, tokens, chunk):
         logits = prompt.enter(model, cache, at, min(at + chunk, tokens))

@@ -15,6 +15,7 @@ from kvcomp.errors import UnsupportedError
 from kvcomp.policies.kvzip import most_received
 
 from .handles import Call, HandleLayer
+from .masks import chunk_mask
 
 REQUEST = "\n\nRepeat the previous context exactly.\n"
 REQUEST_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -43,11 +44,8 @@ class RepeatLayer(HandleLayer):
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         keys, values = (torch.cat(pair, 2) for pair in zip(self.prompt, self.own, strict=True))
-        m, n = call.query.shape[2], self.get_seq_length()
-        hidden = torch.ones(m, n + m, dtype=torch.bool, device=keys.device).triu(n + 1)
-        mask = torch.zeros(1, 1, m, n + m, dtype=call.query.dtype, device=keys.device)
         self._watch(call)
-        return call._replace(mask=mask.masked_fill(hidden, torch.finfo(mask.dtype).min)).dense(keys, values)
+        return call._replace(mask=chunk_mask(call.name, call.query, keys.shape[2], None)).dense(keys, values)
 
     def _watch(self, call: Call) -> None:
         sinks, (keys, _) = min(SINKS, self.start), self.prompt

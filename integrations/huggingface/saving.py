@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 
 from kvcomp.errors import KvcompError
 from kvcomp.saving import Saved
+from kvcomp.state import FLOATS, DamagedError, State
 
 from ..configs import field
 from .fingerprint import ESSENTIALS, fingerprint
 from .layer import CompressedLayer
+from .library import restore_library
 from .preallocated import PreallocatedLayer
 
 
@@ -60,22 +62,71 @@ def _kind(layer: Any) -> str:
     return (CompressedLayer if isinstance(layer, PreallocatedLayer) else type(layer)).__name__
 
 
-def restore_layer(layer: Any, state: dict[str, Any], device: torch.device) -> None:
-    """Make a new layer the one whose `layer_state` this is, on `device`; the state's tensors lie on the host.
+def check_kinds(layers: Sequence[Any], saved: Saved) -> None:
+    """Raise a KvcompError unless these are layers of the kinds that were saved; its tensors are not looked at."""
+    if len(layers) != len(saved.layers):
+        raise DamagedError(f"it has {len(saved.layers)} layers, the model {len(layers)}")
+    for i, (layer, state) in enumerate(zip(layers, saved.layers, strict=True)):
+        kind, here = State(state, f"layer {i}").text("kind"), _kind(layer)
+        if kind != here:
+            raise KvcompError(f"a {short(kind)[1:-1]} was saved where this version of transformers has a {here}")
+
+
+def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) -> None:
+    """Make new layers those whose `layer_state` was saved, on `device`; the states' tensors lie on the host.
 
     Raises:
-        KvcompError: another kind of layer, or pages of another layout.
+        KvcompError: pages of another layout, or more tokens than the layers have room for.
+        DamagedError: the states are none of such layers.
     """
-    kind = _kind(layer)
-    if kind != state["kind"]:
-        raise KvcompError(f"a {state['kind']} was saved where this version of transformers has a {kind}")
+    for i, (layer, state) in enumerate(zip(layers, saved.layers, strict=True)):
+        both = State(state, f"layer {i}")
+        both.only("kind", "own")
+        own = both.part("own")
+        if isinstance(layer, CompressedLayer):
+            own.only(*layer.state())
+            layer.restore(own, device)
+            _check_index(layer, own)
+        else:
+            restore_library(layer, own, device)
+    ours = [layer for layer in layers if isinstance(layer, CompressedLayer) and layer.is_initialized]
+    for what, found in (
+        ("dtypes", {str(layer.dtype).removeprefix("torch.") for layer in ours} | ({saved.dtype} if ours else set())),
+        ("numbers of rows", {rows for layer in layers if (rows := _rows(layer)) is not None}),
+        ("numbers of tokens", {int(layer.get_seq_length()) for layer in ours}),
+    ):
+        if len(found) > 1:
+            raise DamagedError(f"its layers are of different {what}: {', '.join(map(str, sorted(found)))}")
+
+
+def _check_index(layer: CompressedLayer, own: State) -> None:
+    """Of a model's own indexer, keys [B, n, D] and positions [dims, B, n] of all tokens."""
+    rows, tokens = max(layer.batch_size, 0), int(layer.get_seq_length())
+    if own.get("index_keys") is not None:
+        own.tensor("index_keys", (rows, tokens, None), *FLOATS)
+    if own.get("index_positions") is not None:
+        own.tensor("index_positions", (None, rows, tokens), torch.int64)
+
+
+def _rows(layer: Any) -> int | None:
+    """Rows that a layer holds; None where it holds nothing."""
     if isinstance(layer, CompressedLayer):
-        layer.restore(state["own"], device)
-    else:
-        vars(layer).update(tree_map(lambda x: _on(x, device), state["own"]))
+        return layer.batch_size if layer.is_initialized else None
+    conv = vars(layer).get("conv_states")
+    tensors = [vars(layer).get("keys"), *(conv.values() if isinstance(conv, dict) else ())]
+    return next((len(x) for x in tensors if isinstance(x, Tensor) and x.dim() > 1), None)
 
 
-def _on(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.device):
-        return device
-    return value.to(device) if isinstance(value, Tensor) else value
+def usable_device(asked: str, model_or_config: Any, device: torch.device | str | None) -> torch.device:
+    """The device that was asked for, or the model's own, or the CPU.
+
+    Raises:
+        KvcompError: there is none of that name, or it cannot hold tensors here.
+    """
+    try:
+        on = torch.device(getattr(model_or_config, "device", "cpu") if device is None else device)
+        torch.empty(0, device=on)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        told = str(error).partition("\n")[0].strip().rstrip(".")
+        raise KvcompError(f"{asked}: no such device here ({told}): name one that torch can use, such as cpu") from error
+    return on

@@ -55,7 +55,7 @@ def check_stages(setup: Setup, ranks: int = 1) -> None:
     for policy in stack.policies:
         _check_policy(setup, policy, ranks)
     shape = setup.shape(1, 0)
-    if quantizer.needs_queries or quantizer.adapted_bytes(shape):
+    if quantizer.needs_queries:
         raise UnsupportedError(
             f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: give it a "
             "calibration file where it takes one, or use int, kivi or turboquant"

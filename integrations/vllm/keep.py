@@ -71,7 +71,7 @@ def let_go(pages: Pages, leave: Leave) -> None:
     mass, queries = pages.received(leave.pages).cpu().unbind(-1)
     full = torch.ones(heads, dtype=torch.int64)
     n, size = leave.pages.shape[1], pages.setup.page_size
-    held = Held(full * leave.tokens, full * n, size, pages.setup.sinks, heads, mass / queries.clamp_min(1))
+    held = Held(full * leave.tokens, full * n, size, pages.setup.sinks, heads, mass / queries.clamp_min(1), queries)
     gone = policy.expired(held)
     assert gone is not None
     stay = (~gone).nonzero()[:, 1].view(heads, n - leave.count).to(leave.pages.device)

@@ -41,6 +41,7 @@ class Pages:
         self.plan = plan = setup.plan(layer)
         shape = replace(setup.shape(heads, layer), device=device)
         self.codec, self.layout = plan.build(shape)
+        self.codec.fix(None)  # what a block holds depends on its tokens alone
         self.index = None if plan.chooser is None else plan.chooser.index(shape)
         self.by_tokens = plan.by_tokens(self.layout)
         if self.codec.state():
@@ -49,6 +50,8 @@ class Pages:
                 "workers and restarts would settle differently: use whole bits"
             )
         self.one = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
+        if self.one is not None:
+            self.one.fix(None)
         self.pool = torch.empty(0)
 
     def at(self, kv_cache: Tensor) -> Pages:

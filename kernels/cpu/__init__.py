@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, addressof, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from functools import cache
-from importlib.util import find_spec
 from math import prod
 from struct import Struct
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, empty
+from torch import Tensor
 
 from kvcomp.attention import Part
+from kvcomp.errors import KvcompError
 from kvcomp.exact import Tokens
 from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 from kvcomp.pages import SUMMARY, PageLayout, Summary
+
+from .loading import MISSING, load
+from .memory import given, records, table
 
 KINDS = {"uniform": 0, "codebook": 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 LEVELS = ("portable", "AVX2", "AVX-512")
@@ -48,39 +51,27 @@ class _Segment(Structure):
 
 
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
-_SOURCE = 13  # two sides of segments, base, page_bytes and count; ids, counts, ids_stride, page_tokens, in_tokens
+_SOURCE = 15  # as the C structure of that name has it: two sides of 4, ids, counts, 5 sizes
 _NO_SOURCE = (0,) * _SOURCE
 _PROBLEM = Struct(f"{2 * _SOURCE + 13}q2fi4x")
-_VECTORS = Struct("17qi4x")
+_VECTORS = Struct("18qi4x")
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it is not installed. torch is imported by then: they share its OpenMP."""
-    spec = find_spec(f"{__name__}._attend")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        found = ctypes.CDLL(spec.origin)
-    except OSError:
-        return None
-    found.kvcomp_attend.argtypes, found.kvcomp_attend.restype = [c_char_p], c_int
-    number, place = c_int64, c_void_p
-    found.kvcomp_vector_dots.argtypes, found.kvcomp_vector_dots.restype = [c_char_p], c_int
-    found.kvcomp_encode.argtypes, found.kvcomp_encode.restype = [c_char_p], c_int
-    found.kvcomp_code_dots.argtypes = [place, place, place, number, place, number, place, *[number] * 6, place]
-    many = [number] * 5
-    found.kvcomp_choose.argtypes = [place, c_float, place, *many, place, *[number] * 3, place]
-    found.kvcomp_choose.restype = c_int
-    found.kvcomp_append.argtypes, found.kvcomp_append.restype = [*[place] * 5, *many], None
-    found.kvcomp_shares.argtypes = [place, place, number, number, number, place]
-    found.kvcomp_largest.argtypes = [place, place, number, number, number, place]
-    sizes = [number] * 3
-    found.kvcomp_regroup.argtypes = [place, number, place, number, place, *sizes, place, place, number, place, number]
-    found.kvcomp_runs.argtypes, found.kvcomp_runs.restype = [place, place, number, number, number, place], None
-    found.kvcomp_code_dots.restype = found.kvcomp_shares.restype = found.kvcomp_regroup.restype = None
-    found.kvcomp_largest.restype = c_int
-    return found
+    """The compiled kernel, or None where there is none; see `missing`. torch is imported by then: they share its
+    OpenMP."""
+    return _loaded()[0]
+
+
+def missing() -> str:
+    """Why there is no compiled kernel, and what to do."""
+    return _loaded()[1] or MISSING
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    return load()
 
 
 def _compiled() -> ctypes.CDLL:
@@ -137,16 +128,17 @@ class Pages(NamedTuple):
     in_tokens: bool = False
 
 
-_DESCRIBED: WeakKeyDictionary[SideLayout, tuple[PageLayout, SideLayout, Described, Described]] = WeakKeyDictionary()
+# By sides, then by layouts. Nothing is replaced: other threads may be reading what an entry points at.
+_DESCRIBED: WeakKeyDictionary[SideLayout, dict[PageLayout, Described]] = WeakKeyDictionary()
 
 
-def described(sides: Sides, layout: PageLayout) -> tuple[Described, Described]:
-    """The descriptions of K and V in pages of this layout, made once."""
-    known = _DESCRIBED.get(sides[0])
-    if known is None or known[0] is not layout or known[1] is not sides[1]:
-        k, v = (Described(side, layout) for side in sides)
-        known = _DESCRIBED[sides[0]] = layout, sides[1], k, v
-    return known[2], known[3]
+def described(side: SideLayout, layout: PageLayout) -> Described:
+    """The description of K or V in pages of this layout, made once."""
+    of_side = _DESCRIBED.get(side)
+    if of_side is None:
+        of_side = _DESCRIBED.setdefault(side, {})
+    known = of_side.get(layout)
+    return of_side.setdefault(layout, Described(side, layout)) if known is None else known
 
 
 def obstacle(segment: Segment) -> str | None:
@@ -177,27 +169,40 @@ def attend(
     All are in the coordinates of the queries, and so is the output. bias [S, R] as in `attention.attend`. The groups
     are the lse of each page, as in the reference, where asked for.
     """
-    queries = queries.float().contiguous()
+    queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
     sources, groups, v_dim = _NO_SOURCE, None, 0
     if pages is not None:
-        ids, counts = _ids(pages.ids), _counts(pages.counts)
-        base, stride = pages.pool.data_ptr(), pages.pool.stride(0)
-        k, v = described(pages.sides, pages.layout)
+        base, stride, named = records("pool", pages.pool, pages.layout.body_bytes)
+        ids, many, width = table(pages.ids, streams)
+        counts = given("counts", pages.counts, torch.int64, (streams,))
+        k, v = (described(side, pages.layout) for side in pages.sides)
         v_dim = v.dim
+        if k.dim != k_dim:
+            raise KvcompError(f"queries have {k_dim} channels, and the keys in these pages {k.dim}")
         sides = k.address, base, stride, k.count, v.address, base, stride, v.count
-        sources = *sides, ids.data_ptr(), counts.data_ptr(), ids.stride(0), pages.layout.page_size, pages.in_tokens
+        sizes = width, pages.layout.page_size, pages.in_tokens, many, named
+        sources = *sides, ids.data_ptr(), counts.data_ptr(), *sizes
         if lse_of_pages:
-            groups = queries.new_full((streams, rows, ids.shape[1]), -torch.inf)
+            groups = queries.new_full((streams, rows, many), -torch.inf)
     if tokens is not None:
-        v_dim = tokens.values.shape[2]
-        own = *_rows(tokens.keys), *_rows(tokens.values), 0, tokens.counts.data_ptr(), 0, tokens.keys.shape[1], 0
+        keys, room, dim = _rows("keys", tokens.keys, streams)
+        values, other, width = _rows("values", tokens.values, streams)
+        if dim != k_dim or other != room or (pages is not None and width != v_dim):
+            told = f"keys {list(tokens.keys.shape)} and values {list(tokens.values.shape)}"
+            raise KvcompError(f"{told} do not fit {streams} streams of {k_dim} and {v_dim or width} channels")
+        v_dim, held = width, given("counts of tokens", tokens.counts, torch.int64, (streams,))
+        own = *keys, *values, 0, held.data_ptr(), 0, room, 0, 0, 0
         sources = (*own, *_NO_SOURCE) if pages is None else (*sources, *own)
     else:
         sources = *sources, *_NO_SOURCE
-    out, lse = empty(streams, rows, v_dim), empty(streams, rows)
+    out, lse = queries.new_empty(streams, rows, v_dim), queries.new_empty(streams, rows)
     if bias is not None:
-        bias = bias.float().contiguous()
+        bias = given("bias", bias, torch.float32, (streams, rows))
+    prior_out = prior_lse = None
+    if prior is not None:
+        prior_out = given("out of prior", prior.out, torch.float32, (streams, rows, v_dim))
+        prior_lse = given("lse of prior", prior.lse, torch.float32, (streams, rows))
     problem = _PROBLEM.pack(
         *sources,
         (pages is not None) + (tokens is not None),
@@ -207,29 +212,43 @@ def attend(
         v_dim,
         queries.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        0 if prior is None else prior.out.data_ptr(),
-        0 if prior is None else prior.lse.data_ptr(),
+        0 if prior_out is None else prior_out.data_ptr(),
+        0 if prior_lse is None else prior_lse.data_ptr(),
         out.data_ptr(),
         lse.data_ptr(),
         0 if groups is None else groups.data_ptr(),
-        0 if groups is None else groups.shape[2],
+        0 if groups is None else many,
         scale,
         softcap or 0,
         level(),
     )
-    if _compiled().kvcomp_attend(problem):
-        raise MemoryError("no memory for attention over compressed pages")
+    if failed := _compiled().kvcomp_attend(problem):
+        raise error(failed)
     return Part(out, lse, groups)
 
 
 def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Write one token of each stream, keys and values [B, H, 1, D], behind the counts [S] that k and v [S, N, D] hold,
-    and count it; False, and nothing done, where dtypes differ or the buffers are views."""
-    if keys.dtype != k.dtype or values.dtype != v.dtype or not (k.is_contiguous() and v.is_contiguous()):
+    and count it; False, and nothing done, where dtypes differ, or something is a view or on another device."""
+    if keys.dtype is not k.dtype or values.dtype is not v.dtype:
         return False
-    k_bytes, v_bytes = k.shape[2] * k.itemsize, v.shape[2] * v.itemsize
+    if not (k.is_contiguous() and v.is_contiguous() and keys.is_contiguous() and values.is_contiguous()):
+        return False
+    if not (k.is_cpu and v.is_cpu and keys.is_cpu and values.is_cpu):
+        return False
+    held, others, new = k.shape, v.shape, (*keys.shape[:2], 1)
+    fits = len(held) == len(others) == 3 and held[0] == others[0] == prod(new)
+    if not fits or keys.shape != (*new, held[2]) or values.shape != (*new, others[2]):
+        told = f"keys {list(keys.shape)} and values {list(values.shape)}"
+        raise KvcompError(f"{told} are no token of each of the streams of {list(held)} and {list(others)}")
+    streams, k_room, k_dim = held
+    v_room, v_dim = others[1:]
+    if counts.dtype is not torch.int64 or not (counts.is_cpu and counts.is_contiguous()) or counts.shape != (streams,):
+        raise KvcompError(f"counts are {counts.dtype} {list(counts.shape)}, and the C kernel counts int64 [{streams}]")
+    k_bytes, v_bytes = k_dim * k.itemsize, v_dim * v.itemsize
     places = k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(), counts.data_ptr()
-    _compiled().kvcomp_append(*places, len(k), k.stride(0) * k.itemsize, v.stride(0) * v.itemsize, k_bytes, v_bytes)
+    if failed := _compiled().kvcomp_append(*places, streams, k_room, v_room, k_bytes, v_bytes):
+        raise error(failed)
     return True
 
 
@@ -237,15 +256,18 @@ def vector_dots(queries: Tensor, summary: Summary, names: tuple[str, ...], scale
     """As `select.vector_dots`, from where the summaries are; nothing is written for pages that do not exist."""
     layout = summary.layout
     shape, offsets, scale_at, scales = _vectors(layout, names, scale)
-    queries, ids, counts = queries.float().contiguous(), _ids(summary.ids), _counts(summary.counts)
+    queries = given("queries", queries, torch.float32, 3)
     streams, rows, dim = queries.shape
-    pages, many = ids.shape[1], prod(shape[:-1])
-    out = empty(streams, rows, pages * many)
-    listed = summary.pool.data_ptr(), ids.data_ptr(), counts.data_ptr(), addressof(offsets), queries.data_ptr()
-    sizes = out.data_ptr(), summary.pool.stride(0), ids.stride(0), streams, rows, pages, len(names), many, dim
-    problem = _VECTORS.pack(*listed, *sizes, scale_at, scales, layout.bytes_per_page - offsets[0], level())
-    if _compiled().kvcomp_vector_dots(problem):
-        raise MemoryError("no memory to choose what to read")
+    if dim != shape[-1]:
+        raise KvcompError(f"queries have {dim} channels, and the vectors of {names} {shape[-1]}")
+    (base, stride, named), (ids, pages, width), counts = _summaries(summary, streams)
+    many = prod(shape[:-1])
+    out = queries.new_empty(streams, rows, pages * many)
+    listed = base, ids.data_ptr(), counts.data_ptr(), addressof(offsets), queries.data_ptr()
+    sizes = out.data_ptr(), stride, width, streams, rows, pages, len(names), many, dim
+    problem = _VECTORS.pack(*listed, *sizes, scale_at, scales, layout.bytes_per_page - offsets[0], named, level())
+    if failed := _compiled().kvcomp_vector_dots(problem):
+        raise error(failed)
     return out
 
 
@@ -264,33 +286,39 @@ def _vectors(
 def code_dots(queries: Tensor, offset: Tensor, summary: Summary, name: str, bits: int) -> Tensor:
     """As `select.code_dots`, from where the summaries are; offset [S, J, 1]. Nothing is written for pages that do not
     exist."""
-    queries, offset = queries.contiguous(), offset.contiguous()
-    ids, counts = _ids(summary.ids), _counts(summary.counts)
-    streams, heads, _ = queries.shape
     rows, size = next(f.shape for f in summary.layout.fields if f.name == name)
-    pages, pool = ids.shape[1], summary.pool
-    out = empty(streams, heads, pages * size)
-    places = queries.data_ptr(), offset.data_ptr(), pool.data_ptr() + summary.layout.offsets[name], pool.stride(0)
-    listed = ids.data_ptr(), ids.stride(0), counts.data_ptr()
-    _compiled().kvcomp_code_dots(*places, *listed, streams, heads, rows, bits, pages, size, out.data_ptr())
+    queries = given("queries", queries, torch.float32, 3)
+    streams, heads, channels = queries.shape
+    if channels != rows * 8 // bits:
+        raise KvcompError(f"queries have {channels} channels, and the codes of {name} {rows * 8 // bits}")
+    offset = given("offset", offset, torch.float32, (streams, heads, 1))
+    (base, stride, named), (ids, pages, width), counts = _summaries(summary, streams)
+    out = queries.new_empty(streams, heads, pages * size)
+    places = queries.data_ptr(), offset.data_ptr(), base + summary.layout.offsets[name], stride, named
+    listed = ids.data_ptr(), width, counts.data_ptr()
+    sizes = streams, heads, rows, bits, pages, size
+    if failed := _compiled().kvcomp_code_dots(*places, *listed, *sizes, out.data_ptr()):
+        raise error(failed)
     return out
 
 
 def shares(logits: Tensor, counts: Tensor) -> Tensor:
     """As `select.shares`."""
-    logits, counts = logits.float().contiguous(), _counts(counts)
+    logits = given("logits", logits, torch.float32, 3)
     streams, heads, n = logits.shape
-    out = empty(streams, n)
-    _compiled().kvcomp_shares(logits.data_ptr(), counts.data_ptr(), streams, heads, n, out.data_ptr())
+    counts = given("counts", counts, torch.int64, (streams,))
+    out = logits.new_empty(streams, n)
+    if failed := _compiled().kvcomp_shares(logits.data_ptr(), counts.data_ptr(), streams, heads, n, out.data_ptr()):
+        raise error(failed)
     return out
 
 
 def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
     """As `select.largest`, of `width` columns."""
-    x, wanted = x.float().contiguous(), _counts(wanted)
-    out = empty(len(x), width, dtype=torch.int64)
-    if _compiled().kvcomp_largest(x.data_ptr(), wanted.data_ptr(), *x.shape, width, out.data_ptr()):
-        raise MemoryError("no memory to choose what to read")
+    x, wanted = given("x", x, torch.float32, 2), given("wanted", wanted, torch.int64, (len(x),))
+    out = wanted.new_empty(len(x), width)
+    if failed := _compiled().kvcomp_largest(x.data_ptr(), wanted.data_ptr(), *x.shape, width, out.data_ptr()):
+        raise error(failed)
     return out
 
 
@@ -305,43 +333,63 @@ def choose(
     ends: tuple[int, int],
 ) -> Tensor:
     """As `select.choose`."""
-    logits, counts = logits.float().contiguous(), _counts(counts)
+    logits = given("logits", logits, torch.float32, 3)
     streams, heads, n = logits.shape
-    out = empty(streams, width, dtype=torch.int64)
+    counts = given("counts", counts, torch.int64, (streams,))
+    wanted = given("wanted", wanted, torch.int64, (streams,))
+    out = wanted.new_empty(streams, width)
+    if n % pages or unit not in (1, n // pages):
+        raise KvcompError(f"{n} logits are not the same number of each of {pages} pages, or of units of {unit}")
     sizes = streams, heads, pages, n // pages, unit
     places = wanted.data_ptr(), width, *ends, out.data_ptr()
-    if _compiled().kvcomp_choose(logits.data_ptr(), scale, counts.data_ptr(), *sizes, *places):
-        raise MemoryError("no memory to choose what to read")
+    if failed := _compiled().kvcomp_choose(logits.data_ptr(), scale, counts.data_ptr(), *sizes, *places):
+        raise error(failed)
     return out
 
 
-def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor, records: Tensor) -> None:
-    """As `select.regroup`, into `records`."""
-    ids, tokens = _ids(ids), tokens.contiguous()
+def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor, made: Tensor) -> None:
+    """As `select.regroup`, into `made`."""
+    tokens = given("tokens", tokens, torch.int64, 2)
+    streams, many = tokens.shape
+    ids, listed, width = table(ids, streams)
+    address, stride, n = records("made", made, layout.body_bytes)
+    if n * layout.page_size != streams * many:
+        raise KvcompError(f"{streams * many} tokens do not fill {n} pages of {layout.page_size}")
     offsets, rows = _rows_of(layout)
-    _compiled().kvcomp_regroup(
-        *(pool.data_ptr(), pool.stride(0), ids.data_ptr(), ids.stride(0), tokens.data_ptr(), *tokens.shape),
-        *(layout.page_size, offsets, rows, len(offsets), records.data_ptr(), records.stride(0)),
+    failed = _compiled().kvcomp_regroup(
+        *records("pool", pool, layout.body_bytes),
+        *(ids.data_ptr(), width, listed, tokens.data_ptr(), streams, many, layout.page_size, offsets, rows),
+        *(len(offsets), address, stride),
     )
+    if failed:
+        raise error(failed)
 
 
 def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
     """As `dispatch.runs`."""
-    starts, out = starts.contiguous(), empty(*starts.shape, width, dtype=x.dtype)
-    sizes = x.itemsize, starts.numel(), width * x.itemsize
-    _compiled().kvcomp_runs(x.data_ptr(), starts.data_ptr(), *sizes, out.data_ptr())
+    if not x.is_cpu or x.dim() != 1:
+        raise KvcompError(
+            f"runs are taken out of a row of elements on the CPU, not out of {list(x.shape)} on {x.device}"
+        )
+    x, starts = x.contiguous(), given("starts", starts, torch.int64, starts.shape)
+    out = x.new_empty(*starts.shape, width)
+    places = x.data_ptr(), len(x), starts.data_ptr()
+    if failed := _compiled().kvcomp_runs(*places, x.itemsize, starts.numel(), width, out.data_ptr()):
+        raise error(failed)
     return out
 
 
-def _ids(ids: Tensor) -> Tensor:
-    """int32 ids [S, n] whose rows are contiguous."""
-    ids = ids if ids.dtype == torch.int32 else ids.to(torch.int32)
-    return ids if ids.stride(1) == 1 else ids.contiguous()
+def error(code: int) -> Exception:
+    """What a number that a function returned stands for."""
+    if code == 1:
+        return MemoryError("no memory for a step of attention over compressed pages")
+    return KvcompError("counts, ids or places are below 0, or beyond what there is: the cache is damaged")
 
 
-def _counts(counts: Tensor) -> Tensor:
-    """int64 counts [S], side by side."""
-    return counts if counts.dtype == torch.int64 and counts.is_contiguous() else counts.to(torch.int64).contiguous()
+def _summaries(summary: Summary, streams: int) -> tuple[tuple[int, int, int], tuple[Tensor, int, int], Tensor]:
+    """Pool, ids [S, n] and counts [S] of the pages of so many streams."""
+    counts = given("counts", summary.counts, torch.int64, (streams,))
+    return records("pool", summary.pool, summary.layout.bytes_per_page), table(summary.ids, streams), counts
 
 
 @cache
@@ -354,13 +402,21 @@ def _rows_of(layout: PageLayout) -> tuple[ctypes.Array[c_int64], ctypes.Array[c_
 
 def readable(tokens: Tokens) -> bool:
     """Whether the kernel can read exact tokens: on this device, in a dtype that it knows, channels side by side."""
-    return all(x.is_cpu and x.dtype in KINDS and x.stride(2) == 1 for x in (tokens.keys, tokens.values))
+    k, v, _ = tokens
+    held = k.dtype in KINDS and v.dtype in KINDS and k.is_cpu and v.is_cpu
+    return held and k.stride()[-1] == 1 and v.stride()[-1] == 1
 
 
-def _rows(x: Tensor) -> tuple[int, int, int, int]:
-    """A side of exact tokens [S, N, D]."""
-    segment = _row_segment(x.shape[2], x.dtype, x.stride(1))
-    return addressof(segment), x.data_ptr(), x.stride(0) * x.itemsize, 1
+def _rows(name: str, x: Tensor, streams: int) -> tuple[tuple[int, int, int, int], int, int]:
+    """A side of exact tokens [S, N, D] that are `readable`; N and D."""
+    shape, strides, dtype = x.shape, x.stride(), x.dtype
+    if len(shape) != 3 or shape[0] != streams or strides[2] != 1 or dtype not in KINDS or not x.is_cpu:
+        raise KvcompError(
+            f"{name} of exact tokens are {dtype} {list(shape)} on {x.device}, and the C kernel takes float32, float16 "
+            f"or bfloat16 [{streams}, N, D] on the CPU with contiguous rows"
+        )
+    segment = _row_segment(shape[2], dtype, strides[1])
+    return (addressof(segment), x.data_ptr(), strides[0] * dtype.itemsize, 1), shape[1], shape[2]
 
 
 @cache

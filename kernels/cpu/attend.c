@@ -61,6 +61,7 @@ typedef struct {
     const int32_t *ids;    /* [streams, ids_stride] pages; NULL: page s */
     const int64_t *counts; /* [streams] pages, or tokens where there are no ids or `in_tokens` says so */
     int64_t ids_stride, page_tokens, in_tokens;
+    int64_t listed, records; /* ids of a stream; pages that they may name */
 } Source;
 
 typedef struct {
@@ -92,6 +93,7 @@ typedef struct {
     float *out;     /* [streams, rows, pages * vectors] */
     int64_t page_bytes, ids_stride, streams, rows, pages, fields, vectors, dim, scale, scales;
     int64_t bytes; /* of the summary, from the first field on */
+    int64_t records; /* that ids may name */
     int32_t level;
 } Vectors;
 
@@ -111,6 +113,25 @@ static int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 
 static int64_t stream_tokens(const Source *s, int64_t stream) {
     return s->ids && !s->in_tokens ? s->counts[stream] * s->page_tokens : s->counts[stream];
+}
+
+/* Whether a stream's ids, the first `count` of `listed`, are of pages that there are. */
+static int named(const int32_t *ids, int64_t count, int64_t listed, int64_t records) {
+    int64_t wrong = count < 0 || count > listed;
+    if (!wrong)
+        for (int64_t i = 0; i < count; i++) wrong |= (uint32_t)ids[i] >= (uint64_t)records;
+    return !wrong;
+}
+
+/* Whether all that streams are said to hold lies within what was handed. */
+static int in_bounds(const Source *s, int64_t streams) {
+    int64_t each = s->in_tokens ? s->page_tokens : 1;
+    for (int64_t i = 0; i < streams; i++) {
+        int64_t count = s->counts[i];
+        if (count < 0 || count > (s->ids ? s->listed * each : s->page_tokens)) return 0;
+        if (s->ids && !named(s->ids + i * s->ids_stride, (count + each - 1) / each, s->listed, s->records)) return 0;
+    }
+    return 1;
 }
 
 static int64_t stream_tiles(const Source *s, int64_t stream, const Shape *shape) {
@@ -213,6 +234,12 @@ typedef uint16_t u16x8 __attribute__((vector_size(16)));
 #include "tiles.h"
 #endif
 
+/* What kernels/cpu/sources.py says of the sources that this is compiled from; setup.py defines it. */
+#ifndef KVCOMP_SOURCES
+#define KVCOMP_SOURCES ""
+#endif
+const char *kvcomp_sources(void) { return KVCOMP_SOURCES; }
+
 /* The best instruction set that this machine runs: 2 AVX-512, 1 AVX2, 0 what the compiler takes for granted. */
 int kvcomp_level(void) {
 #if defined(__x86_64__)
@@ -276,8 +303,10 @@ static int64_t merge(const Problem *p, const Shape *shape, const Item *items, in
     return n;
 }
 
-/* Attention of the problem. Returns 0, or 1 where memory ran out. */
+/* Attention of the problem. Returns 0, or 1 where memory ran out, 2 where counts or ids are out of bounds. */
 int kvcomp_attend(const Problem *p) {
+    for (int64_t i = 0; i < p->sources; i++)
+        if (!in_bounds(&p->source[i], p->streams)) return 2;
     Shape shape = shape_of(p);
     int64_t blocks = (p->rows + ROWS - 1) / ROWS, total = 0, threads = 1;
     for (int64_t i = 0; i < p->sources; i++)
@@ -359,8 +388,11 @@ static void split(const Vectors *v, float *to, int64_t room) {
     }
 }
 
-/* out of the pages that exist; nothing of others. Returns 0, or 1 where memory ran out. */
+/* out of the pages that exist; nothing of others. Returns 0, or 1 where memory ran out, 2 where counts or ids are
+ * out of bounds. */
 int kvcomp_vector_dots(const Vectors *v) {
+    for (int64_t s = 0; s < v->streams; s++)
+        if (!named(v->ids + s * v->ids_stride, v->counts[s], v->pages, v->records)) return 2;
     int64_t room = round_up(v->fields * v->dim, 16), each = room * v->vectors * TOGETHER, threads = 1;
     int64_t queries = v->streams * v->rows * room, blocks = (v->pages + PAGES - 1) / PAGES;
 #ifdef _OPENMP

@@ -67,6 +67,7 @@ typedef struct {
     const int64_t *ids;  /* [pages] records of the pool */
     const int64_t *rows; /* [pages]: single tokens, written where these tokens of a page lie; or NULL: whole pages */
     int64_t record_stride, record_bytes, pages, page_tokens, level;
+    int64_t records, tokens; /* that ids and rows may name */
 } Pages;
 
 typedef union {
@@ -404,8 +405,11 @@ static void run(const Pages *p, int64_t m, uint8_t *codes, float *room) {
     encode_portable(p, m, codes, room);
 }
 
-/* Whole records, summaries excepted, which become 0; or tokens of them, and nothing else. Returns 0, or 1 where memory ran out. */
+/* Whole records, summaries excepted, which become 0; or tokens of them, and nothing else. Returns 0, or 1 where memory
+ * ran out, 2 where ids or rows are out of bounds. */
 int kvcomp_encode(const Pages *p) {
+    for (int64_t m = 0; m < p->pages; m++)
+        if (p->ids[m] < 0 || p->ids[m] >= p->records || (p->rows && (p->rows[m] < 0 || p->rows[m] >= p->tokens))) return 2;
     int64_t widest = 0, threads = 1;
     for (int i = 0; i < 2; i++) widest = p->side[i].dim > widest ? p->side[i].dim : widest;
     widest = (widest + 63) / 64 * 64;

@@ -10,15 +10,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kvcomp.errors import KvcompError
 from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 from kvcomp.pages import PageLayout
 
-from . import KINDS, NOTHING, _compiled, level
+from . import KINDS, NOTHING, _compiled, error, level
+from .memory import given, records
 
 # Structures of the C kernel, as one row of numbers each.
 _PIECE = Struct("10q3f12q")
 _SIDE = "5q2f"
-_PAGES = Struct(2 * _SIDE + "8q")
+_PAGES = Struct(2 * _SIDE + "10q")
 
 
 class _Piece(NamedTuple):
@@ -66,24 +68,30 @@ def _piece(segment: Segment, weight: float, layout: PageLayout) -> _Piece:
 
 
 class Described(NamedTuple):
-    """One side of a page as the kernel takes it: pieces, and all of them in one buffer."""
+    """One side of a page as the kernel takes it: pieces, and all of them in one buffer, which points at their tensors.
+    dtype: of what is stored without a grid, which the kernel copies; None where there is nothing of the kind."""
 
-    layout: PageLayout
     pieces: list[_Piece]
     buffer: Array[c_char]
+    dtype: torch.dtype | None
 
 
-_DESCRIBED: WeakKeyDictionary[SideLayout, Described] = WeakKeyDictionary()
+# By sides, then by layouts. Nothing is replaced: other threads may be reading what an entry points at.
+_DESCRIBED: WeakKeyDictionary[SideLayout, dict[PageLayout, Described]] = WeakKeyDictionary()
 
 
 def described(side: SideLayout, layout: PageLayout) -> Described:
     """K or V of pages of this layout; made once."""
-    known = _DESCRIBED.get(side)
-    if known is None or known.layout is not layout:
+    of_side = _DESCRIBED.get(side)
+    if of_side is None:
+        of_side = _DESCRIBED.setdefault(side, {})
+    known = of_side.get(layout)
+    if known is None:
         weights = [0.0] * len(side.segments) if side.gain is None else side.gain.weights
         pieces = [_piece(segment, weight, layout) for segment, weight in zip(side.segments, weights, strict=True)]
         buffer = create_string_buffer(b"".join(piece.packed() for piece in pieces))
-        known = _DESCRIBED[side] = Described(layout, pieces, buffer)
+        numbers = {segment.dtype for segment in side.segments if isinstance(segment, Numbers)}
+        known = of_side.setdefault(layout, Described(pieces, buffer, numbers.pop() if len(numbers) == 1 else None))
     return known
 
 
@@ -99,7 +107,8 @@ def _obstacle(segment: Segment, side: SideLayout) -> str | None:
         return "floating-point codes"
     if isinstance(segment, Codebook) and segment.middles is None and side.gain is None:
         return "codes that follow from more than their segment"
-    if isinstance(segment, Codebook) and segment.book.device.type != "cpu":
+    tables = (segment.book, segment.middles) if isinstance(segment, Codebook) else ()
+    if any(x is not None and x.device.type != "cpu" for x in tables):
         return "a codebook on another device"
     return None
 
@@ -117,26 +126,27 @@ def write(
     pool uint8 [records, bytes_per_page or more], as `sides` say. Summaries become 0.
 
     rows int64 [M]: keys [M, 1, Rk] and values [M, 1, Rv] are single tokens, written where these tokens of a page lie,
-    of a layout that is `tokenwise`; all else of the records stays. What is stored without a grid must come in the dtype
-    of its field.
+    of a layout that is `tokenwise`; all else of the records stays. What is stored without a grid is converted to the
+    dtype of its field.
     """
-    assert pool.dtype == torch.uint8
-    assert pool.shape[1] >= layout.bytes_per_page
-    assert pool.stride(1) == 1
-    assert rows is None or layout.tokenwise
+    base, stride, n = records("pool", pool, layout.bytes_per_page)
+    if rows is not None and not layout.tokenwise:
+        raise KvcompError("single tokens cannot be written into pages whose tokens share scales")
     tokens = layout.page_size if rows is None else 1
-    ids = ids.to(torch.int64).contiguous()
-    rows = None if rows is None else rows.to(torch.int64).contiguous()
-    inputs: list[Tensor] = []  # as long as the kernel reads them
+    ids = given("ids", ids, torch.int64, 1)
+    rows = None if rows is None else given("rows", rows, torch.int64, ids.shape)
+    kept: list[tuple[Described, Tensor]] = []  # as long as the kernel reads them
     numbers: list[float] = []
-    for x, side in zip((keys, values), sides, strict=True):
-        assert x.shape == (len(ids), tokens, side.inputs)
-        assert all(s.dtype == x.dtype for s in side.segments if isinstance(s, Numbers))
-        inputs.append((x if x.dtype in KINDS else x.float()).contiguous())
-        pieces = addressof(described(side, layout).buffer), len(side.segments)
+    for name, x, side in zip(("keys", "values"), (keys, values), sides, strict=True):
+        how = described(side, layout)
+        dtype = how.dtype or (x.dtype if x.dtype in KINDS else torch.float32)
+        x = given(name, x, dtype, (len(ids), tokens, side.inputs))
+        kept.append((how, x))
         gain = (1.0, 0.0) if side.gain is None else (side.gain.power, side.gain.most)
-        numbers += *pieces, inputs[-1].data_ptr(), side.inputs, KINDS[inputs[-1].dtype], *gain
-    places = pool.data_ptr(), ids.data_ptr(), 0 if rows is None else rows.data_ptr()
-    sizes = pool.stride(0), layout.bytes_per_page, len(ids), tokens, level()
-    if _compiled().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes)):
-        raise MemoryError("no memory to write compressed pages")
+        numbers += addressof(how.buffer), len(side.segments), x.data_ptr(), side.inputs, KINDS[dtype], *gain
+    places = base, ids.data_ptr(), 0 if rows is None else rows.data_ptr()
+    sizes = stride, layout.bytes_per_page, len(ids), tokens, level(), n, layout.page_size
+    failed = _compiled().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))
+    del kept
+    if failed:
+        raise error(failed)

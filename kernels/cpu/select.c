@@ -73,12 +73,31 @@ FAST static void dots_of_pages(const float *q, const float *offset, const uint8_
     }
 }
 
+/* Whether counts are of nothing, or of no more than there are. */
+static int in_bounds(const int64_t *counts, int64_t streams, int64_t most) {
+    for (int64_t s = 0; s < streams; s++)
+        if (counts[s] < 0 || counts[s] > most) return 0;
+    return 1;
+}
+
+/* Whether ids [streams, ids_stride], the first counts[s] of `pages`, are of records that there are. */
+static int named(const int32_t *ids, int64_t ids_stride, const int64_t *counts, int64_t streams, int64_t pages,
+                 int64_t records) {
+    int64_t wrong = !in_bounds(counts, streams, pages);
+    for (int64_t s = 0; s < streams && !wrong; s++)
+        for (int64_t i = 0; i < counts[s]; i++) wrong |= (uint32_t)ids[s * ids_stride + i] >= (uint64_t)records;
+    return !wrong;
+}
+
+/* Functions that return a number: 0, or 1 where memory ran out, 2 where counts, ids or places are out of bounds. */
+
 /* codes of page i of stream s at codes + ids[s][i] * page_bytes: [rows, size] bytes; out [streams, heads, pages * size],
  * of which only the first counts[s] pages are written. */
-void kvcomp_code_dots(const float *q, const float *offset, const uint8_t *codes, int64_t page_bytes, const int32_t *ids,
-                      int64_t ids_stride, const int64_t *counts, int64_t streams, int64_t heads, int64_t rows, int64_t bits,
-                      int64_t pages, int64_t size, float *out) {
+int kvcomp_code_dots(const float *q, const float *offset, const uint8_t *codes, int64_t page_bytes, int64_t records,
+                     const int32_t *ids, int64_t ids_stride, const int64_t *counts, int64_t streams, int64_t heads,
+                     int64_t rows, int64_t bits, int64_t pages, int64_t size, float *out) {
     int64_t channels = bits == 4 ? 2 * rows : rows, blocks = (pages + PAGES - 1) / PAGES;
+    if (!named(ids, ids_stride, counts, streams, pages, records)) return 2;
 #pragma omp parallel for schedule(static) if (streams * blocks > 8)
     for (int64_t i = 0; i < streams * blocks; i++) {
         int64_t s = i / blocks, from = i % blocks * PAGES, to = from + PAGES;
@@ -86,6 +105,7 @@ void kvcomp_code_dots(const float *q, const float *offset, const uint8_t *codes,
                       to < counts[s] ? to : counts[s], heads, rows, (int)bits, size, out + s * heads * pages * size,
                       pages * size);
     }
+    return 0;
 }
 
 /* x[i] = exp(x[i] - most), to 2e-7 relative; returns their sum. */
@@ -140,12 +160,14 @@ static void shares_of(float *logits, int64_t heads, int64_t stride, int64_t n, f
 }
 
 /* out [streams, n]: `shares_of` the first counts[s]; 0 for the others. */
-void kvcomp_shares(float *logits, const int64_t *counts, int64_t streams, int64_t heads, int64_t n, float *out) {
+int kvcomp_shares(float *logits, const int64_t *counts, int64_t streams, int64_t heads, int64_t n, float *out) {
+    if (!in_bounds(counts, streams, n)) return 2;
 #pragma omp parallel for schedule(static) if (streams > 1 && n > 512)
     for (int64_t s = 0; s < streams; s++) {
         shares_of(logits + s * heads * n, heads, n, counts[s], out + s * n);
         memset(out + s * n + counts[s], 0, (n - counts[s]) * sizeof(float));
     }
+    return 0;
 }
 
 /* Numbers in the order of floats that are no nan. */
@@ -197,8 +219,9 @@ static void places_of(const float *x, int64_t n, int64_t k, uint32_t *room, int6
     for (; at < width; at++) to[at] = last;
 }
 
-/* out [streams, width]: `places_of` the wanted[s] largest of x [streams, n]. Returns 0, or 1 where memory ran out. */
+/* out [streams, width]: `places_of` the wanted[s] largest of x [streams, n]. */
 int kvcomp_largest(const float *x, const int64_t *wanted, int64_t streams, int64_t n, int64_t width, int64_t *out) {
+    if (!in_bounds(wanted, streams, n < width ? n : width)) return 2;
     uint32_t *room = malloc(2 * streams * n * sizeof(uint32_t) + 1);
     if (!room) return 1;
 #pragma omp parallel for schedule(static) if (streams > 1 && n > 512)
@@ -210,19 +233,19 @@ int kvcomp_largest(const float *x, const int64_t *wanted, int64_t streams, int64
 
 /* out [streams, width]: of the counts[s] pages, or unit * counts[s] tokens, of a stream, those wanted[s] of the largest
  * shares; the first and last `first` and `last` pages are among them. logits [streams, heads, pages * each], to be
- * multiplied with scale, are overwritten; a page's share is the sum of its `each` where unit is 1. Returns 0, or 1 where
- * memory ran out. */
+ * multiplied with scale, are overwritten; a page's share is the sum of its `each` where unit is 1. */
 int kvcomp_choose(float *logits, float scale, const int64_t *counts, int64_t streams, int64_t heads, int64_t pages,
                   int64_t each, int64_t unit, const int64_t *wanted, int64_t width, int64_t first, int64_t last,
                   int64_t *out) {
     int64_t n = pages * each;
+    if (!in_bounds(counts, streams, pages) || !in_bounds(wanted, streams, width)) return 2;
     uint32_t *memory = malloc(3 * streams * n * sizeof(uint32_t) + 1);
     if (!memory) return 1;
 #pragma omp parallel for schedule(static) if (streams > 1 && n > 512)
     for (int64_t s = 0; s < streams; s++) {
         uint32_t *room = memory + 3 * s * n;
         float *share = (float *)(room + 2 * n), *mine = logits + s * heads * n;
-        int64_t many = counts[s] * unit;
+        int64_t many = counts[s] * unit, taken = wanted[s] < many ? wanted[s] : many;
         for (int64_t g = 0; g < heads; g++)
             for (int64_t i = 0; i < counts[s] * each; i++) mine[g * n + i] *= scale;
         shares_of(mine, heads, n, counts[s] * each, share);
@@ -234,7 +257,7 @@ int kvcomp_choose(float *logits, float scale, const int64_t *counts, int64_t str
             }
         for (int64_t i = 0; i < many && i < first * unit; i++) share[i] += 2;
         for (int64_t i = many - 1; i >= 0 && i >= many - last * unit; i--) share[i] += 2;
-        places_of(share, many, wanted[s], room, out + s * width, width, pages * unit - 1);
+        places_of(share, many, taken, room, out + s * width, width, pages * unit - 1);
     }
     free(memory);
     return 0;
@@ -256,11 +279,13 @@ static inline void copy_row(uint8_t *to, const uint8_t *from, int64_t n) {
 /* Pages of single tokens: token i of stream s is tokens[s][i], place tokens % size of page ids[s][tokens / size]. Field f
  * of a page begins at offsets[f], and has row[f] bytes a token. out [streams * count / size, out_bytes]. Rows lie apart:
  * those to come are fetched ahead. */
-void kvcomp_regroup(const uint8_t *pool, int64_t page_bytes, const int32_t *ids, int64_t ids_stride, const int64_t *tokens,
-                    int64_t streams, int64_t count, int64_t size, const int64_t *offsets, const int64_t *row,
-                    int64_t fields, uint8_t *out, int64_t out_bytes) {
-    int64_t total = streams * count;
-#pragma omp parallel for schedule(static) if (total > 256)
+int kvcomp_regroup(const uint8_t *pool, int64_t page_bytes, int64_t records, const int32_t *ids, int64_t ids_stride,
+                   int64_t listed, const int64_t *tokens, int64_t streams, int64_t count, int64_t size,
+                   const int64_t *offsets, const int64_t *row, int64_t fields, uint8_t *out, int64_t out_bytes) {
+    int64_t total = streams * count, wrong = 0;
+    for (int64_t i = 0; i < total; i++) wrong |= tokens[i] < 0 || tokens[i] >= listed * size;
+    if (wrong) return 2;
+#pragma omp parallel for schedule(static) reduction(| : wrong) if (total > 256)
     for (int64_t i = 0; i < total; i++) {
         if (i + AHEAD < total) {
             int64_t s = (i + AHEAD) / count, token = tokens[i + AHEAD], place = token % size;
@@ -268,30 +293,43 @@ void kvcomp_regroup(const uint8_t *pool, int64_t page_bytes, const int32_t *ids,
             for (int64_t f = 0; f < fields; f++)
                 for (int64_t at = 0; at < row[f]; at += 64) __builtin_prefetch(page + offsets[f] + place * row[f] + at);
         }
-        int64_t s = i / count, token = tokens[i], place = token % size;
-        const uint8_t *page = pool + ids[s * ids_stride + token / size] * page_bytes;
+        int64_t s = i / count, token = tokens[i], place = token % size, id = ids[s * ids_stride + token / size];
+        if (id < 0 || id >= records) {
+            wrong = 1;
+            continue;
+        }
+        const uint8_t *page = pool + id * page_bytes;
         uint8_t *to = out + i / size * out_bytes; /* a stream's tokens fill whole pages */
         for (int64_t f = 0; f < fields; f++)
             copy_row(to + offsets[f] + i % size * row[f], page + offsets[f] + place * row[f], row[f]);
     }
+    return wrong ? 2 : 0;
 }
 
-/* out [count, bytes]: runs of so many bytes that begin at from + starts[i] * unit. */
-void kvcomp_runs(const uint8_t *from, const int64_t *starts, int64_t unit, int64_t count, int64_t bytes, uint8_t *out) {
+/* out [count, width]: runs of so many elements that begin at element starts[i] of the n of `unit` bytes. */
+int kvcomp_runs(const uint8_t *from, int64_t n, const int64_t *starts, int64_t unit, int64_t count, int64_t width,
+                uint8_t *out) {
+    int64_t bytes = width * unit, wrong = 0;
+    for (int64_t i = 0; i < count; i++) wrong |= starts[i] < 0 || starts[i] > n - width;
+    if (wrong) return 2;
 #pragma omp parallel for schedule(static) if (count > 256)
     for (int64_t i = 0; i < count; i++) {
         if (i + AHEAD < count)
             for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + starts[i + AHEAD] * unit + at);
         copy_row(out + i * bytes, from + starts[i] * unit, bytes);
     }
+    return 0;
 }
 
-/* A token of each stream behind the counts[s] that k and v [streams, stride bytes] hold; it counts from then on. */
-void kvcomp_append(uint8_t *k, uint8_t *v, const uint8_t *keys, const uint8_t *values, int64_t *counts, int64_t streams,
-                   int64_t k_stride, int64_t v_stride, int64_t k_bytes, int64_t v_bytes) {
+/* A token of each stream behind the counts[s] that k and v [streams, room] of so many bytes hold; it counts from then
+ * on. */
+int kvcomp_append(uint8_t *k, uint8_t *v, const uint8_t *keys, const uint8_t *values, int64_t *counts, int64_t streams,
+                  int64_t k_room, int64_t v_room, int64_t k_bytes, int64_t v_bytes) {
+    if (!in_bounds(counts, streams, (k_room < v_room ? k_room : v_room) - 1)) return 2;
     for (int64_t s = 0; s < streams; s++) {
-        memcpy(k + s * k_stride + counts[s] * k_bytes, keys + s * k_bytes, k_bytes);
-        memcpy(v + s * v_stride + counts[s] * v_bytes, values + s * v_bytes, v_bytes);
+        memcpy(k + (s * k_room + counts[s]) * k_bytes, keys + s * k_bytes, k_bytes);
+        memcpy(v + (s * v_room + counts[s]) * v_bytes, values + s * v_bytes, v_bytes);
         counts[s]++;
     }
+    return 0;
 }

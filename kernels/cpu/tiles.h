@@ -1046,7 +1046,7 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
     for (int r = 0; r < rows; r++) {
         const float *q = p->q + (at + r) * p->k_dim;
         int64_t to = r * k_width;
-        bias[r] = p->bias ? p->bias[at + r] * p->scale : 0, m[r] = -INFINITY, sum[r] = 0;
+        bias[r] = p->bias && item->source->ids ? p->bias[at + r] * p->scale : 0, m[r] = -INFINITY, sum[r] = 0;
         for (int i = 0; i < k->count; i++) {
             const Segment *g = &k->segments[i];
             for (int d = 0; d < g->channels; d++) s.q[to + d] = q[d] * p->scale;

@@ -619,7 +619,7 @@ def attend_kernel(
             q, bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
             tl.load(token_counts + stream).to(tl.int32), k_book, v_book, out, lse,
             lse_of_tiles, row, rows, k_dim, v_dim, tiles, scale, softcap,
-            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, BIAS, SOFTCAP, False, False,
+            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, SOFTCAP, False, False,
         )  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
         rows,
         exact=False,
     )
-    constants |= {"BIAS": codec.rotates, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
+    constants |= {"BIAS": codec.biased, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
     queries = "*fp32" if codec.rotates else "*bf16"
     name = spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows"
     name = name if dim == 128 else f"{name}, {dim} channels"

@@ -65,7 +65,7 @@ def content(store: LayerStore) -> list[Tensor]:
     attention = store.table.attention()
     tail = torch.tensor(-1 if store.tail is None else store.tail)
     more = [store.table.counts, store.exact.counts, store.history.counts, tail, *store.codec.state().values()]
-    return [*tokens, *more, *([] if attention is None else [attention])]
+    return [*tokens, *more, *(attention or ())]
 
 
 def assert_alike(ours: LayerStore, theirs: LayerStore) -> None:

@@ -209,8 +209,10 @@ def test_the_table_is_a_list_of_lists(data: st.DataObject) -> None:
                 table.select(torch.tensor(chosen))
                 model = [list(model[i]) for i in chosen]
         assert listed(table) == model
-        attention = table.attention()
-        assert attention is not None
+        watched = table.attention()
+        assert watched is not None
+        attention, queries = watched
+        assert torch.equal(queries > 0, attention > 0)
         for stream, row in enumerate(model):
             assert attention[stream, : len(row)].tolist() == [received.get(page, 0.0) for page in row]
             assert not bool(attention[stream, len(row) :].any())

@@ -25,11 +25,12 @@ SETTLED = [  # by the prompt or before: every kind of grid and basis
     "kivi(bits=2, group=16)",
     "turboquant(bits=4)",
     "turboquant(bits=3, variant=prod)",
+    "turboquant(bits=2.5)",
     "fp8",
     "mxfp4",
     "nvfp4",
 ]
-ADAPTING = ["turboquant(bits=2.5)", "klt(bits=2)"]
+ADAPTING = ["klt(bits=2)"]
 ROWS, HEADS, GROUP, DIM, PROMPT = 3, 2, 3, 64, 50
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

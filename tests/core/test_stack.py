@@ -342,6 +342,7 @@ def storages(store: LayerStore) -> int:
     """Bytes of the tensors that hold tokens and say where they are, listed by hand; constants shared by layers are
     not the stream's."""
     held = [store.exact.k, store.exact.v, store.pool.data, store.table.rows, store.table.counts, store.exact.counts]
+    held += store.codec.adapted()
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t.numel()}.values())
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import tiny_models as models
 import torch
-from generation import tokens
+from generation import assert_same, greedy, left_padded, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from kvcomp import CompressedCache
+from kvcomp import CompressedCache, KvcompWarning
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.layer import CompressedLayer
+from kvcomp.policies.scored import ScoredPolicy
+from kvcomp.registry import find, stages
 
 WINDOW = " + window(sinks=4, recent=32)"
+SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 
 
 @pytest.mark.parametrize("spec", ["snapkv(keep=0.25, window=16)", "keydiff(keep=0.25)"])
@@ -55,3 +63,176 @@ def test_chunks_see_what_was_kept_of_those_before() -> None:
     assert filled.dense_s == 0
     with pytest.raises(KvcompError, match="chunk=0"):
         prefill(model, ids, [CompressedCache("none", model)], chunk=0)
+
+
+def held(cache: CompressedCache) -> list[set[tuple[float, ...]]]:
+    """The values that each layer's first stream holds, where pages are exact."""
+    return [{tuple(v.tolist()) for v in layer.store._tokens(0)[1]} for layer in cache.layers]
+
+
+def kept(cache: CompressedCache) -> list[list[int]]:
+    """Tokens that each stream of each full layer holds."""
+    return [layer.store.kept.tolist() for layer in cache.layers if isinstance(layer, CompressedLayer)]
+
+
+def filled(model: PreTrainedModel, spec: str, ids: Tensor, chunk: int | None, mask: Tensor | None = None) -> Any:
+    """A cache after `prefill`, and the logits."""
+    cache = CompressedCache(spec, model)
+    return cache, prefill(model, ids, [cache], mask, chunk=chunk)[0].logits
+
+
+@pytest.mark.parametrize("size", ["keep=0.3", "budget=40", "budget=40, hold=true"])
+@pytest.mark.parametrize("name", SCORED)
+def test_small_chunks_are_chosen_from_together(name: str, size: str) -> None:
+    """A prompt in chunks of any size keeps what it would at once, where it is shorter than a policy wants to see."""
+    model, ids = models.make("llama", num_hidden_layers=2), tokens(1, 121)
+    spec = f"{name}({size}{', window=16' if 'window' in find(name).__dataclass_fields__ else ''})"
+    whole, _ = filled(model, spec, ids, None)
+    plans = [layer.plan.stored(121) for layer in whole.layers]
+    assert [sum(x) / 2 for x in kept(whole)] == [
+        pages * layer.plan.page_size + exact for layer, (pages, exact) in zip(whole.layers, plans, strict=True)
+    ]
+    for chunk in (1, 7, 64):
+        assert kept(filled(model, spec, ids, chunk)[0]) == kept(whole)
+    for prompt, same in (
+        (ids, whole),
+        (ids[:, :120], filled(model, spec, ids[:, :120], 7)[0]),
+    ):  # 120: the last is alone
+        generated = CompressedCache(spec, model)
+        greedy(model, prompt, generated, new=1, prefill_chunk_size=7)
+        assert kept(generated) == kept(same)
+        assert generated.memory().parts == same.memory().parts
+
+
+@pytest.mark.parametrize("size", ["keep=0.3", "budget=100", "budget=100, hold=true"])
+@pytest.mark.parametrize("name", SCORED)
+def test_long_prompts_keep_as_many_as_planned(name: str, size: str) -> None:
+    """Of a prompt of several rounds: the share, up to the protected tokens of the last; the budget and less than a
+    page."""
+    model, ids = models.make("llama", num_hidden_layers=2), tokens(1, 1300)
+    spec = f"{name}({size}{', window=16' if 'window' in find(name).__dataclass_fields__ else ''})"
+    for chunk in (100, 300, 1024):
+        cache, _ = filled(model, spec + " + none + window(sinks=4, recent=8)", ids, chunk)
+        for layer, found in zip(cache.layers, kept(cache), strict=True):
+            plan = layer.plan
+            planned, mean = plan.policies[0].kept(1300, 4, 8, plan.layer, plan.layers), sum(found) / 2
+            if size.startswith("keep"):
+                assert abs(mean - planned) <= 4 + 16 * 3 + 3  # in each of three rounds
+            else:
+                assert planned - 1 <= mean < planned + plan.page_size
+
+
+def test_chunks_that_wait_are_seen_exactly() -> None:
+    """Attention over what waits to be chosen from, with padding: the dense prefill, as long as nothing is evicted."""
+    for name in ("llama", "gemma3", "gptoss"):
+        model = models.make(name, "eager" if name in models.EAGER_ONLY else "sdpa")
+        ids, mask = left_padded([65, 80, 9])
+        for rows, padding in ((ids, mask), (ids[1:2], None)):
+            _, dense = filled(model, "none", rows, None, padding)
+            for chunk in (1, 7, 64):
+                cache, logits = filled(model, "knorm(keep=1.0) + none", rows, chunk, padding)
+                torch.testing.assert_close(logits, dense, rtol=1e-4, atol=1e-4)
+                assert cache.get_seq_length() == 80
+
+
+@pytest.mark.parametrize(
+    "spec", ["snapkv(keep=0.5, window=8)", "h2o(budget=40)", "knorm(budget=40)", "adakv(keep=0.4, window=8)"]
+)
+def test_rows_of_a_padded_batch_in_chunks_are_as_alone(spec: str) -> None:
+    model, lengths = models.make("llama", num_hidden_layers=2), [65, 80, 9]
+    ids, mask = left_padded(lengths)
+    batch, _ = filled(model, spec, ids, 7, mask)
+    for row, length in enumerate(lengths):
+        alone, _ = filled(model, spec, ids[row : row + 1, 80 - length :], 7)
+        assert [x[2 * row : 2 * row + 2] for x in kept(batch)] == kept(alone)
+
+
+@pytest.mark.parametrize("spec", ["snapkv(keep=0.5, window=8)", "knorm(budget=40)", "adakv(budget=40, window=8)"])
+def test_what_is_generated_and_earlier_turns_stay(spec: str) -> None:
+    """Neither share nor budget is of generated tokens; a later turn is another prompt, in chunks or not."""
+    model, ids, turn = models.make("llama", num_hidden_layers=2), tokens(1, 150), tokens(1, 1200, seed=5)
+    cache, _ = filled(model, spec, ids, 7)
+    first = kept(cache)
+    with torch.no_grad():
+        for step in tokens(1, 90, seed=3).split(1, 1):
+            model(step, past_key_values=cache)
+        assert kept(cache) == [[n + 90 for n in layer] for layer in first]
+        before = held(cache)
+        single = cache.fork()
+        model(turn[:, :150], past_key_values=single)
+        alone, _ = filled(model, spec, turn[:, :150], None)
+        assert [sum(x) for x in kept(single)] == [
+            sum(x) + sum(y) + 180 for x, y in zip(first, kept(alone), strict=True)
+        ]
+        for part in turn.split(300, 1):
+            model(part, past_key_values=cache)
+    grown = [sum(x) - sum(y) - 180 for x, y in zip(kept(cache), first, strict=True)]
+    assert all(n < 2 * (40 + 64) for n in grown) if "budget" in spec else all(abs(n - 1200) <= 2 * 8 for n in grown)
+    assert all(old <= new for old, new in zip(before, held(cache), strict=True))
+
+
+@pytest.mark.parametrize("name", ["tova", "knorm", "snapkv"])
+def test_a_question_behind_a_prompt_stays(name: str) -> None:
+    """What follows `prefill` is a prompt of its own; and a short part of a prompt with a budget stays whole."""
+    model, ids, question = models.make("llama", num_hidden_layers=2), tokens(1, 1100), tokens(1, 50, seed=5)
+    for own in (True, False):
+        cache = CompressedCache(f"{name}(budget=200)", model)
+        if own:
+            prefill(model, ids, [cache], chunk=600)
+        with torch.no_grad():
+            if not own:
+                model(ids, past_key_values=cache)
+            before = kept(cache)
+            model(question, past_key_values=cache)
+        size = cache.layers[0].plan.page_size
+        grown = [sum(x) - sum(y) for x, y in zip(kept(cache), before, strict=True)]
+        assert all(n in (100, 100 - size, 100 - 2 * size) for n in grown)
+        if own and name != "tova":  # which holds its budget
+            assert grown == [100] * 2
+
+
+@pytest.mark.parametrize("look", ["memory", "fork", "save", "rows", "report"])
+def test_surgery_between_chunks(look: str, tmp_path: Path) -> None:
+    """Whoever looks at the cache finds the tokens that came, chosen from."""
+    model, ids, spec = models.make("llama", num_hidden_layers=2), tokens(1, 120), "knorm(keep=0.5) + int(bits=8)"
+    cache, alone = CompressedCache(spec, model), filled(model, spec, ids[:, :100], None)[0]
+    with torch.no_grad():
+        for at in range(0, 100, 25):
+            model(ids[:, at : at + 25], past_key_values=cache)
+        assert cache.get_seq_length() == 100
+        if look == "memory":
+            assert cache.memory() == alone.memory()
+        if look == "report":
+            assert cache.report().splitlines()[2:4] == alone.report().splitlines()[2:4]
+        if look == "fork":
+            cache = cache.fork()
+        if look == "save":
+            cache.save(tmp_path / "x.kv")
+            cache = CompressedCache.load(tmp_path / "x.kv", model)
+        if look == "rows":
+            cache.batch_repeat_interleave(2)
+        assert [n[0] for n in kept(cache)] == [50] * 2
+        rows = ids[:, 100:101].expand(2 if look == "rows" else 1, -1)
+        assert model(rows, past_key_values=cache).logits.isfinite().all()
+        assert cache.get_seq_length() == 101
+
+
+def test_a_first_token_that_comes_alone_is_warned_of() -> None:
+    """Tokens that come one at a time are generated ones, as far as a cache can tell."""
+    model, ids = models.make("llama", num_hidden_layers=1), tokens(1, 40)
+    cache = CompressedCache("knorm(keep=0.5)", model)
+    with pytest.warns(KvcompWarning, match=r"knorm evicts nothing of it: use kvcomp.prefill\(chunk=1\)"):
+        greedy(model, ids, cache, new=1, prefill_chunk_size=1)
+    assert kept(cache) == [[40, 40]]
+
+
+def test_a_preallocated_cache_takes_small_chunks_from_prefill() -> None:
+    model, ids, more = models.make("llama", num_hidden_layers=2), tokens(1, 150), tokens(1, 1, seed=4)
+    spec = "snapkv(keep=0.5, window=8)"
+    expected = greedy(model, torch.cat([ids, more], 1), filled(model, spec, ids, 7)[0], new=6)
+    for chunk in (1, 7, 64):
+        fixed = CompressedCache(spec, model, preallocate=200)
+        prefill(model, ids, [fixed], chunk=chunk)
+        assert_same(greedy(model, torch.cat([ids, more], 1), fixed, new=6), expected)
+    with pytest.warns(KvcompWarning, match=r"by itself: use kvcomp.prefill\(chunk=50\), or chunks of 512"):
+        greedy(model, ids, CompressedCache(spec, model, preallocate=200), new=2, prefill_chunk_size=50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from kvcomp.attention import attend as attend_reference
 from kvcomp.errors import KvcompWarning
 from kvcomp.exact import Tokens
 from kvcomp.kernels import cpu, dispatch, reference
+from kvcomp.kernels.cpu import loading
 from kvcomp.pages import PageLayout, PagePool
 from kvcomp.stages import Codec, PageShape
 
@@ -85,8 +87,9 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected)[finite].abs().max() / expected[finite].abs().max().clamp_min(1e-6))
 
 
-def poisoned(*shape: int) -> Tensor:
-    return torch.full(shape, torch.nan)
+def poisoned(like: Tensor, *shape: int) -> Tensor:
+    """What `new_empty` gives, with nan where memory may hold anything."""
+    return torch.full(shape, torch.nan, dtype=like.dtype)
 
 
 @compiled
@@ -140,7 +143,7 @@ def test_the_kernel_is_the_reference(
     pool.data[~handed] = 0xFF  # nan in every float
     before, had = pool.data.clone(), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "empty", poisoned)
+        patch.setattr(Tensor, "new_empty", poisoned)
         patch.setattr(cpu, "level", lambda: min(level, BEST))
         torch.set_num_threads(threads)
         try:
@@ -207,7 +210,7 @@ def test_pages_filled_in_part(
     poisoned_too = reference.attend_pages(q, *args, in_tokens=True)
     had = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "empty", poisoned)
+        patch.setattr(Tensor, "new_empty", poisoned)
         patch.setattr(cpu, "level", lambda: min(level, BEST))
         torch.set_num_threads(threads)
         try:
@@ -272,7 +275,7 @@ def test_tokens_side_by_side_and_what_came_before(
     expected = attend_reference(q, k.masked_fill(empty, 0), v.masked_fill(empty, 0), 0.2, seen, softcap)
     expected = expected if before is None else merge([before, expected])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "empty", poisoned)
+        patch.setattr(Tensor, "new_empty", poisoned)
         patch.setattr(cpu, "level", lambda: min(level, BEST))
         part = dispatch.attend_tokens(q, Tokens(k, v, held), 0.2, softcap, before)
     assert error(part.out, expected.out) < BOUND
@@ -353,10 +356,10 @@ def test_a_library_that_does_not_load_counts_as_missing(monkeypatch: pytest.Monk
     def broken(_: str) -> None:
         raise OSError("libgomp.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(cpu.ctypes, "CDLL", broken)
-    assert cpu.library.__wrapped__() is None
-    monkeypatch.setattr(cpu, "find_spec", lambda _: None)
-    assert cpu.library.__wrapped__() is None
+    monkeypatch.setattr(ctypes, "CDLL", broken)
+    assert loading.load() == (None, loading.MISSING)
+    monkeypatch.setattr(loading, "candidates", tuple)
+    assert loading.load() == (None, loading.MISSING)
 
 
 @compiled

@@ -9,12 +9,16 @@ import pytest
 import tiny_models as models
 import torch
 from generation import tokens
+from model_part import Rope
 from torch import Tensor
 
 from kvcomp import CompressedCache, Stack
 from kvcomp.layer import LayerStore
 from kvcomp.plan import held_by_stream
+from kvcomp.policies.scored import ScoredPolicy
+from kvcomp.registry import stages
 
+SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 PAGE, SINKS, RECENT = 16, 2, 8
 TAIL = f" + none + window(sinks={SINKS}, recent={RECENT})"
 
@@ -68,8 +72,9 @@ def test_the_pages_that_leave_are_those_that_got_least(heads_choose: str) -> Non
         }
         if heads_choose == "common":
             worth = {(s, p): (worth[0, p] + worth[1, p]) / 2 for s, p in worth}
-        young = {(s, p) for s, p in worth if SINKS + (p + 1) * size > len(held[s]) - budget // 2}  # h2o's newest half
-        worth = {key: x + 2 * (key in young) for key, x in worth.items()}
+        asked = {(s, p): len(got[s].get(held[s][SINKS + p * size], [])) for s, p in worth}
+        newest = {(s, p) for s, p in worth if SINKS + (p + 1) * size > len(held[s]) - budget // 2}  # h2o's newest half
+        worth = {k: 2 * max(size - asked[k], 0) + 2 * (size + 1) * (k in newest) + x for k, x in worth.items()}
         for group in [range(heads)] if heads_choose == "adaptive" else [[s] for s in range(heads)]:
             over = sum(len(held[s]) for s in group) - budget * len(group)
             ranked = sorted((key for key in worth if key[0] in group), key=lambda key: worth[key])
@@ -91,6 +96,38 @@ def test_what_is_needed_stays_and_what_is_not_leaves() -> None:
     for s in range(2):
         assert set(range(100, 110)) <= set(positions(store, s))
         assert len(positions(store, s)) < 80 + store.plan.page_size
+
+
+@pytest.mark.parametrize("heads_choose", ["own", "common", "adaptive"])
+@pytest.mark.parametrize("window", ["sinks=0, recent=0", "sinks=4, recent=32"])
+@pytest.mark.parametrize("name", SCORED)
+def test_new_pages_stay_and_old_ones_leave(name: str, window: str, heads_choose: str) -> None:
+    """A page that nobody was asked about yet is young: of what is generated at least a page is held, of any score."""
+    budget, prompt, heads = 256, 400, 2
+    generator = torch.Generator().manual_seed(1)
+    k, q = (torch.randn(1, h, 900, 16, generator=generator) for h in (heads, 2 * heads))
+    v = torch.arange(900.0).view(1, 1, 900, 1).expand(1, heads, 900, 16).contiguous()
+    spec = f"{name}(budget={budget}, hold=true, heads={heads_choose}) + none + window({window})"
+    store = LayerStore(Stack.parse(spec).plan(1, 4))
+    store.model = Rope(2 * heads, 16)
+    store.start(k, v)
+    store.write(k[:, :, :prompt], v[:, :, :prompt], None, q[:, :, :prompt], 0.25)
+
+    def of_prompt() -> list[int]:
+        return [sum(at < prompt for at in positions(store, s)) for s in range(heads)]
+
+    before, size = of_prompt(), store.plan.page_size
+    for at in range(prompt, 900):
+        store.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
+        store.attend(q[:, :, at : at + 1], 0.25)
+        pages = store.table.counts.clone()
+        store.settle()
+        if not torch.equal(pages, store.table.counts) or at % 50 == 49:
+            held = store.kept.tolist()
+            generated = [n - old for n, old in zip(held, of_prompt(), strict=True)]
+            assert min(generated) >= min(size, at + 1 - prompt)
+            assert sum(held) < heads * (budget + size)
+    assert all(0 <= now <= old - size for now, old in zip(of_prompt(), before, strict=True))
 
 
 def test_rows_and_copies_keep_to_themselves() -> None:

@@ -10,6 +10,8 @@ from synthetic import chunk, statistics, write
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
+from kvcomp.quantizers.centred import CentredCodec
+from kvcomp.quantizers.codecs import GridCodec
 from kvcomp.quantizers.grid import UniformSide
 from kvcomp.quantizers.oscar import ClippedSide, Oscar, bit_reversed, spread_rotation
 from kvcomp.stages import PageShape
@@ -111,7 +113,9 @@ def test_every_row_uses_its_heads_matrix_and_nothing_is_rotated_back_to_attend(
     codec, _ = Stack.parse(f"oscar(bits=4, calibration={str(path)!r})").plan(0, 1).build(shape(3, *dims))
     expected = Oscar.calibrate(statistics(3, *dims))
     k, v = (torch.randn(6, 64, dim, generator=torch.Generator().manual_seed(dim)) for dim in dims)
-    coordinates = codec.k_basis.write(k, torch.arange(6))
+    assert isinstance(codec, CentredCodec)
+    assert isinstance(codec.inner, GridCodec)
+    coordinates = codec.inner.k_basis.write(k, torch.arange(6))
     for stream in range(6):  # two rows of three heads
         torch.testing.assert_close(coordinates[stream], k[stream] @ expected["k"][stream % 3].float())
     decoded = codec.decode(codec.encode(k, v, torch.arange(6)))

@@ -1,0 +1,61 @@
+"""Which modules read the cache without transformers' attention interface, found by what their code does."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from types import FunctionType
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+WRITES = re.compile(r"\b(?:\w+_)?past\w*\.update\(|\bcache\.update\(")  # layer_past.update(key, value, ...)
+ATTENDS = re.compile(r"ALL_ATTENTION_FUNCTIONS|get_interface|attention_interface")
+
+
+def outside_interface(model_or_config: torch.nn.Module | PreTrainedConfig) -> str | None:
+    """The class of an attention module that takes K and V from the cache and attends by itself; None: there is none.
+
+    A config is looked up among the causal language models that transformers knows.
+    """
+    if isinstance(model_or_config, torch.nn.Module):
+        kinds = {type(module) for module in model_or_config.modules()}
+    else:
+        kinds = set(_classes(model_or_config))
+    return min((kind.__name__ for kind in kinds if _attends_alone(kind)), default=None)
+
+
+def _classes(config: PreTrainedConfig) -> Iterator[type]:
+    """The module classes of the modeling file of a config's causal language model."""
+    try:
+        model = AutoModelForCausalLM._model_mapping[type(config)]
+    except (KeyError, ImportError):
+        return
+    for thing in vars(sys.modules[model.__module__]).values():
+        if isinstance(thing, type) and issubclass(thing, torch.nn.Module) and thing.__module__ == model.__module__:
+            yield thing
+
+
+@cache
+def _attends_alone(kind: type) -> bool:
+    code = "" if issubclass(kind, PreTrainedModel) else _code(kind)
+    return WRITES.search(code) is not None and ATTENDS.search(code) is None
+
+
+def _code(kind: type) -> str:
+    """The source of a class's methods, with those that it inherits, if one of them updates something.
+
+    "" where no source is at hand.
+    """
+    owners = [owner for owner in kind.__mro__ if owner.__module__.split(".")[0] != "torch"]
+    methods = {name: thing for owner in reversed(owners) for name, thing in vars(owner).items()}
+    functions = [inspect.unwrap(thing) for thing in methods.values() if isinstance(thing, FunctionType)]
+    if not any("update" in function.__code__.co_names for function in functions):
+        return ""
+    try:
+        return "\n".join(map(inspect.getsource, functions))
+    except (OSError, TypeError):
+        return ""
