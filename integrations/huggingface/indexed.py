@@ -45,7 +45,8 @@ class IndexedLayer(CompressedLayer):
         return answer
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
+        if self.is_initialized or self.index_keys is None:  # else it shares the latents of another layer
+            super().crop(tokens_to_remove)
         if tokens_to_remove:
             keys, positions = self.index_keys, self.indexer_position_ids
             self.index_keys = None if keys is None else keys[:, :tokens_to_remove].clone()

@@ -11,7 +11,7 @@ import torch
 from generation import assert_same, greedy, left_padded, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen4ExpTextConfig
 
-from kvcomp import CompressedCache, Stack, UnsupportedError
+from kvcomp import CompressedCache, KvcompError, Stack, UnsupportedError
 from kvcomp.integrations.huggingface.hook import hook
 from kvcomp.integrations.huggingface.indexed import IndexedLayer
 
@@ -141,6 +141,22 @@ def test_what_an_indexer_holds_follows_crops_rows_and_resets() -> None:
     older = {name: value for name, value in state.items() if name != "index_positions"}
     layer.restore(older, torch.device("cpu"))
     assert layer.indexer_position_ids is None
+
+
+def test_a_layer_that_shares_latents_holds_index_keys_alone() -> None:
+    """Mistral-Large-4: such a layer's indexer is its own."""
+    layer = IndexedLayer(Stack.parse("none").plan(0, 1), None)
+    keys = torch.randn(2, 4, 5)
+    layer.update_indexer(keys)
+    layer.crop(-1)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.index_keys, keys[[1, 0], :3])
+    again = IndexedLayer(layer.plan, None)
+    again.restore(layer.state(), torch.device("cpu"))
+    assert torch.equal(again.index_keys, layer.index_keys)
+    layer.reset()
+    with pytest.raises(KvcompError, match="holds 0 tokens"):
+        layer.crop(-1)
 
 
 def test_an_indexer_over_keys_and_values_is_refused() -> None:

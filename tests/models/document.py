@@ -49,9 +49,9 @@ tiny with random weights (`tests/models/overrides.py`). The file is written by t
   beams, prompt lookup, eager attention, a cache made from the config alone, and `DynamicCache` on the hooked model.
   `equal`: the same tokens, and logits within 1e-3, of a model whose logits change at least ten times as much where
   its prompt is hidden.
-- **int8** (`int(bits=8)`), **kivi4** (`kivi(bits=4)`), **snapkv + int8** (half of the tokens), **int8 + quest** (half
-  of the pages): the model is made to say what the dense one said. `yes`: the first token's logits are equal, the later
-  ones alike.
+- **int8** (`int(bits=8)`), **kivi4** (`kivi(bits=4)`), **snapkv + int8** (a fifth of the tokens leave), **int8 +
+  quest** (half of the pages): the model is made to say what the dense one said. `yes`: the first token's logits are
+  equal, the later ones alike.
 - **refused**: a `KvcompError` says why; it is quoted under remarks. **n/a**: transformers does not do it with its own
   cache.
 
