@@ -24,12 +24,16 @@ from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
 
 from .compact import Compaction, compact
+from .contents import Contents
 from .fingerprint import fingerprint
+from .guards import normal_tensors
 from .hook import PREFIX, hook
 from .indexed import IndexedLayer
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
 from .saving import differences, essentials, layer_state, restore_layer, weights
+from .turns import Turns
+from .watch import reuse, unwatch, watch
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
@@ -90,6 +94,16 @@ class CompressedCache(Cache):
                 KvcompWarning,
                 stacklevel=2,
             )
+        modes = getattr(config, "kv_sharing_modes", None) or ()
+        for layer, mode in zip(layers, modes, strict=False):
+            if isinstance(layer, CompressedLayer):
+                layer.lends = mode == "store"
+        first = next((layer for layer in layers if isinstance(layer, CompressedLayer)), None)
+        if first is not None:
+            flat = any(policy.expires for policy in self.stack.policies)  # memory that does not grow with the text
+            first.turns = Turns(record=not flat and preallocate is None)  # whose steps a graph may take
+            if isinstance(model_or_config, torch.nn.Module):
+                watch(model_or_config)
         self._base = hook(config)
         self._config = weakref.ref(config)
         self._model, self._source = essentials(config), weakref.ref(model_or_config)
@@ -125,7 +139,9 @@ class CompressedCache(Cache):
 
     def detach(self) -> None:
         """Give the model its own attention back. Caches that are still in use with it stop working."""
-        config = self._config()
+        config, model = self._config(), self._source()
+        if isinstance(model, torch.nn.Module):
+            unwatch(model)
         if config is not None and (config._attn_implementation or "").startswith(PREFIX):
             config._attn_implementation = self._base
 
@@ -180,6 +196,27 @@ class CompressedCache(Cache):
             restore_layer(layer, state, on)
         return cache
 
+    def reuse(self, input_ids: Tensor, held: Tensor | None = None) -> int:
+        """Make the cache one that `generate(input_ids, past_key_values=cache)` goes on from, whatever it holds now.
+
+        The cache is cropped to the tokens that it has in common with the ids from the start, but for the last one,
+        which has to be fed. Where that cannot be done exactly (quantized or evicted tokens, layers that forget), the
+        cache is reset, and `generate` feeds all of the ids.
+
+        Args:
+            input_ids: [B, n], all ids of the next turn, from the first token of the conversation.
+            held: [B, m], the ids that the cache holds, more behind them allowed: the output of the last `generate`.
+                Needed where the cache did not see or keep them: it was made from a config, loaded from a file, fed
+                embeddings, preallocated, or its stack lets tokens go while decoding.
+
+        Returns:
+            how many of the tokens are still in the cache.
+
+        Raises:
+            KvcompError: other rows than the cache has, no ids, or no `held` where it is needed.
+        """
+        return reuse(self, input_ids, held)
+
     def fork(self) -> CompressedCache:
         """A cache that goes on by itself from what this one holds: one prefill, many continuations.
 
@@ -218,6 +255,44 @@ class CompressedCache(Cache):
         if not isinstance(source, PreTrainedModel):
             raise KvcompError("compact(model=None): the cache was made from a config, so pass the model")
         return compact(self, source, input_ids, span, keep, tokenizer)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of a row, padding included. `generate` asks when a turn begins."""
+        turns = self._turns()
+        if turns is not None:
+            turns.asked = True
+        return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)
+
+    def _turns(self) -> Turns | None:
+        """The record of ids and positions, where there is one."""
+        return next((layer.turns for layer in self.layers if isinstance(layer, CompressedLayer)), None)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Per layer, as of DynamicCache: all keys and all values as tensors, and the sliding window where it has one."""
+        for layer in self.layers:
+            both = getattr(layer, "keys", None), getattr(layer, "values", None)
+            keys, values = (x.dense() if isinstance(x, Contents) else x for x in both)
+            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+
+    def __copy__(self) -> CompressedCache:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        with normal_tensors():
+            vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise KvcompError(
+            "a CompressedCache cannot be pickled, as it belongs to a model: use cache.save(path) and "
+            "CompressedCache.load(path, model)"
+        )
 
     def _compressed(self) -> list[CompressedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]

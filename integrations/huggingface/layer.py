@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part, sink_logit
+from kvcomp.attention import Part, causal, sink_logit
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import LayerStore, Shared
-from kvcomp.ledger import storage_bytes
+from kvcomp.ledger import add_parts, storage_bytes
 from kvcomp.plan import LayerPlan
 
 from .attention_module import AttentionModule
+from .contents import Contents
+from .guards import normal_tensors, outside_inference, without_gradient
 from .handles import Call, Handle, HandleLayer, apart
-from .masks import read_mask
+from .masks import Seen, read_mask
+from .rows import follow_mask
+from .turns import Turns
 
 
 class Pending(NamedTuple):
@@ -68,12 +72,37 @@ class CompressedLayer(HandleLayer):
         self.plan, self.max_tokens, self.prefill_chunk, self.choices = plan, max_tokens, prefill_chunk, choices
         self.record_past = False
         self.warned = False
+        self.lends = False  # later layers of the model attend to this one's keys and values
+        self.turns: Turns | None = None  # of the first compressed layer of a cache
         self.reset()
 
     def reset(self) -> None:
         self.store = LayerStore(self.plan, self.choices)
         self.pending: Pending | None = None
+        self.attended = False  # the pending chunk's own layer did
+        self.unsettled = False  # a step's token is in the store, which has not settled yet
+        self.cut = False  # tokens were written that gradients would flow through
         self.is_initialized = False
+        if self.turns is not None:
+            self.turns.reset()
+
+    @property
+    def keys(self) -> Contents | None:
+        """All K that is held, [B, Hkv, N, Dk], decoded only where its content is asked for; None while empty."""
+        return Contents(self, 0) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """transformers' own constructor clears it."""
+
+    @property
+    def values(self) -> Contents | None:
+        """All V that is held, [B, Hkv, N, Dv], as `keys`."""
+        return Contents(self, 1) if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: None) -> None:
+        """transformers' own constructor clears it."""
 
     @property
     def batch_size(self) -> int:
@@ -102,6 +131,7 @@ class CompressedLayer(HandleLayer):
         new = key_states, value_states
         return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
 
+    @outside_inference
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         """`update`, outside of graphs."""
         self.commit()
@@ -126,8 +156,10 @@ class CompressedLayer(HandleLayer):
                 KvcompWarning,
                 stacklevel=2,
             )
-        self.pending = Pending(key_states, value_states)
+        self.pending, self.attended = Pending(key_states, value_states), False
         self.store.read = {}  # of the step that begins
+        if self.turns is not None:
+            self.turns.take(self.store.rows, n)
         return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
 
     def check_rows(self, new: Tensor) -> None:
@@ -140,7 +172,23 @@ class CompressedLayer(HandleLayer):
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
-        assert self.pending is not None
+        tracked = torch.is_grad_enabled() and (call.query.requires_grad or self._tracked())
+        try:
+            with normal_tensors():
+                if not tracked or self.store.history.length == 0:
+                    return self._attention(call, tracked)
+                with torch.no_grad():
+                    out, weights = self._attention(call, tracked)
+        except KvcompError:
+            self._forget_pending()
+            raise
+        chunk = () if self.pending is None else self.pending[:2]
+        return without_gradient(out, call.query, *chunk), weights
+
+    def _attention(self, call: Call, tracked: bool) -> tuple[Tensor, Tensor | None]:
+        if self.pending is None or self.attended:
+            return self._lend(call)
+        self.attended = True
         store, (keys, values, *_), query = self.store, self.pending, call.query
         if self.plan.needs_model and store.model is None:
             store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
@@ -152,30 +200,89 @@ class CompressedLayer(HandleLayer):
             valid = valid.expand(store.rows, n)
             if bool(valid.all()):
                 valid = None
-        if past == 0 and n > 1:
+        self._follow(call, seen, valid)
+        if past == 0 and (n > 1 or tracked):
             out, weights = call.dense(keys, values)
             self._hold(valid, query, scale)
             return out, weights
-        if (
-            seen is not None
-            and seen.past is not None
-            and bool((seen.past.cpu() != store.history.counts[:, None]).any())
-        ):
-            raise UnsupportedError(
-                "the attention mask hides or shows other cached tokens than those that were written as no padding; "
-                "compressed pages cannot follow a mask that changes later"
-            )
         softcap = call.kwargs.get("softcap")
         if n == 1 and valid is None and not self.record_past:
             store.append(keys, values)
+            self.cut |= tracked
             part = store.attend(query, scale, softcap)
-            store.settle()
-            self.pending = None
+            self.pending, self.unsettled = None, True
+            if not self.lends:
+                self.settle()
         else:
             visible = None if seen is None or seen.visible is None else seen.visible.to(query.device)
             part = store.attend(query, scale, softcap, (keys, values, visible))
             self._hold(valid, query, scale)
         return answered(part, call), None
+
+    def _lend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Attention of a later layer over the keys and values of this one, whose own attention came before."""
+        if not self.lends:
+            raise UnsupportedError(
+                f"{type(call.module).__name__} attends a second time to keys and values that are compressed by now: "
+                "use the model's own cache"
+            )
+        store, query, softcap = self.store, call.query, call.kwargs.get("softcap")
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        if self.pending is None:
+            chunk = None
+        else:
+            keys, values, *_ = self.pending
+            if store.history.length == 0:
+                return call.dense(keys, values)
+            n, asked = keys.shape[2], query.shape[2]  # a model may leave queries out whose logits nobody asks for
+            visible = read_mask(call.mask, store.history.length, n).visible
+            visible = causal(n, query.device) if visible is None else visible.to(query.device)
+            chunk = keys, values, visible[:, -asked:]
+        read, dense = store.read, store.dense_read
+        part = store.attend(query, scale, softcap, chunk)
+        store.read = add_parts([read, store.read])
+        store.dense_read += dense
+        return answered(part, call), None
+
+    def _follow(self, call: Call, seen: Seen | None, valid: Tensor | None) -> None:
+        """Check that the mask and the positions of new tokens go on from what is held."""
+        store, turns = self.store, self.turns
+        if store.history.length:
+            compare = turns is not None and (turns.asked or call.query.device.type == "cpu")
+            follow_mask(store, call.mask, seen, compare)
+        if turns is not None:
+            if not turns.entered:
+                turns.check(call.kwargs.get("position_ids"), store.history.counts, store.history.length, valid, None)
+            turns.entered = False
+
+    def counted(self) -> tuple[Tensor, int]:
+        """Real tokens of each row, int64 [B], and columns, those of a pending chunk included."""
+        history, pending = self.store.history, self.pending
+        if pending is None:
+            return history.counts, history.length
+        n = pending.keys.shape[2]
+        new = n if pending.valid is None else pending.valid.sum(-1).cpu()
+        return history.counts + new, history.length + n
+
+    def _tracked(self) -> bool:
+        return self.pending is not None and (self.pending.keys.requires_grad or self.pending.values.requires_grad)
+
+    def _forget_pending(self) -> None:
+        """Go on as if the pending chunk had not come."""
+        if self.pending is not None and self.turns is not None:
+            self.turns.crop(self.pending.keys.shape[2])
+        self.pending = None
+
+    def settle(self) -> None:
+        """Let the store settle after a step, where that waited for the layers that attend to the same tokens."""
+        if self.unsettled:
+            self.unsettled = False
+            self.store.settle()
+
+    def finish(self) -> None:
+        """Write what waits for nothing but other layers of a forward that is over."""
+        if self.lends and self.attended and not self.record_past:
+            self.commit()
 
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced."""
@@ -183,7 +290,7 @@ class CompressedLayer(HandleLayer):
         queries = query if self.plan.needs_queries else None
         self.pending = Pending(self.pending.keys, self.pending.values, valid, queries, scale)
         waits = self.plan.reconstructs and self.store.history.length == 0  # until the prompt was repeated
-        if not self.record_past and not waits:
+        if not (self.record_past or waits or self.lends):
             self.commit()
 
     def commit(self) -> None:
@@ -191,8 +298,18 @@ class CompressedLayer(HandleLayer):
         if self.pending is not None:
             chunk, self.pending = self.pending, None
             if chunk.keys.shape[2]:
+                self.cut |= chunk.keys.requires_grad or chunk.values.requires_grad
                 scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
-                self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
+                with normal_tensors(), torch.no_grad():
+                    self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
+        self.settle()
+
+    def decoded(self, which: int) -> Tensor:
+        """All K (0) or V (1) that is held, [B, Hkv, N, D], a pending chunk included."""
+        new = () if self.pending is None else (self.pending[which],)
+        if self.pending is not None and self.store.history.length == 0:
+            return self.pending[which]
+        return torch.cat([self.store.padded()[which], *new], 2)
 
     def dense(self, which: int) -> Tensor:
         """All K (0) or V (1) as a tensor, for models that do not attend through the attention interface."""
@@ -214,12 +331,15 @@ class CompressedLayer(HandleLayer):
             )
             self.warned = True
         past, read = self.store.padded()[which], self.store.read
+        if self.cut and torch.is_grad_enabled():
+            past = without_gradient(past, torch.zeros((), requires_grad=True))
         read["pages"] = read.get("pages", 0) + self.store.table.total * self.store.layout.body_bytes
         read["window"] = read.get("window", 0) + int(self.store.exact.counts.sum()) * self.store.exact.token_bytes
         read["dense copy"] = read.get("dense copy", 0) + past.nbytes
         self.store.dense_read = self.store.dense_bytes
         return torch.cat([past, new], 2)
 
+    @outside_inference
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; `tokens_to_remove` is negative, as in transformers. Exact, or refused."""
         if tokens_to_remove > 0:
@@ -227,6 +347,8 @@ class CompressedLayer(HandleLayer):
         remove = -tokens_to_remove
         if remove > self.get_seq_length():
             raise KvcompError(f"crop({tokens_to_remove}): the cache holds {self.get_seq_length()} tokens")
+        self.settle()
+        columns = remove
         if self.pending is not None:
             here = min(remove, self.pending.keys.shape[2])
             self.pending = self.pending.without_last(here)
@@ -237,11 +359,17 @@ class CompressedLayer(HandleLayer):
                 self.commit()
         if remove:
             self.store.crop(remove)
+        if self.turns is not None:
+            self.turns.crop(columns)
 
+    @outside_inference
     def select_rows(self, rows: Tensor) -> None:
         if self.is_initialized:
+            self.settle()
             self.store.select_rows(rows)
             self.pending = None if self.pending is None else self.pending.rows(rows)
+            if self.turns is not None:
+                self.turns.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -252,11 +380,14 @@ class CompressedLayer(HandleLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.select_rows(torch.arange(max(self.batch_size, 0))[indices.cpu()])
 
+    @outside_inference
     def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
         """A layer that goes on by itself from here, among those with the same `choices`, and shares the pages that
         there are."""
+        self.finish()
         twin = copy(self)
         twin.choices, twin.store = choices, self.store.fork(choices)
+        twin.turns = None if self.turns is None else self.turns.fork()
         return twin
 
     def offload(self) -> None:
@@ -268,10 +399,14 @@ class CompressedLayer(HandleLayer):
 
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""
+        self.finish()
         pending = None if self.pending is None else tuple(self.pending)
         flags = {"record_past": self.record_past, "warned": self.warned}
-        return {"store": self.store.state(), "pending": pending, **flags}
+        positions = None if self.turns is None else self.turns.state()
+        more = {} if positions is None else {"positions": positions}
+        return {"store": self.store.state(), "pending": pending, **flags, **more}
 
+    @outside_inference
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host."""
         self.store.restore(state["store"], device)
@@ -281,6 +416,8 @@ class CompressedLayer(HandleLayer):
             values: Any = (x.to(device) if isinstance(x, Tensor) else x for x in state["pending"])
             self.pending = Pending(*values)
         self.record_past, self.warned = state["record_past"], state["warned"]
+        if self.turns is not None:
+            self.turns.restore(state.get("positions"))
 
     def library(self) -> list[Tensor]:
         """What the layer holds as transformers would, beside keys and values."""
@@ -289,6 +426,7 @@ class CompressedLayer(HandleLayer):
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding that is written excluded."""
+        self.finish()
         pending = 0 if self.pending is None else self.pending.keys.nbytes + self.pending.values.nbytes
         return self.store.dense_bytes + pending
 
@@ -297,6 +435,7 @@ class CompressedLayer(HandleLayer):
         return self.store.read, self.store.dense_read
 
     def held(self, seen: set[int]) -> dict[str, int]:
+        self.finish()
         parts = self.store.held(seen)
         if self.pending is not None:
             parts["pending"] = storage_bytes([x for x in self.pending if isinstance(x, Tensor)], seen)

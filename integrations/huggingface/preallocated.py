@@ -127,6 +127,14 @@ class PreallocatedLayer(CompressedLayer):
         if new:
             self.preallocated.take(self.store)
 
+    def counted(self) -> tuple[Tensor, int]:
+        live = self.preallocated
+        return (live.seen.cpu(), int(live.length)) if live.live else super().counted()
+
+    def decoded(self, which: int) -> Tensor:
+        with self._given():
+            return super().decoded(which)
+
     def dense(self, which: int) -> Tensor:
         raise UnsupportedError(
             "this model reads keys and values as tensors instead of through its attention function, which a "
