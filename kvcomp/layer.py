@@ -439,8 +439,8 @@ class LayerStore:
         deep = remove > torch.where(self.table.counts > 0, window, self.exact.counts)
         if self.tail is not None and most > self.tail:
             raise UnsupportedError(
-                f"{what} reaches {most} tokens back: only the last {self.tail} tokens are held without gaps, older ones "
-                "were evicted; crop less, fork() the cache before, or reset() it and feed its tokens again"
+                f"{what} reaches {most} tokens back: only the last {self.tail} are held without gaps, older ones were "
+                "evicted; crop less, fork() the cache before, or reset() it and feed its tokens again"
             )
         if bool(deep.any()) and not unpage:
             raise UnsupportedError(

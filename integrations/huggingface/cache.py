@@ -271,7 +271,7 @@ class CompressedCache(Cache):
         return next((layer.turns for layer in self.layers if isinstance(layer, CompressedLayer)), None)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Per layer, as of DynamicCache: all keys and all values as tensors, and the sliding window where it has one."""
+        """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""
         for layer in self.layers:
             both = getattr(layer, "keys", None), getattr(layer, "values", None)
             keys, values = (x.dense() if isinstance(x, Contents) else x for x in both)

@@ -232,9 +232,10 @@ class CompressedLayer(HandleLayer):
             chunk = None
         else:
             keys, values, *_ = self.pending
-            if store.history.length == 0:
-                return call.dense(keys, values)
             n, asked = keys.shape[2], query.shape[2]  # a model may leave queries out whose logits nobody asks for
+            if store.history.length == 0:
+                last = causal(n, query.device)[None, :, -asked:] if call.mask is None and asked < n else call.mask
+                return call._replace(mask=last).dense(keys, values)
             visible = read_mask(call.mask, store.history.length, n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
@@ -249,7 +250,7 @@ class CompressedLayer(HandleLayer):
         store, turns = self.store, self.turns
         if store.history.length:
             compare = turns is not None and (turns.asked or call.query.device.type == "cpu")
-            follow_mask(store, call.mask, seen, compare)
+            follow_mask(store, seen, compare)
         if turns is not None:
             if not turns.entered:
                 turns.check(call.kwargs.get("position_ids"), store.history.counts, store.history.length, valid, None)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.history import History
@@ -25,7 +22,7 @@ def refuse_unmasked(history: History) -> None:
         )
 
 
-def follow_mask(store: LayerStore, mask: Any, seen: Seen | None, compare: bool) -> None:
+def follow_mask(store: LayerStore, seen: Seen | None, compare: bool) -> None:
     """Let a store that holds tokens follow the mask of the next ones, or refuse.
 
     A row's newest tokens that the mask hides, such as the padding after its end, are dropped. Counts are compared at
@@ -41,9 +38,8 @@ def follow_mask(store: LayerStore, mask: Any, seen: Seen | None, compare: bool) 
     if not bool((seen.past.cpu() != history.counts[:, None]).any()) and not compare:
         return
     past = history.length
-    shown, everything = _columns(mask, past), torch.ones(len(history.counts), past, dtype=torch.bool)
-    valid = history.valid()
-    held = everything if valid is None else valid
+    valid, shown = history.valid(), None if seen.shown is None else seen.shown.cpu()
+    held = torch.ones(len(history.counts), past, dtype=torch.bool) if valid is None else valid
     if shown is None or bool((shown & ~held).any()):
         raise UnsupportedError(
             "the attention mask hides or shows other cached tokens than those that were written as no padding; "
@@ -62,15 +58,3 @@ def follow_mask(store: LayerStore, mask: Any, seen: Seen | None, compare: bool) 
             )
         store.drop_newest(gone)
 
-
-def _columns(mask: Any, past: int) -> Tensor | None:
-    """bool [B or 1, past] on the host: the cached columns that all queries see; None where queries differ."""
-    if not isinstance(mask, Tensor):
-        return None
-    allowed = mask if mask.dtype == torch.bool or mask.dim() == 2 else mask > torch.finfo(mask.dtype).min / 2
-    allowed = allowed.bool()
-    if allowed.dim() == 2:
-        return allowed[:, :past].cpu()
-    rows = allowed[:, 0, :, :past]
-    last = rows[:, -1]
-    return last.cpu() if bool((rows == last[:, None]).all()) else None

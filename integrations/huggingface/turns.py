@@ -41,6 +41,10 @@ class Turns:
 
     # -- ids ------------------------------------------------------------------------------------------------------
 
+    def announce(self, ids: Any) -> None:
+        """The ids [B, n] that come next, where a tensor is given and a record is kept."""
+        self.incoming = ids if isinstance(ids, Tensor) and self.ids is not None else None
+
     def take(self, rows: int, n: int) -> None:
         """n columns come, with the incoming ids if they are as many."""
         new, self.incoming = self.incoming, None
@@ -56,7 +60,7 @@ class Turns:
     def _write(self) -> None:
         """Bring the ids that still lie where they came to the host."""
         if self.ahead and self.ids is not None:
-            rows = torch.cat(self.ahead, 1).to(torch.int32).cpu().tolist() if len(self.ahead) > 1 else self.ahead[0].tolist()
+            rows = (self.ahead[0] if len(self.ahead) == 1 else torch.cat(self.ahead, 1)).tolist()
             self.ids = self.ids or [array("i") for _ in rows]
             for record, row in zip(self.ids, rows, strict=True):
                 record.extend(row)
@@ -103,7 +107,9 @@ class Turns:
 
     # -- positions ------------------------------------------------------------------------------------------------
 
-    def check(self, position_ids: Any, counts: Tensor, columns: int, valid: Tensor | None, shown: Tensor | None) -> None:
+    def check(
+        self, position_ids: Any, counts: Tensor, columns: int, valid: Tensor | None, shown: Tensor | None
+    ) -> None:
         """Refuse positions [B or 1, n] that do not follow `columns` columns with counts [B] real tokens.
 
         valid bool [B, n]: which new tokens are no padding; None: all. shown int [B or 1]: cached tokens that the mask
@@ -170,7 +176,9 @@ class Turns:
 
     def _judge(self, row: int, position: int, due: int) -> None:
         """Refuse a position that is less than the one that was due; warn once of a greater one."""
-        said = f"the next token of row {row} has position {position}, but the tokens that the cache holds end before {due}"
+        said = (
+            f"the next token of row {row} has position {position}, but the tokens that the cache holds end before {due}"
+        )
         if position < due:
             raise UnsupportedError(
                 f"{said}: its ids or its attention mask do not go on from this cache, so call cache.reuse(ids) with "

@@ -43,7 +43,8 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if layer is None or layer.turns is None:
         return
     turns, ids = layer.turns, kwargs.get("input_ids", args[0] if args else None)
-    turns.incoming, turns.entered = ids if isinstance(ids, Tensor) and turns.ids is not None else None, True
+    turns.announce(ids)
+    turns.entered = True
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return
@@ -73,8 +74,8 @@ def reuse(cache: CompressedCache, input_ids: Tensor, held: Tensor | None) -> int
         held = turns.held(columns)
     if held is None:
         raise KvcompError(
-            "reuse(held=None): the cache has no record of the ids of all its tokens: pass held=, the ids that were fed to it "
-            "and generated from it"
+            "reuse(held=None): the cache has no record of the ids of all its tokens: pass held=, the ids that were fed "
+            "to it and generated from it"
         )
     rows = next(x.batch_size for x in cache.layers if isinstance(x, CompressedLayer))
     for name, ids in (("input_ids", input_ids), ("held", held)):
@@ -106,4 +107,3 @@ def _crop(cache: CompressedCache, remove: int) -> bool:
     except (UnsupportedError, RuntimeError):
         return False
     return True
-
