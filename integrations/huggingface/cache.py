@@ -20,13 +20,13 @@ from kvcomp import saving
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import Shared
 from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
+from kvcomp.modes import normal_tensors, outside_inference
 from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
 
 from .compact import Compaction, compact
 from .contents import Contents
 from .fingerprint import fingerprint
-from .guards import normal_tensors
 from .hook import PREFIX, hook
 from .indexed import IndexedLayer
 from .layer import CompressedLayer
@@ -162,6 +162,7 @@ class CompressedCache(Cache):
         saving.write(path, saving.Saved(self.stack, dtype, model, [layer_state(x) for x in self.layers]))
 
     @classmethod
+    @outside_inference
     def load(
         cls,
         path: FilePath,
@@ -228,6 +229,7 @@ class CompressedCache(Cache):
         twin.layers = [x.fork(choices) if isinstance(x, CompressedLayer) else deepcopy(x) for x in self.layers]
         return twin
 
+    @outside_inference
     def compact(
         self, span: tuple[int, int], input_ids: Tensor, tokenizer: Any, keep: float = 0.1, model: Any = None
     ) -> Compaction:

@@ -14,11 +14,11 @@ from kvcomp.attention import Part, causal, sink_logit
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import LayerStore, Shared
 from kvcomp.ledger import add_parts, storage_bytes
+from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from kvcomp.plan import LayerPlan
 
 from .attention_module import AttentionModule
 from .contents import Contents
-from .guards import normal_tensors, outside_inference, without_gradient
 from .handles import Call, Handle, HandleLayer, apart
 from .masks import Seen, read_mask
 from .rows import follow_mask

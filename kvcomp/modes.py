@@ -1,4 +1,4 @@
-"""What surrounds the work of a cache layer: inference mode, gradients and refusals leave no trace in what is held."""
+"""Inference mode and gradients leave no trace in what a cache holds."""
 
 from __future__ import annotations
 
