@@ -279,6 +279,14 @@ class CompressedCache(Cache):
             keys, values = (x.dense() if isinstance(x, Contents) else x for x in both)
             yield keys, values, getattr(layer, "_sliding_window_tensor", None)
 
+    @property
+    def max_cache_len(self) -> int:
+        """Only static caches have it; PEFT asks for it where it is about to put a cache of its own in place."""
+        raise _NoAttribute(
+            "max_cache_len: PEFT's prefix tuning replaces an empty past_key_values by a cache of its own, so that nothing "
+            "would be compressed: generate without past_key_values, or use LoRA or prompt tuning"
+        )
+
     def __copy__(self) -> CompressedCache:
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
@@ -343,6 +351,10 @@ class CompressedCache(Cache):
                 "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in traffic.parts.items()),
             ]
         return "\n".join(lines)
+
+
+class _NoAttribute(UnsupportedError, AttributeError):
+    """An attribute that is missing for a reason."""
 
 
 def memory_of(caches: Sequence[CompressedCache]) -> Memory:

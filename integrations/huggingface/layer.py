@@ -86,22 +86,22 @@ class CompressedLayer(HandleLayer):
         if self.turns is not None:
             self.turns.reset()
 
-    @property
+    @property  # type: ignore[override]
     def keys(self) -> Contents | None:
         """All K that is held, [B, Hkv, N, Dk], decoded only where its content is asked for; None while empty."""
         return Contents(self, 0) if self.is_initialized else None
 
     @keys.setter
-    def keys(self, value: None) -> None:
+    def keys(self, value: Any) -> None:
         """transformers' own constructor clears it."""
 
-    @property
+    @property  # type: ignore[override]
     def values(self) -> Contents | None:
         """All V that is held, [B, Hkv, N, Dv], as `keys`."""
         return Contents(self, 1) if self.is_initialized else None
 
     @values.setter
-    def values(self, value: None) -> None:
+    def values(self, value: Any) -> None:
         """transformers' own constructor clears it."""
 
     @property
@@ -307,10 +307,10 @@ class CompressedLayer(HandleLayer):
 
     def decoded(self, which: int) -> Tensor:
         """All K (0) or V (1) that is held, [B, Hkv, N, D], a pending chunk included."""
-        new = () if self.pending is None else (self.pending[which],)
-        if self.pending is not None and self.store.history.length == 0:
-            return self.pending[which]
-        return torch.cat([self.store.padded()[which], *new], 2)
+        if self.pending is None:
+            return self.store.padded()[which]
+        new = (self.pending.keys, self.pending.values)[which]
+        return new if self.store.history.length == 0 else torch.cat([self.store.padded()[which], new], 2)
 
     def dense(self, which: int) -> Tensor:
         """All K (0) or V (1) as a tensor, for models that do not attend through the attention interface."""

@@ -57,4 +57,3 @@ def follow_mask(store: LayerStore, seen: Seen | None, compare: bool) -> None:
                 f"{WAY_ON}"
             )
         store.drop_newest(gone)
-

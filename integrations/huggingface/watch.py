@@ -46,6 +46,8 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     turns.announce(ids)
     turns.entered = True
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # those of the text, before those of images in time, height and width
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return
     n = positions.shape[1]

@@ -297,6 +297,14 @@ def test_pickling_names_save(filled: bool) -> None:
     copy.deepcopy(model)
 
 
+def test_prefix_tuning_is_refused_in_words() -> None:
+    """PEFT reads this attribute before it replaces the cache."""
+    cache = CompressedCache("none", models.make("llama"))
+    assert not hasattr(cache, "max_cache_len")
+    with pytest.raises(UnsupportedError, match="prefix tuning replaces"):
+        _ = cache.max_cache_len
+
+
 def test_detach_leaves_the_model_as_it_was() -> None:
     model = models.make("llama")
     cache = CompressedCache("none", model)
