@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from types import FunctionType
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -22,6 +23,7 @@ def outside_interface(model_or_config: torch.nn.Module | PreTrainedConfig) -> st
     Those of the model's modeling file count, as models may exchange their attention later (BigBird). A config is looked
     up among the causal language models that transformers knows.
     """
+    kinds: set[Any]
     if isinstance(model_or_config, torch.nn.Module):
         kinds = {type(module) for module in model_or_config.modules()} | set(_file(type(model_or_config)))
     else:
@@ -32,7 +34,7 @@ def outside_interface(model_or_config: torch.nn.Module | PreTrainedConfig) -> st
 def _classes(config: PreTrainedConfig) -> Iterator[type]:
     """The module classes of the modeling file of a config's causal language model."""
     try:
-        model = AutoModelForCausalLM._model_mapping[type(config)]
+        model: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except (KeyError, ImportError):
         return
     yield from _file(model)

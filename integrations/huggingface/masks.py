@@ -36,20 +36,21 @@ def dense_mask(mask: BlockMask) -> Tensor:
         UnsupportedError: a part of another block mask, which no longer tells which tokens its blocks show.
     """
     try:
-        shown = create_mask(mask.mask_mod, *mask.shape, device=str(mask.kv_indices.device))
+        rows, heads, n, length = mask.shape
+        shown = create_mask(mask.mask_mod, rows, heads, n, length, device=mask.kv_indices.device)
     except (RuntimeError, NotImplementedError) as error:
         raise UnsupportedError(
             f"attention_mask=BlockMask{tuple(mask.shape)}: its mask_mod does not say which tokens it shows ({error}); "
             "pass a block mask from create_block_mask, or a tensor"
         ) from None
     q_block, kv_block = mask.BLOCK_SIZE
-    n, length = mask.shape[-2:]
 
     def blocks(x: Tensor) -> Tensor:
         return x.bool().repeat_interleave(q_block, -2).repeat_interleave(kv_block, -1)[..., :n, :length]
 
     shown = shown & blocks(mask.to_dense())
-    if mask.full_kv_num_blocks is not None:  # flex attention does not ask mask_mod there
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
+        # flex attention does not ask mask_mod there
         whole = BlockMask.from_kv_blocks(mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=mask.BLOCK_SIZE)
         shown = shown | blocks(whole.to_dense())
     return shown
@@ -82,7 +83,7 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
             raise UnsupportedError("the attention mask adds a position bias to the logits, which compressed pages lack")
     if allowed.dim() == 2:
         valid = allowed[:, past:].clone()  # no view: what is remembered must not keep the mask alive
-        visible, earlier = causal(n, mask.device) & valid[:, None], allowed[:, :past]
+        visible, earlier = causal(n, allowed.device) & valid[:, None], allowed[:, :past]
         seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), earlier.clone())
     elif allowed.shape[1] == 1:
         rows = allowed[:, 0]  # [B, n, past + n]
@@ -109,9 +110,10 @@ def chunk_mask(base: str, query: Tensor, length: int, padding: Any, whole: bool 
 
     padding: bool [B, length], False where padding; None for none. whole: also where attention knows it without.
     """
-    n, own = query.shape[2], AttentionMaskInterface._global_mapping.get(base)
+    own: Any = AttentionMaskInterface._global_mapping.get(base)
     if own is None:
         return padding
+    n = query.shape[2]
     return own(
         batch_size=query.shape[0],
         q_length=n,
