@@ -286,8 +286,8 @@ class CompressedCache(Cache):
     def max_cache_len(self) -> int:
         """Only static caches have it; PEFT asks for it where it is about to put a cache of its own in place."""
         raise _NoAttribute(
-            "max_cache_len: PEFT's prefix tuning replaces an empty past_key_values by a cache of its own, so that "
-            "nothing would be compressed: generate without past_key_values, or use LoRA or prompt tuning"
+            "max_cache_len: PEFT's prefix tuning replaces an empty past_key_values by its own cache, so nothing "
+            "would be compressed: generate without past_key_values, or use LoRA or prompt tuning"
         )
 
     def __copy__(self) -> CompressedCache:

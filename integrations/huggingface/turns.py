@@ -36,7 +36,7 @@ class Turns:
     def reset(self) -> None:
         self.ids: list[array[int]] | None = [] if self.record else None
         self.ahead: list[Tensor] = []  # ids that still lie where they came
-        self._settle(None)
+        self._pairs: list[list[int]] | None = None  # `offsets`
         self.free = False
         self.jumped = False
 
@@ -184,7 +184,7 @@ class Turns:
         return None if self._pairs is None else torch.tensor(self._pairs)
 
     def _settle(self, offsets: Tensor | None) -> None:
-        self._pairs: list[list[int]] | None = None if offsets is None else offsets.tolist()
+        self._pairs = None if offsets is None else offsets.tolist()
 
     def _judge(self, row: int, position: int, due: int) -> None:
         """Refuse a position that is less than the one that was due; warn once of a greater one."""
