@@ -15,10 +15,9 @@ from kvcomp.errors import UnsupportedError
 
 from .handles import Attention, Call, Handle, as_called
 from .keywords import CHOICES, HARMLESS, SERVED, VARLEN, choose, given, refuse
-from .masks import chunk_mask, mask_function
+from .masks import MASKED, chunk_mask, mask_function
 
 PREFIX, SUFFIX = "kvcomp_", " (until cache.detach())"  # transformers' errors quote the name, so it tells the way out
-MASKED = ("sdpa", "eager")  # attention that sees what its mask shows, and nothing else decides
 
 
 class BaseModule:
@@ -110,7 +109,7 @@ def plain(
     key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
     if base in MASKED and choices:
         length = key.shape[2]
-        if (mask is None or mask.dim() == 2) and call.causal:
+        if call.causal if mask is None else mask.dim() == 2:
             mask = chunk_mask(base, query, length, mask, whole=True)
         call = call._replace(mask=choose(module, mask, query, length, choices))
     if base in MASKED:

@@ -14,6 +14,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from kvcomp.attention import causal
 from kvcomp.errors import UnsupportedError
 
+MASKED = ("sdpa", "eager")  # attention that sees what its mask shows, and nothing else decides
+
 
 class Seen(NamedTuple):
     """What a forward's mask says of n new tokens and those before."""
@@ -25,7 +27,7 @@ class Seen(NamedTuple):
 
 Mask = Tensor | BlockMask  # [B, N], [B, 1 or Hq, n, N], or flex attention's
 _read_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward hands the same mask to every layer
-_causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # causal block masks: their padding [B, N], in a tuple
+_causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # masks that are causal: their padding [B, N], in a tuple
 
 
 def dense_mask(mask: BlockMask) -> Tensor:
@@ -61,7 +63,7 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
     Raises:
         UnsupportedError: an additive bias, or a mask that differs between heads.
     """
-    if isinstance(mask, BlockMask) and (padding := _causal_masks.get(mask)) is not None:
+    if mask is not None and (padding := _causal_masks.get(mask)) is not None:
         (mask,) = padding
     if mask is None:
         return Seen(None, None, None)
@@ -134,12 +136,18 @@ def mask_function(base: str) -> Callable[..., Any]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Mask | None:
-        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on. Everything else as the
-        base does, and where the model itself reads the mask; of a cache with idle room behind the chunk it is whole."""
+        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on, [B, kv_length], as a
+        tensor without any, too: modules that are not causal by themselves would take no mask for one that hides
+        nothing. Everything else as the base does, and where the model itself reads the mask; of a cache with idle room
+        behind the chunk it is whole."""
         if q_length > 1 and kv_offset + kv_length > q_offset + q_length:
             kwargs["allow_is_causal_skip"] = False
         ours = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
         if ours and q_length > 1 and q_offset > 0 and kv_offset == 0:
+            if attention_mask is None and base in (*MASKED, "flex_attention"):
+                attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+                if not torch.compiler.is_compiling():
+                    _causal_masks[attention_mask] = (None,)
             return attention_mask
         made: Mask | None = own(
             batch_size=batch_size,
