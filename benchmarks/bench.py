@@ -9,7 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,23 @@ from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.compare import Comparison
 from kvcomp.benchmarks.decoding import Answer, Decoding, Reader, Surprise, run_all
 from kvcomp.benchmarks.perplexity import Perplexity
+from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
+from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
-from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunError
+from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunError, locked
 from kvcomp.benchmarks.samples import Sample
-from kvcomp.benchmarks.tasks import expand, find_task, origins
-from kvcomp.integrations.configs import decoder_config, max_positions
+from kvcomp.benchmarks.tasks import GROUPS, expand, find_task, origins
 from kvcomp.integrations.huggingface import prefill
-from kvcomp.integrations.models import load_model
+from kvcomp.integrations.huggingface.fingerprint import fingerprint
+from kvcomp.integrations.models import load_model, on_disk
+from kvcomp.text import quote
 
+Missing = dict[tuple[str, int], dict[int, list[Stack]]]  # stacks by task and context, and by the index of a sample
 HUGGING_FACE, VLLM = ENGINES = ("huggingface", "vllm")
 WORDS = {ACCURACY: "right", NLL: "perplexity"}
-APART = ("data", "engine")  # settings that a configuration says elsewhere: in "data" and "versions"
+APART = ("data", "engine", "named")  # settings that a configuration says elsewhere: in "data", "versions", "left_out"
+MOST = {"samples": 100_000, "max-new-tokens": 2**31, "prefill-chunk": 2**31, "context": 2**40}
+SEEDS = 2**53
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Settings:
     chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
     prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
     engine: what answers, one of `ENGINES`.
+    named: the tasks that were asked for by their own name, and not by a group's.
     """
 
     model: str
@@ -57,29 +64,49 @@ class Settings:
     chat: bool = False
     prefill_chunk: int | None = None
     engine: str = HUGGING_FACE
+    named: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
-            raise RunError(f"engine: {self.engine!r} is none of {', '.join(ENGINES)}.")
+            raise RunError(f"engine: {quote(self.engine)} is none of {', '.join(ENGINES)}.")
+        object.__setattr__(self, "named", tuple(name for name in self.tasks if name not in GROUPS))
         tasks = expand(self.tasks, self.data)
-        whole = {"samples": self.samples, "max-new-tokens": self.max_new_tokens, "prefill-chunk": self.prefill_chunk}
-        for argument, value in whole.items():
+        whole = [("samples", self.samples), ("max-new-tokens", self.max_new_tokens)]
+        whole += [("prefill-chunk", self.prefill_chunk), *(("context", context) for context in self.contexts)]
+        for argument, value in whole:
             if value is not None and value < 1:
                 raise RunError(f"{argument}: {value} is less than 1.")
+            if value is not None and value > MOST[argument]:
+                raise RunError(f"{argument}: {quote(value)} is more than {MOST[argument]}.")
+        if abs(self.seed) > SEEDS:
+            raise RunError(f"seed: {quote(self.seed)} is not within +-{SEEDS}.")
         for argument, values in (("task", tasks), ("context", self.contexts), ("stack", self.stacks)):
             if not values:
                 raise RunError(f"{argument}: at least one is needed.")
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "contexts", tuple(sorted(set(self.contexts))))
-        object.__setattr__(self, "stacks", tuple(dict.fromkeys(str(Stack.parse(stack)) for stack in self.stacks)))
+        stacks: dict[str, str] = {}  # by hash: files of other names may have the same content
+        for stack in map(Stack.parse, self.stacks):
+            stacks.setdefault(stack.hash, str(stack))
+        object.__setattr__(self, "stacks", tuple(stacks.values()))
 
 
 def run(settings: Settings, out: Path, console: Console, command: str) -> Comparison:
     """Measure what `out` does not hold yet, and write `summary.csv` and `report.html` beside the samples.
 
-    Raises RunError when `out` holds another run or cannot be written, or when a context is longer than the model's.
+    A task of a group that does not fit a context is left out there, and said so.
+
+    Raises:
+        RunError: `out` holds another run or answers of another model, is being written by another process or cannot be
+            written, or a context is longer than the model's.
+        TaskError: a task that was named does not fit a context.
     """
     require_libraries()
+    with locked(out):
+        return _run(settings, out, console, command)
+
+
+def _run(settings: Settings, out: Path, console: Console, command: str) -> Comparison:
     stacks = [Stack.parse(stack) for stack in settings.stacks]
     config = {
         "command": command,
@@ -89,13 +116,35 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> Compar
         "machine": _machine(),
     }
     results = Results(out, config)
+    _require_same_files(results, stacks)
     done = {record.key for record in results.records}
+    missing = _missing(settings, stacks, results)
+    if missing:
+        require_positions(settings.model, settings.contexts)
+        found = misfits(settings, [place for place in missing if not _is_started(place, results)])
+        results.note(left_out=[*results.config.get("left_out", []), *found])
+        missing = _missing(settings, stacks, results)
+    for line in left_out(results.config):
+        console.print(line, soft_wrap=True)
+    if done:
+        console.print(f"{out} already holds {len(done)} answers; they are kept.", soft_wrap=True)
+    if missing:
+        measure = _measure if settings.engine == HUGGING_FACE else _measure_by_stack
+        measure(settings, missing, results, console)
+    return publish([Run(out, results.config, results.records)], out)
+
+
+def _missing(settings: Settings, stacks: Sequence[Stack], results: Results) -> Missing:
+    """The stacks that have not answered yet."""
+    done = {record.key for record in results.records}
+    absent = {(left["task"], left["context"]) for left in results.config.get("left_out", [])}
     counts = {task: find_task(task).count(settings.samples, settings.data) for task in settings.tasks}
-    missing = {
+    return {
         (task, context): wanted
         for context in settings.contexts
         for task in settings.tasks
-        if (
+        if (task, context) not in absent
+        and (
             wanted := {
                 index: todo
                 for index in range(counts[task])
@@ -103,29 +152,35 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> Compar
             }
         )
     }
-    if done:
-        console.print(f"{out} already holds {len(done)} answers; they are kept.")
-    if missing:
-        measure = _measure if settings.engine == HUGGING_FACE else _measure_by_stack
-        measure(settings, missing, results, console)
-    return publish([Run(out, results.config, results.records)], out)
+
+
+def _is_started(place: tuple[str, int], results: Results) -> bool:
+    """Whether a task fitted that context before."""
+    return any((record.task, record.context) == place for record in results.records)
+
+
+def _require_same_files(results: Results, stacks: Sequence[Stack]) -> None:
+    """Raise RunError where answers were given with another calibration file of the same name."""
+    hashes = {str(stack): stack.hash for stack in stacks}
+    for record in results.records:
+        if hashes.get(record.stack, record.hash) != record.hash:
+            raise RunError(
+                f"out: {quote(str(results.folder))} holds answers of {quote(record.stack)} with another calibration "
+                "file. Nothing was overwritten; choose another --out."
+            )
 
 
 def _measure(
     settings: Settings,
-    missing: dict[tuple[str, int], dict[int, list[Stack]]],
+    missing: Missing,
     results: Results,
     console: Console,
 ) -> None:
-    console.print(f"Loading {settings.model} ...")
+    console.print(f"Loading {settings.model} ...", soft_wrap=True)
     model, tokenizer = load_model(settings.model)
-    limit = max_positions(decoder_config(model.config))
-    if limit is not None and max(settings.contexts) > limit:
-        raise RunError(f"context: {max(settings.contexts)} is more than the {limit} tokens of {settings.model}.")
-    for name, context in missing:  # what cannot be written is better known before hours of measuring
-        find_task(name, settings.chat).generate(tokenizer, context, 1, settings.seed, settings.data)
+    settle_model(results, fingerprint(model, settings.model))
     total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("writing prompts", total=total)
         for (name, context), wanted in missing.items():
@@ -147,22 +202,22 @@ def _measure(
                     f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
                     f"prefill {dense_s + own_s:.1f} s, "
                     f"{WORDS[metric]}: {' '.join(scores[stack.hash] for stack in stacks)}",
-                    highlight=False,
                     soft_wrap=True,
                 )
 
 
 def _measure_by_stack(
     settings: Settings,
-    missing: dict[tuple[str, int], dict[int, list[Stack]]],
+    missing: Missing,
     results: Results,
     console: Console,
 ) -> None:
     """As `_measure`, one stack after the other: each has an engine of its own, and they share no prefill."""
     from kvcomp.benchmarks import vllm_engine
 
+    settle_model(results, on_disk(settings.model))
     for stack in dict.fromkeys(stack for wanted in missing.values() for todo in wanted.values() for stack in todo):
-        console.print(f"Starting {settings.engine} for {stack} ...", highlight=False)
+        console.print(f"Starting {settings.engine} for {stack} ...", soft_wrap=True)
         wanted = {
             where: [index for index, stacks in todo.items() if stack in stacks] for where, todo in missing.items()
         }
@@ -171,7 +226,6 @@ def _measure_by_stack(
             console.print(
                 f"{record.task} {record.context}, sample {record.index + 1}: {record.prompt_tokens} tokens, "
                 f"prefill {record.prefill_own_s:.1f} s, {WORDS[record.metric]}: {_score(record)}",
-                highlight=False,
                 soft_wrap=True,
             )
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from kvcomp.benchmarks import likelihood
 from kvcomp.benchmarks.intervals import paired_interval, unpaired_interval
+from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.results import ACCURACY, Record, Run, RunError, differences
 from kvcomp.benchmarks.summary import DENSE, Row, summarize
+from kvcomp.text import visible
 
 
 class Difference(NamedTuple):
@@ -74,12 +76,17 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for name, run in zip(names[1:], runs[1:], strict=True)
         if run.records and runs[0].records
     ]
+    notes += [
+        line if len(runs) == 1 else f"{n}: {line}"
+        for n, run in zip(names, runs, strict=True)
+        for line in left_out(run.config)
+    ]
     return Comparison(names, sorted(lines, key=lambda line: line.row.context), _differing(runs), notes, texts)
 
 
 def run_names(runs: Sequence[Run]) -> tuple[str, ...]:
     """Name the runs by their folders, with a number where two have the same."""
-    names = [run.folder.resolve().name for run in runs]
+    names = [visible(run.folder.resolve().name) for run in runs]
     return tuple(n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names, start=1))
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from kvcomp.errors import KvcompError
+from kvcomp.text import quote, shorten
 
 HUB = "hub"
 Data = str | Path | None  # the value of --data
@@ -165,9 +167,9 @@ def hub_rows(path: str, name: str | None, split: str, **arguments: Any) -> Any:
 
 
 def _folder(folder: str | Path) -> Path:
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise DataError(f"data: {str(folder)!r} is not a folder. Give a folder, or hub.")
+    root = Path(os.path.expanduser(folder))
+    if not os.path.isdir(root):
+        raise DataError(f"data: {quote(str(folder))} is not a folder. Give a folder, or hub.")
     return root
 
 
@@ -196,8 +198,8 @@ def _read(name: str, file: Path, mtime_ns: int, size: int) -> Any:
     source = SOURCES[name]
     try:
         content = source.read(file)
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+        reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0])
         raise DataError(f"{_names(source)}: {str(file)!r} is not {source.fetch} ({reason}).") from error
     if not len(content):
         raise DataError(f"{_names(source)}: {str(file)!r} is empty.")

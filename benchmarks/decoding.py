@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kvcomp import CompressedCache
 from kvcomp.benchmarks import memory
+from kvcomp.integrations.huggingface.forward import with_cache
 from kvcomp.integrations.huggingface.lockstep import can_step_together, lockstep
 from kvcomp.integrations.huggingface.timing import clock
 
@@ -96,7 +97,9 @@ class Surprise:
 
     def take(self, logits: Tensor) -> None:
         n = len(logits)
-        following = torch.tensor(self.tokens[self.steps + 1 : self.steps + 1 + n], device=logits.device)
+        following = torch.tensor(
+            self.tokens[self.steps + 1 : self.steps + 1 + n], device=logits.device, dtype=torch.int64
+        )
         self.nll += float(functional.cross_entropy(logits.float(), following, reduction="sum"))
         self.steps += n
 
@@ -168,6 +171,6 @@ def _alone(model: Any, decoding: Decoding, steps: int | None) -> None:
 
 def _step(model: Any, tokens: Sequence[Sequence[int]], cache: Any) -> Tensor:
     """Logits [rows, n, V] behind n tokens of each row."""
-    ids = torch.tensor(tokens, device=model.device)
-    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    ids = torch.tensor(tokens, device=model.device, dtype=torch.int64)
+    logits: Tensor = model(input_ids=ids, **with_cache(model, cache), use_cache=True).logits
     return logits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from kvcomp.benchmarks import costs
 from kvcomp.benchmarks.intervals import SAME, paired_interval
 from kvcomp.benchmarks.results import NLL, Record, Run, write_text
 from kvcomp.benchmarks.summary import DENSE
+from kvcomp.benchmarks.tabular import csv_text
 
 COLUMNS = {
     "bits": "bits held per cached number, with scales, summaries, sinks, window and unused room all counted",
@@ -140,10 +139,5 @@ def write_csv(rows: Sequence[TextRow], file: Path) -> None:
     """Write the rows; without peaks there is no column of them."""
     absent = {"peak_mib"} if all(row.peak_mib is None for row in rows) else set()
     columns = [field.name for field in fields(TextRow) if field.name not in absent]
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream)
-    writer.writerow(columns)
-    for row in rows:
-        values = (getattr(row, column) for column in columns)
-        writer.writerow(f"{value:.6f}" if isinstance(value, float) else value for value in values)
-    write_text(file, stream.getvalue())
+    table = [columns, *([getattr(row, column) for column in columns] for row in rows)]
+    write_text(file, csv_text(table, digits=6))

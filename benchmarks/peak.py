@@ -10,9 +10,9 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from kvcomp.console import Plain, run, styled
 from kvcomp.errors import KvcompError
 from kvcomp.ledger import MIB
 
@@ -24,6 +24,7 @@ def measure(model: str, context: int, new_tokens: int, stack: str) -> dict[str, 
     from transformers import DynamicCache
 
     from kvcomp import CompressedCache
+    from kvcomp.integrations.huggingface.forward import generating_with
     from kvcomp.integrations.models import load_model
 
     network, tokenizer = load_model(model)
@@ -35,7 +36,7 @@ def measure(model: str, context: int, new_tokens: int, stack: str) -> dict[str, 
     before = _peak()
     network.generate(
         ids,
-        past_key_values=cache,
+        **generating_with(cache),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
@@ -67,23 +68,23 @@ def main(
     if child:
         print(json.dumps(measure(model, context, new_tokens, stack[0])))
         return
-    console = Console()
+    console = Plain()
     table = Table(title=f"{model}, {context} + {new_tokens} tokens")
     for column in ("cache", "held, MiB", "ratio", "peak after loading, MiB", "peak, MiB", "above loading, MiB"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     dense = 0
     for name in (DYNAMIC, *stack):
         options = ["--model", model, "--context", str(context), "--new-tokens", str(new_tokens), "--child"]
-        with console.status(f"generating with {name}"):
-            run = subprocess.run(
+        with console.status(styled(f"generating with {name}", "")):
+            done = subprocess.run(
                 [sys.executable, "-m", "kvcomp.benchmarks.peak", "--stack", name, *options],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=False,
             )
-        if run.returncode:
-            raise typer.Exit(run.returncode)
-        got = json.loads(run.stdout.splitlines()[-1])
+        if done.returncode:
+            raise typer.Exit(done.returncode)
+        got = json.loads(done.stdout.splitlines()[-1])
         dense = dense or got["held"]
         sizes = [f"{got[key] / MIB:.1f}" for key in ("held", "loaded", "peak")]
         table.add_row(
@@ -93,4 +94,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

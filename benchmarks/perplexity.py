@@ -60,6 +60,10 @@ class Perplexity:
         load(self.source, data)
         return samples
 
+    def check(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> None:
+        """Raise what `generate` would: its first prompt tells."""
+        self.generate(tokenizer, context, 1, seed, data)
+
     def generate(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> list[Sample]:
         """Return windows of at most `context` tokens, within 1/512 of it or a word. Their last ones are scored.
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Final
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from kvcomp.benchmarks.intervals import accuracy_interval, paired_interval
 from kvcomp.benchmarks.ruler.niah import NEEDLE, ONE, Niah
+from kvcomp.console import Plain, notes, run
 from kvcomp.ledger import MIB
 
 KIND: Final = "number"
@@ -69,7 +69,9 @@ def measure(model: Any, tokenizer: Any, prompt: str, stacks: list[str], tallies:
 
 
 def _continue(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    out: Tensor = model.generate(ids, past_key_values=cache, max_new_tokens=ANSWER, do_sample=False)
+    from kvcomp.integrations.huggingface.forward import generating_with
+
+    out: Tensor = model.generate(ids, **generating_with(cache), max_new_tokens=ANSWER, do_sample=False)
     return out[0, ids.shape[1] :]
 
 
@@ -93,7 +95,7 @@ def main(
     task = Niah("questions", haystack="essays", value=KIND, keys=questions)
     tallies = [Tally() for _ in stack]
     prompts = task.generate(tokenizer, context, samples, seed, data)
-    console = Console(stderr=True)
+    console = notes()
     for sample in track(prompts, "contexts", console=console):
         measure(network, tokenizer, sample.prompt, stack, tallies)
     table = Table(title=f"{model}, {context} tokens, {samples} contexts of {questions} questions")
@@ -115,8 +117,8 @@ def main(
             else "",
             f"{share:.2f}x",
         )
-    Console(width=120).print(table)
+    Plain(width=120).print(table)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -7,7 +7,6 @@ of its dense attention that lies on what was read. The error is that of the atte
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from einops import rearrange
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from kvcomp.attention import attend
 from kvcomp.benchmarks.charts import Point, lines
+from kvcomp.benchmarks.tabular import csv_text
+from kvcomp.console import Plain, notes, run
 from kvcomp.errors import KvcompError
 from kvcomp.layer import LayerStore, Shared
 from kvcomp.plan import read_by_stream
@@ -160,7 +160,7 @@ def main(
     network, tokenizer = load_model(model)
     found: list[Measured] = []
     steps = texts(network, tokenizer, text, contexts, start)
-    console = Console(stderr=True)
+    console = notes()
     with torch.inference_mode():
         for layers in track(steps, "texts", total=len(contexts) * len(text), console=console):
             length = layers[0].keys.shape[2]
@@ -175,12 +175,9 @@ def main(
             picture = out.with_name(f"{out.name}_{length}.svg")
             picture.write_text(lines(_points(rows, stack), "share of the bytes read", "attention mass, %"), "utf-8")
     if out is not None:
-        with out.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["stack", "context", "read", "mass", "error"])
-            for row in found:
-                figures = (f"{figure:.5f}" for figure in (row.read, row.mass, row.error))
-                writer.writerow([row.stack, row.context, *figures])
+        table = [(row.stack, row.context, row.read, row.mass, row.error) for row in found]
+        head = ("stack", "context", "read", "mass", "error")
+        out.with_suffix(".csv").write_text(csv_text([head, *table], digits=5), "utf-8", newline="")
 
 
 def _print(rows: Sequence[Measured], title: str) -> None:
@@ -193,7 +190,7 @@ def _print(rows: Sequence[Measured], title: str) -> None:
         read, mass, error = (100 * statistics.fmean(figure) for figure in zip(*figures, strict=True))
         each = " ".join(f"{100 * row.mass:.1f}" for row in mine)
         table.add_row(spec, f"{read:.1f}", f"{mass:.1f}", each, f"{error:.1f}")
-    Console(width=140).print(table)
+    Plain(width=140).print(table)
 
 
 def _points(rows: Sequence[Measured], series: Sequence[str]) -> list[Point]:
@@ -207,4 +204,4 @@ def _points(rows: Sequence[Measured], series: Sequence[str]) -> list[Point]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -48,6 +48,10 @@ class Prompts(Protocol):
         """Return how many of `samples` prompts there are; DataError where the data is missing."""
         ...
 
+    def check(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> None:
+        """Raise TaskError where `generate` would, in less time."""
+        ...
+
     def generate(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> list[Sample]:
         """Return the first `samples` prompts; each fits `context` tokens together with its answer."""
         ...

@@ -66,7 +66,7 @@ class Geometry:
 
 def bandwidth(device: torch.device) -> float:
     """GB/s that a copy of a large tensor reads and writes."""
-    source = torch.zeros(COPY // 4, device=device)
+    source = torch.zeros(COPY // 4, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(7):
@@ -187,9 +187,9 @@ def _flashinfer(query: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None =
         query.device, "HND", dtype != query.dtype or query_heads // heads >= flashinfer.TENSOR_CORES_FROM, "auto"
     )
     wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32) * pages,
+        torch.arange(batch + 1, dtype=torch.int32, device="cpu") * pages,
         torch.arange(batch * pages, dtype=torch.int32, device=query.device),
-        torch.full((batch,), tokens - (pages - 1) * PAGE, dtype=torch.int32),
+        torch.full((batch,), tokens - (pages - 1) * PAGE, dtype=torch.int32, device="cpu"),
         query_heads,
         heads,
         dim,
@@ -227,6 +227,7 @@ def model(
 
     from kvcomp import CompressedCache
     from kvcomp.integrations.huggingface import prefill
+    from kvcomp.integrations.huggingface.forward import with_cache
 
     text = next(f for f in files("kvcomp.benchmarks").joinpath("data").iterdir() if f.name.endswith(".txt")).read_text()
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :context]
@@ -234,7 +235,7 @@ def model(
         raise KvcompError(f"context: {context} is more than the {ids.shape[1]} tokens of the packaged text")
     ids = ids.expand(batch, -1).to(network.device)
     rows: list[Any] = [DynamicCache(config=network.config)]
-    network(ids, past_key_values=rows[0], logits_to_keep=1)
+    network(ids, **with_cache(network, rows[0]), logits_to_keep=1)
     if QUANTO in peers:
         rows.append(_quanto(network, rows[0]))
     labels = [DYNAMIC, *peers]
@@ -245,18 +246,18 @@ def model(
     read = dict.fromkeys(labels, 0)
     for label, cache in zip([*labels, *(str(c.stack) for c in caches)], [*rows, *caches], strict=True):
         if cache in caches:
-            calls[label] = partial(network, token, past_key_values=cache, logits_to_keep=1)
+            calls[label] = partial(network, token, **with_cache(network, cache), logits_to_keep=1)
             calls[label]()
             read[label] = cache.traffic().read
         else:
-            calls[label] = partial(_plain, network, token, cache)
+            calls[label] = partial(_plain, network, token, with_cache(network, cache))
     return list(_timed(MODEL, calls, read, context, batch, steps, network.device))
 
 
-def _plain(network: Any, token: Tensor, cache: Any) -> None:
+def _plain(network: Any, token: Tensor, cache: dict[str, Any]) -> None:
     """A step of a model as the library has it, without kvcomp's attention in its way."""
     with _unhooked(network):
-        network(token, past_key_values=cache, logits_to_keep=1)
+        network(token, **cache, logits_to_keep=1)
 
 
 @contextmanager

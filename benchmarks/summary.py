@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 from kvcomp.benchmarks import costs
 from kvcomp.benchmarks.intervals import accuracy_interval, paired_interval
 from kvcomp.benchmarks.results import Record, write_text
+from kvcomp.benchmarks.tabular import csv_text
 from kvcomp.benchmarks.tasks import GROUPS
 from kvcomp.ledger import MIB
 
@@ -140,12 +139,9 @@ def write_csv(rows: Sequence[Row], file: Path, more: Sequence[Mapping[str, Any]]
     if all(row.peak_mib is None for row in rows):
         left_out.add("peak_mib")
     columns = [field.name for field in fields(Row) if field.name not in left_out]
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream)
-    writer.writerow([*(further[0] if further else ()), *columns, *parts])
+    table: list[list[object]] = [[*(further[0] if further else ()), *columns, *parts]]
     for row, extra in zip(rows, further, strict=True):
         shares = (row.by_group.get(part) or row.by_task.get(part) for part in parts)
         values = [*extra.values(), *(getattr(row, column) for column in columns)]
-        values += [share and share.accuracy for share in shares]
-        writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in values])
-    write_text(file, stream.getvalue())
+        table.append([*values, *(share and share.accuracy for share in shares)])
+    write_text(file, csv_text(table))

@@ -8,6 +8,7 @@ from kvcomp.benchmarks import longbench, perplexity, ruler
 from kvcomp.benchmarks.data import Data, DataError, origin
 from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.samples import Prompts, Task, TaskError
+from kvcomp.text import quote
 
 GROUPS: dict[str, Mapping[str, Prompts]] = {
     "ruler": ruler.TASKS,
@@ -30,7 +31,7 @@ def find_task(name: str, chat: bool = False) -> Task | Perplexity:
         return perplexity.TASKS[name]
     groups = "; ".join(f"{group} stands for {', '.join(tasks)}" for group, tasks in GROUPS.items())
     rest = [task for task in longbench.TASKS if not any(task in tasks for tasks in GROUPS.values())]
-    raise TaskError(f"tasks: no task {name!r}. {groups}; there is also {', '.join(rest)}.")
+    raise TaskError(f"tasks: no task {quote(name)}. {groups}; there is also {', '.join(rest)}.")
 
 
 def all_tasks() -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from kvcomp.errors import KvcompError
 from kvcomp.integrations import lm_eval_tasks
 from kvcomp.integrations.huggingface import CompressedCache, prefill
+from kvcomp.integrations.huggingface.forward import generating_with, with_cache
 from kvcomp.integrations.models import load_model
 from kvcomp.stack import Stack
 
@@ -66,7 +67,9 @@ class KvcompLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         cache = self._start(context, generation_kwargs.get("attention_mask"))
-        result: Tensor = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+        result: Tensor = super()._model_generate(
+            context, max_length, stop, **generating_with(cache), **generation_kwargs
+        )
         return result
 
     @torch.inference_mode()
@@ -82,13 +85,15 @@ class KvcompLM(HFLM):
         results = []
         for strings, context, continuation in tqdm(requests, disable=disable_tqdm, desc="loglikelihood requests"):
             tokens = (context + continuation)[-self.max_length - 1 :]
-            ids = torch.tensor([tokens], device=self.device)
+            ids = torch.tensor([tokens], device=self.device, dtype=torch.int64)
             first = len(tokens) - len(continuation)
             cache = self._start(ids[:, :first])
             fed = cache.get_seq_length()
             rows = []
             for at in range(fed, len(tokens) - 1):
-                rows.append(self.model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits[0, -1])
+                rows.append(
+                    self.model(ids[:, at : at + 1], **with_cache(self.model, cache), use_cache=True).logits[0, -1]
+                )
             logits = torch.stack(rows[-len(continuation) :]).float().log_softmax(-1)  # [len(continuation), V]
             wanted = ids[0, first:]
             likelihood = float(logits.gather(1, wanted[:, None]).sum())

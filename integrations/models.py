@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvcomp.errors import KvcompError
+from kvcomp.fingerprint import Fingerprint
+from kvcomp.text import is_plain, quote, shorten, visible
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # files of a folder
+SAMPLES, SAMPLE = 256, 1024  # of each, and bytes of a sample
 
 
 class ModelError(KvcompError):
@@ -71,29 +77,63 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(str(source), **options)
 
 
+def load_config(name: str) -> Any:
+    """Return the config of a model that `load_model` would load; ModelError as there."""
+    from transformers import AutoConfig
+
+    source, options = locate(name)
+    with explained(name, source):
+        return AutoConfig.from_pretrained(str(source), **options)
+
+
+def on_disk(name: str) -> Fingerprint:
+    """The fingerprint of a model that another process loads: its weights by their files, or by their revision on a hub.
+
+    Not to be compared with that of a model in memory.
+    """
+    from kvcomp.integrations.huggingface.fingerprint import fingerprint
+
+    config, (source, options) = load_config(name), locate(name)
+    weights = getattr(config, "_commit_hash", None)
+    if os.path.isdir(source):
+        files = [source / options["gguf_file"]] if options else [f for kind in WEIGHTS for f in source.glob(kind)]
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            size = file.stat().st_size
+            digest.update(f"{file.name}/{size}/".encode())
+            with file.open("rb") as stream:
+                for at in range(SAMPLES):
+                    stream.seek(size * at // SAMPLES)
+                    digest.update(stream.read(SAMPLE))
+        weights = digest.hexdigest()
+    return replace(fingerprint(config, name), weights=weights)
+
+
 def locate(name: str) -> tuple[Path, dict[str, Any]]:
     """Where a model's files are, and what transformers needs to find them there. A hub id stays what it is.
 
     Raises ModelError when a file or folder is named that is not there.
     """
-    path = Path(name).expanduser()
+    if not is_plain(name):
+        raise ModelError(f"model: {quote(name)} has characters that no model's name has.")
+    path = Path(os.path.expanduser(name))
     if name in ALIASES:
         return converted(name), {}
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model: no file {name!r}.")
+        if not os.path.isfile(path):
+            raise ModelError(f"model: no file {quote(name)}.")
         _require_gguf(name)
         return path.parent, {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json"):
             raise ModelError(
-                f"model: the folder {name!r} has no config.json. "
+                f"model: the folder {quote(name)} has no config.json. "
                 "Give a folder that save_pretrained wrote, or the .gguf file itself."
             )
         return path, {}
     if name.count("/") <= 1 and not name.startswith((".", "/", "~")):
         return Path(name), {}
-    raise ModelError(f"model: no folder {name!r}.")
+    raise ModelError(f"model: no folder {quote(name)}.")
 
 
 def _from_pretrained(name: str, source: Path, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -102,7 +142,14 @@ def _from_pretrained(name: str, source: Path, options: dict[str, Any]) -> tuple[
     gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
     with explained(name, source):
         tokenizer = AutoTokenizer.from_pretrained(str(source), **gguf)
-        model = AutoModelForCausalLM.from_pretrained(str(source), **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), output_loading_info=True, **options)
+    model, told = loaded
+    missing = sorted(told["missing_keys"])
+    if missing:  # transformers would make them up
+        raise ModelError(
+            f"model: {quote(name)} has no weights for {len(missing)} of its parameters, such as {quote(missing[0])}: "
+            "fetch its files again."
+        )
     return model, tokenizer
 
 
@@ -112,11 +159,13 @@ def explained(name: str, source: Path) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if source.exists():
-            raise ModelError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+    except KvcompError:
+        raise
+    except Exception as error:  # transformers passes on whatever the readers of its many formats raise
+        if os.path.exists(source):
+            raise ModelError(f"model: {quote(name)} could not be loaded: {_first_line(error)}") from error
         raise ModelError(
-            f"model: {name!r} is not an alias ({', '.join(ALIASES)}), not a local file or folder, and the "
+            f"model: {quote(name)} is not an alias ({', '.join(ALIASES)}), not a local file or folder, and the "
             f"Hugging Face hub did not give it: {_first_line(error)} Check the spelling and the network (or "
             "HF_TOKEN for a gated model), or give a local folder or a .gguf file."
         ) from error
@@ -214,4 +263,4 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return text[0].strip() if text else type(error).__name__
+    return shorten(visible(text[0].strip())) if text else type(error).__name__

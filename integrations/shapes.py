@@ -7,6 +7,7 @@ knows is counted as it is, not as a formula imagines it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cache
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.roofline import LayerShape, Matrices, ModelShape
+from kvcomp.text import quote
 
 from .configs import cache_layers, caches_latents, decoder_config, field, max_positions
 from .models import ModelError, explained, locate
@@ -47,13 +49,13 @@ def model_shape(name: str, weight_bits: float | None = None) -> ModelShape:
         UnsupportedError: a model whose cache or weights cannot be told from its config.
     """
     for short, entry in builtin().items():
-        if name.lower() in (short, entry["hub"].lower()) and not Path(name).exists():
+        if name.lower() in (short, entry["hub"].lower()) and not os.path.exists(name):
             fields = dict(entry["config"])
             return shape_of(AutoConfig.for_model(fields.pop("model_type"), **fields), entry["hub"], weight_bits)
     near = get_close_matches(name.lower(), builtin(), n=1, cutoff=0.8)
-    if near and "/" not in name and not Path(name).exists():
+    if near and "/" not in name and not os.path.exists(name):
         raise ModelError(
-            f"model: {name!r} is not built in: did you mean {near[0]!r}? For a model of the hub give owner/name."
+            f"model: {quote(name)} is not built in: did you mean {near[0]!r}? For a model of the hub give owner/name."
         )
     source, options = locate(name)
     try:
@@ -61,7 +63,7 @@ def model_shape(name: str, weight_bits: float | None = None) -> ModelShape:
             config = AutoConfig.from_pretrained(str(source), **options)
     except ModelError as error:
         raise ModelError(f"{error} Known without a network: {', '.join(builtin())}.") from error
-    return shape_of(config, Path(name).stem if source.exists() else name, weight_bits)
+    return shape_of(config, Path(name).stem if os.path.exists(source) else name, weight_bits)
 
 
 def shape_of(outer: PreTrainedConfig, name: str, weight_bits: float | None = None) -> ModelShape:

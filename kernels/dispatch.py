@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +28,7 @@ NO_TRITON = (
     "triton is not installed, so attention over compressed pages runs in PyTorch on the GPU, several times slower: "
     "pip install triton"
 )
-_reference_only = False
+_reference: ContextVar[bool] = ContextVar("reference", default=False)  # of each thread
 OLDEST_GPU = (8, 0)  # compute capability: the first with products of bfloat16
 
 
@@ -158,20 +159,20 @@ def writable(pool: Tensor, sides: Sides) -> bool:
         from . import triton
 
         return triton.write_obstacle(sides) is None
-    available = pool.is_cpu and not _reference_only and cpu.library() is not None
+    available = pool.is_cpu and not _reference.get() and cpu.library() is not None
     return available and encode.obstacle(sides) is None
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether the Triton kernels take x."""
-    return x.is_cuda and not _reference_only and _gpu_obstacle(x.device) is None
+    return x.is_cuda and not _reference.get() and _gpu_obstacle(x.device) is None
 
 
 def attend_tokens(
     queries: Tensor, tokens: Tokens, scale: float, softcap: float | None = None, prior: Part | None = None
 ) -> Part:
     """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
-    few = queries.shape[1] <= MOST_ROWS and not _reference_only
+    few = queries.shape[1] <= MOST_ROWS and not _reference.get()
     few = few and tokens.keys.shape[2] > 0 and tokens.values.shape[2] > 0
     if few and on_gpu(queries):
         from . import triton
@@ -229,18 +230,17 @@ def explain(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Inside, everything is computed by the reference: what kernels are checked against."""
-    global _reference_only
-    before, _reference_only = _reference_only, True
+    """Inside, this thread computes everything by the reference: what kernels are checked against."""
+    before = _reference.set(True)
     try:
         yield
     finally:
-        _reference_only = before
+        _reference.reset(before)
 
 
 def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 1) -> str | None:
     """Why pages are read by the reference; None: they are not."""
-    if _reference_only:
+    if _reference.get():
         return "it was asked for"
     if device.type not in ("cpu", "cuda"):
         return f"there is no other kernel for {device.type}"

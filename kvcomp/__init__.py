@@ -1,7 +1,7 @@
 """kvcomp: composable KV-cache compression for long-context inference.
 
 cache = CompressedCache("snapkv(keep=0.25) + kivi(bits=2)", model)
-model.generate(**inputs, past_key_values=cache)
+model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
 print(cache.report())
 """
 

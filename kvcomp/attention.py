@@ -129,7 +129,9 @@ def _flashable(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 def _by_flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor | None) -> Part:
     """`attend` by torch's kernel for CPUs, which gives the lse too; visible: bool [S or 1, R, N]."""
     q, k, v = (x.float()[:, None] for x in (queries, keys, values))
-    mask = None if visible is None else torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None]
+    mask = None
+    if visible is not None:
+        mask = q.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)[:, None]
     out, lse = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     return Part(out[:, 0].contiguous(), lse[:, 0])
 

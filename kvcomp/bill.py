@@ -17,6 +17,7 @@ from kvcomp.hardware import Gpu
 from kvcomp.plan import held_parts, read_parts, shared_bytes
 from kvcomp.roofline import ModelShape, Work, step
 from kvcomp.stack import Stack
+from kvcomp.text import quote
 
 READS = "reads"
 
@@ -43,8 +44,10 @@ class Assumption:
             factor = float(number)
         except ValueError:
             factor = 0.0
-        if not name.strip().isidentifier() or not 0 < factor < float("inf"):
-            raise KvcompError(f"assume: {text!r} is not NAME/FACTOR with a positive factor, as in latent/8 or reads/10")
+        if not name.strip().isidentifier() or not 1e-9 <= factor <= 1e9:
+            raise KvcompError(
+                f"assume: {quote(text)} is not NAME/FACTOR with a positive factor, as in latent/8 or reads/10"
+            )
         return cls(name.strip(), factor)
 
     def __str__(self) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,11 +16,16 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
+from kvcomp.files import expanded, readable, reason, write_whole
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.stages import PageShape, Stage
+from kvcomp.state import CHECKSUM, DamagedError, State, checksum, described, parsed
 from kvcomp.statistics import Moments
 
 KIND = "kvcomp calibration 2"
+WORDS = ("kind", "method", "settings", "model", "config", "weights", "texts", "tokens", "context", "kvcomp")
+HUGE = 1e20  # no moment of keys and queries, or map made of one, has larger numbers
+LARGEST = 2 << 30  # bytes of a calibration file
 FILE = "file that `kvcomp calibrate` wrote for this method and model"
 
 
@@ -75,9 +79,10 @@ class Calibration:
             )
         wanted = (shape.heads, *dims)
         if found.dim() != len(wanted) or any(w not in (None, n) for w, n in zip(wanted, found.shape, strict=True)):
+            channels = found.shape[1] if found.dim() > 1 else "no"
             raise CalibrationError(
-                f"{str(self.path)!r} has {found.shape[0]} KV heads of {found.shape[1]} channels in layer "
-                f"{shape.layer}, and the cache {shape.heads} of {dims[0]}: calibrate the model that the cache is for"
+                f"{str(self.path)!r} has {found.shape[0]} KV heads of {channels} channels in layer {shape.layer}, and "
+                f"the cache {shape.heads} of {dims[0]}: calibrate the model that the cache is for"
             )
         return found.to(shape.device)
 
@@ -96,20 +101,19 @@ class Calibration:
             "model": self.model.name,
             "config": self.model.config,
             "weights": self.model.weights or "",
+            "parameters": self.model.parameters or "",
             "texts": json.dumps([{"name": name, "sha256": digest} for name, digest in self.texts]),
             "tokens": str(self.tokens),
             "context": str(self.context),
             "kvcomp": version("kvcomp"),
         }
-        content = save({name: t.float().contiguous() for name, t in self.tensors.items()}, metadata)
+        tensors = {name: t.float().contiguous() for name, t in self.tensors.items()}
+        content = save(tensors, metadata | {CHECKSUM: checksum(metadata, tensors)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-                whole = Path(scratch) / path.name
-                whole.write_bytes(content)
-                os.replace(whole, path)
+            write_whole(path, content)
         except OSError as error:
-            raise CalibrationError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+            raise CalibrationError(f"{str(path)!r} cannot be written: {reason(error)}") from error
 
 
 def load(path: str | Path, method: str) -> Calibration:
@@ -118,13 +122,13 @@ def load(path: str | Path, method: str) -> Calibration:
     Raises:
         CalibrationError: no such file, one that is damaged or of another kind, or the calibration of another method.
     """
-    given = Path(path).expanduser()
     try:
+        given = readable(expanded(path))
         stat = given.stat()
         found = _read(given.resolve(), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise CalibrationError(
-            f"calibration={str(path)!r} cannot be read ({error.strerror or error}): give a file that "
+            f"calibration={str(path)!r} cannot be read ({reason(error)}): give a file that "
             f"`kvcomp calibrate --method {method}` wrote"
         ) from error
     if found.method != method:
@@ -136,11 +140,12 @@ def load(path: str | Path, method: str) -> Calibration:
 
 
 def digest(path: str | Path) -> str | None:
-    """sha256 of a file's content, computed once as long as it does not change; None where it cannot be read."""
-    given = Path(path).expanduser()
+    """sha256 of a file's content, computed once as long as it does not change; None where it cannot be read, and of
+    what is no file, or too large for a calibration."""
     try:
+        given = readable(expanded(path))
         stat = given.stat()
-        return _digest(given.resolve(), stat.st_mtime_ns, stat.st_size)
+        return None if stat.st_size > LARGEST else _digest(given.resolve(), stat.st_mtime_ns, stat.st_size)
     except OSError:
         return None
 
@@ -154,6 +159,8 @@ def _digest(path: Path, changed: int, size: int) -> str:
 def _read(path: Path, changed: int, size: int) -> Calibration:
     from safetensors import SafetensorError, safe_open
 
+    if size > LARGEST:
+        raise CalibrationError(f"{str(path)!r} is no calibration file: its {size:,} bytes are more than {LARGEST:,}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -163,19 +170,59 @@ def _read(path: Path, changed: int, size: int) -> Calibration:
                     f"(kind {metadata.get('kind')!r}, expected {KIND!r}): calibrate again"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        return _checked(State(metadata, "its header"), tensors, path)
+    except (SafetensorError, DamagedError, RuntimeError, MemoryError) as error:
         raise CalibrationError(f"{str(path)!r} is damaged, or no calibration file: {error}") from error
+
+
+def _checked(words: State, tensors: Mapping[str, Tensor], path: Path) -> Calibration:
+    """The calibration of a file with such metadata and tensors; a DamagedError where it is none."""
+    if CHECKSUM not in words:
+        words.only(*WORDS)
+    others = {name: words.text(name) for name in words if name != CHECKSUM}
+    if CHECKSUM in words and words.text(CHECKSUM) != checksum(others, tensors):
+        raise DamagedError("its checksum is not that of its content")
+    for name, tensor in tensors.items():
+        numbered = re.fullmatch(r"\d{1,6}\.\S+", name) is not None
+        words.require(numbered, f"{name!r} is the name of no tensor of a layer")
+        words.require(tensor.dtype == torch.float32 and tensor.dim() > 0, f"{name} is {described(tensor)}")
+        words.require(not bool((tensor.abs() > HUGE).any()), f"{name} has numbers beyond {HUGE:g}")
+    texts = [State(text, f"{words.where}: a text") for text in parsed(words, "texts", list)]
     return Calibration(
-        method=metadata["method"],
-        settings=json.loads(metadata["settings"]),
-        model=Fingerprint(metadata["model"], metadata["config"], metadata["weights"] or None),
-        texts=tuple((text["name"], text["sha256"]) for text in json.loads(metadata["texts"])),
-        tokens=int(metadata["tokens"]),
-        context=int(metadata["context"]),
+        method=words.text("method"),
+        settings=parsed(words, "settings", dict),
+        model=Fingerprint(
+            words.text("model"), words.text("config"), words.text("weights") or None, words.get("parameters") or None
+        ),
+        texts=tuple((text.text("name"), text.text("sha256")) for text in texts),
+        tokens=_count(words, "tokens"),
+        context=_count(words, "context"),
         tensors=tensors,
-        version=metadata["kvcomp"],
+        version=words.text("kvcomp"),
         path=path,
     )
+
+
+def _count(words: State, name: str) -> int:
+    found = words.text(name)
+    words.require(re.fullmatch(r"\d{1,18}", found) is not None, f"{name} is {described(found)}, expected a number")
+    return int(found)
+
+
+@lru_cache(maxsize=8)
+def _flaw(calibration: Calibration, stage: type[Calibrated]) -> str | None:
+    """Why a method cannot use its file; None: it can."""
+    try:
+        for layer in calibration.layers:
+            tensors = {
+                name.partition(".")[2]: tensor
+                for name, tensor in calibration.tensors.items()
+                if int(name.partition(".")[0]) == layer
+            }
+            stage.check_layer(State(tensors, f"layer {layer}"))
+    except DamagedError as error:
+        return str(error)
+    return None
 
 
 class Tensors(Protocol):
@@ -189,7 +236,7 @@ class Blank:
     """Stands for a file that need not be there yet: tensors of ones, of the right shapes. For plans."""
 
     def tensor(self, name: str, shape: PageShape, *dims: int | None) -> Tensor:
-        return torch.ones(shape.heads, *(dim or 1 for dim in dims))
+        return torch.ones(shape.heads, *(dim or 1 for dim in dims), dtype=torch.float32, device="cpu")
 
 
 class Seen(Protocol):
@@ -218,6 +265,10 @@ class Calibrated(Stage):
         are recorded in the file."""
         raise NotImplementedError
 
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        """Raise a DamagedError unless a file's tensors of one layer can be what `calibrate` gave."""
+
     def load(self) -> Calibration:
         """The file.
 
@@ -228,7 +279,11 @@ class Calibrated(Stage):
             raise CalibrationError(
                 f"{self.name} needs calibration='FILE', a file that `kvcomp calibrate --method {self.name}` wrote"
             )
-        return load(self.calibration, self.name)
+        found = load(self.calibration, self.name)
+        flaw = _flaw(found, type(self))
+        if flaw is not None:
+            raise CalibrationError(f"calibration={self.calibration!r} is damaged: {flaw}: calibrate again")
+        return found
 
     def serves(self, model: Callable[[], Fingerprint]) -> None:
         if self.calibration is None and not self.required:

@@ -12,32 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
 
 from kvcomp import cli_calibrate, cli_data, cli_doctor, cli_plan, cli_report, cli_speed
+from kvcomp.console import Group, Plain, note, notes, results, styled
 from kvcomp.errors import KvcompError
 from kvcomp.options import whole_numbers
+from kvcomp.text import quote
 
 if TYPE_CHECKING:
     from kvcomp.stages import Stage
 
 
-class _Group(TyperGroup):
-    """Turns errors that kvcomp raises on purpose into one line and exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KvcompError as error:
-            _notes().print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-            raise typer.Exit(2) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -74,10 +62,6 @@ Model = Annotated[
 ]
 
 
-def _notes() -> Console:
-    return Console(stderr=True)
-
-
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"kvcomp {version('kvcomp')}")
@@ -94,7 +78,7 @@ def main(
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _notes().print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+    note("warning", "yellow", str(message))
 
 
 @app.command()
@@ -108,7 +92,7 @@ def stacks(
     if as_json:
         typer.echo(json.dumps(known, indent=2))
         return
-    console = Console()
+    console = Plain()
     for family in dict.fromkeys(stage["family"] for stage in known.values()):
         grid = Table(box=None, padding=(0, 2, 0, 0), show_header=False, highlight=False)
         grid.add_column(no_wrap=True)
@@ -116,12 +100,13 @@ def stacks(
         grid.add_column()
         for name, stage in known.items():
             if stage["family"] == family:
-                grid.add_row(f"[bold cyan]{name}[/]", "", escape(stage["summary"]))
+                grid.add_row(styled(name, "bold cyan"), "", stage["summary"])
                 for argument in stage["arguments"]:
-                    grid.add_row("", f"{argument['name']}={argument['default']}", escape(argument["help"]))
+                    grid.add_row("", f"{argument['name']}={argument['default']}", argument["help"])
                 if stage["paper"]:
-                    grid.add_row("", "[dim]paper[/]", f"[dim]{escape(stage['paper'])}[/]")
-        console.print(f"\n[bold]{family}[/]")
+                    grid.add_row("", styled("paper", "dim"), styled(stage["paper"], "dim"))
+        console.print()
+        console.print(styled(family, "bold"))
         console.print(grid)
 
 
@@ -147,7 +132,7 @@ def generate(
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     model: Model = "smollm2-135m",
     stack: Annotated[str, typer.Option(help="How to compress the cache.")] = "kivi(bits=4)",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="Stop after this many tokens.")] = 64,
 ) -> None:
     """Continue a text from a compressed cache, and say what the cache held and read beside a dense one."""
     text = _read_prompt(prompt, file)
@@ -158,6 +143,7 @@ def generate(
 
     from kvcomp.integrations.configs import decoder_config, max_positions
     from kvcomp.integrations.huggingface import prefill
+    from kvcomp.integrations.huggingface.forward import generating_with
     from kvcomp.integrations.models import load_model
 
     network, tokenizer = load_model(model)
@@ -175,7 +161,7 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     network.generate(
         **inputs,
-        past_key_values=cache,
+        **generating_with(cache),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=streamer,
@@ -189,7 +175,7 @@ def generate(
     if traffic.read:
         table.add_row("read by the last step", _size(traffic.read), _size(traffic.dense), f"{traffic.ratio:.2f}x")
     table.add_row("effective bits", f"{memory.effective_bits:.2f}", "", "")
-    Console().print(table)
+    Plain().print(table)
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -200,7 +186,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-            raise KvcompError(f"file: {str(file)!r}: {reason}.") from error
+            raise KvcompError(f"file: {quote(str(file))}: {reason}.") from error
     else:
         text = sys.stdin.read() if prompt == "-" else str(prompt)
     if not text.strip():
@@ -260,17 +246,15 @@ def bench(
     from kvcomp.benchmarks.tasks import choose
 
     for reason in choose(names, data)[1]:
-        _notes().print(f"[yellow]left out:[/] {escape(reason)}", soft_wrap=True, highlight=False)
+        note("left out", "yellow", reason)
     rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
-    comparison = run(settings, out, _notes(), command)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)  # in a file, a row stays a line
+    comparison = run(settings, out, notes(), command)
+    console = results(100)
     for table in [*tables(comparison.lines), *likelihood.tables(comparison.texts)]:
         console.print(table)
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
 app.command(epilog=cli_report.EXAMPLES)(cli_report.report)

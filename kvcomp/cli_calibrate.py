@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvcomp.cli_plan import size
+from kvcomp.console import Plain, notes
 from kvcomp.errors import KvcompError
+from kvcomp.files import reason, usable
+from kvcomp.text import quote
 
 EXAMPLES = """Examples:
 
@@ -42,24 +44,24 @@ def calibrate(
     The file serves every bit width and rank of the method, for the model that it was made with and no other; name it in
     a stack, as in oscar(bits=2, calibration='FILE').
     """
-    if out.exists():
-        raise KvcompError(f"out: {str(out)!r} exists: name another file, or remove it.")
+    if os.path.exists(out):
+        raise KvcompError(f"out: {quote(str(out))} exists: name another file, or remove it.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        usable(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise KvcompError(f"out: {str(out)!r} cannot be written: {error.strerror}.") from error
+        raise KvcompError(f"out: {quote(str(out))} cannot be written: {reason(error)}.") from error
     from kvcomp.integrations.huggingface import calibrate as calibration
     from kvcomp.integrations.models import load_model
 
     calibration.method_of(method)
     for path in text:
         calibration.read_text(path)
-    console = Console(stderr=True)
-    console.print(f"Loading {escape(model)} ...", soft_wrap=True, highlight=False)
+    console = notes()
+    console.print(f"Loading {model} ...", soft_wrap=True)
     network, tokenizer = load_model(model)
     start = time.perf_counter()
     columns = (
-        TextColumn("{task.completed:,} of {task.total:,} {task.description}"),
+        TextColumn("{task.completed:,} of {task.total:,} {task.description}", markup=False),
         BarColumn(),
         TimeRemainingColumn(),
     )
@@ -74,12 +76,11 @@ def calibrate(
         )
     found.save(out)
     seconds = time.perf_counter() - start
-    console = Console()
+    console = Plain()
     console.print(
-        f"{escape(str(out))}: {method} for {escape(found.model.name)}, {len(found.layers)} layers, "
+        f"{out}: {method} for {found.model.name}, {len(found.layers)} layers, "
         f"{found.tokens:,} tokens, {seconds:.1f} s, {size(out.stat().st_size)}",
         soft_wrap=True,
-        highlight=False,
     )
     if found.tokens < tokens:
         console.print(f"The texts have no more than {found.tokens:,} of the {tokens:,} tokens asked for.")

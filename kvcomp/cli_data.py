@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from kvcomp.console import results, styled
 
 if TYPE_CHECKING:
     from kvcomp.benchmarks.data import Finding
@@ -40,15 +41,13 @@ def check(
         content, place, style = "–", "generated", "default"
         for finding in bad or texts:
             content, place, style = _describe(finding, folder)
-        table.add_row(name, content, f"[{style}]{escape(place)}[/]")
+        table.add_row(name, content, styled(place, "" if style == "default" else style))
         ready += not bad
         damaged = damaged or any(finding.file for finding in bad)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # in a file, a row stays a line
+    console = results(160)
     console.print(table)
     total = len(tasks.all_tasks())
-    console.print(f"{ready} of {total} tasks can run with --data {folder}", soft_wrap=True, highlight=False)
+    console.print(f"{ready} of {total} tasks can run with --data {folder}", soft_wrap=True)
     if damaged:
         raise typer.Exit(1)
 
@@ -63,4 +62,4 @@ def _describe(finding: Finding, folder: Path) -> tuple[str, str, str]:
         return "–", finding.problem if source.fallback else f"missing: {source.fetch}", "yellow"
     if finding.file is None:
         return content, f"{source.fallback_name}: there is no {source.files[0]}", "yellow"
-    return content, str(finding.file.relative_to(folder.expanduser())), "green"
+    return content, os.path.relpath(finding.file, os.path.expanduser(folder)), "green"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from kvcomp.console import Plain
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +40,7 @@ def doctor(
     stack: Annotated[
         list[str] | None, typer.Option(help="A stack to ask about; repeat it.  \\[default: every quantizer]")
     ] = None,
-    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 128,
+    head_dim: Annotated[int, typer.Option(min=1, max=1024, help="Channels of a head.")] = 128,
 ) -> None:
     """Say what is installed, which kernel attends over the pages of each stack here, or why none does, and whether the
     plugin serves it in vLLM, or why not.
@@ -58,7 +60,7 @@ def doctor(
     about.add_row("C kernels", f"installed, {cpu.LEVELS[cpu.level()]}" if found else "not installed")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     about.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
-    console = Console(width=120)
+    console = Plain(width=120)
     console.print(about)
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
     table = Table("stack", *(f"decode attention on {device}" for device in devices), "in vLLM", show_lines=True)
@@ -95,7 +97,7 @@ def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
     from kvcomp.layer import LayerStore
     from kvcomp.stack import Stack
 
-    plan = Stack.parse(spec).plan(8, 32)
+    plan = replace(Stack.parse(spec).plan(8, 32), policies=(), sinks=0, recent=0)  # a page is all that it takes
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     x = torch.randn(1, 1, plan.slots, head_dim, dtype=dtype, device=device)
     store = LayerStore(plan)

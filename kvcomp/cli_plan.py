@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from kvcomp.console import Plain, styled
 from kvcomp.errors import KvcompError
 from kvcomp.hardware import GPUS, Gpu, find_gpu
 from kvcomp.options import whole_numbers
@@ -92,19 +92,18 @@ def plan(
     if as_json:
         typer.echo(json.dumps(_document(shape, device, groups, notes), indent=2))
         return
-    console = Console()
-    console = Console(width=max(console.width, WIDTH))  # a row stays a line, also in a file
+    console = Plain(width=max(Plain().width, WIDTH))  # a row stays a line, also in a file
     for line in _heading(shape, device):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True)
     for table in (_bill_table(groups, device), _roofline_table(shape, device, groups)):
         console.print()
         console.print(table)
     console.print()
     if parts:
         for row in (row for group in groups for row in group):
-            console.print(_parts_line(row), soft_wrap=True, highlight=False)
+            console.print(_parts_line(row), soft_wrap=True)
     for note in notes:
-        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+        console.print(styled(note, "dim"))
 
 
 def _device(gpu: str | None, tflops: float | None, bandwidth: float | None, memory: float | None) -> Gpu:
@@ -141,7 +140,7 @@ def _notes(shape: ModelShape, longest: int, assumed: bool, compressed: bool) -> 
     return notes
 
 
-def _heading(shape: ModelShape, gpu: Gpu) -> list[str]:
+def _heading(shape: ModelShape, gpu: Gpu) -> list[Text]:
     full = sum(layer.full for layer in shape.layers)
     rest = len(shape.layers) - full
     cache = f"{size(shape.token_bytes)} of K and V per token ({shape.token_bytes:,} B, {shape.dtype})"
@@ -151,12 +150,9 @@ def _heading(shape: ModelShape, gpu: Gpu) -> list[str]:
     memory = "" if gpu.memory is None else f", {gpu.memory:g} GB"
     weights = f"weights {size(shape.weights.nbytes)}, of which a token's step reads {size(shape.weight_bytes(1))}"
     parameters = f"{shape.weights.parameters / 1e9:.3g} B parameters in {len(shape.layers)} layers"
-    return [
-        f"[bold]{escape(shape.name)}[/]  {parameters}: {weights}",
-        f"[bold]KV cache[/]  {cache}",
-        f"[bold]{escape(gpu.name)}[/]  {gpu.tflops:g} TFLOP/s, {gpu.bandwidth:g} TB/s{memory}: "
-        f"ridge {gpu.ridge:.1f} FLOP/byte",
-    ]
+    peaks = f"{gpu.tflops:g} TFLOP/s, {gpu.bandwidth:g} TB/s{memory}: ridge {gpu.ridge:.1f} FLOP/byte"
+    lines = ((shape.name, f"{parameters}: {weights}"), ("KV cache", cache), (gpu.name, peaks))
+    return [Text.assemble(styled(name, "bold"), "  ", said) for name, said in lines]
 
 
 def _table(first: str, *numbers: str) -> Table:
@@ -172,10 +168,10 @@ def _bill_table(groups: list[list[Bill]], gpu: Gpu) -> Table:
     table = _table("decode", "KV held", "", "bits", "KV read", "", "+ weights", "ms/token", "tokens/s", "FLOP/B", *fits)
     for group in groups:
         table.add_row()
-        table.add_row(f"[bold]{group[0].context:,} tokens x {group[0].batch}[/]")
+        table.add_row(styled(f"{group[0].context:,} tokens x {group[0].batch}", "bold"))
         for row in group:
             table.add_row(
-                f"  + {row.assumed[-1]} assumed" if row.assumed else escape(row.label),
+                f"  + {row.assumed[-1]} assumed" if row.assumed else row.label,
                 size(row.held),
                 f"{row.held_ratio:.2f}x",
                 "" if row.assumed else f"{row.effective_bits:.2f}",
@@ -185,7 +181,7 @@ def _bill_table(groups: list[list[Bill]], gpu: Gpu) -> Table:
                 f"{row.work.seconds(gpu) * 1e3:.2f}",
                 f"{row.tokens_per_second(gpu):,.0f}",
                 "" if row.assumed else f"{row.work.intensity:.2f}",
-                *(f"{'yes' if row.fits(gpu) else '[red]no[/]'}, {size(row.total)}" for _ in fits),
+                *(Text.assemble("yes" if row.fits(gpu) else ("no", "red"), f", {size(row.total)}") for _ in fits),
             )
     return table
 
@@ -206,11 +202,11 @@ def _roofline_table(shape: ModelShape, gpu: Gpu, groups: list[list[Bill]]) -> Ta
     return table
 
 
-def _parts_line(row: Bill) -> str:
+def _parts_line(row: Bill) -> Text:
     label = " ".join([row.label, *map(str, row.assumed)])
     said = (", ".join(f"{name} {size(n)}" for name, n in side.items()) for side in (row.held_parts, row.read_parts))
     held, read = said
-    return f"[bold]{row.context:,} x {row.batch}[/] {escape(label)}: holds {held}; reads {read}"
+    return Text.assemble(styled(f"{row.context:,} x {row.batch}", "bold"), f" {label}: holds {held}; reads {read}")
 
 
 def _document(shape: ModelShape, gpu: Gpu, groups: list[list[Bill]], notes: list[str]) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from kvcomp.console import results, styled
 from kvcomp.errors import KvcompError
+from kvcomp.text import quote, visible
 
 EXAMPLES = """Examples:
 
@@ -39,21 +41,19 @@ def report(
         if len(runs) > 1:
             raise KvcompError("out: the report of several runs needs a folder of its own: --out DIR.")
         out = runs[0]
-    if (out / "config.json").exists() and (len(runs) > 1 or out.resolve() != runs[0].resolve()):
+    if os.path.exists(out / "config.json") and (len(runs) > 1 or os.path.realpath(out) != os.path.realpath(runs[0])):
         raise KvcompError(
-            f"out: {str(out)!r} is a run itself, whose report would be overwritten. Choose another --out."
+            f"out: {quote(str(out))} is a run itself, whose report would be overwritten. Choose another --out."
         )
     comparison = publish([read_run(run) for run in runs], out)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100 if len(runs) == 1 else 120)  # in a file, a row stays a line
+    console = results(100 if len(runs) == 1 else 120)
     for table in [*tables(comparison.lines), *likelihood.tables(comparison.texts)]:
         console.print(table)
     if any(line.first and not line.first.paired for line in comparison.lines):
-        console.print("* unpaired: other samples than the first run's", highlight=False)
+        console.print("* unpaired: other samples than the first run's")
     for setting, values in comparison.differing.items():
         said = "; ".join(f"{name}: {value}" for name, value in zip(comparison.names, values, strict=True))
-        console.print(f"[bold]{escape(setting)}[/] differs: {escape(said)}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble(styled(setting, "bold"), " differs: ", visible(said)), soft_wrap=True)
     for note in comparison.notes:
-        console.print(escape(note), soft_wrap=True, highlight=False)
-    console.print(f"Report: {escape(str(out / 'report.html'))}", soft_wrap=True, highlight=False)
+        console.print(note, soft_wrap=True)
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from kvcomp.console import Plain
+from kvcomp.console import notes as console_of_notes
 from kvcomp.errors import KvcompError
 from kvcomp.options import whole_numbers
+from kvcomp.text import quote
 
 if TYPE_CHECKING:
     from kvcomp.benchmarks.speed import Timing
@@ -48,7 +50,7 @@ def speed(
         list[str] | None, typer.Option(help="Sequences decoded together, likewise.  \\[default: 1]")
     ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Steps of each, in turns; figures are medians.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  \\[default: torch's]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.  \\[default: torch's]")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of keys and values: float32 (a CPU's default), bfloat16 or float16.")
     ] = None,
@@ -76,8 +78,8 @@ def speed(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
     if held not in (torch.float32, torch.bfloat16, torch.float16):
-        raise KvcompError(f"dtype: {dtype!r} is not float32, bfloat16 or float16")
-    notes = Console(stderr=True)
+        raise KvcompError(f"dtype: {quote(dtype)} is not float32, bfloat16 or float16")
+    notes = console_of_notes()
     shape = next((layer for layer in model_shape(geometry or model).layers if layer.full), None)
     if shape is None:
         raise KvcompError(f"geometry: {geometry or model} has no layer of full attention")
@@ -89,7 +91,7 @@ def speed(
     for length, rows in track(jobs, "attention of one layer", console=notes, transient=True):
         found += bench.attention(heads, stack, length, rows, steps, held, device, 8, absent.append)
     for line in dict.fromkeys(absent):
-        notes.print(line, highlight=False)
+        notes.print(line)
     if not attention:
         network, tokenizer = load_model(model, dtype=held, device=device)
         for length, rows in track(jobs, "steps of the model", console=notes, transient=True):
@@ -120,7 +122,7 @@ def _print(timings: list[Timing], title: str, rate: float) -> None:
             f"{100 * timing.gbps / rate:.0f}%" if known else "",
             f"{timing.ratio:.2f}x",
         )
-    Console(width=130).print(table)
+    Plain(width=130).print(table)
 
 
 def _write(out: Path, timings: list[Timing], about: dict[str, Any]) -> None:
@@ -140,7 +142,7 @@ def _write(out: Path, timings: list[Timing], about: dict[str, Any]) -> None:
     except OSError as error:
         raise KvcompError(f"out: {str(out)!r} cannot be written: {error.strerror}.") from error
     key = "\n".join(f"{i}: {what}, {label}, batch {rows}" for i, (what, label, rows) in enumerate(labels, 1))
-    Console(stderr=True).print(f"{out}/speed.json, and {out}/speed.svg with the lines\n{key}", highlight=False)
+    console_of_notes().print(f"{out}/speed.json, and {out}/speed.svg with the lines\n{key}")
 
 
 def _versions() -> dict[str, str]:

@@ -130,8 +130,9 @@ def match(
     if tokens < 1:
         raise KvcompError(f"tokens={tokens}: a span is compacted to 1 token or more")
     if span <= tokens:
-        none = torch.zeros(streams, device=keys.device)
-        return Compacted(keys, torch.zeros(streams, span, device=keys.device), values, none, none.clone())
+        none = torch.zeros(streams, device=keys.device, dtype=torch.float32)
+        bias = torch.zeros(streams, span, device=keys.device, dtype=torch.float32)
+        return Compacted(keys, bias, values, none, none.clone())
     if rows == 0:
         raise KvcompError("queries=[S, 0, Dk]: attention is matched for reference queries, give 1 or more")
     batch = max(MAX_LOGITS // _candidates(tokens, span) ** 2, 1)  # streams whose Gram matrices are held at once

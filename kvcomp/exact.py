@@ -41,7 +41,7 @@ class ExactBuffer:
         streams = keys.shape[0] * keys.shape[1]
         self.k = keys.new_zeros(streams, 0, keys.shape[-1])
         self.v = values.new_zeros(streams, 0, values.shape[-1])
-        self.counts = torch.zeros(streams, dtype=COUNTER)
+        self.counts = torch.zeros(streams, dtype=COUNTER, device="cpu")
         self._bounds: tuple[int, int] | None = None  # forgotten wherever counts change by more than one for all
 
     @property
@@ -141,7 +141,7 @@ class ExactBuffer:
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` takes; slots past a stream's count, which may hold forgotten tokens, are zero."""
-        idle = torch.arange(self.k.shape[1]) >= self.counts[:, None]
+        idle = torch.arange(self.k.shape[1], device="cpu") >= self.counts[:, None]
         if bool(idle.any()):
             hidden = idle[..., None].to(self.k.device)
             return {"k": self.k.masked_fill(hidden, 0), "v": self.v.masked_fill(hidden, 0), "counts": self.counts}

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGEST = 1e15  # of a query's channels: their squares can be summed
+
 
 class QueryMoments:
     """Per stream, the sum of q q' over its queries [S, D, D], dropped when all streams are fitted. Streams come as they
     are named. Tensors are never changed in place: forks share them."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
-        self.sums = torch.zeros(0, dim, dim, device=device)
+        self.sums = torch.zeros(0, dim, dim, device=device, dtype=torch.float32)
         self.fitted = torch.zeros(0, dtype=torch.bool, device=device)
 
     def room(self, streams: int) -> None:
@@ -29,7 +31,7 @@ class QueryMoments:
         mine = ~self.fitted[streams]
         if bool(mine.any()):
             self.sums = F.pad(self.sums, (0, 0, 0, 0, 0, len(self.fitted) - len(self.sums)))
-            q = queries[mine].float()
+            q = queries[mine].float().clamp(-LARGEST, LARGEST)
             self.sums = self.sums.index_add(0, streams[mine], q.mT @ q)
 
     def missing(self, streams: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ class QueryMoments:
         """The moments [s, D, D] of `streams`, which are fitted from now on; the identity where no query was seen."""
         dim = self.sums.shape[-1]
         weight = self.sums[streams] if len(self.sums) else self.sums.new_zeros(len(streams), dim, dim)
-        weight[weight.diagonal(dim1=1, dim2=2).sum(-1) == 0] = torch.eye(dim, device=weight.device)
+        weight[weight.diagonal(dim1=1, dim2=2).sum(-1) == 0] = torch.eye(dim, device=weight.device, dtype=torch.float32)
         self.fitted = self.fitted.index_fill(0, streams, True)
         if bool(self.fitted.all()):
             self.sums = self.sums[:0].clone()

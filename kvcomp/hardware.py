@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from kvcomp.errors import KvcompError
+from kvcomp.text import quote
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def find_gpu(name: str) -> Gpu:
         hint = f"did you mean {known[near[0]].name!r}? " if near else ""
         names = ", ".join(gpu.name for gpu in GPUS)
         raise KvcompError(
-            f"gpu: {name!r} is not known: {hint}Known: {names}. For another give --tflops, --bandwidth and --memory."
+            f"gpu: {quote(name)} is not known: {hint}Known: {names}. "
+            "For another give --tflops, --bandwidth and --memory."
         )
     return found
 

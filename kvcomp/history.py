@@ -24,7 +24,7 @@ class History:
     def __init__(self) -> None:
         self.runs: list[tuple[int, Tensor | None]] = []
         self.length = 0
-        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._counts = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._ahead = 0  # columns without padding that `_counts` lacks
         self._total: int | None = 0  # forgotten where rows come, go or differ
 
@@ -41,7 +41,7 @@ class History:
         self._counts, self._ahead = counts, 0
 
     def start(self, rows: int) -> None:
-        self.counts, self._total = torch.zeros(rows, dtype=torch.int64), 0
+        self.counts, self._total = torch.zeros(rows, dtype=torch.int64, device="cpu"), 0
 
     @property
     def total(self) -> int:
@@ -102,7 +102,8 @@ class History:
         if all(valid is None for _, valid in self.runs):
             return None
         rows = len(self.counts)
-        pieces = [torch.ones(rows, n, dtype=torch.bool) if valid is None else valid.cpu() for n, valid in self.runs]
+        every = torch.ones(rows, 1, dtype=torch.bool, device="cpu")
+        pieces = [every.expand(-1, n) if valid is None else valid.cpu() for n, valid in self.runs]
         return torch.cat(pieces, 1)
 
     def state(self) -> dict[str, Any]:

@@ -119,11 +119,13 @@ class LayerStore:
             if self.prompt is not None and policy.trims and not policy.watches:
                 before = torch.tensor(self.prompt[1])
             watched = table.attention() if policy.watches or before is not None else None
-            at = plan.page_size, plan.sinks, self.heads
-            held = Held(self.kept, table.counts, *at, *(watched or (None, None)), before, plan.layer, plan.layers)
+            attention, queries = (None, None) if watched is None else watched
+            own = attention, queries, before, plan.layer, plan.layers
+            held = Held(self.kept, table.counts, plan.page_size, plan.sinks, self.heads, *own)
             gone = policy.expired(held) if table.longest else None
             if gone is not None and bool(gone.any()):
-                last = (gone * torch.arange(1, gone.shape[1] + 1)).amax(1)  # pages up to the newest that goes
+                places = torch.arange(1, gone.shape[1] + 1, device="cpu")
+                last = (gone * places).amax(1)  # pages up to the newest that goes
                 newest = (table.counts - last) * plan.page_size + self.exact.counts - plan.sinks
                 self._limit_tail(int(newest[last > 0].min()))
                 table.drop(gone)
@@ -158,7 +160,7 @@ class LayerStore:
         seen = torch.stack([past, past - torch.tensor(self.prompt[0])], 1)  # in all, and of this prompt
         self.history.append(n, valid)
         if valid is None and bool((seen == seen[0]).all()):
-            rows = torch.arange(self.rows)
+            rows = torch.arange(self.rows, device="cpu")
             tails = [self._write_rows(rows, keys, values, queries, chosen, seen[0].tolist(), scale)]
         else:
             tails = []
@@ -166,8 +168,8 @@ class LayerStore:
                 tokens = slice(None) if valid is None else valid[b].nonzero().flatten()
                 row = (slice(b, b + 1), slice(None), tokens)
                 q, c = (None if x is None else x[row] for x in (queries, chosen))
-                at = seen[b].tolist()
-                tails.append(self._write_rows(torch.tensor([b]), keys[row], values[row], q, c, at, scale))
+                at, row_alone = seen[b].tolist(), torch.tensor([b], dtype=torch.int64, device="cpu")
+                tails.append(self._write_rows(row_alone, keys[row], values[row], q, c, at, scale))
         self.tail = min((t for t in tails if t is not None), default=None)
         self._expire()
 
@@ -187,7 +189,7 @@ class LayerStore:
         Returns how many of the newest tokens these rows surely hold (None: all).
         """
         n = k.shape[2]
-        streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
+        streams = (rows[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten()
         tail = None if self.tail is None else self.tail + n
         if q is not None and n:
             self._observe(streams.to(self.device), rearrange(q, "b (h g) n d -> (b h) (g n) d", h=self.heads))
@@ -438,7 +440,7 @@ class LayerStore:
             k, v = (torch.zeros(0, dim, dtype=self.dtype, device=self.device) for dim in (self.k_dim, self.v_dim))
             return k, v
         k, v = self.codec.decode(self.layout.gather(self.pool.data, ids))
-        k, v = self.codec.inverse(k, v, torch.full((len(ids),), stream, device=self.device))
+        k, v = self.codec.inverse(k, v, torch.full((len(ids),), stream, device=self.device, dtype=torch.int64))
         if not self.codec.lossless:
             k, v = saturated(k, self.dtype), saturated(v, self.dtype)
         return k.to(self.dtype).flatten(0, 1), v.to(self.dtype).flatten(0, 1)
@@ -488,7 +490,8 @@ class LayerStore:
         k, v = self._decode(self.table.ids()[stream, at - pages : at], stream)
         left = window + pages * plan.page_size - remove  # tokens that stay behind the sinks
         back = max(left, 0)
-        self.exact.put(torch.tensor([stream]), plan.sinks, k[None, :back], v[None, :back])
+        where = torch.tensor([stream], dtype=torch.int64, device="cpu")
+        self.exact.put(where, plan.sinks, k[None, :back], v[None, :back])
         self.exact.recount(stream, plan.sinks + left + remove)
         amount = torch.zeros_like(self.table.counts)
         amount[stream] = pages
@@ -540,7 +543,7 @@ class LayerStore:
         found = match(q, k, v, scale, tokens, softcap)
         empty = CompactSpans(k[:, :0], found.bias[:, :0], v[:, :0], ())
         self.compacted = (empty if self.compacted is None else self.compacted).extended(found, (start, end))
-        gone = torch.zeros(len(ids), self.table.longest, dtype=torch.bool)
+        gone = torch.zeros(len(ids), self.table.longest, dtype=torch.bool, device="cpu")
         gone[:, pages] = True
         self._limit_tail(self.history.length - end)
         self.table.drop(gone)
@@ -550,7 +553,7 @@ class LayerStore:
     def select_rows(self, rows: Tensor) -> None:
         """Keep, repeat and order rows (beams): int64 [B']. Pages are shared, never copied."""
         rows = rows.cpu()
-        streams = (rows[:, None] * self.heads + torch.arange(self.heads)).flatten()
+        streams = (rows[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten()
         self.exact.select(streams)
         self.table.select(streams)
         self.history.select(rows)

@@ -161,7 +161,8 @@ class PagePool:
 
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream of some table owns."""
-        return torch.cat([torch.zeros(0, dtype=torch.int64), *(table.owned() for table in self.tables)]).unique()
+        none = torch.zeros(0, dtype=torch.int64, device="cpu")
+        return torch.cat([none, *(table.owned() for table in self.tables)]).unique()
 
     def allocate(self, n: int) -> Tensor:
         """int64 [n] page ids (host). Their bytes are undefined until written.
@@ -181,7 +182,7 @@ class PagePool:
             self.free.extend(range(self.capacity - 1, old - 1, -1))
         ids = self.free[-n:][::-1] if n else []
         del self.free[len(self.free) - n :]
-        return torch.tensor(ids, dtype=torch.int64)
+        return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
     def write(self, ids: Tensor, fields: dict[str, Tensor]) -> None:
         """Store encoded fields [M, *shape] in the pages `ids` [M]."""
@@ -201,7 +202,7 @@ class PagePool:
             for table in self.tables:
                 table.renumber(owned)
         else:
-            unused = torch.ones(self.capacity, dtype=torch.bool)
+            unused = torch.ones(self.capacity, dtype=torch.bool, device="cpu")
             unused[owned] = False
             self.free = unused.nonzero().flatten().flip(0).tolist()
 
@@ -218,9 +219,9 @@ class PageTable:
 
     def __init__(self, streams: int, device: torch.device, watched: bool = False) -> None:
         self.device = device
-        self.rows = torch.zeros(streams, 0, dtype=torch.int32)
-        self.counts = torch.zeros(streams, dtype=torch.int64)
-        self.received = torch.zeros(streams, 0, 2) if watched else None
+        self.rows = torch.zeros(streams, 0, dtype=torch.int32, device="cpu")
+        self.counts = torch.zeros(streams, dtype=torch.int64, device="cpu")
+        self.received = torch.zeros(streams, 0, 2, dtype=torch.float32, device="cpu") if watched else None
         self._mirror: tuple[Tensor, Tensor] | None = None
         self._total: int | None = None
 
@@ -258,7 +259,7 @@ class PageTable:
             self.rows = rows
             if self.received is not None:
                 self.received = F.pad(self.received, (0, 0, 0, wider - self.received.shape[1]))
-        columns = self.counts[streams, None] + torch.arange(m)
+        columns = self.counts[streams, None] + torch.arange(m, device="cpu")
         self.rows[streams[:, None], columns] = ids.to(torch.int32)
         self.counts[streams] += m
         self._mirror = self._total = None
@@ -266,10 +267,10 @@ class PageTable:
     def drop(self, gone: Tensor) -> None:
         """Forget pages: bool [S, longest]; those that stay keep their order."""
         n = self.rows.shape[1]
-        gone = F.pad(gone, (0, n - gone.shape[1])) & (torch.arange(n) < self.counts[:, None])
+        gone = F.pad(gone, (0, n - gone.shape[1])) & (torch.arange(n, device="cpu") < self.counts[:, None])
         order = gone.int().argsort(dim=1, stable=True)
         self.counts = self.counts - gone.sum(1)
-        inside = torch.arange(n) < self.counts[:, None]
+        inside = torch.arange(n, device="cpu") < self.counts[:, None]
         self.rows = (self.rows.gather(1, order) * inside).to(torch.int32)
         if self.received is not None:
             self.received = self.received.gather(1, order[..., None].expand_as(self.received)) * inside[..., None]
@@ -278,7 +279,7 @@ class PageTable:
     def drop_newest(self, amount: Tensor) -> None:
         """Forget each stream's `amount` [S] newest pages."""
         self.counts = self.counts - amount
-        inside = torch.arange(self.rows.shape[1]) < self.counts[:, None]
+        inside = torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]
         self.rows *= inside
         if self.received is not None:
             self.received *= inside[..., None]
@@ -292,8 +293,9 @@ class PageTable:
     def watch(self, mass: Tensor, queries: int) -> None:
         """Add the attention mass [S, longest] that pages received from `queries` queries."""
         if self.received is not None:
-            seen = torch.stack([mass.cpu(), torch.full(mass.shape, float(queries))], -1)
-            self.received[:, : mass.shape[1]] += seen * (torch.arange(mass.shape[1]) < self.counts[:, None])[..., None]
+            times = torch.full(mass.shape, float(queries), dtype=torch.float32, device="cpu")
+            exists = torch.arange(mass.shape[1], device="cpu") < self.counts[:, None]
+            self.received[:, : mass.shape[1]] += torch.stack([mass.cpu(), times], -1) * exists[..., None]
 
     def attention(self) -> tuple[Tensor, Tensor] | None:
         """float32 [S, longest]: mean attention that each page received of a query, 0 before any, and the number of
@@ -311,12 +313,12 @@ class PageTable:
 
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream owns."""
-        return self.rows[torch.arange(self.rows.shape[1]) < self.counts[:, None]].unique().long()
+        return self.rows[torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]].unique().long()
 
     def places(self, owned: Tensor) -> Tensor:
         """int32 [S, longest]: where each page stands in the sorted ids `owned`, which name them all."""
         rows = self.rows[:, : self.longest]
-        inside = torch.arange(rows.shape[1]) < self.counts[:, None]
+        inside = torch.arange(rows.shape[1], device="cpu") < self.counts[:, None]
         return (torch.searchsorted(owned, rows.long()) * inside).to(torch.int32)
 
     def renumber(self, owned: Tensor) -> None:

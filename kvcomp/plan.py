@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,10 @@ class LayerPlan:
     def needs_queries(self) -> bool:
         stages = (self.quantizer, self.chooser, *self.policies)
         return any(stage.needs_queries for stage in stages if stage is not None)
+
+    def within(self, tokens: int) -> LayerPlan:
+        """This plan for streams of at most so many tokens: a window of more than all of them needs no room for more."""
+        return replace(self, sinks=min(self.sinks, tokens), recent=min(self.recent, tokens))
 
     @property
     def needs_model(self) -> bool:

@@ -101,8 +101,8 @@ class PreallocatedStore:
         store.exact.k, store.exact.v = self.k.clone(), self.v.clone()
         store.exact.recount(slice(None), counts)
         store.pool.data = self._records[:, :longest].flatten(0, 1).clone()
-        rows = torch.arange(len(store.pool.data), dtype=TABLE_ENTRY).view(len(pages), longest)
-        store.table.append(torch.arange(len(rows)), rows)
+        rows = torch.arange(len(store.pool.data), dtype=TABLE_ENTRY, device="cpu").view(len(pages), longest)
+        store.table.append(torch.arange(len(rows), device="cpu"), rows)
         store.table.drop_newest(longest - pages)
         store.pool.reclaim()
         store.codec = self.codec

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from kvcomp.errors import KvcompWarning, SpecError
 from kvcomp.stages import Stage
+from kvcomp.text import quote
 
 GROUP = "kvcomp.stages"
 OWN_PACKAGES = ("kvcomp.quantizers", "kvcomp.policies", "kvcomp.sparse")
@@ -72,5 +73,5 @@ def find(name: str) -> type[Stage]:
     if name not in known:
         near = get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known stages: {', '.join(known)}"
-        raise SpecError(f"unknown stage {name!r}: {hint}")
+        raise SpecError(f"unknown stage {quote(name)}: {hint}")
     return known[name]

@@ -27,7 +27,8 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
     state.only(*NAMES)
     rows, heads = state.integer("rows", 0), state.integer("heads", 1)
     exact = state.part("exact")
-    keys, values = (exact.tensor(name, (rows * heads, None, None), *FLOATS) for name in ("k", "v"))
+    keys = exact.tensor("k", (rows * heads, None, None), *FLOATS)
+    values = exact.tensor("v", (rows * heads, None, None), keys.dtype)
     dims = keys.shape[2], values.shape[2]
     state.require(0 < max(dims) <= WIDEST, f"heads have {dims[0]} and {dims[1]} channels")
     keys, values = (x[:, :0].unflatten(0, (rows, heads)).to(device) for x in (keys, values))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,11 +23,10 @@ from kvcomp import __version__
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.files import FilePath, readable, reason, whole
 from kvcomp.stack import Stack
-from kvcomp.state import DamagedError, State, described
+from kvcomp.state import CHECKSUM, DamagedError, State, checksum, parsed
 
 FORMAT, VERSION = "kvcomp cache", "1"
 WORDS = ("format", "version", "kvcomp", "stack", "stack_hash", "dtype", "model", "layers")
-CHECKSUM = "crc32"  # of a file's other metadata and its tensors; files of the first kvcomp have none
 PLAIN = (type(None), bool, int, float, str)
 DEEPEST = 100  # lists in lists of a state
 DTYPES = {
@@ -152,7 +150,7 @@ class CacheFile:
                 f"{asked}: {str(stack)!r} means something else here than where {wrote} wrote it: "
                 "a default of a stage has changed, or the content of a file that the stack names"
             )
-        self._layers, model = _parsed(words, "layers", list), _parsed(words, "model", dict)
+        self._layers, model = parsed(words, "layers", list), parsed(words, "model", dict)
         layers, used = _unpacked(self._layers, dict.fromkeys(self._names))
         words.require(used == set(self._names), "some tensors are in no layer")
         self.outline = Saved(stack, words.text("dtype"), model, layers)
@@ -173,35 +171,12 @@ class CacheFile:
         return replace(self.outline, layers=_unpacked(self._layers, own)[0])
 
 
-def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of metadata and of contiguous tensors on the host, with their names, dtypes and shapes."""
-    found = 0
-    for name in sorted(metadata):
-        found = zlib.crc32(f"{len(name)} {len(metadata[name])} {name}{metadata[name]}".encode(), found)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(), found)
-        if tensor.numel():
-            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
-    return f"{found:08x}"
-
-
 def _memory() -> float:
     """Bytes of memory that this machine has; infinite where the system does not say."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
         return float("inf")
-
-
-def _parsed(words: State, name: str, kind: type) -> Any:
-    """The JSON that a word of the header is, a list or a dict."""
-    try:
-        found = json.loads(words.text(name))
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{words.where}: {name} is no JSON") from error
-    words.require(isinstance(found, kind), f"{name} is {described(found)}, expected a {kind.__name__}")
-    return found
 
 
 def _reason(error: Exception) -> str:

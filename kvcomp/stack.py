@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import keyword
-import types
-import typing
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +16,14 @@ from kvcomp.errors import KvcompWarning, SpecError
 from kvcomp.layer import LayerStore
 from kvcomp.plan import LayerPlan, held_by_stream
 from kvcomp.registry import find
+from kvcomp.spec import parse, text_of
 from kvcomp.stages import Policy, Quantizer, Selector, Stage
 from kvcomp.window import Window
 
-EXAMPLE = "'snapkv(keep=0.25) + kivi(bits=2)'"
 FREE_PAGE = 64  # page size where no stage cares
 PAGE_UNIT = 16
-LITERALS = {"true": True, "false": False, "none": None}  # words that are values, in any case
+MOST_PAGE = 1 << 16
+MOST_STAGES = 32
 
 
 @dataclass(frozen=True)
@@ -43,11 +38,19 @@ class Stack:
     def __post_init__(self) -> None:
         if not self.stages:
             raise SpecError("a stack needs at least one stage: Stack.parse('none') is the dense one")
+        if len(self.stages) > MOST_STAGES:
+            raise SpecError(f"a stack takes at most {MOST_STAGES} stages, got {len(self.stages)}: leave some out")
         for kind in (Quantizer, Selector, Window):
             same = [s for s in self.stages if isinstance(s, kind)]
             if len(same) > 1:
-                names = " and ".join(_format(s, full=False) for s in same)
+                names = " and ".join(text_of(s, full=False) for s in same)
                 raise SpecError(f"a stack takes at most one {same[0].family}, got {names}: remove one")
+        if self.page_size > MOST_PAGE:
+            wide = max(self.stages, key=lambda s: s.page_multiple)
+            raise SpecError(
+                f"{text_of(wide, full=False)} asks for pages of {self.page_size} tokens, which no prompt fills: "
+                f"expected at most {MOST_PAGE}, so choose a smaller group"
+            )
         chosen = next((s for s in self.stages if isinstance(s, Window)), None)
         for stage in self.stages:
             if chosen is not None and chosen.sinks < stage.required_sinks:
@@ -80,23 +83,15 @@ class Stack:
         """
         if isinstance(spec, Stack):
             return spec
-        if not isinstance(spec, str) or not spec.strip():
-            raise SpecError(f"stack spec {spec!r} is empty: expected something like {EXAMPLE}, or 'none'")
-        try:
-            tree = ast.parse(" ".join(spec.split()), mode="eval").body
-        except (SyntaxError, ValueError) as error:  # ValueError: characters that no source text can hold
-            offset = getattr(error, "offset", None)
-            where = f" at column {offset}" if offset else ""
-            raise SpecError(f"stack spec {spec!r} does not parse{where}: expected something like {EXAMPLE}") from None
-        return cls(tuple(_stage(node, spec) for node in _summands(tree)))
+        return cls(parse(spec))
 
     def __str__(self) -> str:
-        return " + ".join(_format(s, full=False) for s in self.stages)
+        return " + ".join(text_of(s, full=False) for s in self.stages)
 
     @cached_property
     def hash(self) -> str:
         """Twelve hex digits that identify the stack with every argument spelled out, files by their content."""
-        full = " + ".join(_format(s, full=True) for s in self.stages)
+        full = " + ".join(text_of(s, full=True) for s in self.stages)
         return hashlib.sha256(full.encode()).hexdigest()[:12]
 
     @cached_property
@@ -194,77 +189,3 @@ class Stack:
         store.start(keys, values)
         store.write(keys, values, None, queries, keys.shape[-1] ** -0.5 if scale is None else scale)
         return store.dense()
-
-
-def _summands(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _summands(node.left) + _summands(node.right)
-    return [node]
-
-
-def _stage(node: ast.expr, spec: str) -> Stage:
-    """The stage that one summand of a spec describes."""
-    text = ast.unparse(node)
-    if isinstance(node, ast.Name):
-        name, keywords = node.id, []
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        name, keywords = node.func.id, node.keywords
-        if node.args:
-            first = next(iter(fields(find(name))), None)
-            advice = (
-                f"write {name}({first.name}={ast.unparse(node.args[0])})" if first else f"{name} takes no arguments"
-            )
-            raise SpecError(f"{text!r} in {spec!r}: arguments are given by name: {advice}")
-    else:
-        raise SpecError(f"{text!r} in {spec!r} is no stage: expected name(arg=value, ...), as in {EXAMPLE}")
-    cls = find(name)
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
-    arguments: dict[str, Any] = {}
-    for given in keywords:
-        if given.arg not in known:
-            near = get_close_matches(given.arg or "", known, n=1, cutoff=0.4)
-            accepted = ", ".join(known) or "none"
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SpecError(f"{name} has no argument {given.arg!r}: {hint}It accepts: {accepted}")
-        if given.arg in arguments:
-            raise SpecError(f"{name}({given.arg}=...) is given twice in {spec!r}")
-        arguments[given.arg] = _value(given.value, hints[given.arg], name, given.arg)
-    return cls(**arguments)
-
-
-def _value(node: ast.expr, hint: Any, stage: str, argument: str) -> Any:
-    """A literal, or a bare word as a string, checked against the argument's type."""
-    if isinstance(node, ast.Name):
-        value: Any = LITERALS.get(node.id.lower(), node.id)
-    else:
-        try:
-            value = ast.literal_eval(node)
-        except ValueError:
-            raise SpecError(f"{stage}({argument}={ast.unparse(node)}): expected a number, a word or a string") from None
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    accepted = typing.get_args(hint) if union else (hint,)
-    if type(value) is int and float in accepted and int not in accepted:
-        return float(value)
-    if type(value) not in accepted:
-        names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
-        raise SpecError(f"{stage}({argument}={value!r}): expected {names}, got {type(value).__name__}")
-    return value
-
-
-def _is_word(value: Any) -> bool:
-    """Whether a value can stand in a spec without quotation marks and still be read as a string."""
-    bare = isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
-    return bare and value.lower() not in LITERALS
-
-
-def _format(stage: Stage, full: bool) -> str:
-    """A stage as spec text: all that its arguments stand for, or the first one and those that are not the default."""
-    shown = []
-    for i, f in enumerate(fields(stage)):
-        value = stage.identity(f.name) if full else getattr(stage, f.name)
-        if f.name in stage.implied:
-            continue
-        if full or value != f.default or (i == 0 and value is not None):
-            shown.append(f"{f.name}={value if _is_word(value) else repr(value)}")
-    return f"{stage.name}({', '.join(shown)})" if shown else stage.name

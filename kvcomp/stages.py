@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,10 @@ from kvcomp.errors import SpecError
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.kernel_layout import Sides
 from kvcomp.pages import Field, Summary
+from kvcomp.text import is_plain, quote
+
+WHOLE = 2**53  # whole numbers of arguments lie within +-WHOLE: beyond every count, within int64 and exact as floats
+LEAST_SHARE = 1e-6  # a smaller share of any prompt, or of any head's channels, is nothing
 
 
 def arg(default: Any, help: str) -> Any:
@@ -69,11 +73,25 @@ class Stage:
     def serves(self, model: Callable[[], Fingerprint]) -> None:
         """Raise a KvcompError where the stage was made for another model, which `model` tells only when asked."""
 
+    def __post_init__(self) -> None:
+        """Refuse what no argument may be. A subclass checks its own arguments and calls this."""
+        for argument in (f.name for f in fields(self)):
+            value = getattr(self, argument)
+            if isinstance(value, int):
+                self.check(-WHOLE <= value <= WHOLE, argument, f"a whole number within +-{WHOLE}")
+            elif isinstance(value, str):
+                self.check(is_plain(value) and bool(value.strip()), argument, "text, without control characters")
+
     def check(self, ok: bool, argument: str, accepted: str) -> None:
         """Raise a SpecError naming the argument, its value and what is accepted, unless `ok`."""
         if not ok:
-            value = getattr(self, argument)
-            raise SpecError(f"{self.name}({argument}={value!r}): {argument} must be {accepted}")
+            raise SpecError(f"{self.name}({argument}={quote(getattr(self, argument))}): {argument} must be {accepted}")
+
+    def check_share(self, argument: str, least: float = LEAST_SHARE) -> None:
+        """Raise a SpecError unless the argument is None or a share from `least` to 1."""
+        value = getattr(self, argument)
+        self.check(value is None or 0 < value <= 1, argument, "in (0, 1]")
+        self.check(value is None or value >= least, argument, f"at least {least:g}: a smaller share is none at all")
 
 
 @dataclass(frozen=True)
@@ -308,8 +326,8 @@ class Policy(Stage):
         return False
 
     def gathers(self, sinks: int, recent: int) -> int:
-        """From how many tokens of a prompt `select` chooses at least: an engine that gets smaller chunks keeps them in
-        full precision until there are as many, or the prompt ends. 0: of any chunk."""
+        """From how many tokens of a prompt `select` chooses at least, after its first chunk: an engine that gets
+        smaller chunks keeps them in full precision until there are as many, or the prompt ends. 0: from any chunk."""
         return 0
 
     def choose(self, received: Sequence[Tensor], sinks: int, recent: int) -> list[Tensor]:

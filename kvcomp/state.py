@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from kvcomp.errors import KvcompError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CHECKSUM = "crc32"  # in the metadata of a file: `checksum` of the rest; files of the first kvcomp have none
 
 
 class DamagedError(KvcompError):
@@ -45,6 +48,9 @@ class State(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
 
     def get(self, name: str, default: Any = None) -> Any:
         return self._values.get(name, default)
@@ -159,3 +165,30 @@ def learned(state: State, fresh: Mapping[str, Tensor], streams: int, device: tor
         state.require(tensor.is_meta or bool(tensor.isfinite().all()), f"{name} is not finite")
         found[name] = tensor.to(device)
     return State(found, state.where)
+
+
+def parsed(words: State, name: str, kind: type) -> Any:
+    """The JSON that a word of a file's metadata is, a list or a dict.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    try:
+        found = json.loads(words.text(name))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{words.where}: {name} is no JSON") from error
+    words.require(isinstance(found, kind), f"{name} is {described(found)}, expected a {kind.__name__}")
+    return found
+
+
+def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of metadata and of contiguous tensors on the host, with their names, dtypes and shapes."""
+    found = 0
+    for name in sorted(metadata):
+        found = zlib.crc32(f"{len(name)} {len(metadata[name])} {name}{metadata[name]}".encode(), found)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(), found)
+        if tensor.numel():
+            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"

@@ -24,5 +24,6 @@ class Window(Stage):
     recent: int = arg(0, "last tokens kept in full precision")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check(self.sinks >= 0, "sinks", "zero or positive")
         self.check(self.recent >= 0, "recent", "zero or positive")

@@ -14,6 +14,9 @@ from kvcomp.stages import Chunk, arg
 
 from .scored import ScoredPolicy
 
+FARTHEST = 1 << 16  # positions that `future` may look at
+BLOCK = 512  # of them at a time: D x D matrices of that many are held at once
+
 
 @register("expected_attention")
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ExpectedAttention(ScoredPolicy):
 
     paper: ClassVar[str] = "arXiv:2510.00636"
     needs_queries: ClassVar[bool] = True
+    scores_within: ClassVar[tuple[float, float]] = (0.0, 1e30)
 
     future: int = arg(512, "positions behind the prompt that are looked at")
     sinks: int = arg(4, "first tokens, which are kept, and whose queries do not count")
@@ -37,7 +41,7 @@ class ExpectedAttention(ScoredPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(self.future > 0, "future", "positive")
+        self.check(0 < self.future <= FARTHEST, "future", f"positive, and at most {FARTHEST}")
         self.check(self.sinks >= 0, "sinks", "zero or positive")
         self.check(not (self.critical and self.norms), "norms", "false where critical weighs values itself")
 
@@ -54,8 +58,11 @@ class ExpectedAttention(ScoredPolicy):
         at = chunk.past + torch.arange(n, device=keys.device)
         plain = chunk.model.rotate(queries, -at)[:, :, sinks:]
         ahead = chunk.past + n + torch.arange(self.future, device=keys.device)
-        unit = torch.eye(dim, device=keys.device)[:, None].expand(-1, self.future, -1)
-        turn = chunk.model.rotate(unit, ahead).mean(1)  # [D, D], whose transpose is R
+        unit = torch.eye(dim, device=keys.device, dtype=torch.float32)[:, None]
+        turn = torch.zeros((), device=keys.device, dtype=torch.float32)
+        for block in ahead.split(BLOCK):
+            turned = chunk.model.rotate(unit.expand(-1, len(block), -1), block).mean(1)
+            turn = turn + turned * (len(block) / self.future)  # [D, D], whose transpose is R
         mean = plain.mean(2, keepdim=True)
         keys = keys[:, :, None, sinks:]  # [b, Hkv, 1, m, D]
 

@@ -27,6 +27,7 @@ class H2O(ScoredPolicy):
 
     paper: ClassVar[str] = "arXiv:2306.14048"
     needs_queries: ClassVar[bool] = True
+    scores_within: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     hold: bool = arg(True, "keep within an absolute budget while generating, too")
     recent: float = arg(0.5, "share of the budget for the newest tokens, 0 to 1")
@@ -63,6 +64,7 @@ class TOVA(ScoredPolicy):
 
     paper: ClassVar[str] = "arXiv:2401.06104"
     needs_queries: ClassVar[bool] = True
+    scores_within: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     hold: bool = arg(True, "keep within an absolute budget while generating, too")
     heads: str = arg("common", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")

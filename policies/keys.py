@@ -21,6 +21,7 @@ class KNorm(ScoredPolicy):
     """L2 norm: keeps the keys of least norm, which many queries attend to."""
 
     paper: ClassVar[str] = "arXiv:2406.11430"
+    scores_within: ClassVar[tuple[float, float]] = (-1e30, 0.0)
 
     def scores(self, chunk: Chunk) -> Tensor:
         return -chunk.keys.float().norm(dim=-1)
@@ -32,6 +33,7 @@ class KeyDiff(ScoredPolicy):
     """KeyDiff: keeps the keys that differ most from the mean direction of all keys, by cosine."""
 
     paper: ClassVar[str] = "arXiv:2504.15364"
+    scores_within: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
     def scores(self, chunk: Chunk) -> Tensor:
         directions = F.normalize(chunk.keys.float(), dim=-1) * chunk.alive[..., None]
@@ -51,6 +53,7 @@ class LagKV(ScoredPolicy):
     """
 
     paper: ClassVar[str] = "arXiv:2504.04704"
+    scores_within: ClassVar[tuple[float, float]] = (0.0, 3.0)
 
     lag: int = arg(128, "tokens of a partition")
     first: int = arg(4, "first tokens, which are in no partition")
@@ -89,10 +92,11 @@ class Random(ScoredPolicy):
     """Chance, the same in every run: what any score has to beat."""
 
     paper: ClassVar[str] = "kvcomp"
+    scores_within: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     seed: int = arg(0, "of the draw; layers draw apart")
 
     def scores(self, chunk: Chunk) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + chunk.layer)
-        drawn = torch.rand(chunk.alive.shape[1:], generator=generator)
+        drawn = torch.rand(chunk.alive.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(chunk.keys.device).expand(chunk.alive.shape)

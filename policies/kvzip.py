@@ -66,7 +66,8 @@ class KVzip(Policy):
     chunk: int = arg(2048, "tokens of the prompt that are repeated at a time")
 
     def __post_init__(self) -> None:
-        self.check(0 < self.keep <= 1, "keep", "in (0, 1]")
+        super().__post_init__()
+        self.check_share("keep")
         self.check(self.layers in LAYERS, "layers", " or ".join(LAYERS))
         self.check(self.chunk > 0, "chunk", "positive")
 

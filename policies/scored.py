@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyrami
 
 LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
-ROUND = 512  # tokens of a prompt from which a policy chooses at least
+ROUND = 512  # tokens of a prompt from which a policy chooses at least, behind its first chunk
 SHORT = 64  # tokens that may all stay behind others of their prompt, where there is a budget: a question, say
 
 
@@ -27,10 +28,12 @@ class ScoredPolicy(Policy):
     `hold`: then the pages that received least attention leave, young ones and the newest tokens' last, and between the
     budget and a page more is held.
 
-    A prompt that comes in chunks is chosen from in rounds of `gathers` tokens or more. Each keeps its own share, or the
-    part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds the budget leaves
-    in whole pages.
+    A prompt that comes in chunks is chosen from in rounds: the first chunk, then `gathers` tokens or more. Each keeps
+    its share, or the part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds
+    the budget leaves in whole pages.
     """
+
+    scores_within: ClassVar[tuple[float, float]] = (-1e30, 1e30)  # what `scores` are at least and at most
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
     budget: int | None = arg(None, "tokens to keep per KV head, alike (none of the three: keep=0.25, or as published)")
@@ -44,13 +47,14 @@ class ScoredPolicy(Policy):
     hold: bool = arg(False, "keep within an absolute budget while generating, too")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = {name: getattr(self, name) for name in ("keep", "budget", "threshold")}
         given = [name for name, size in sizes.items() if size is not None]
         if not given:
             object.__setattr__(self, self.default[0], self.default[1])
         for other in given[1:]:
             self.check(False, other, f"left out where {given[0]} is given")
-        self.check(self.keep is None or 0 < self.keep <= 1, "keep", "in (0, 1]")
+        self.check_share("keep")
         self.check(self.budget is None or self.budget > 0, "budget", "positive")
         self.check(self.layers in LAYERS, "layers", " or ".join(LAYERS))
         self.check(self.heads in HEADS, "heads", "own, common or adaptive")
@@ -60,6 +64,8 @@ class ScoredPolicy(Policy):
         self.check(not self.critical or self.needs_queries, "critical", "false: this score is no share of attention")
         self.check(not self.critical or self.span == 1, "span", "1 where critical is true")
         if self.threshold is not None:
+            least, most = self.scores_within
+            self.check(least < self.threshold <= most, "threshold", f"more than {least:g} and at most {most:g}")
             self.check(self.layers == "uniform", "layers", "uniform with a threshold, which sets no sizes")
             self.check(self.heads != "adaptive", "heads", "own or common with a threshold, which sets no sizes")
             self.check(not self.critical, "critical", "false with a threshold, which sets no sizes")
@@ -123,10 +129,7 @@ class ScoredPolicy(Policy):
     def select(self, chunk: Chunk) -> Tensor:
         n = chunk.keys.shape[2]
         first, last = self._protected(n, chunk.sinks, chunk.recent)
-        count = self.kept(n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
-        if self.budget is not None and chunk.before and n > SHORT:  # what came before had its part of the budget
-            whole = self.kept(chunk.before + n, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
-            count = min(count, max(round(whole * n / (chunk.before + n)), first + last, 1))
+        count = self._count(n, chunk, first + last)
         if count >= n and self.threshold is None:
             return chunk.alive
         scores = (self.scores(chunk) if chunk.scored is None else chunk.scored).float()
@@ -164,7 +167,7 @@ class ScoredPolicy(Policy):
         size, limit, over, count = held.page_size, self.budget, held.tokens, held.pages
         if self.layers == "pyramid":
             limit = self.kept(1 << 40, held.sinks, 0, held.layer, held.layers)
-        page = torch.arange(held.attention.shape[1])
+        page = torch.arange(held.attention.shape[1], device="cpu")
         fixed = page < 0
         if held.before is not None:
             older_pages = -(-(held.before - held.sinks).clamp_min(0) // size)
@@ -189,6 +192,18 @@ class ScoredPolicy(Policy):
             worth = rows.flatten(1)
         rank = worth.argsort(dim=-1, stable=True).argsort(-1)
         return (rank < excess[:, None]).view_as(held.attention)
+
+    def _count(self, n: int, chunk: Chunk, protected: int) -> int:
+        """How many of a chunk's n tokens to keep per head: with `before` others of its prompt, what is its part."""
+        own, before, whole = (
+            self.kept(tokens, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
+            for tokens in (n, chunk.before, chunk.before + n)
+        )
+        if not chunk.before or self.threshold is not None:
+            return own
+        if self.keep is not None:
+            return min(max(whole - before, protected, 1), n)
+        return own if n <= SHORT else min(own, max(round(whole * n / (chunk.before + n)), protected, 1))
 
     def _protected(self, tokens: int, sinks: int, recent: int) -> tuple[int, int]:
         """First and last tokens that are kept in any case."""

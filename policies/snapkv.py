@@ -22,11 +22,12 @@ class SnapKV(ScoredPolicy):
 
     score_j = pool(mean over the window's queries of softmax(q k_j)), averaged over the query heads of a KV head; the
     window itself is always kept. Defaults are the authors' class: window 64, capacity 320, average pooling over 5.
-    Of a prompt in chunks each round of 512 tokens or more is scored by its own last queries.
+    Of a prompt in chunks each round (`ScoredPolicy`) is scored by its own last queries.
     """
 
     paper: ClassVar[str] = "arXiv:2404.14469"
     needs_queries: ClassVar[bool] = True
+    scores_within: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     window: int = arg(64, "last queries that vote; their own tokens are always kept")
     kernel: int = arg(5, "width of the pooling along the sequence, odd")

@@ -32,6 +32,7 @@ class Streaming(Policy):
     chunk: int | None = arg(None, "tokens of prompt that enter at once (None: all, in a dense prefill)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check(self.sinks >= 0, "sinks", "zero or positive")
         self.check(self.recent > 0, "recent", "positive")
         self.check(self.chunk is None or self.chunk > 0, "chunk", "positive, or left out")
@@ -66,4 +67,4 @@ class Streaming(Policy):
 
     def expired(self, held: Held) -> Tensor | None:
         excess = (held.tokens - held.sinks - self.recent).clamp_min(0) // held.page_size
-        return torch.arange(int(held.pages.max())) < excess.minimum(held.pages)[:, None]
+        return torch.arange(int(held.pages.max()), device="cpu") < excess.minimum(held.pages)[:, None]

@@ -86,7 +86,7 @@ def hadamard(dim: int, device: torch.device) -> Basis:
     Spreads outlier channels over a block, so that one scale per token wastes fewer codes. All layers share the matrix.
     """
     size = dim & -dim
-    block = torch.ones(1, 1, device=device)
+    block = torch.ones(1, 1, device=device, dtype=torch.float32)
     while block.shape[0] < size:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)], 0)
     return Basis(torch.block_diag(*[block / size**0.5] * (dim // size)))
@@ -98,7 +98,8 @@ def rotation(dim: int, device: torch.device, salt: int = 0) -> Basis:
 
     Q of a seeded Gaussian, R's diagonal positive.
     """
-    gaussian = torch.randn(dim, dim, generator=torch.Generator().manual_seed(salt + dim), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(salt + dim)
+    gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     return Basis((q * r.diagonal().sign()).float().to(device))
 

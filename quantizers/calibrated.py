@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvcomp.calibration import Blank, Calibrated, Tensors
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import Field
 from kvcomp.stages import Codec, PageShape, Quantizer
+from kvcomp.state import State, described
 from kvcomp.statistics import Statistics
 
 from .basis import Basis
 from .codecs import GridCodec, Side
+
+NEAR = 1e-2  # to the identity is the product of a matrix and its inverse
+ROUNDING = 1e-5  # of the norms of their columns is added for float32
+
+
+def check_inverse(layer: State, write: str, read: str) -> None:
+    """Raise a DamagedError unless W [H, D, D] and R [H, D, D] of these names have W' R = I."""
+    one = layer.finite(write, (None, None, None), torch.float32)
+    two = layer.finite(read, (*one.shape[:2], one.shape[1]), torch.float32)
+    layer.require(one.shape == two.shape, f"{write} is {described(one)}, no square matrices")
+    w, r = one.double(), two.double()
+    away = (w.mT @ r - torch.eye(w.shape[1], dtype=w.dtype)).abs()
+    allowed = NEAR + ROUNDING * w.norm(dim=1)[:, :, None] * r.norm(dim=1)[:, None]
+    layer.require(bool((away < allowed).all()), f"{write} is not inverted by {read}")
 
 
 class CalibratedQuantizer(Calibrated, Quantizer):

@@ -26,8 +26,8 @@ def centre(keys: Tensor) -> Tensor:
     0 where |m|^2 is less than NOTABLE of the variance, summed over channels: there is little to gain, and keys that are
     centred are coded as they are.
     """
-    weight, unit = weights(keys)
-    y = keys.float() * weight / unit  # in units of a stream's median token: no square overflows
+    weight, unit = weights(keys := keys.float())
+    y = keys * weight / unit  # in units of a stream's median token: no square overflows
     mean = y.sum(1) / weight.sum(1).clamp_min(TINY)
     variance = (y - weight * mean[:, None]).square().sum((1, 2)) / weight.square().sum((1, 2)).clamp_min(TINY)
     notable = mean.square().sum(-1) > NOTABLE * variance

@@ -28,7 +28,7 @@ LEAST = 2.0**-126  # of scales: not zero, and a normal number. Their upper bound
 @cache
 def e2m1_values(device: torch.device) -> Tensor:
     """float32 [16]: the numbers that the E2M1 codes stand for. All layers share it."""
-    return torch.tensor(E2M1 + tuple(-value for value in E2M1), device=device)
+    return torch.tensor(E2M1 + tuple(-value for value in E2M1), device=device, dtype=torch.float32)
 
 
 @cache

@@ -31,6 +31,7 @@ class Fp8(Quantizer):
     format: str = arg("e4m3", "e4m3 (three mantissa bits) or e5m2 (two, and more range)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check(self.format in FORMATS, "format", " or ".join(FORMATS))
 
     def codec(self, shape: PageShape) -> CentredCodec:

@@ -15,6 +15,7 @@ from .grid import UniformSide, channel_group
 from .widths import BITS, WidthQuantizer
 
 TOKEN, CHANNEL = "token", "channel"
+LEAST_CLIP = 0.01  # codes of less than a hundredth of a group's range say nothing of the group
 
 
 @register("int")
@@ -46,6 +47,7 @@ class Int(WidthQuantizer):
         self.check(self.per in (TOKEN, CHANNEL), "per", f"{TOKEN} or {CHANNEL}")
         self.check(self.group is None or self.group > 0, "group", "None or a positive number")
         self.check(0 < self.clip <= 1, "clip", "more than 0 and at most 1")
+        self.check_share("clip", LEAST_CLIP)
 
     @property
     def page_multiple(self) -> int:

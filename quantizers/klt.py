@@ -19,7 +19,7 @@ from kvcomp.kernel_layout import Codebook, Gain, Plane, SideLayout, Sides
 from kvcomp.pages import Field
 from kvcomp.registry import register
 from kvcomp.stages import Codec, PageShape, arg
-from kvcomp.state import DamagedError
+from kvcomp.state import DamagedError, State, described
 from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, rotation
@@ -27,6 +27,7 @@ from .calibrated import CalibratedQuantizer
 from .grid import HUGE, SCALE, TINY
 from .lloyd import nearest, sphere_codebook
 from .packing import pack, planes, unpack
+from .per_stream import weights
 from .widths import BITS, WidthQuantizer
 
 UNIT = 8  # channels that share a width: a bit each fills a byte
@@ -38,6 +39,8 @@ LONGEST = 3.0  # a norm grows at most so many times to make up for short codes
 RIDGE = 1e-3  # of the mean variance: what is added to a second moment before it is inverted
 SETTLED = 16  # tokens per channel from which on a moment is taken as it is
 DOUBT = 1.0  # of the mean variance is added to the moment of as few tokens as channels
+DECAY = {True: 2.8, False: 1.6}  # of weighted variances: unit i of centred keys, or of values, has ~ (i + 1)^-DECAY
+LARGEST = 1e30  # keys and values beyond saturate, which float16 norms do far earlier
 
 
 def allocate(variance: Tensor, total: int) -> tuple[int, ...]:
@@ -55,6 +58,14 @@ def allocate(variance: Tensor, total: int) -> tuple[int, ...]:
     return tuple(sorted(bits, reverse=True))
 
 
+@cache
+def usual_widths(units: int, total: int, centred: bool) -> tuple[int, ...]:
+    """Bits of each unit for streams that are not known beforehand: those of a spectrum that models' keys or values have
+    on average, so that no stream depends on the others of its layer."""
+    power = (torch.arange(units) + 1.0) ** -DECAY[centred]
+    return allocate(power.repeat_interleave(UNIT), total)
+
+
 def runs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
     """(bits, channels) of neighbouring units of the same width; those of width 0 are not stored."""
     return [(w, UNIT * widths.count(w)) for w in dict.fromkeys(widths) if w]
@@ -64,8 +75,8 @@ class KltSide:
     """K or V of a page: a norm per token, and Lloyd-Max codes of the rest in a basis per stream or per head.
 
     Coordinates are sorted by weighted variance and scaled to variance 1; units of 8 channels have 0 to 8 bits, the same
-    for all streams of a layer. Neighbours of one width are mixed by a random rotation, which costs nothing at equal
-    width and makes heavy-tailed coordinates Gaussian.
+    for all streams of a layer, whatever those hold. Neighbours of one width are mixed by a random rotation, which costs
+    nothing at equal width and makes heavy-tailed coordinates Gaussian.
 
     Keys are centred, and their norm is that of the coordinates. Values are not, and theirs is their own: many heads
     rest on tokens of tiny values, which then have tiny errors too. Codes of few bits are short, and attention would
@@ -83,7 +94,7 @@ class KltSide:
                 "bits: use whole bits, and head dimensions that are multiples of 8"
             )
         self.name, self.page_size, self.dim, self.total, self.device = name, page_size, dim, int(units), device
-        self.widths: tuple[int, ...] = ()
+        self.widths = usual_widths(dim // UNIT, self.total, centred)
         # x ~ z D' + mean: D [n, d, d] and mean [n, d] of n streams, or of n heads that all rows share
         self.dual = torch.zeros(0, dim, dim, dtype=SCALE, device=device)
         self.mean = torch.zeros(0, dim, dtype=MEAN, device=device) if centred else None
@@ -100,20 +111,21 @@ class KltSide:
 
     def fit(self, streams: Tensor, x: Tensor, weight: Tensor) -> None:
         """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d]."""
-        x = x.double()
-        x = x / _rms(x).clamp_min(TINY) if self.mean is None else x
-        n, mean = x.shape[1], x.mean(1)
-        centred = (x - mean[:, None]).mT @ (x - mean[:, None]) / n
-        moment = centred if self.mean is not None else x.mT @ x / n
-        self.take(streams, *scaled_directions(moment + shrinkage(centred, n), weight.double()), mean)
+        n, x = x.shape[1], x.clamp(-LARGEST, LARGEST).double()
+        if self.mean is None:
+            x = x / _rms(x).clamp_min(TINY)
+            mean, moment = x.mean(1), x.mT @ x / n
+            centred = moment - mean[:, :, None] * mean[:, None]
+        else:  # in which single loud tokens count for little
+            mean = _weighted(x)[0]
+            _, centred = _weighted(x - mean[:, None])
+            moment = centred
+        uncertain = shrinkage(centred, n) * _ladder(self.dim, x.device)
+        dual, _ = scaled_directions(moment + uncertain, weight.double())
+        self.take(streams, dual, mean)
 
-    def take(self, streams: Tensor, dual: Tensor, variance: Tensor, mean: Tensor) -> None:
-        """Use the basis `dual` [s, d, d], variances [s, d] and mean [s, d] for `streams`, which have no pages yet.
-
-        The first ones settle the widths.
-        """
-        if not self.widths:
-            self.widths = allocate((variance / variance.sum(-1, keepdim=True)).mean(0), self.total)
+    def take(self, streams: Tensor, dual: Tensor, mean: Tensor) -> None:
+        """Use the basis `dual` [s, d, d] and mean [s, d] for `streams`, which have no pages yet."""
         self.room(int(streams.max()) + 1)
         dual = dual.clone()
         if self.mean is not None:  # the norm of a token carries the size, whatever float16 can hold
@@ -142,7 +154,7 @@ class KltSide:
     def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, P, D] of `streams` [M] -> coordinates [M, P, live] and norms [M, P, 1], before what makes up for short
         codes; float32."""
-        x = x.float()
+        x = x.float().clamp(-LARGEST, LARGEST)
         used, which = (streams % len(self.dual)).unique(return_inverse=True)
         write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
         z = (x if self.mean is None else x - self.mean[used][which, None]) @ write[which]
@@ -191,7 +203,7 @@ class KltSide:
         return [self.dual] if self.mean is None else [self.dual, self.mean]
 
     def state(self) -> dict[str, Tensor]:
-        widths = torch.tensor(self.widths, dtype=torch.uint8)
+        widths = torch.tensor(self.widths, dtype=torch.uint8, device="cpu")
         state = {f"{self.name}.dual": self.dual, f"{self.name}.widths": widths}
         return state if self.mean is None else state | {f"{self.name}.mean": self.mean}
 
@@ -210,7 +222,7 @@ class KltSide:
             return None
         if not self.widths:
             return f"some streams have pages, but {self.name}.widths are not settled"
-        singular = torch.linalg.inv_ex(self.dual[paged.nonzero().flatten().to(self.device)].float()).info
+        singular = _singular(self.dual[paged.nonzero().flatten().to(self.device)].float())
         return f"{self.name}.dual is singular" if bool(singular.any()) else None
 
 
@@ -273,7 +285,7 @@ class KltCodec(Codec):
             return
         ours = streams[new]
         weight = self.queries.take(ours)
-        identity = torch.eye(self.v_side.dim, device=weight.device)
+        identity = torch.eye(self.v_side.dim, device=weight.device, dtype=torch.float32)
         self.k_side.fit(ours, keys[new], weight)
         self.v_side.fit(ours, values[new], identity.expand(len(ours), -1, -1))
 
@@ -344,9 +356,30 @@ class KltCodec(Codec):
         return why or self.k_side.lacks(paged) or self.v_side.lacks(paged)
 
 
+def _singular(matrices: Tensor) -> Tensor:
+    """bool [n]: which of float32 [n, d, d] have no inverse."""
+    inverse, info = torch.linalg.inv_ex(matrices)
+    return (info != 0) | ~inverse.isfinite().all(-1).all(-1)
+
+
 def _rms(x: Tensor) -> Tensor:
     """Root mean square over the last dimension, kept: a norm that float16 can hold wherever it can hold x."""
-    return x.square().mean(-1, keepdim=True).sqrt()
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return (x / largest).square().mean(-1, keepdim=True).sqrt() * largest
+
+
+def _weighted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [s, d] of x [s, n, d], and its second moment [s, d, d] up to a factor; see `weights`."""
+    weight, unit = weights(x)
+    y = x * weight / unit
+    mean = y.sum(1) / weight.sum(1).clamp_min(1e-30) * unit[:, 0]
+    return mean, y.mT @ y / weight.square().sum(1, keepdim=True).clamp_min(1e-30)
+
+
+@cache
+def _ladder(dim: int, device: torch.device) -> Tensor:
+    """float64 [dim]: 0.75 to 1.25. Directions that no token has would be equal otherwise, and rounding would choose."""
+    return torch.linspace(0.75, 1.25, dim, dtype=torch.float64, device=device)
 
 
 def scaled_directions(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -356,8 +389,10 @@ def scaled_directions(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     """
     dim = covariance.shape[-1]
     level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(TINY)
-    covariance = covariance + RIDGE * level * torch.eye(dim, device=covariance.device)
+    covariance = covariance + RIDGE * level * torch.diag(_ladder(dim, covariance.device))
     write, read = weighted_directions(covariance, weight, RIDGE)
+    turned = (read * torch.arange(1, dim + 1, device=read.device)[:, None].cos()).sum(1, keepdim=True) < 0
+    write, read = (torch.where(turned, -x, x) for x in (write, read))  # which sign they have is a convention
     variance = torch.einsum("sij,sik,skj->sj", write, covariance, write)
     return (read * variance.sqrt()[:, None]).float(), variance.float()
 
@@ -370,7 +405,8 @@ def shrinkage(covariance: Tensor, tokens: int) -> Tensor:
     """
     dim = covariance.shape[-1]
     level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    return max(dim / tokens - 1 / SETTLED, 0.0) * DOUBT * level * torch.eye(dim, device=covariance.device)
+    identity = torch.eye(dim, device=covariance.device, dtype=torch.float32)
+    return max(dim / tokens - 1 / SETTLED, 0.0) * DOUBT * level * identity
 
 
 @register("klt")
@@ -407,9 +443,24 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
     def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """Per side: the basis [H, D, D] and the variances [H, D]; of keys the mean [H, D]."""
         k = scaled_directions(seen.key_covariance, seen.queries)
-        identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64).expand_as(seen.value_directions)
+        identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64, device="cpu")
+        identity = identity.expand_as(seen.value_directions)
         v = scaled_directions(seen.value_directions * len(identity[0]), identity)
         return {"k.basis": k[0], "k.variance": k[1], "k.mean": seen.key_mean, "v.basis": v[0], "v.variance": v[1]}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        for name in ("k", "v"):
+            basis = layer.finite(f"{name}.basis", (None, None, None), torch.float32)
+            variance = layer.finite(f"{name}.variance", basis.shape[:2], torch.float32)
+            layer.require(
+                bool((variance >= 0).all() and (variance.double().sum(-1) > 0).all()), f"{name}.variance is 0"
+            )
+            layer.require(basis.shape[1] == basis.shape[2], f"{name}.basis is {described(basis)}, no square matrices")
+            size = basis.double().square().mean((1, 2), keepdim=True).sqrt()
+            stored = (basis / (size if name == "k" else 1)).to(SCALE).float()
+            layer.require(not bool(_singular(stored).any()), f"{name}.basis has no inverse")
+        layer.finite("k.mean", layer["k.variance"].shape, torch.float32)
 
     def _sides(self, shape: PageShape) -> tuple[KltSide, KltSide]:
         return (
@@ -433,5 +484,6 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
             basis = calibration.tensor(f"{side.name}.basis", shape, side.dim, side.dim)
             variance = calibration.tensor(f"{side.name}.variance", shape, side.dim)
             mean = torch.zeros_like(variance) if side.mean is None else calibration.tensor("k.mean", shape, side.dim)
-            side.take(heads, basis, variance, mean)
+            side.widths = allocate((variance / variance.sum(-1, keepdim=True)).mean(0), side.total)
+            side.take(heads, basis, mean)
         return KltCodec(*sides, fitted_heads=True)

@@ -27,14 +27,14 @@ def sphere_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     centroids, centroids at the means of their cells) runs in float64 until it stands still. All layers share it.
     """
     reach = min(1.0, 12 / dim**0.5)  # beyond twelve standard deviations there is nothing
-    t = torch.linspace(-reach, reach, POINTS, dtype=torch.float64)
+    t = torch.linspace(-reach, reach, POINTS, dtype=torch.float64, device="cpu")
     density = (1 - t * t).clamp_min(0) ** ((dim - 3) / 2)
     mass, moment = density.cumsum(0), (t * density).cumsum(0)
-    quantiles = (torch.arange(1 << bits, dtype=torch.float64) + 0.5) / (1 << bits)
+    quantiles = (torch.arange(1 << bits, dtype=torch.float64, device="cpu") + 0.5) / (1 << bits)
     centroids = t[torch.searchsorted(mass, quantiles * mass[-1].clone()).clamp_max(POINTS - 1)]
     for _ in range(10_000):
         edges = torch.searchsorted(t, (centroids[1:] + centroids[:-1]) / 2) - 1
-        ends = torch.cat([edges, torch.tensor([POINTS - 1])])
+        ends = torch.cat([edges, torch.tensor([POINTS - 1], dtype=torch.int64, device="cpu")])
         weight = torch.diff(mass[ends], prepend=mass.new_zeros(1))
         updated = torch.diff(moment[ends], prepend=moment.new_zeros(1)) / weight
         updated = (updated - updated.flip(0)) / 2  # the density is even

@@ -11,12 +11,14 @@ from torch import Tensor
 from kvcomp.calibration import FILE, Tensors
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.state import State
 from kvcomp.statistics import Statistics
 
 from .basis import Basis, hadamard
-from .calibrated import CalibratedQuantizer
+from .calibrated import CalibratedQuantizer, check_inverse
 from .centred import CentredCodec, centre_bytes, centred
 from .grid import UniformSide, channel_group
+from .int import LEAST_CLIP
 from .widths import BITS, WidthQuantizer
 
 
@@ -65,6 +67,8 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
         self.check(self.group > 0, "group", "a positive number")
         self.check(0 < self.k_clip <= 1, "k_clip", "more than 0 and at most 1")
         self.check(0 < self.v_clip <= 1, "v_clip", "more than 0 and at most 1")
+        self.check_share("k_clip", LEAST_CLIP)
+        self.check_share("v_clip", LEAST_CLIP)
 
     @property
     def default_window(self) -> tuple[int, int]:
@@ -74,6 +78,11 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
     def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """k and v [H, D, D]: the rotations."""
         return {"k": spread_rotation(seen.queries), "v": spread_rotation(seen.value_scored)}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        for name in ("k", "v"):
+            check_inverse(layer, name, name)
 
     def sides(self, shape: PageShape) -> tuple[ClippedSide, ClippedSide]:
         return (
@@ -107,17 +116,17 @@ def spread_rotation(moment: Tensor) -> Tensor:
     dim = moment.shape[-1]
     size = dim & -dim
     blocks = dim // size
-    in_turn = torch.arange(dim).view(size, blocks).T.flatten()
+    in_turn = torch.arange(dim, device="cpu").view(size, blocks).T.flatten()
     vectors = torch.linalg.eigh(moment).eigenvectors[..., in_turn]
     mixing = hadamard(dim, torch.device("cpu")).matrix
     assert mixing is not None
-    columns = (torch.arange(blocks) * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
+    columns = (torch.arange(blocks, device="cpu") * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
     return (vectors @ mixing.to(moment.dtype))[..., columns]
 
 
 def bit_reversed(size: int) -> Tensor:
     """int64 [size]: each number below `size`, a power of two, with its bits in reverse."""
-    order = torch.zeros(1, dtype=torch.int64)
+    order = torch.zeros(1, dtype=torch.int64, device="cpu")
     while len(order) < size:
         order = torch.cat([2 * order, 2 * order + 1])
     return order

@@ -37,8 +37,8 @@ class OutlierBasis(Basis):
         """Settle the order of new streams by the energy of their channels in x [s, n, D]."""
         new = self.orders.new(streams, due)
         if new is not None:
-            weight, unit = weights(x)
-            energy = (x.float() * weight / unit).square().sum(1)
+            weight, unit = weights(x := x.float())
+            energy = (x * weight / unit).square().sum(1)
             self.orders.settle(streams, new, energy.argsort(dim=-1, descending=True, stable=True))
 
     def write(self, x: Tensor, streams: Tensor) -> Tensor:

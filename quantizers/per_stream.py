@@ -120,10 +120,10 @@ class PerStream:
 
 def weights(x: Tensor) -> tuple[Tensor, Tensor]:
     """[s, n, 1]: what each token of x [s, n, D] counts for, 1 or less, single loud ones as LOUD usual ones at most; and
-    [s, 1, 1]: how large a usual one is. float32.
+    [s, 1, 1]: how large a usual one is; of x's dtype, a float of 32 bits or more.
 
     w_t = min(1, LOUD m / |x_t|); |.| is the largest magnitude and m its median over tokens.
     """
-    size = x.float().abs().amax(-1, keepdim=True)
+    size = x.abs().amax(-1, keepdim=True)
     unit = size.median(1, keepdim=True).values
     return (LOUD * unit / size.clamp_min(TINY)).clamp_max(1), unit.clamp_min(TINY)

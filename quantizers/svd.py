@@ -12,10 +12,11 @@ from kvcomp.calibration import FILE, Tensors, own
 from kvcomp.errors import SpecError
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.state import State
 from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, hadamard
-from .calibrated import CalibratedQuantizer
+from .calibrated import CalibratedQuantizer, check_inverse
 from .codecs import RawSide, Side
 from .grid import UniformSide
 
@@ -42,6 +43,7 @@ class Svd(CalibratedQuantizer):
     calibration: str | None = arg(None, FILE)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_amount(self, "rank")
         if self.v_rank is not None:
             check_amount(self, "v_rank")
@@ -56,11 +58,18 @@ class Svd(CalibratedQuantizer):
         damping: share of the mean weight that every direction gets at least, which keeps the inverse bounded.
         """
         k, k_dual = weighted_directions(seen.key_covariance, seen.queries, damping)
-        even = torch.eye(seen.value_mean.shape[-1], dtype=seen.value_mean.dtype).expand_as(seen.value_covariance)
+        even = torch.eye(seen.value_mean.shape[-1], dtype=seen.value_mean.dtype, device="cpu")
+        even = even.expand_as(seen.value_covariance)
         cost = even if seen.output is None else seen.output
         v, v_dual = weighted_directions(seen.value_covariance, cost, damping)
         means = {"k_mean": seen.key_mean, "v_mean": seen.value_mean}
         return {"k": k, "k_dual": k_dual, "v": v, "v_dual": v_dual, **means}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        for name in ("k", "v"):
+            check_inverse(layer, name, f"{name}_dual")
+            layer.finite(f"{name}_mean", layer[name].shape[:2], torch.float32)
 
     def sides(self, shape: PageShape) -> tuple[Side, Side]:
         return self._side("k", shape, shape.k_dim), self._side("v", shape, shape.v_dim)
@@ -94,6 +103,8 @@ def check_amount(stage: CalibratedQuantizer, argument: str) -> None:
     value = getattr(stage, argument)
     ok = value >= 1 if isinstance(value, int) else 0 < value <= 1
     stage.check(ok, argument, "a positive whole number, or a share above 0 and at most 1.0")
+    if isinstance(value, float):
+        stage.check_share(argument)
 
 
 def kept(amount: int | float, dim: int, stage: str, argument: str) -> int:

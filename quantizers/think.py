@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.calibration import FILE, Tensors
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.state import State
 from kvcomp.statistics import Statistics
 
 from .basis import IDENTITY, Basis
@@ -39,6 +41,7 @@ class Think(CalibratedQuantizer):
     calibration: str | None = arg(None, FILE)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_amount(self, "keep")
         self.check(self.bits is None or 2 <= self.bits <= 8, "bits", "None or 2 to 8")
         self.check(self.group > 0 and self.group % 16 == 0, "group", "a positive multiple of 16")
@@ -56,6 +59,12 @@ class Think(CalibratedQuantizer):
         """score [H, Dk]: E[q_c^2] E[k_c^2]."""
         keys = seen.key_covariance.diagonal(dim1=1, dim2=2) + seen.key_mean.square()
         return {"score": seen.queries.diagonal(dim1=1, dim2=2) * keys}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        score = layer.finite("score", (None, None), torch.float32)
+        layer.require(bool((score >= 0).all()), "score is negative")
+        layer.require(bool((score > 0).any(-1).all()), "score of a head is 0 everywhere")
 
     def sides(self, shape: PageShape) -> tuple[Side, Side]:
         channels = kept(self.keep, shape.k_dim, "think", "keep")

@@ -27,6 +27,7 @@ class WidthQuantizer(Quantizer):
     v: int | float | None = arg(None, V_BITS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         *head, last = (f"{width:g}" for width in self.widths)
         accepted = f"{', '.join(head)} or {last}"
         for argument in ("bits", "k", "v"):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kvcomp.calibration import FILE, Calibrated
 from kvcomp.registry import register
 from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.state import State
 from kvcomp.statistics import weighted_directions
 
 from .codes import TokenSelector, encode, step
@@ -34,7 +35,7 @@ class Traces:
         """A context, B = 1: queries [1, Hq, n, D], keys [1, H, n, D]."""
         if self.count % self.every == 0:
             n = keys.shape[2]
-            at = torch.linspace(n // 2, n - 1, min(QUERIES, n - n // 2)).long()
+            at = torch.linspace(n // 2, n - 1, min(QUERIES, n - n // 2), dtype=torch.float32, device="cpu").long()
             q = rearrange(queries[0, :, at.to(queries.device)], "(h g) m d -> h g m d", h=keys.shape[1])
             self.kept.append((at, q.cpu().half(), keys[0].cpu().half()))
         self.count += 1
@@ -118,8 +119,8 @@ class Dsa(TokenSelector, Calibrated):
         rank, group = min(MOST, keys.shape[-1]), first.shape[1]
         key = write[..., :rank].float().requires_grad_()
         query = (scale * read[:, None, :, :rank].float()).repeat(1, group, 1, 1).requires_grad_()
-        weight = torch.zeros(len(keys), group, keys.shape[-1], requires_grad=True)
-        bias = torch.full((len(keys), group), 1.0, requires_grad=True)
+        weight = torch.zeros(len(keys), group, keys.shape[-1], requires_grad=True, dtype=torch.float32, device="cpu")
+        bias = torch.full((len(keys), group), 1.0, requires_grad=True, dtype=torch.float32, device="cpu")
         adam = torch.optim.Adam(
             [
                 {"params": [key, query], "lr": rate * float(key.detach().square().mean().sqrt())},
@@ -131,7 +132,7 @@ class Dsa(TokenSelector, Calibrated):
         with torch.enable_grad():
             for i in range(steps):
                 at, q, k = contexts[i % len(contexts)]
-                hidden = torch.arange(k.shape[1]) > at[:, None]  # [m, n]
+                hidden = torch.arange(k.shape[1], device="cpu") > at[:, None]  # [m, n]
                 logits = torch.einsum("hgmd,hnd->hgmn", q, k) * scale
                 target = logits.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)  # [H, m, n]
                 index = torch.einsum("hgmd,hgdr->hgmr", q, query)
@@ -152,6 +153,21 @@ class Dsa(TokenSelector, Calibrated):
             "weight": weight.detach(),
             "bias": bias.detach(),
         }
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        key = layer.finite("k", (None, None, None), torch.float32)
+        heads, dim, rank = key.shape
+        query = layer.finite("q", (heads, None, dim, rank), torch.float32)
+        for name, shape in (
+            ("mean", (heads, rank)),
+            ("deviation", (heads, rank)),
+            ("weight", (heads, query.shape[1], dim)),
+            ("bias", (heads, query.shape[1])),
+        ):
+            layer.finite(name, shape, torch.float32)
+        layer.require(bool((layer["deviation"] >= 0).all()), "deviation is negative")
+        layer.require(bool(key.any()), "k is 0")
 
     def index(self, shape: PageShape) -> Indexer:
         return Indexer(self, shape)

@@ -38,7 +38,8 @@ class Branches(Index):
         if left.is_cpu and not bool(left.any()):  # on a GPU the question costs more than attention to nothing
             return None
         weight = log(held.page_size // blocks)
-        bias = torch.full((streams, pages), weight, device=keys.device).masked_fill(~left, -torch.inf)
+        bias = torch.full((streams, pages), weight, device=keys.device, dtype=torch.float32)
+        bias = bias.masked_fill(~left, -torch.inf)
         values = values.masked_fill(~left[..., None, None], 0)
         keys = keys.masked_fill(~left[..., None, None], 0)
         bias = bias.repeat_interleave(blocks, 1)

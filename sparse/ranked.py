@@ -45,6 +45,7 @@ class RankedSelector(Selector):
     share: int = arg(1, "layers in a row that read what the first of them chooses")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in RULES if getattr(self, name) is not None]
         if not given:
             object.__setattr__(self, self.default[0], self.default[1])
@@ -54,8 +55,7 @@ class RankedSelector(Selector):
             value = getattr(self, name)
             self.check(value is None or value > 0, name, "positive")
         for name in ("keep", "top_p", "threshold"):
-            value = getattr(self, name)
-            self.check(value is None or 0 < value <= 1, name, "in (0, 1]")
+            self.check_share(name)
         self.check(self.heads in HEADS, "heads", " or ".join(HEADS))
         for name in ("first", "last", "min_pages", "dense_layers"):
             self.check(getattr(self, name) >= 0, name, "zero or positive")
@@ -102,7 +102,8 @@ class RankedSelector(Selector):
     def _reads(self, counts: Tensor, most: int, page_size: int) -> Tensor:
         """int64 [S]: `reads` of counts [S] pages, of which `most` is the largest; nothing waits for a GPU."""
         if counts.is_cpu and not on_gpu(counts):  # each operation on a tensor costs more than all of this
-            return torch.tensor([self.reads(count, page_size) for count in counts.tolist()])
+            each = [self.reads(count, page_size) for count in counts.tolist()]
+            return torch.tensor(each, dtype=torch.int64, device="cpu")
         if self.keep is None:
             return counts.long().clamp_max(most)
         return self._bounded((counts.double() * self.keep).round().long().clamp_min(1), counts)

@@ -28,9 +28,9 @@ class Directions(Index):
         super().__init__(selector)
         self.bits = selector.bits
         self.queries = QueryMoments(shape.k_dim, shape.device)
-        self.write = torch.zeros(0, shape.k_dim, selector.rank, device=shape.device)
+        self.write = torch.zeros(0, shape.k_dim, selector.rank, device=shape.device, dtype=torch.float32)
         self.read = self.write.clone()
-        self.offset = torch.zeros(0, selector.rank, device=shape.device)
+        self.offset = torch.zeros(0, selector.rank, device=shape.device, dtype=torch.float32)
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         self.queries.add(streams, queries)

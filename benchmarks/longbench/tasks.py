@@ -38,6 +38,10 @@ class LongBench:
     def count(self, samples: int, data: Data) -> int:
         return min(samples, len(load(self.source, data)))
 
+    def check(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> None:
+        """Raise what `generate` would: its first prompt tells."""
+        self.generate(tokenizer, context, 1, seed, data)
+
     def generate(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> list[Sample]:
         """Return the first `samples` items; of a dataset with tags, in turn from every group. The seed has no say.
 

@@ -80,6 +80,13 @@ class RulerTask(ABC):
         made_of = "; ".join(f"{source.name}: {origin(source, data)}" for source in self.sources if source.hub)
         return [self._sample(index, writer, setting, made_of) for index in range(samples)]
 
+    def check(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> None:
+        """Raise TaskError where one of the prompts of `generate` would not fit; none is written in full."""
+        setting = Setting(lambda text: len(tokenizer(text).input_ids), context, seed, data)
+        writer = self.prepare(setting)
+        for index in range(samples):
+            self._require_room(self._used(index, writer, setting)(writer.fewest), setting)
+
     def score(self, prediction: str, sample: Sample) -> float:
         """Return the fraction of the references that appear in the prediction."""
         return string_match_all(prediction, sample.references)
@@ -89,22 +96,26 @@ class RulerTask(ABC):
         return self.score(text, sample) == 1
 
     def _sample(self, index: int, writer: Writer, setting: Setting, made_of: str) -> Sample:
-        def write(units: int) -> Draft:
-            return writer.write(units, index, random.Random(f"{setting.seed}/{self.name}/{index}"))
-
-        def used(units: int) -> int:
-            return setting.tokens(write(units).prompt) + self.max_new_tokens
-
-        try:
-            units = fit(used, setting.context, writer.fewest, writer.most)
-        except TooSmallError as error:
-            raise TaskError(
-                f"context: {setting.context} is less than the {error.args[0]} tokens that {self.name} needs, "
-                f"{self.max_new_tokens} of them for the answer."
-            ) from error
-        prompt, references, place = write(units)
+        used = self._used(index, writer, setting)
+        self._require_room(used(writer.fewest), setting)
+        units = fit(used, setting.context, writer.fewest, writer.most)
+        prompt, references, place = self._draft(units, index, writer, setting)
         depth = None if place is None else round(place / len(prompt), 4)
         return Sample(self.name, index, prompt, references, depth, self.max_new_tokens, origin=made_of)
+
+    def _draft(self, units: int, index: int, writer: Writer, setting: Setting) -> Draft:
+        return writer.write(units, index, random.Random(f"{setting.seed}/{self.name}/{index}"))
+
+    def _used(self, index: int, writer: Writer, setting: Setting) -> Callable[[int], int]:
+        """What tells the tokens of a sample's prompt with so many units, and of its answer."""
+        return lambda units: setting.tokens(self._draft(units, index, writer, setting).prompt) + self.max_new_tokens
+
+    def _require_room(self, tokens: int, setting: Setting) -> None:
+        if tokens > setting.context:
+            raise TaskError(
+                f"context: {setting.context} is less than the {tokens} tokens that {self.name} needs, "
+                f"{self.max_new_tokens} of them for the answer."
+            )
 
 
 class TooSmallError(ValueError):

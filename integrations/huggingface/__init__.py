@@ -1,4 +1,4 @@
-"""Hugging Face transformers: a stack as a drop-in `past_key_values`.
+"""Hugging Face transformers: a stack as a drop-in cache: `cache=`, or `past_key_values=` before 5.24.
 
 How it hooks in: a layer's `update` keeps a chunk's K and V as *pending* and returns two light handles in their place
 (handles.py); the attention function registered for the model (hook.py) recognises the handles, runs the model's own

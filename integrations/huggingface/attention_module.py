@@ -12,20 +12,37 @@ from torch import Tensor
 
 from kvcomp.errors import UnsupportedError
 
+from .adapters import active_adapters
+
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
 OTHER_MODALITIES = ("Vision", "Audio", "Image")
 ROTATION_VARIES = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1", "llama4", "zamba2")
 
 
 def output_projection(module: torch.nn.Module, query_heads: int, v_dim: int) -> Tensor | None:
-    """W_o [Hq, Dv, M], a view of the output projection's weight; None where the module has none of that shape."""
+    """W_o [Hq, Dv, M]: a view of the output projection's weight, or a dense copy where that is quantized or has
+    adapters; None where the module has none of that shape."""
     for name in OUTPUT_PROJECTIONS:
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-            continue
-        if weight.shape[1] == query_heads * v_dim:
-            return rearrange(weight.detach(), "m (h v) -> h v m", h=query_heads)
+        projection = getattr(module, name, None)
+        weight = _dense_weight(projection, query_heads * v_dim) if isinstance(projection, torch.nn.Module) else None
+        if weight is not None:
+            return rearrange(weight, "m (h v) -> h v m", h=query_heads)
     return None
+
+
+@torch.no_grad()
+def _dense_weight(projection: torch.nn.Module, width: int) -> Tensor | None:
+    """W [M, width] of a projection that maps x to x W' plus a bias; None where it maps no vectors of that width."""
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    if type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point() and not active_adapters(projection):
+        return weight.detach() if weight.dim() == 2 and weight.shape[1] == width else None
+    if getattr(projection, "in_features", None) != width:
+        return None
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    unit = torch.eye(width, dtype=dtype, device=weight.device)
+    return (projection(unit) - projection(torch.zeros_like(unit[:1]))).mT
 
 
 class AttentionModule:
@@ -47,7 +64,8 @@ class AttentionModule:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.embedding is None:
-            self.embedding = self._embedding().to(x.device)
+            with x.device:  # where it computes its frequencies
+                self.embedding = self._embedding()
         options = {"layer_type": self._layer_type()} if self._by_layer_type() else {}
         cos, sin = self.embedding(x.float(), positions.abs()[None], **options)  # [1, n, R]
         scaling = (cos.square() + sin.square()).amax(-1, keepdim=True).sqrt()  # yarn's factor, which q and k have

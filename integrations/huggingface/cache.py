@@ -30,13 +30,15 @@ from .indexed import IndexedLayer
 from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
-from .saving import check_kinds, differences, essentials, layer_state, restore_layers, usable_device, weights
+from .saving import check_kinds, differences, digests, essentials, layer_state, restore_layers, usable_device
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
 
 class CompressedCache(Cache):
-    """A stack as `past_key_values` of any decoder model whose attention goes through transformers' attention interface.
+    """A stack as the cache of any decoder model whose attention goes through transformers' attention interface.
+
+    Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
 
     Full-attention layers are compressed; sliding, linear and convolutional layers stay the library's own. The model is
     hooked on construction (its config names kvcomp's attention function) and keeps working with every other cache;
@@ -140,7 +142,7 @@ class CompressedCache(Cache):
             UnsupportedError: a layer of the library's own holds something else than tensors and plain values.
         """
         dtype = next((str(x.dtype).removeprefix("torch.") for x in self._compressed() if x.is_initialized), "")
-        model = {**self._model, "weights": weights(self._source())}
+        model = {**self._model, **digests(self._source())}
         saving.write(path, saving.Saved(self.stack, dtype, model, [layer_state(x) for x in self.layers]))
 
     @classmethod

@@ -22,6 +22,7 @@ from kvcomp.statistics import Moments
 from ..configs import cache_layers, caches_latents, decoder_config, library_layer, max_positions
 from .attention_module import output_projection
 from .fingerprint import fingerprint
+from .forward import with_cache
 from .handles import Call, HandleLayer
 from .hook import hook
 
@@ -215,8 +216,8 @@ def gather(
                 ours[i] if i in ours else library_layer(kind, option)
                 for i, (kind, option) in enumerate(zip(kinds, options, strict=True))
             ]
-            prompt = torch.tensor([ids], device=model.device)
-            model(input_ids=prompt, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
+            prompt = torch.tensor([ids], device=model.device, dtype=torch.int64)
+            model(input_ids=prompt, **with_cache(model, Cache(layers=layers)), use_cache=True, logits_to_keep=1)
             advance(len(ids))
     finally:
         config._attn_implementation = implementation

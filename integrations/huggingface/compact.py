@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcomp.errors import KvcompError, UnsupportedError
 
+from .forward import with_cache
 from .handles import Call
 from .layer import CompressedLayer
 from .reconstruct import REQUEST
@@ -50,7 +51,7 @@ def compact(
         layer.commit()
     start, end = ours[0].store.compactable(*span)
     step = max(PART // ours[0].plan.page_size, 1) * ours[0].plan.page_size
-    total, errors = 0, torch.zeros(2, len(ours))
+    total, errors = 0, torch.zeros(2, len(ours), dtype=torch.float32, device="cpu")
     for at in range(start, end, step):
         until = min(at + step, end)
         asked = _questions(cache, model, input_ids[:, at:until], tokenizer)
@@ -75,7 +76,7 @@ def _questions(cache: Any, model: Any, ids: Tensor, tokenizer: Any) -> list[_Rec
             layer.attention = asked[-1]  # type: ignore[method-assign]
     request = tokenizer(REQUEST, add_special_tokens=False, return_tensors="pt").input_ids
     request = torch.as_tensor(request, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
-    model(input_ids=torch.cat([request, ids], 1), past_key_values=fork, use_cache=True, logits_to_keep=1)
+    model(input_ids=torch.cat([request, ids], 1), **with_cache(model, fork), use_cache=True, logits_to_keep=1)
     for recorder in asked:
         del recorder.attention  # which holds the fork, and that its pages
         if not recorder.queries:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvcomp.errors import UnsupportedError
 from kvcomp.fingerprint import Fingerprint
 
 from ..configs import decoder_config, field
+from .adapters import unwrapped, used_tensors
 
 ESSENTIALS = (
     "model_type",
@@ -26,13 +31,15 @@ ESSENTIALS = (
     "rope_parameters",
 )
 SAMPLES = 8  # elements of each matrix
+LONGEST = 1 << 16  # of longer vectors as many, of others all
 
 
 def fingerprint(model_or_config: torch.nn.Module | PreTrainedConfig, name: str | None = None) -> Fingerprint:
     """The fingerprint of a model, or of a config alone: without weights.
 
     Weights count as bfloat16, so that a checkpoint has one fingerprint whether it is loaded in bfloat16 or in float32.
-    Those on the meta device are not at hand.
+    Those on the meta device are not at hand. Adapters count while they are active: a model whose adapters are disabled
+    is the one without them.
 
     name: what to call it; by default what the config says.
     """
@@ -46,7 +53,7 @@ def fingerprint(model_or_config: torch.nn.Module | PreTrainedConfig, name: str |
     return Fingerprint(
         f"{called} ({shape})",
         hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest(),
-        _weights(model_or_config) if isinstance(model_or_config, torch.nn.Module) else None,
+        *(_digests(unwrapped(model_or_config)) if isinstance(model_or_config, torch.nn.Module) else (None, None)),
     )
 
 
@@ -62,17 +69,50 @@ def _plain(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _weights(model: torch.nn.Module) -> str | None:
-    """Digest of elements spread over every matrix of the decoder."""
+def _digests(model: torch.nn.Module) -> tuple[str | None, str | None]:
+    """Digests of elements of the decoder's tensors: of its matrices, and of all that it computes with."""
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    matrices = [(name, p) for name, p in decoder.named_parameters() if p.dim() >= 2 and p.is_floating_point()]
-    if not matrices or any(p.is_meta for _, p in matrices):
-        return None
-    samples = []
-    for _, matrix in matrices:
-        flat = matrix.reshape(-1)
-        at = (torch.arange(SAMPLES, device=flat.device) * 2 + 1) * len(flat) // (2 * SAMPLES)
-        samples.append(flat[at].to("cpu", torch.bfloat16))
-    digest = hashlib.sha256("\n".join(name for name, _ in matrices).encode())
-    digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())
+    tensors = list(used_tensors(decoder))
+    if not tensors or any(tensor.is_meta for _, tensor in tensors):
+        return None, None
+    samples = {name: _sample(name, tensor) for name, tensor in tensors}
+    buffers = {name for name, _ in decoder.named_buffers()}
+    matrices = [n for n, x in tensors if n not in buffers and x.dim() >= 2 and x.is_floating_point()]
+    return _digest(matrices, samples) if matrices else None, _digest(sorted(samples), samples)
+
+
+def _digest(names: Sequence[str], samples: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256("\n".join(names).encode())
+    for name in names:
+        digest.update(samples[name])
     return digest.hexdigest()
+
+
+def _sample(name: str, tensor: Tensor) -> bytes:
+    """Elements spread over a tensor, or all of a short vector; floating-point numbers as bfloat16.
+
+    Quantized weights that are a tensor of tensors, such as those of torchao, give elements of each.
+
+    Raises:
+        UnsupportedError: a tensor whose elements cannot be read.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        inner = tensor.__tensor_flatten__()[0]
+        return b"".join(_sample(f"{name}.{part}", getattr(tensor, part)) for part in inner)
+    state, scales = getattr(tensor, "quant_state", None), list[bytes]()
+    while state is not None:  # of 4-bit weights of bitsandbytes: scales of blocks, and perhaps those of the scales
+        scales.append(_sample(f"{name}.absmax", state.absmax))
+        state = state.state2
+    try:
+        flat = tensor.detach().reshape(-1)
+        if flat.dtype.itemsize == 1:
+            flat = flat.view(torch.uint8)
+        if len(flat) and (tensor.dim() > 1 or len(flat) > LONGEST):
+            flat = flat[(torch.arange(SAMPLES, device=flat.device) * 2 + 1) * len(flat) // (2 * SAMPLES)]
+        flat = flat.to("cpu", torch.bfloat16) if flat.is_floating_point() else flat.cpu()
+        return b"".join([flat.contiguous().view(torch.uint8).numpy().tobytes(), *scales])
+    except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise UnsupportedError(
+            f"the elements of {name}, a {type(tensor).__name__}, cannot be read ({error}), so that nothing tells this "
+            "model from others: caches cannot be saved, and calibrated stacks not be used"
+        ) from error

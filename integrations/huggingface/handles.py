@@ -57,8 +57,7 @@ class Call(NamedTuple):
     def dense_behind(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `dense`, over N tokens of which the queries are the newest, behind our own mask function."""
         mask, n, length = self.mask, self.query.shape[2], keys.shape[2]
-        padding = isinstance(mask, Tensor) and mask.dim() == 2
-        if 1 < n < length and (padding or (mask is None and self.causal)):
+        if 1 < n < length and isinstance(mask, Tensor) and mask.dim() == 2:
             mask = chunk_mask(self.name, self.query, length, mask)
         return self._replace(mask=mask).dense(keys, values)
 

@@ -13,11 +13,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcomp.errors import UnsupportedError
 
+from .forward import refuse_misnamed
 from .handles import Attention, Call, Handle, as_called
 from .keywords import CHOICES, HARMLESS, SERVED, VARLEN, choose, given, refuse
-from .masks import MASKED, chunk_mask, mask_function
+from .masks import chunk_mask, mask_function
 
 PREFIX, SUFFIX = "kvcomp_", " (until cache.detach())"  # transformers' errors quote the name, so it tells the way out
+MASKED = ("sdpa", "eager")  # attention that sees what its mask shows, and nothing else decides
 
 
 class BaseModule:
@@ -69,6 +71,7 @@ def _attention_function(base: str) -> Attention:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        refuse_misnamed(module, kwargs)
         attend = as_called(function, query.device)
         if isinstance(key, Handle) and key.pairs(value):
             if not kwargs.keys() <= known and (unknown := given(kwargs, known)):
@@ -109,7 +112,7 @@ def plain(
     key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
     if base in MASKED and choices:
         length = key.shape[2]
-        if call.causal if mask is None else mask.dim() == 2:
+        if (mask is None and call.causal) or (mask is not None and mask.dim() == 2):
             mask = chunk_mask(base, query, length, mask, whole=True)
         call = call._replace(mask=choose(module, mask, query, length, choices))
     if base in MASKED:

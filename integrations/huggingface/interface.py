@@ -19,10 +19,11 @@ ATTENDS = re.compile(r"ALL_ATTENTION_FUNCTIONS|get_interface|attention_interface
 def outside_interface(model_or_config: torch.nn.Module | PreTrainedConfig) -> str | None:
     """The class of an attention module that takes K and V from the cache and attends by itself; None: there is none.
 
-    A config is looked up among the causal language models that transformers knows.
+    Those of the model's modeling file count, as models may exchange their attention later (BigBird). A config is looked
+    up among the causal language models that transformers knows.
     """
     if isinstance(model_or_config, torch.nn.Module):
-        kinds = {type(module) for module in model_or_config.modules()}
+        kinds = {type(module) for module in model_or_config.modules()} | set(_file(type(model_or_config)))
     else:
         kinds = set(_classes(model_or_config))
     return min((kind.__name__ for kind in kinds if _attends_alone(kind)), default=None)
@@ -34,7 +35,11 @@ def _classes(config: PreTrainedConfig) -> Iterator[type]:
         model = AutoModelForCausalLM._model_mapping[type(config)]
     except (KeyError, ImportError):
         return
-    for thing in vars(sys.modules[model.__module__]).values():
+    yield from _file(model)
+
+
+def _file(model: type) -> Iterator[type]:
+    for thing in list(vars(sys.modules[model.__module__]).values()):
         if isinstance(thing, type) and issubclass(thing, torch.nn.Module) and thing.__module__ == model.__module__:
             yield thing
 

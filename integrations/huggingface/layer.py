@@ -17,6 +17,7 @@ from kvcomp.ledger import storage_bytes
 from kvcomp.plan import LayerPlan
 from kvcomp.state import State
 
+from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, HandleLayer, apart, given_dtypes
 from .masks import read_mask
@@ -49,11 +50,12 @@ class CompressedLayer(HandleLayer):
         self.pending: Pending | None = None
         self.to_come: int | None = None  # of a prompt that was announced
         self.is_initialized = False
+        self.adapters: tuple[tuple[str, ...], ...] | None = None  # that the last chunk came through
         self.loaded = False  # from a file, and not compared with the model's keys and values yet
 
     @property
     def store(self) -> LayerStore:
-        """All that is held. To look at it between two chunks of a prompt lets the policies choose from what came."""
+        """All that is held. To look at it while chunks wait lets the policies choose from those."""
         if self.waiting:
             self.commit()
         return self._store
@@ -157,6 +159,8 @@ class CompressedLayer(HandleLayer):
             store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
         n = query.shape[2]
         past = store.history.length + keys.shape[2] - n
+        if n > 1:
+            self._notice(adapters_of(call.module), past)
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
         valid = seen.valid if seen is not None else None
@@ -202,6 +206,17 @@ class CompressedLayer(HandleLayer):
         held = self.store.padded()
         return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))[1]
 
+    def _notice(self, adapters: tuple[tuple[str, ...], ...], past: int) -> None:
+        """Warn where a chunk comes through other adapters than those before it."""
+        if past and self.adapters not in (None, adapters):
+            warnings.warn(
+                "other adapters are active than when the cache was filled: its keys and values stay those of the "
+                "former. reset() it, and feed the prompt again, for those of the adapters that are active now",
+                KvcompWarning,
+                stacklevel=2,
+            )
+        self.adapters = adapters
+
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced, or more of its prompt is to
         come."""
@@ -214,7 +229,8 @@ class CompressedLayer(HandleLayer):
         if self.record_past or waits:
             return
         least = min(self.plan.gathers, self.prefill_chunk or self.plan.gathers)
-        self.waiting = more and self.pending.keys.shape[2] < least
+        first = self.store.prompt is None  # that may be all of the prompt
+        self.waiting = more and not first and self.pending.keys.shape[2] < least
         if not self.waiting:
             self.commit()
         if announced and not more:
@@ -287,10 +303,10 @@ class CompressedLayer(HandleLayer):
         self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self.select_rows(torch.arange(max(self.batch_size, 0), device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(torch.arange(max(self.batch_size, 0))[indices.cpu()])
+        self.select_rows(torch.arange(max(self.batch_size, 0), device="cpu")[indices.cpu()])
 
     def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
         """A layer that goes on by itself from here, among those with the same `choices`, and shares the pages that
@@ -309,9 +325,9 @@ class CompressedLayer(HandleLayer):
 
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""
-        store = self.store.state()
         pending = None if self.pending is None else tuple(self.pending)
-        return {"store": store, "pending": pending, "record_past": self.record_past, "warned": self.warned}
+        flags = {name: getattr(self, name) for name in ("record_past", "warned", "waiting")}
+        return {"store": self._store.state(), "pending": pending, **flags}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
@@ -327,6 +343,7 @@ class CompressedLayer(HandleLayer):
         if state["pending"] is not None:
             self.pending = Pending.restored(state, self.store, device)
         self.record_past, self.warned = state.flag("record_past"), state.flag("warned")
+        self.waiting = "waiting" in state and state.flag("waiting")  # caches saved before chunks waited have none
         self.loaded = True
         self.check_room()
 
@@ -346,7 +363,7 @@ class CompressedLayer(HandleLayer):
     def check_room(self) -> None:
         """Raise a KvcompError where a layer that was loaded holds more tokens than `max_tokens`."""
         held = 0 if self.pending is None else self.pending.keys.shape[2]
-        held += int(self.store.history.counts.max()) if self.batch_size > 0 else 0
+        held += int(self._store.history.counts.max()) if self.batch_size > 0 else 0
         if self.max_tokens is not None and held > self.max_tokens:
             raise KvcompError(
                 f"max_tokens={self.max_tokens}: the cache holds {held} tokens, and with the next one {held + 1} tokens "

@@ -62,7 +62,7 @@ def can_step_together(cache: CompressedCache) -> bool:
 
 
 def lockstep(caches: Sequence[CompressedCache]) -> Cache:
-    """One `past_key_values` of n rows for n caches that hold a row each, of equally many tokens.
+    """One cache of n rows for n caches that hold a row each, of equally many tokens.
 
     Feeds the same model: input_ids [n, 1], row i going on from cache i, which takes the token as if it were alone.
     """

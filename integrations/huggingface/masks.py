@@ -14,8 +14,6 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from kvcomp.attention import causal
 from kvcomp.errors import UnsupportedError
 
-MASKED = ("sdpa", "eager")  # attention that sees what its mask shows, and nothing else decides
-
 
 class Seen(NamedTuple):
     """What a forward's mask says of n new tokens and those before."""
@@ -27,7 +25,7 @@ class Seen(NamedTuple):
 
 Mask = Tensor | BlockMask  # [B, N], [B, 1 or Hq, n, N], or flex attention's
 _read_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward hands the same mask to every layer
-_causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # masks that are causal: their padding [B, N], in a tuple
+_causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # causal masks of ours: their padding [B, N], in a tuple
 
 
 def dense_mask(mask: BlockMask) -> Tensor:
@@ -122,6 +120,14 @@ def chunk_mask(base: str, query: Tensor, length: int, padding: Any, whole: bool 
     )
 
 
+@torch.compiler.disable
+def _no_padding(rows: int, length: int, device: torch.device) -> Tensor:
+    """bool [rows, length]: None would say to attention that its own arguments decide what is seen."""
+    mask = torch.ones(rows, length, dtype=torch.bool, device=device)
+    _causal_masks[mask] = (None,)
+    return mask
+
+
 def mask_function(base: str) -> Callable[..., Any]:
     """The mask function of a hooked model whose implementation is `base`."""
     own: Any = AttentionMaskInterface._global_mapping[base]
@@ -136,19 +142,18 @@ def mask_function(base: str) -> Callable[..., Any]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Mask | None:
-        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on, [B, kv_length], as a
-        tensor without any, too: modules that are not causal by themselves would take no mask for one that hides
-        nothing. Everything else as the base does, and where the model itself reads the mask; of a cache with idle room
-        behind the chunk it is whole."""
+        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on, [B, kv].
+
+        Everything else as the base does, and where the model itself reads the mask; of a cache with idle room behind
+        the chunk it is whole.
+        """
         if q_length > 1 and kv_offset + kv_length > q_offset + q_length:
             kwargs["allow_is_causal_skip"] = False
         ours = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
         if ours and q_length > 1 and q_offset > 0 and kv_offset == 0:
-            if attention_mask is None and base in (*MASKED, "flex_attention"):
-                attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-                if not torch.compiler.is_compiling():
-                    _causal_masks[attention_mask] = (None,)
-            return attention_mask
+            return (
+                attention_mask if attention_mask is not None else _no_padding(batch_size, kv_length, kwargs["device"])
+            )
         made: Mask | None = own(
             batch_size=batch_size,
             q_length=q_length,

@@ -57,6 +57,7 @@ class PreallocatedLayer(CompressedLayer):
     def __init__(
         self, plan: LayerPlan, tokens: int, prefill_chunk: int | None = None, choices: dict[int, Shared] | None = None
     ) -> None:
+        plan = plan.within(tokens)
         why = why_not(plan)
         if why is not None:
             raise UnsupportedError(f"preallocate={tokens}: {why}; leave one of the two out")
@@ -103,7 +104,8 @@ class PreallocatedLayer(CompressedLayer):
 
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         n, ahead = key_states.shape[2], self.preallocated
-        if 1 < n < self.plan.gathers and ahead.live and int(ahead.length) == self.store.history.length:
+        alone = n > 1 and self.to_come is None and ahead.live and int(ahead.length) == self.store.history.length
+        if alone and n < self.plan.gathers:
             warnings.warn(
                 f"{n} more tokens of a prompt came to a preallocated cache, where {self.plan.policies[0].name} chooses "
                 f"from each chunk by itself: use kvcomp.prefill(chunk={n}), or chunks of {self.plan.gathers}",
@@ -128,7 +130,7 @@ class PreallocatedLayer(CompressedLayer):
         if self._steps(call.query):
             return self._step(call)
         result = super().attention(call)
-        if self.pending is None and not self.preallocated.live:  # a single token that was the prompt
+        if self.pending is None and self.to_come is None and not self.preallocated.live:  # one token was the prompt
             self.preallocated.take(self.store)
         return result
 
@@ -152,7 +154,7 @@ class PreallocatedLayer(CompressedLayer):
         """Write the pending chunk to the store, and let the preallocated one take it over."""
         new = self.pending is not None
         super().commit()
-        if new:
+        if new and self.to_come is None:  # all of a prompt that was announced
             self.preallocated.take(self.store)
 
     def dense(self, which: int) -> Tensor:

@@ -15,6 +15,7 @@ from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages import Policy
 
 from .cache import CompressedCache
+from .forward import with_cache
 from .handles import Call, HandleLayer
 from .layer import CompressedLayer
 from .reconstruct import received
@@ -72,7 +73,7 @@ class Prompt(NamedTuple):
             input_ids=self.ids[:, start:end],
             attention_mask=None if self.mask is None else self.mask[:, :end],
             position_ids=None if self.positions is None else self.positions[:, start:end],
-            past_key_values=cache,
+            **with_cache(model, cache),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -189,7 +190,7 @@ def _repeat(
     rows, n = prompt.ids.shape
     found = []
     for b in range(rows):
-        tokens = torch.arange(n) if prompt.mask is None else prompt.mask[b].nonzero().flatten().cpu()
+        tokens = torch.arange(n, device="cpu") if prompt.mask is None else prompt.mask[b].nonzero().flatten().cpu()
         layers: list[Any] = []
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer):

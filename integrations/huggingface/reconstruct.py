@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from kvcomp.errors import UnsupportedError
 from kvcomp.policies.kvzip import most_received
 
+from .forward import with_cache
 from .handles import Call, HandleLayer
 from .masks import chunk_mask
 
@@ -101,7 +102,7 @@ def received(
         model(
             input_ids=repeated,
             position_ids=torch.arange(n, n + repeated.shape[1], device=ids.device)[None],
-            past_key_values=Cache(layers=[ours.get(i) or deepcopy(layer) for i, layer in enumerate(layers)]),
+            **with_cache(model, Cache(layers=[ours.get(i) or deepcopy(layer) for i, layer in enumerate(layers)])),
             use_cache=True,
             logits_to_keep=1,
         )

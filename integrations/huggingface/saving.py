@@ -29,9 +29,12 @@ def essentials(config: PreTrainedConfig) -> dict[str, Any]:
     return said
 
 
-def weights(model: Any) -> str | None:
-    """The digest of a model's weights; None for a config, or where they are not at hand."""
-    return fingerprint(model).weights if isinstance(model, torch.nn.Module) else None
+def digests(model: Any) -> dict[str, str | None]:
+    """What a file says of a model's weights; None for a config, or where they are not at hand."""
+    if not isinstance(model, torch.nn.Module):
+        return {"weights": None, "parameters": None}
+    found = fingerprint(model)
+    return {"weights": found.weights, "parameters": found.parameters}
 
 
 def differences(saved: Saved, own: dict[str, Any], model: Any) -> list[str]:
@@ -46,8 +49,8 @@ def differences(saved: Saved, own: dict[str, Any], model: Any) -> list[str]:
     if saved.dtype and dtype is not None and saved.dtype != here:
         found.append(f"dtype {saved.dtype} (here {here})")
     if not found:
-        digests = saved.model.get("weights"), weights(model)
-        if None not in digests and digests[0] != digests[1]:
+        pairs = [(saved.model.get(name), digest) for name, digest in digests(model).items()]
+        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
             found.append("the same architecture with other weights")
     return found
 

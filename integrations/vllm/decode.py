@@ -27,8 +27,8 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
         return "its tokens are not written into pages one by one"
     if (why := dispatch.obstacle(pages.codec, pages.layout, device, rows)) is not None:
         return why
-    sides, token = pages.one.kernel_sides(), torch.zeros(1, 1, pages.setup.dim)
-    if sides is None or pages.one.kernel_input(token, token, torch.zeros(1, dtype=torch.int64)) is None:
+    sides, token = pages.one.kernel_sides(), torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=device)
+    if sides is None or pages.one.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=device)) is None:
         return "no kernel writes its tokens"
     from kvcomp.kernels import triton
 
@@ -122,7 +122,7 @@ class Decoder:
 
         pages = -(-tokens // page_size)
         size = workspace_size(requests * heads, heads, rows, pages, page_size, v_dim, plan.processors(device))
-        return cls(requests, pages, page_size, heads, torch.empty(size, device=device))
+        return cls(requests, pages, page_size, heads, torch.empty(size, device=device, dtype=torch.float32))
 
     def plan(self, table: Tensor, lengths: Tensor, slots: Tensor) -> DecodeStep:
         """The step of R requests with lengths [R] tokens, the new one among them; 0: padding. table int32 [R, m]: their

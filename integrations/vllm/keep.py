@@ -69,7 +69,7 @@ def let_go(pages: Pages, leave: Leave) -> None:
     policy, heads = pages.setup.policy, pages.heads
     assert policy is not None
     mass, queries = pages.received(leave.pages).cpu().unbind(-1)
-    full = torch.ones(heads, dtype=torch.int64)
+    full = torch.ones(heads, dtype=torch.int64, device="cpu")
     n, size = leave.pages.shape[1], pages.setup.page_size
     held = Held(full * leave.tokens, full * n, size, pages.setup.sinks, heads, mass / queries.clamp_min(1), queries)
     gone = policy.expired(held)

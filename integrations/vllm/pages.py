@@ -52,7 +52,7 @@ class Pages:
         self.one = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
         if self.one is not None:
             self.one.fix(None)
-        self.pool = torch.empty(0)
+        self.pool = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def at(self, kv_cache: Tensor) -> Pages:
         """Bound to uint8 [blocks, H, P, C], whose cells (block, head) are records: uint8 [blocks * H, P * C]."""

@@ -225,7 +225,7 @@ class Step:
                 if new > 0:
                     records = _columns(table, run, heads, before.column(before.pages), new)
                     fills.append(Fill(*place, min(setup.sinks, run.past), max(setup.sinks - run.past, 0), records))
-                held = torch.arange(before.held, after.held)
+                held = torch.arange(before.held, after.held, device="cpu")
                 kept = held[(held < setup.sinks) | (held >= after.held - setup.ring)]
                 writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
                 votes.append(_votes(setup, run))
@@ -235,7 +235,7 @@ class Step:
 
 
 def _nowhere() -> Tensor:
-    return torch.zeros(3, 0, dtype=torch.int64)
+    return torch.zeros(3, 0, dtype=torch.int64, device="cpu")
 
 
 def _moved(run: Run, tokens: Tensor, slots: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def _moved(run: Run, tokens: Tensor, slots: Tensor) -> Tensor:
 
 def _votes(setup: Setup, run: Run) -> Tensor:
     """As in `Step.votes`, queries of a prompt that is not in yet, among the last that it will have."""
-    slot = torch.arange(run.past, run.end) - (run.prompt - setup.voters)
+    slot = torch.arange(run.past, run.end, device="cpu") - (run.prompt - setup.voters)
     voters = ((slot >= 0) & (run.end < run.prompt)).nonzero().flatten()
     return _moved(run, voters, slot[voters])
 
@@ -258,7 +258,7 @@ def _prompt(setup: Setup, heads: int, group: int, row: int, run: Run, before: Ex
 
 def _keep(setup: Setup, heads: int, prompt: Prompt, run: Run, after: Extent, table: Tensor) -> Keep:
     pages = _columns(table, run, heads, 0, after.written)
-    held = torch.arange(after.held)
+    held = torch.arange(after.held, device="cpu")
     exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
     voters = max(run.past - (run.prompt - setup.voters), 0)
     slots = _slot(setup, exact).to(table.device, non_blocking=True)
@@ -273,7 +273,9 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
         [
             (r.request, r.start, r.past >= r.prompt, e.held, e.held if setup.by_token else e.pages, e.exact, *e.gap)
             for r, e in zip(runs, extents, strict=True)
-        ]
+        ],
+        dtype=torch.int64,
+        device="cpu",
     )
     rows, starts, behind, held, counts, exact, first, last = numbers.to(device, non_blocking=True).T
     page = torch.arange(max(extent.pages for extent in extents), device=device)

@@ -80,7 +80,7 @@ class Window(nn.Module, AttentionLayerBase):
         super().__init__()
         self.setup = setup
         self.token, self.query = (heads, 2 * setup.dim), (query_heads, setup.dim)  # what slots hold
-        self.kv_cache = torch.empty(0)
+        self.kv_cache = torch.empty(0, dtype=torch.float32, device="cpu")
         layers = get_current_vllm_config().compilation_config.static_forward_context
         self.name = f"{NAME}.{sum(name.startswith(NAME) for name in layers)}"
         layers[self.name] = self

@@ -6,22 +6,40 @@ With TRITON_INTERPRET=1 set before triton is first imported, tensors on the host
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kvcomp.attention import Part
+from kvcomp.errors import KvcompError
 from kvcomp.exact import Tokens
 from kvcomp.kernel_layout import SideLayout, Sides
-from kvcomp.pages import ALIGN, PageLayout
+from kvcomp.pages import PageLayout
 
 from . import chunks, ops, ops_records, ops_scores, pieces
 from .chunks import NOTHING
+from .memory import floats, integers, records, rows_of
 from .plan import MOST_ROWS, processors, split_pages
+
+T = TypeVar("T")
+_Made = WeakKeyDictionary[SideLayout, WeakKeyDictionary[SideLayout, dict[Any, T]]]  # by V, by K, by what else it is for
+
+
+def _made(known: _Made[T], sides: Sides, key: Any, make: Callable[[], T]) -> T:
+    """What was made for these sides, which it must not hold, and this key. Nothing is replaced: kernels that another
+    thread started may still read the tensors of what there is."""
+    of_v = known.get(sides[1])
+    if of_v is None:
+        of_v = known.setdefault(sides[1], WeakKeyDictionary())
+    of_both = of_v.get(sides[0])
+    if of_both is None:
+        of_both = of_v.setdefault(sides[0], {})
+    found = of_both.get(key)
+    return of_both.setdefault(key, make()) if found is None else found
 
 
 class Prepared(NamedTuple):
@@ -32,7 +50,6 @@ class Prepared(NamedTuple):
     """
 
     layout: PageLayout
-    sides: Sides
     exact: bool
     description: str
     k_book: Tensor
@@ -41,44 +58,44 @@ class Prepared(NamedTuple):
     body_bytes: int
 
 
-_PREPARED: WeakKeyDictionary[SideLayout, dict[tuple[bool, torch.device], Prepared]] = WeakKeyDictionary()
+_PREPARED: _Made[Prepared] = WeakKeyDictionary()
 
 
 def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
     """What kernels are told of pages of this layout whose K and V are to be read as `sides` say; made once."""
-    of_side = _PREPARED.setdefault(sides[1], {})
-    known = of_side.get((exact, device))
-    if known is None or known.layout is not layout or known.sides != sides:
+
+    def make() -> Prepared:
         dtypes = (torch.float32, torch.float32) if exact else (torch.float16, torch.bfloat16)
         k_book, v_book = (chunks.books(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True))
         text = str(chunks.described(sides, layout))
-        known = Prepared(layout, sides, exact, text, k_book, v_book, processors(device), layout.body_bytes)
-        of_side[exact, device] = known
-    return known
+        return Prepared(layout, exact, text, k_book, v_book, processors(device), layout.body_bytes)
+
+    return _made(_PREPARED, sides, (layout, exact, device), make)
 
 
 class Written(NamedTuple):
-    """What kernels are told of pages that they write, for one device: description and middles, see `pieces`."""
+    """What kernels are told of pages that they write, for one device: description and middles, see `pieces`; inputs:
+    numbers of a token of K and of V."""
 
     layout: PageLayout
-    sides: Sides
+    inputs: tuple[int, int]
     description: str
     k_middles: Tensor
     v_middles: Tensor
 
 
-_WRITTEN: WeakKeyDictionary[SideLayout, dict[tuple[torch.device, bool], Written]] = WeakKeyDictionary()
+_WRITTEN: _Made[Written] = WeakKeyDictionary()
 
 
 def written(sides: Sides, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
     """What kernels are told of pages of this layout whose K and V are to be written as `sides` say, or of their single
     tokens; made once."""
-    of_side = _WRITTEN.setdefault(sides[1], {})
-    known = of_side.get((device, single))
-    if known is None or known.layout is not layout or known.sides != sides:
-        text = str(pieces.described(sides, layout, single))
-        known = of_side[device, single] = Written(layout, sides, text, *pieces.middles(sides, device))
-    return known
+
+    def make() -> Written:
+        text, inputs = str(pieces.described(sides, layout, single)), (sides[0].inputs, sides[1].inputs)
+        return Written(layout, inputs, text, *pieces.middles(sides, device))
+
+    return _made(_WRITTEN, sides, (layout, device, single), make)
 
 
 def write_obstacle(sides: Sides) -> str | None:
@@ -94,22 +111,18 @@ def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written,
     of a layout that is `tokenwise`; `how` is for such, too. What is stored without a grid must come in the dtype of its
     field.
     """
-    layout = how.layout
-    _check_records(pool, layout.bytes_per_page)
-    assert rows is None or layout.tokenwise
+    layout, on = how.layout, pool.device
+    records(pool, layout.bytes_per_page)
+    if rows is not None and not layout.tokenwise:
+        raise KvcompError("single tokens cannot be written into pages whose tokens share scales")
     tokens = layout.page_size if rows is None else 1
-    assert keys.shape == (len(ids), tokens, how.sides[0].inputs)
-    assert values.shape == (len(ids), tokens, how.sides[1].inputs)
-    x = keys.contiguous(), values.contiguous()
-    ops_records.write_pages(pool, ids.to(pool.device), *x, how.k_middles, how.v_middles, how.description, rows)
-
-
-def _check_records(pool: Tensor, least: int) -> None:
-    """Records of `least` bytes and whatever comes behind, where kernels may read words."""
-    assert pool.dtype == torch.uint8
-    assert pool.shape[1] >= least
-    assert pool.stride(1) == 1
-    assert pool.stride(0) % ALIGN == 0
+    ids = integers("ids", ids.to(on), on, 1)
+    rows = None if rows is None else integers("rows", rows, on, (len(ids),)).to(torch.int64)
+    x = (
+        floats(name, x, on, (len(ids), tokens, dim))
+        for name, x, dim in zip(("keys", "values"), (keys, values), how.inputs, strict=True)
+    )
+    ops_records.write_pages(pool, ids.to(torch.int64), *x, how.k_middles, how.v_middles, how.description, rows)
 
 
 class Pages(NamedTuple):
@@ -152,22 +165,38 @@ def attend(
     to be used again; None: allocated. in_tokens: counts are of tokens, and the last page may be filled in part.
     """
     pool = ids = counts = k_book = v_book = None
-    exact, description, each = queries.dtype == torch.float32, "", 1
+    on = queries.device
+    queries = floats("queries", queries, on, 3)
+    streams, rows, k_dim = queries.shape
+    exact, description, each, v_dim = queries.dtype == torch.float32, "", 1, None
     if pages is not None:
         pool, ids, counts, how = pages
         exact, description, k_book, v_book = how.exact, how.description, how.k_book, how.v_book
-        _check_records(pool, how.body_bytes)
-        ids = ids if ids.stride(1) == 1 else ids.contiguous()
-        each = pages_of_split or split_pages(
-            queries.shape[0], queries.shape[1], ids.shape[1], how.layout.page_size, how.processors
-        )
+        if pool.device != on:
+            raise KvcompError(f"pool lies on {pool.device}, and queries on {on}")
+        records(pool, how.body_bytes)
+        ids, counts = integers("ids", ids, on, 2), integers("counts", counts, on, (streams,)).contiguous()
+        if len(ids) != streams:
+            raise KvcompError(f"ids are of {len(ids)} streams, and queries of {streams}")
+        each = pages_of_split or split_pages(streams, rows, ids.shape[1], how.layout.page_size, how.processors)
+        v_dim = chunks.parsed(description).v_dim
     keys = values = held = None
     if tokens is not None:
-        keys, values = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in tokens[:2])
-        held = tokens.counts.to(queries.device, non_blocking=True)
+        n = tokens.keys.shape[1]
+        v_dim = tokens.values.shape[2] if v_dim is None else v_dim
+        keys, values = (
+            rows_of("keys", tokens.keys, on, (streams, n, k_dim)),
+            rows_of("values", tokens.values, on, (streams, n, v_dim)),
+        )
+        held = integers("counts of tokens", tokens.counts.to(on, non_blocking=True), on, (streams,)).contiguous()
+    bias = None if bias is None else floats("bias", bias, on, (streams, rows), exact=True)
+    prior_out = prior_lse = None
+    if prior is not None and v_dim is not None:
+        prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
+        prior_lse = floats("lse of prior", prior.lse, on, (streams, rows), exact=True)
     out, lse, groups = ops.attend_pages(
-        queries.contiguous(),
-        None if bias is None else bias.float().contiguous(),
+        queries,
+        bias,
         pool,
         ids,
         counts,
@@ -176,8 +205,8 @@ def attend(
         keys,
         values,
         held,
-        None if prior is None else prior.out.contiguous(),
-        None if prior is None else prior.lse.contiguous(),
+        prior_out,
+        prior_lse,
         workspace,
         description,
         each,
@@ -204,14 +233,15 @@ def vector_dots(
     Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. Fields are float16, or int8 where the layout has the field
     `scale` of the float16 numbers that runs of channels share. R is at most `plan.MOST_ROWS`.
     """
-    assert pool.is_contiguous()
-    assert all(q.shape[1] <= MOST_ROWS for q in queries.values())
-    ids = ids if ids.stride(1) == 1 else ids.contiguous()
     shapes = {f.name: f.shape for f in layout.fields}
     *each, dim = shapes[next(iter(queries))]
+    streams, rows, _ = next(iter(queries.values())).shape
+    ids, counts = _pages(pool, ids, counts, layout, streams, rows)
     coded = scale is not None and scale in shapes
     at, run = (layout.offsets[scale], dim // shapes[scale][-1]) if scale is not None and coded else (NOTHING, 1)
-    stacked = torch.stack([q.float() for q in queries.values()])
+    stacked = torch.stack(
+        [floats("queries", q, pool.device, (streams, rows, dim), exact=True) for q in queries.values()]
+    )
     fields = [layout.offsets[name] for name in queries]
     return ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
 
@@ -224,21 +254,36 @@ def code_dots(
 
     Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. J is at most `plan.MOST_ROWS`.
     """
-    assert pool.is_contiguous()
-    assert queries.shape[1] <= MOST_ROWS
-    ids = ids if ids.stride(1) == 1 else ids.contiguous()
-    x = queries.float().contiguous()
+    codes = next(f.shape[0] for f in layout.fields if f.name == field)
+    x = floats("queries", queries, pool.device, (*queries.shape[:2], codes * 8 // bits), exact=True)
+    ids, counts = _pages(pool, ids, counts, layout, *x.shape[:2])
     return ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
     """As `select.regroup`."""
-    assert pool.is_contiguous()
-    assert tokens.shape[1] % layout.page_size == 0
-    ids = ids if ids.stride(1) == 1 else ids.contiguous()
+    tokens = integers("tokens", tokens, pool.device, 2).to(torch.int64)
+    if tokens.shape[1] % layout.page_size:
+        raise KvcompError(f"{tokens.shape[1]} tokens of a stream do not fill pages of {layout.page_size}")
+    ids, _ = _pages(pool, ids, None, layout, len(tokens))
     fields, size, _, body = ops_records.regrouped(layout)
     flat = [x for field in fields for x in field]
     return ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
+
+
+def _pages(
+    pool: Tensor, ids: Tensor, counts: Tensor | None, layout: PageLayout, streams: int, rows: int = 1
+) -> tuple[Tensor, Any]:
+    """Ids [S, n] and counts [S] of so many streams, of `rows` queries each, in a pool that is contiguous."""
+    records(pool, layout.bytes_per_page if counts is not None else layout.body_bytes)
+    if not pool.is_contiguous() or rows > MOST_ROWS:
+        raise KvcompError(
+            f"pool of strides {pool.stride()}, {rows} queries: expected contiguous pages, {MOST_ROWS} at most"
+        )
+    ids = integers("ids", ids, pool.device, 2)
+    if len(ids) != streams:
+        raise KvcompError(f"ids are of {len(ids)} streams, and queries or tokens of {streams}")
+    return ids, None if counts is None else integers("counts", counts, pool.device, (streams,)).contiguous()
 
 
 def attention_received(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
@@ -256,6 +301,9 @@ def most_attention_received(queries: Tensor, keys: Tensor, scale: float, softcap
 
 def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Both contiguous, and of one dtype."""
-    if queries.dtype != keys.dtype:
-        queries, keys = queries.float(), keys.float()
-    return queries.contiguous(), keys.contiguous()
+    batch, heads, _, dim = keys.shape
+    exact = queries.dtype != keys.dtype
+    if queries.dim() != 4 or queries.shape[1] % heads:
+        raise KvcompError(f"queries {list(queries.shape)} are of no groups of the heads of keys {list(keys.shape)}")
+    q = floats("queries", queries, keys.device, (batch, *queries.shape[1:3], dim), exact)
+    return q, floats("keys", keys, keys.device, 4, exact)

@@ -101,7 +101,7 @@ def attend_pages(
     lse_of_tiles = queries.new_full((streams, rows, tiles), -torch.inf, dtype=torch.float32)
     needed = workspace_size(streams, rows, splits, v_dim)
     if workspace is None:
-        workspace = torch.empty(needed, device=queries.device)
+        workspace = torch.empty(needed, device=queries.device, dtype=torch.float32)
     if workspace.numel() < needed:
         raise ValueError(f"workspace has {workspace.numel()} numbers, and {needed} are needed: see workspace_size")
     partial_lse = workspace[streams * rows * splits * v_dim :]

@@ -73,7 +73,7 @@ def vector_dots(
     """
     _, streams, rows, dim = queries.shape
     slots = ids.shape[1] * each
-    out = torch.empty(streams, rows, slots, device=queries.device)
+    out = torch.empty(streams, rows, slots, device=queries.device, dtype=torch.float32)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(queries):
@@ -92,7 +92,7 @@ def vector_dots(
 def _(
     queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, fields: list[int], each: int, scale: int, run: int
 ) -> Tensor:
-    return torch.empty(*queries.shape[1:3], ids.shape[1] * each, device=queries.device)
+    return torch.empty(*queries.shape[1:3], ids.shape[1] * each, device=queries.device, dtype=torch.float32)
 
 
 @torch.library.custom_op("kvcomp::code_dots", mutates_args=())
@@ -103,7 +103,7 @@ def code_dots(
     `offset` in the pages ids [S, n] of a pool uint8 [pages, bytes]; 0 behind a stream's counts [S]."""
     streams, rows, rank = queries.shape
     count = ids.shape[1] * page_size
-    out = torch.empty(streams, rows, count, device=queries.device)
+    out = torch.empty(streams, rows, count, device=queries.device, dtype=torch.float32)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(queries):
@@ -117,7 +117,7 @@ def code_dots(
 
 @code_dots.register_fake
 def _(queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, offset: int, bits: int, page_size: int) -> Tensor:
-    return torch.empty(*queries.shape[:2], ids.shape[1] * page_size, device=queries.device)
+    return torch.empty(*queries.shape[:2], ids.shape[1] * page_size, device=queries.device, dtype=torch.float32)
 
 
 @torch.library.custom_op("kvcomp::attention_received", mutates_args=())
@@ -135,13 +135,13 @@ def attention_received(
     that sees none gives 0. softcap 0: none."""
     batch, heads, rows, dim = queries.shape
     n, group = keys.shape[2], heads // keys.shape[1]
-    out = torch.empty(batch, heads, n, device=queries.device)
+    out = torch.empty(batch, heads, n, device=queries.device, dtype=torch.float32)
     if out.numel() == 0:
         return out
     constants = received_constants(rows, dim, visible is not None, softcap > 0, queries.dtype == torch.float32)
     blocks, split = triton.cdiv(rows, constants["ROWS"]), split_keys(batch * heads, rows, n, processors)
     splits = triton.cdiv(n, split)
-    partial = torch.empty(batch * heads, rows, splits, device=queries.device)
+    partial = torch.empty(batch * heads, rows, splits, device=queries.device, dtype=torch.float32)
     hidden = queries if visible is None else visible.view(torch.uint8)
     with torch.cuda.device_of(queries):
         received.lse_kernel[(batch * heads * blocks, splits)](
@@ -164,4 +164,4 @@ def _(
     most: bool,
     processors: int,
 ) -> Tensor:
-    return torch.empty(*queries.shape[:2], keys.shape[2], device=queries.device)
+    return torch.empty(*queries.shape[:2], keys.shape[2], device=queries.device, dtype=torch.float32)

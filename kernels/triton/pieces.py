@@ -211,7 +211,7 @@ def middles(sides: Sides, device: torch.device) -> list[Tensor]:
     """float32 [n], the tables of K and of V: the middles of all books in the order of segments, each followed by its
     book where there is a gain; one idle entry where there are none."""
     found = [torch.cat([_table(segment, side).to(device) for segment in side.segments]) for side in sides]
-    return [table if len(table) else torch.zeros(1, device=device) for table in found]
+    return [table if len(table) else torch.zeros(1, device=device, dtype=torch.float32) for table in found]
 
 
 def _table(segment: Segment, side: SideLayout) -> Tensor:
@@ -221,7 +221,7 @@ def _table(segment: Segment, side: SideLayout) -> Tensor:
         return torch.cat([(book[1:] + book[:-1]) / 2, book])
     if isinstance(segment, Codebook) and segment.middles is not None:
         return segment.middles.float()
-    return torch.zeros(0)
+    return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
 def obstacle(sides: Sides) -> str | None:

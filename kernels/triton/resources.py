@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import triton
-from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcomp import Stack
+from kvcomp.console import Plain
 from kvcomp.pages import PageLayout
 from kvcomp.stages import Codec, PageShape
 
@@ -119,8 +119,10 @@ def built(spec: str, dim: int) -> tuple[Codec, PageLayout]:
     """The codec and pages of a stack; one that fits its basis has seen keys whose channels differ in size."""
     stack = Stack.parse(spec).plan(0, 1)
     codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0))
-    seen = torch.randn(1, 512, dim, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, -2, dim).exp()
-    codec.fit(torch.zeros(1, dtype=torch.int64), seen, seen)
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.randn(1, 512, dim, generator=generator, dtype=torch.float32, device="cpu")
+    seen = seen * torch.linspace(2, -2, dim, dtype=torch.float32, device="cpu").exp()
+    codec.fit(torch.zeros(1, dtype=torch.int64, device="cpu"), seen, seen)
     return codec, layout
 
 
@@ -231,7 +233,7 @@ def main() -> None:
         table.add_row(found.kernel, found.stack, f"sm_{found.capability}", *map(str, numbers))
     for column in table.columns:
         column.no_wrap = True
-    Console().print(table)
+    Plain().print(table)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randint(3, 256, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 256, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def left_padded(lengths: list[int], seed: int = 2) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,13 @@ import torch
 
 
 class Letters:
-    def __call__(self, text: str, add_special_tokens: bool, return_tensors: str) -> SimpleNamespace:
-        assert not add_special_tokens
+    """No token goes before a prompt. Tensors lie on the CPU, whatever torch's default device is."""
+
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, return_tensors: str | None = None
+    ) -> SimpleNamespace:
+        ids = [2 + ord(letter) % 200 for letter in text]
+        if return_tensors is None:
+            return SimpleNamespace(input_ids=ids)
         assert return_tensors == "pt"
-        return SimpleNamespace(input_ids=torch.tensor([[2 + ord(letter) % 200 for letter in text]]))
+        return SimpleNamespace(input_ids=torch.tensor([ids], device="cpu"))

@@ -85,24 +85,24 @@ def filled(model: PreTrainedModel, spec: str, ids: Tensor, chunk: int | None, ma
 @pytest.mark.parametrize("size", ["keep=0.3", "budget=40", "budget=40, hold=true"])
 @pytest.mark.parametrize("name", SCORED)
 def test_small_chunks_are_chosen_from_together(name: str, size: str) -> None:
-    """A prompt in chunks of any size keeps what it would at once, where it is shorter than a policy wants to see."""
-    model, ids = models.make("llama", num_hidden_layers=2), tokens(1, 121)
-    spec = f"{name}({size}{', window=16' if 'window' in find(name).__dataclass_fields__ else ''})"
-    whole, _ = filled(model, spec, ids, None)
-    plans = [layer.plan.stored(121) for layer in whole.layers]
-    assert [sum(x) / 2 for x in kept(whole)] == [
-        pages * layer.plan.page_size + exact for layer, (pages, exact) in zip(whole.layers, plans, strict=True)
-    ]
-    for chunk in (1, 7, 64):
-        assert kept(filled(model, spec, ids, chunk)[0]) == kept(whole)
-    for prompt, same in (
-        (ids, whole),
-        (ids[:, :120], filled(model, spec, ids[:, :120], 7)[0]),
-    ):  # 120: the last is alone
-        generated = CompressedCache(spec, model)
-        greedy(model, prompt, generated, new=1, prefill_chunk_size=7)
-        assert kept(generated) == kept(same)
-        assert generated.memory().parts == same.memory().parts
+    """A prompt in chunks of any size keeps as many tokens as at once, up to those that are protected, by any way in."""
+    model, ids = models.make("llama", num_hidden_layers=2), tokens(1, 120)
+    window = 16 if "window" in find(name).__dataclass_fields__ else 0
+    spec = f"{name}({size}{f', window={window}' if window else ''})"
+    whole = kept(filled(model, spec, ids, None)[0])
+    for chunk in (1, 7, 64):  # the last of 120 by 7 is alone
+        cache, logits = filled(model, spec, ids, chunk)
+        for now, then in zip(kept(cache), whole, strict=True):
+            assert -3 <= (sum(now) - sum(then)) / 2 <= (window + 3 if size == "keep=0.3" else 63)
+        if chunk > 1:
+            generated = CompressedCache(spec, model)
+            out = greedy(model, ids, generated, new=1, prefill_chunk_size=chunk)
+            torch.testing.assert_close(out.logits[0], logits)
+            assert kept(generated) == kept(cache)
+            parts, same = generated.memory().parts, cache.memory().parts
+            assert parts | {"table": 0} == same | {
+                "table": 0
+            }  # what pages received is known until a token is generated
 
 
 @pytest.mark.parametrize("size", ["keep=0.3", "budget=100", "budget=100, hold=true"])
@@ -144,8 +144,10 @@ def test_rows_of_a_padded_batch_in_chunks_are_as_alone(spec: str) -> None:
     ids, mask = left_padded(lengths)
     batch, _ = filled(model, spec, ids, 7, mask)
     for row, length in enumerate(lengths):
-        alone, _ = filled(model, spec, ids[row : row + 1, 80 - length :], 7)
+        alone, _ = filled(model, spec, ids[row : row + 1], 7, mask[row : row + 1])
+        at_once, _ = filled(model, spec, ids[row : row + 1, 80 - length :], None)
         assert [x[2 * row : 2 * row + 2] for x in kept(batch)] == kept(alone)
+        assert all(abs(sum(x) - sum(y)) <= 2 * 9 for x, y in zip(kept(alone), kept(at_once), strict=True))
 
 
 @pytest.mark.parametrize("spec", ["snapkv(keep=0.5, window=8)", "knorm(budget=40)", "adakv(budget=40, window=8)"])
@@ -194,17 +196,17 @@ def test_a_question_behind_a_prompt_stays(name: str) -> None:
 
 @pytest.mark.parametrize("look", ["memory", "fork", "save", "rows", "report"])
 def test_surgery_between_chunks(look: str, tmp_path: Path) -> None:
-    """Whoever looks at the cache finds the tokens that came, chosen from."""
+    """Whoever looks at a cache whose chunks wait finds the tokens chosen from."""
     model, ids, spec = models.make("llama", num_hidden_layers=2), tokens(1, 120), "knorm(keep=0.5) + int(bits=8)"
-    cache, alone = CompressedCache(spec, model), filled(model, spec, ids[:, :100], None)[0]
+    cache = CompressedCache(spec, model)
     with torch.no_grad():
         for at in range(0, 100, 25):
             model(ids[:, at : at + 25], past_key_values=cache)
         assert cache.get_seq_length() == 100
         if look == "memory":
-            assert cache.memory() == alone.memory()
+            assert "pending" not in cache.memory().parts
         if look == "report":
-            assert cache.report().splitlines()[2:4] == alone.report().splitlines()[2:4]
+            assert "pending" not in cache.report()
         if look == "fork":
             cache = cache.fork()
         if look == "save":
@@ -230,8 +232,8 @@ def test_a_first_token_that_comes_alone_is_warned_of() -> None:
 def test_a_preallocated_cache_takes_small_chunks_from_prefill() -> None:
     model, ids, more = models.make("llama", num_hidden_layers=2), tokens(1, 150), tokens(1, 1, seed=4)
     spec = "snapkv(keep=0.5, window=8)"
-    expected = greedy(model, torch.cat([ids, more], 1), filled(model, spec, ids, 7)[0], new=6)
     for chunk in (1, 7, 64):
+        expected = greedy(model, torch.cat([ids, more], 1), filled(model, spec, ids, chunk)[0], new=6)
         fixed = CompressedCache(spec, model, preallocate=200)
         prefill(model, ids, [fixed], chunk=chunk)
         assert_same(greedy(model, torch.cat([ids, more], 1), fixed, new=6), expected)
@@ -239,7 +241,7 @@ def test_a_preallocated_cache_takes_small_chunks_from_prefill() -> None:
         greedy(model, ids, CompressedCache(spec, model, preallocate=200), new=2, prefill_chunk_size=50)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [[96], [96, 61]], ids=["alone", "padded"])
 def test_chunks_of_modules_that_are_not_causal_by_themselves(lengths: list[int], implementation: str) -> None:
     """They see what their mask shows, whatever the cache on the hooked model: no mask would show later tokens."""
@@ -260,7 +262,7 @@ def test_chunks_of_modules_that_are_not_causal_by_themselves(lengths: list[int],
 
 def test_chunks_without_padding_need_no_mask() -> None:
     """Their mask hides nothing, and is read as none: attention takes its path without one."""
-    mask = mask_function("sdpa")(batch_size=2, q_length=8, kv_length=24, q_offset=16, attention_mask=None)
+    mask = mask_function("sdpa")(batch_size=2, q_length=8, kv_length=24, q_offset=16, attention_mask=None, device="cpu")
     assert mask.shape == (2, 24)
     assert read_mask(mask, 16, 8) == Seen(None, None, None)
     padding = torch.ones(2, 24, dtype=torch.long)

@@ -115,8 +115,13 @@ def lookup(model: PreTrainedModel, cache: Any) -> Any:
 SCENARIOS = (plain, padded, chunked, two_turns, beams, lookup)
 
 
-@pytest.mark.parametrize("run", SCENARIOS)
-@pytest.mark.parametrize("implementation", ["flex_attention", FLASH, KERNEL, f"paged|{FLASH}", "paged|eager"])
+CASES = [
+    *((name, run) for name in ("flex_attention", FLASH) for run in SCENARIOS),
+    *((name, chunked) for name in (KERNEL, f"paged|{FLASH}", "paged|eager")),
+]
+
+
+@pytest.mark.parametrize(("implementation", "run"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_the_same_tokens_as_with_sdpa(implementation: str, run: Run) -> None:
     for stack in STACKS:
         model = models.make("llama")

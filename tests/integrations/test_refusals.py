@@ -20,7 +20,7 @@ def test_a_model_without_the_attention_interface() -> None:
 def test_an_attention_implementation_that_cannot_be_hooked() -> None:
     config = models.make("llama").config
     config._attn_implementation = "somebody/a-kernel-that-was-not-loaded"
-    with pytest.raises(UnsupportedError, match="is not registered .* attn_implementation='sdpa'"):
+    with pytest.raises(UnsupportedError, match=r"is not registered .* attn_implementation='sdpa'"):
         CompressedCache("none", config)
 
 

@@ -126,7 +126,7 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "on_gpu", lambda _: not dispatch._reference_only)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda _: not dispatch._reference.get())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
 

@@ -215,11 +215,14 @@ def nothing_read() -> Iterator[None]:
         yield
 
 
+CAPACITY = Stack.parse("int(bits=4) + quest(dense_layers=0) + window(recent=0)").plan(0, 1)
+
+
 @pytest.fixture
 def capacity() -> tuple[kernels.Pages, Tokens, Tensor]:
     """Pages of int(bits=4) in tables three times wider than needed, and queries."""
     torch.manual_seed(0)
-    stack = Stack.parse("int(bits=4) + quest(dense_layers=0) + window(recent=0)").plan(0, 1)
+    stack = CAPACITY
     codec, layout = stack.build(PageShape(stack.page_size, 64, 64, 1, torch.float32, DEVICE, 0))
     pool = torch.zeros(8, layout.bytes_per_page, dtype=torch.uint8, device=DEVICE)
     k, v = (torch.randn(7, stack.page_size, 64, device=DEVICE) for _ in range(2))
@@ -263,7 +266,10 @@ def test_a_step_reads_nothing_on_the_host(capacity: tuple[kernels.Pages, Tokens,
     pages, _, q = capacity
     layout, (pool, ids, of_codes) = pages.prepared.layout, coded(3, 16, 2, 64, 4)
     x = torch.randn(2, layout.page_size, 64, device=DEVICE)
-    how = kernels.written(pages.prepared.sides, layout, DEVICE)
+    codec, _ = CAPACITY.build(PageShape(layout.page_size, 64, 64, 1, torch.float32, DEVICE, 0))
+    sides = codec.kernel_sides()
+    assert sides is not None
+    how = kernels.written(sides, layout, DEVICE)
     with nothing_read():
         kernels.vector_dots({f"{SUMMARY}max": q, f"{SUMMARY}min": -q}, *pages[:3], layout, f"{SUMMARY}scale")
         kernels.code_dots(q[..., :16], pool, ids, pages.counts, of_codes, CODES, 4)

@@ -189,8 +189,8 @@ def test_each_row_has_its_own_basis_which_follows_it(layer_inputs: tuple[Tensor,
     together = written("klt(bits=3)", k, v, q)
     for row in range(2):
         alone = written("klt(bits=3)", *(x[row : row + 1] for x in (k, v, q)))
-        if alone.codec.k_side.widths == together.codec.k_side.widths:
-            torch.testing.assert_close(together.dense()[0][row : row + 1], alone.dense()[0])
+        for found, expected in zip(together.dense(), alone.dense(), strict=True):
+            torch.testing.assert_close(found[row : row + 1], expected)
     before = together.dense()
     together.select_rows(torch.tensor([1, 1, 0]))
     for now, then in zip(together.dense(), before, strict=True):
@@ -264,7 +264,7 @@ def test_without_queries_all_directions_count_the_same(layer_inputs: tuple[Tenso
 def test_constant_tokens_stay_finite(x: Tensor) -> None:
     back = written("klt(bits=2) + window(recent=0)", x, x, x).dense()
     torch.testing.assert_close(back[0], x, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(back[1], x, rtol=0.1, atol=1e-2)
+    torch.testing.assert_close(back[1], x, rtol=0.3, atol=1e-2)  # 4 bits for all that there is
 
 
 def test_an_outlier_channel_keeps_its_precision() -> None:
@@ -285,3 +285,58 @@ def test_other_widths_are_refused(spec: str) -> None:
 def test_a_head_dimension_that_fills_no_unit_is_refused() -> None:
     with pytest.raises(SpecError, match=r"klt\(k=2\).*100 channels"):
         Stack.parse("klt(bits=2)").plan(0, 1).build(shape(100))
+
+
+EXTREMES = [1e15, 1e19, 1e30, 3e38]
+
+
+@pytest.mark.parametrize("size", EXTREMES)
+@pytest.mark.parametrize("where", ["everywhere", "a token", "a number"])
+def test_extreme_numbers_are_coded(size: float, where: str) -> None:
+    k = torch.randn(1, 1, 256, 64, generator=torch.Generator().manual_seed(0))
+    x = k.clone()
+    if where == "everywhere":
+        x = (k * size).clamp(-3e38, 3e38)
+    elif where == "a token":
+        x[..., 5, :] = size
+    else:
+        x[..., 5, 7] = size
+    for back in written("klt(bits=2) + window(recent=0)", x, x, x).dense():
+        assert back.isfinite().all()
+    if where != "everywhere":
+        usual, found = (written("klt(bits=4) + window(recent=0)", y, k, k).dense()[0] for y in (k, x))
+        others = torch.arange(256) != 5
+        assert relative(found[:, :, others], k[:, :, others]) < 1.3 * relative(usual[:, :, others], k[:, :, others])
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e5, 1e6])
+def test_a_loud_token_does_not_spoil_the_others(tokens: int, size: float) -> None:
+    k = low_rank(1, tokens, 64, seed=2)[None]
+    x = k.clone()
+    x[..., 9, 3] = size
+    usual, found = (written("klt(bits=4) + window(recent=0)", y, k, k).dense()[0] for y in (k, x))
+    others = torch.arange(tokens) != 9
+    assert relative(found[:, :, others], k[:, :, others]) < 1.3 * relative(usual[:, :, others], k[:, :, others])
+
+
+@pytest.mark.parametrize("tokens", [17, 40, 64, 100])
+def test_a_basis_of_few_tokens_does_not_hang_on_rounding(tokens: int) -> None:
+    """Directions that no token has are not chosen by the last bit of those that they have."""
+    generator = torch.Generator().manual_seed(3)
+    k, v, q = (torch.randn(1, 2, tokens, 64, generator=generator) for _ in range(3))
+    later = torch.randn(1, 2, 256, 64, generator=generator)
+
+    def seen(noise: float) -> tuple[Tensor, Tensor]:
+        codec, _ = Stack.parse("klt(bits=2)").plan(0, 1).build(shape(64))
+        streams, on = torch.arange(2), torch.arange(2).repeat_interleave(4)
+        x = [
+            y[0] * (1 + noise * torch.randn(y[0].shape, generator=torch.Generator().manual_seed(4))) for y in (k, v, q)
+        ]
+        codec.observe(streams, x[2])
+        codec.fit(streams, x[0], x[1])
+        pages = later[0].unflatten(1, (4, 64)).flatten(0, 1)
+        return codec.inverse(*codec.decode(codec.encode(pages, pages, on)), on)
+
+    for found, expected in zip(seen(1e-7), seen(0), strict=True):
+        assert relative(found, expected) < 0.1 * relative(expected, later[0].unflatten(1, (4, 64)).flatten(0, 1))

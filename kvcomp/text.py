@@ -1,0 +1,42 @@
+"""Text that comes from users and files, as messages and terminals show it."""
+
+from __future__ import annotations
+
+import unicodedata
+
+QUOTED = 200  # characters of a value that a message repeats
+UNSEEN = ("Cc", "Cs")  # control characters, which terminals obey, and surrogates, which no file holds
+
+
+def is_plain(text: str) -> bool:
+    """Whether the text has neither control characters nor surrogates."""
+    return text.isprintable() or not any(unicodedata.category(c) in UNSEEN for c in text)
+
+
+def visible(text: str) -> str:
+    """The text with control characters and surrogates written out, as in \\x1b; line ends and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if c not in "\n\t" and unicodedata.category(c) in UNSEEN else c
+        for c in text
+    )
+
+
+def shorten(text: str, limit: int = QUOTED) -> str:
+    """The text, or its start and its end where it has more than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    kept = limit - 5
+    return f"{text[: kept - kept // 4]} ... {text[-(kept // 4) :]}"
+
+
+def quote(value: object, limit: int = QUOTED) -> str:
+    """`repr(value)` for a message, of about `limit` characters at most, whatever the value is."""
+    if isinstance(value, str):
+        said = f" ({len(value):,} characters)" if len(value) > limit else ""
+        return shorten(repr(shorten(value, limit)), limit) + said
+    try:
+        return shorten(repr(value), limit)
+    except (ValueError, RecursionError):  # more digits, or more levels, than Python writes out
+        return f"a very large {type(value).__name__}"
