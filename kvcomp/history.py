@@ -86,6 +86,20 @@ class History:
                 self.runs.append((size - n, None if valid is None else valid[:, : size - n]))
             n -= min(size, n)
 
+    def hide(self, gone: Tensor) -> None:
+        """Real tokens that count as padding from now on: bool [B, length], on the host."""
+        valid = self.valid()
+        valid = ~gone if valid is None else valid & ~gone
+        first = int(gone.any(0).int().argmax())
+        kept, left = [], first
+        for size, run in self.runs:
+            take = min(size, left)
+            if take:
+                kept.append((take, None if run is None else run[:, :take]))
+            left -= take
+        self.runs = [*kept, (self.length - first, valid[:, first:].clone())]
+        self.counts, self._total = valid.sum(-1), None
+
     def select(self, rows: Tensor) -> None:
         """Keep, repeat and order rows."""
         self.counts, self._total = self.counts[rows], None

@@ -459,26 +459,42 @@ class LayerStore:
         if tokens > self.history.length:
             raise KvcompError(f"crop({-tokens}): the cache holds {self.history.length} tokens")
         self.end_prompt()
-        gone = self.history.newest(tokens)  # [B]: without padding
-        remove = gone.repeat_interleave(self.heads)
+        self._take_back(self.history.newest(tokens), f"crop({-tokens})", self.codec.lossless)
+        self.history.crop(tokens)
+
+    def drop_newest(self, gone: Tensor) -> None:
+        """Forget the newest tokens of some rows, whose columns count as padding from now on.
+
+        gone bool [B, length], on the host: in each row the last real tokens. Those that lie in pages are taken out of
+        them; what such a page keeps goes on as it decodes.
+
+        Raises:
+            UnsupportedError: it would reach past evicted tokens.
+        """
+        self.end_prompt()
+        self._take_back(gone.sum(-1), "the attention mask hides a row's newest tokens, which", True)
+        self.history.hide(gone)
+
+    def _take_back(self, gone: Tensor, what: str, unpage: bool) -> None:
+        """Remove each row's newest `gone` [B] tokens from what streams hold; out of pages only where `unpage` says."""
+        remove, most = gone.repeat_interleave(self.heads), int(gone.max())
         window = (self.exact.counts - self.plan.sinks).clamp_min(0)
         deep = remove > torch.where(self.table.counts > 0, window, self.exact.counts)
-        if self.tail is not None and int(gone.max()) > self.tail:
+        if self.tail is not None and most > self.tail:
             raise UnsupportedError(
-                f"crop({-tokens}): only the last {self.tail} tokens are held without gaps, older ones were evicted; "
-                "crop less, or fork() the cache before"
+                f"{what} reaches {most} tokens back: only the last {self.tail} are held without gaps, older ones were "
+                "evicted; crop less, fork() the cache before, or reset() it and feed its tokens again"
             )
-        if bool(deep.any()) and not self.codec.lossless:
+        if bool(deep.any()) and not unpage:
             raise UnsupportedError(
-                f"crop({-tokens}) reaches into quantized pages: only the last {int(window[deep].min())} tokens are "
-                f"still exact. Use a stack with window(recent={tokens}) or more, or fork() the cache before"
+                f"{what} reaches into quantized pages: only the last {int(window[deep].min())} tokens are "
+                f"still exact. Use a stack with window(recent={most}) or more, or fork() the cache before"
             )
         for stream in deep.nonzero().flatten().tolist():
             self._unpage(stream, int(remove[stream]))
         self.exact.recount(slice(None), self.exact.counts - remove)
-        self.history.crop(tokens)
         if self.tail is not None:
-            self.tail -= int(gone.max())
+            self.tail -= most
         if bool(deep.any()):
             self.pool.reclaim()
 

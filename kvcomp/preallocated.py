@@ -24,6 +24,7 @@ from kvcomp.kernels import reference
 from kvcomp.kernels.dispatch import attend_pages, attend_tokens, obstacle, write_pages
 from kvcomp.layer import LayerStore
 from kvcomp.ledger import storage_bytes
+from kvcomp.modes import outside_inference
 from kvcomp.pages import PagePool, PageTable
 from kvcomp.plan import COUNTER, TABLE_ENTRY, LayerPlan
 
@@ -60,6 +61,7 @@ class PreallocatedStore:
     # -- hand-over ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @outside_inference
     def take(self, store: LayerStore) -> None:
         """Hold what a store does, which holds nothing then but its history. Later ones of the same shapes, and no more
         tokens beyond those that the policies left, are taken into the same tensors.
@@ -94,6 +96,7 @@ class PreallocatedStore:
         self.live = True
 
     @torch.no_grad()
+    @outside_inference
     def give(self, store: LayerStore) -> None:
         """Hand everything back to the store that it was taken from, with what steps added."""
         pages, counts = self.pages.cpu(), self.counts.cpu()
@@ -172,6 +175,7 @@ class PreallocatedStore:
 
     # -- decode ---------------------------------------------------------------------------------------------------
 
+    @outside_inference
     def step(
         self,
         queries: Tensor,

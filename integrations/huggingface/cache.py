@@ -19,11 +19,13 @@ from kvcomp import saving
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import Shared
 from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
+from kvcomp.modes import normal_tensors, outside_inference
 from kvcomp.saving import FilePath
 from kvcomp.stack import Stack
 
 from ..configs import cache_layers, caches_latents, decoder_config, field, library_layer, max_positions
 from .compact import Compaction, compact
+from .contents import Contents
 from .fingerprint import fingerprint
 from .hook import base_name, hook
 from .indexed import IndexedLayer
@@ -31,6 +33,8 @@ from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
 from .saving import check_kinds, differences, digests, essentials, layer_state, restore_layers, usable_device
+from .turns import Turns
+from .watch import reuse, unwatch, watch
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
@@ -93,6 +97,16 @@ class CompressedCache(Cache):
                 KvcompWarning,
                 stacklevel=2,
             )
+        modes = field(config, "kv_sharing_modes") or ()
+        for layer, mode in zip(layers, modes, strict=False):
+            if isinstance(layer, CompressedLayer):
+                layer.lends = mode == "store"
+        first = next((layer for layer in layers if isinstance(layer, CompressedLayer)), None)
+        if first is not None:
+            flat = any(policy.expires for policy in self.stack.policies)  # memory that does not grow with the text
+            first.turns = Turns(record=not flat and preallocate is None)  # whose steps a graph may take
+            if isinstance(model_or_config, torch.nn.Module):
+                watch(model_or_config)
         hook(config)
         self._config = weakref.ref(config)
         self._model, self._source = essentials(config), weakref.ref(model_or_config)
@@ -124,7 +138,9 @@ class CompressedCache(Cache):
 
     def detach(self) -> None:
         """Give the model its own attention back. Caches that are still in use with it stop working."""
-        config = self._config()
+        config, model = self._config(), self._source()
+        if isinstance(model, torch.nn.Module):
+            unwatch(model)
         base = None if config is None else base_name(config._attn_implementation or "")
         if config is not None and base is not None:
             config._attn_implementation = base
@@ -146,6 +162,7 @@ class CompressedCache(Cache):
         saving.write(path, saving.Saved(self.stack, dtype, model, [layer_state(x) for x in self.layers]))
 
     @classmethod
+    @outside_inference
     def load(
         cls,
         path: FilePath,
@@ -183,6 +200,27 @@ class CompressedCache(Cache):
             restore_layers(cache.layers, file.saved(), on)
         return cache
 
+    def reuse(self, input_ids: Tensor, held: Tensor | None = None) -> int:
+        """Make the cache one that `generate(input_ids, past_key_values=cache)` goes on from, whatever it holds now.
+
+        The cache is cropped to the tokens that it has in common with the ids from the start, but for the last one,
+        which has to be fed. Where that cannot be done exactly (quantized or evicted tokens, layers that forget), the
+        cache is reset, and `generate` feeds all of the ids.
+
+        Args:
+            input_ids: [B, n], all ids of the next turn, from the first token of the conversation.
+            held: [B, m], the ids that the cache holds, more behind them allowed: the output of the last `generate`.
+                Needed where the cache did not see or keep them: it was made from a config, loaded from a file, fed
+                embeddings, preallocated, or its stack lets tokens go while decoding.
+
+        Returns:
+            how many of the tokens are still in the cache.
+
+        Raises:
+            KvcompError: other rows than the cache has, no ids, or no `held` where it is needed.
+        """
+        return reuse(self, input_ids, held)
+
     def fork(self) -> CompressedCache:
         """A cache that goes on by itself from what this one holds: one prefill, many continuations.
 
@@ -194,6 +232,7 @@ class CompressedCache(Cache):
         twin.layers = [x.fork(choices) if isinstance(x, CompressedLayer) else deepcopy(x) for x in self.layers]
         return twin
 
+    @outside_inference
     def compact(
         self, span: tuple[int, int], input_ids: Tensor, tokenizer: Any, keep: float = 0.1, model: Any = None
     ) -> Compaction:
@@ -221,6 +260,52 @@ class CompressedCache(Cache):
         if not isinstance(source, PreTrainedModel):
             raise KvcompError("compact(model=None): the cache was made from a config, so pass the model")
         return compact(self, source, input_ids, span, keep, tokenizer)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of a row, padding included. `generate` asks when a turn begins."""
+        turns = self._turns()
+        if turns is not None:
+            turns.asked = True
+        return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)
+
+    def _turns(self) -> Turns | None:
+        """The record of ids and positions, where there is one."""
+        return next((layer.turns for layer in self.layers if isinstance(layer, CompressedLayer)), None)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""
+        for layer in self.layers:
+            both = getattr(layer, "keys", None), getattr(layer, "values", None)
+            keys, values = (x.dense() if isinstance(x, Contents) else x for x in both)
+            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+
+    @property
+    def max_cache_len(self) -> int:
+        """Only static caches have it; PEFT asks for it where it is about to put a cache of its own in place."""
+        raise _NoAttribute(
+            "max_cache_len: PEFT's prefix tuning replaces an empty past_key_values by a cache of its own, so that "
+            "nothing would be compressed: generate without past_key_values, or use LoRA or prompt tuning"
+        )
+
+    def __copy__(self) -> CompressedCache:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        with normal_tensors():
+            vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise KvcompError(
+            "a CompressedCache cannot be pickled, as it belongs to a model: use cache.save(path) and "
+            "CompressedCache.load(path, model)"
+        )
 
     def _compressed(self) -> list[CompressedLayer]:
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
@@ -275,6 +360,10 @@ class CompressedCache(Cache):
                 "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in traffic.parts.items()),
             ]
         return "\n".join(lines)
+
+
+class _NoAttribute(UnsupportedError, AttributeError):
+    """An attribute that is missing for a reason."""
 
 
 def memory_of(caches: Sequence[CompressedCache]) -> Memory:

@@ -10,18 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part, sink_logit
+from kvcomp.attention import Part, causal, sink_logit
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import LayerStore, Shared
-from kvcomp.ledger import storage_bytes
+from kvcomp.ledger import add_parts, storage_bytes
+from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from kvcomp.plan import LayerPlan
 from kvcomp.state import State
 
 from .adapters import adapters_of
 from .attention_module import AttentionModule
+from .contents import Contents
 from .handles import Call, Handle, HandleLayer, apart, given_dtypes
-from .masks import read_mask
+from .masks import Seen, read_mask
 from .pending import Pending
+from .rows import WAY_ON, follow_mask
+from .turns import Turns
 
 
 class CompressedLayer(HandleLayer):
@@ -43,15 +47,23 @@ class CompressedLayer(HandleLayer):
         self.plan, self.max_tokens, self.prefill_chunk, self.choices = plan, max_tokens, prefill_chunk, choices
         self.record_past = False
         self.warned = False
+        self.lends = False  # later layers of the model attend to this one's keys and values
+        self.turns: Turns | None = None  # of the first compressed layer of a cache
         self.reset()
 
     def reset(self) -> None:
         self.store = LayerStore(self.plan, self.choices)
         self.pending: Pending | None = None
         self.to_come: int | None = None  # of a prompt that was announced
+        self.ends = False  # whether the pending chunk is the last of an announced prompt
+        self.attended = False  # the pending chunk's own layer did
+        self.unsettled = False  # a step's token is in the store, which has not settled yet
+        self.cut = False  # tokens were written that gradients would flow through
         self.is_initialized = False
         self.adapters: tuple[tuple[str, ...], ...] | None = None  # that the last chunk came through
         self.loaded = False  # from a file, and not compared with the model's keys and values yet
+        if self.turns is not None:
+            self.turns.reset()
 
     @property
     def store(self) -> LayerStore:
@@ -67,6 +79,24 @@ class CompressedLayer(HandleLayer):
     def expect(self, tokens: int) -> None:
         """Announce a prompt: the next `tokens` tokens are its, also those that come one at a time."""
         self.to_come = tokens if self.plan.gathers else None
+
+    @property  # type: ignore[override]
+    def keys(self) -> Contents | None:
+        """All K that is held, [B, Hkv, N, Dk], decoded only where its content is asked for; None while empty."""
+        return Contents(self, 0) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        """transformers' own constructor clears it."""
+
+    @property  # type: ignore[override]
+    def values(self) -> Contents | None:
+        """All V that is held, [B, Hkv, N, Dv], as `keys`."""
+        return Contents(self, 1) if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        """transformers' own constructor clears it."""
 
     @property
     def batch_size(self) -> int:
@@ -103,6 +133,7 @@ class CompressedLayer(HandleLayer):
         dtype = self.dtype if self.is_initialized else torch.promote_types(keys.dtype, values.dtype)
         return (keys, values) if keys.dtype == values.dtype == dtype else (keys.to(dtype), values.to(dtype))
 
+    @outside_inference
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         """`update`, outside of graphs."""
         n = key_states.shape[2]
@@ -139,8 +170,10 @@ class CompressedLayer(HandleLayer):
                 stacklevel=2,
             )
         new = key_states, value_states
-        self.pending = Pending(*new) if earlier is None else earlier.followed_by(*new)
+        self.pending, self.attended = Pending(*new) if earlier is None else earlier.followed_by(*new), False
         self.store.read = {}  # of the step that begins
+        if self.turns is not None:
+            self.turns.take(self.store.rows, n)
         return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
 
     def check_rows(self, new: Tensor) -> None:
@@ -153,7 +186,23 @@ class CompressedLayer(HandleLayer):
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
-        assert self.pending is not None
+        tracked = torch.is_grad_enabled() and (call.query.requires_grad or self._tracked())
+        try:
+            with normal_tensors():
+                if not tracked or self.store.history.length == 0:
+                    return self._attention(call, tracked)
+                with torch.no_grad():
+                    out, weights = self._attention(call, tracked)
+        except KvcompError:
+            self._forget_pending()
+            raise
+        chunk = () if self.pending is None else self.pending[:2]
+        return without_gradient(out, call.query, *chunk), weights
+
+    def _attention(self, call: Call, tracked: bool) -> tuple[Tensor, Tensor | None]:
+        if self.pending is None or self.attended:
+            return self._lend(call)
+        self.attended = True
         store, (keys, values, *_), query = self.store, self.pending, call.query
         if self.plan.needs_model and store.model is None:
             store.model = AttentionModule(call.module, query.shape[1], values.shape[-1])
@@ -168,24 +217,20 @@ class CompressedLayer(HandleLayer):
             valid = valid.expand(store.rows, n)
             if bool(valid.all()):
                 valid = None
-        if past == 0 and (n > 1 or self.to_come is not None):
+        self._follow(call, seen, valid, past)
+        if past == 0 and (n > 1 or tracked or self.to_come is not None):
             out, weights = call.dense(keys, values)
             self._hold(valid, query, scale)
             return out, weights
-        if seen is not None and seen.past is not None:
-            counts = store.history.counts + self.pending.counts(n)
-            if bool((seen.past.cpu() != counts[:, None]).any()):
-                raise UnsupportedError(
-                    "the attention mask hides or shows other cached tokens than those that were written as no padding; "
-                    "compressed pages cannot follow a mask that changes later"
-                )
         softcap = call.kwargs.get("softcap")
         weights = self._weights(call, keys, values) if call.wants_weights else None
         if n == 1 and valid is None and not self.record_past and self.to_come is None:
             store.append(keys, values)
+            self.cut |= tracked
             part = store.attend(query, scale, softcap)
-            store.settle()
-            self.pending = None
+            self.pending, self.unsettled = None, True
+            if not self.lends:
+                self.settle()
         else:
             own = None if seen is None or seen.visible is None else seen.visible.to(query.device)
             if call.mask is None and not call.causal:
@@ -217,6 +262,82 @@ class CompressedLayer(HandleLayer):
             )
         self.adapters = adapters
 
+    def _lend(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Attention of a later layer over the keys and values of this one, whose own attention came before."""
+        if not self.lends:
+            raise UnsupportedError(
+                f"{type(call.module).__name__} attends a second time to keys and values that are compressed by now: "
+                "use the model's own cache"
+            )
+        store, query, softcap = self.store, call.query, call.kwargs.get("softcap")
+        scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        if self.pending is None:
+            chunk = None
+        else:
+            keys, values, *_ = self.pending
+            n, asked = keys.shape[2], query.shape[2]  # a model may leave queries out whose logits nobody asks for
+            if store.history.length == 0:
+                last = causal(n, query.device)[None, :, -asked:] if call.mask is None and asked < n else call.mask
+                return call._replace(mask=last).dense(keys, values)
+            visible = read_mask(call.mask, store.history.length, n).visible
+            visible = causal(n, query.device) if visible is None else visible.to(query.device)
+            chunk = keys, values, visible[:, -asked:]
+        read, dense = store.read, store.dense_read
+        part = store.attend(query, scale, softcap, chunk)
+        store.read = add_parts([read, store.read])
+        store.dense_read += dense
+        return answered(part, call), None
+
+    def _follow(self, call: Call, seen: Seen | None, valid: Tensor | None, past: int) -> None:
+        """Check that the mask and the positions of new tokens go on from the `past` columns that are held."""
+        store, turns, n = self.store, self.turns, call.query.shape[2]
+        assert self.pending is not None
+        counts: Tensor | None = None
+        if past > store.history.length:  # chunks of the same prompt wait
+            counts = store.history.counts + self.pending.counts(n)
+            if seen is not None and seen.past is not None and bool((seen.past.cpu() != counts[:, None]).any()):
+                raise UnsupportedError(
+                    "the attention mask hides or shows other tokens of the prompt than those that were no padding when "
+                    f"they came: {WAY_ON}"
+                )
+        elif past:
+            compare = turns is not None and (turns.asked or call.query.device.type == "cpu")
+            follow_mask(store, seen, compare)
+        if turns is not None:
+            if not turns.entered:
+                counts = store.history.counts if counts is None else counts
+                turns.check(call.kwargs.get("position_ids"), counts, past, valid, None)
+            turns.entered = False
+
+    def counted(self) -> tuple[Tensor, int]:
+        """Real tokens of each row, int64 [B], and columns, those of a pending chunk included."""
+        history, pending = self.store.history, self.pending
+        if pending is None:
+            return history.counts, history.length
+        n = pending.keys.shape[2]
+        new = n if pending.valid is None else pending.valid.sum(-1).cpu()
+        return history.counts + new, history.length + n
+
+    def _tracked(self) -> bool:
+        return self.pending is not None and (self.pending.keys.requires_grad or self.pending.values.requires_grad)
+
+    def _forget_pending(self) -> None:
+        """Go on as if the pending chunk had not come."""
+        if self.pending is not None and self.turns is not None:
+            self.turns.crop(self.pending.keys.shape[2])
+        self.pending = None
+
+    def settle(self) -> None:
+        """Let the store settle after a step, where that waited for the layers that attend to the same tokens."""
+        if self.unsettled:
+            self.unsettled = False
+            self.store.settle()
+
+    def finish(self) -> None:
+        """Write what waits for nothing but other layers of a forward that is over."""
+        if self.lends and self.attended and not self.record_past:
+            self.commit()
+
     def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced, or more of its prompt is to
         come."""
@@ -226,15 +347,14 @@ class CompressedLayer(HandleLayer):
         waits = self.plan.reconstructs and self.store.history.length == 0  # until the prompt was repeated
         announced, more = self.to_come is not None, self.gathers if self.to_come is None else self.to_come > n
         self.to_come = self.to_come - n if self.to_come is not None and more else None
-        if self.record_past or waits:
+        self.ends = announced and not more
+        if self.record_past or waits or self.lends:
             return
         least = min(self.plan.gathers, self.prefill_chunk or self.plan.gathers)
         first = self.store.prompt is None  # that may be all of the prompt
         self.waiting = more and not first and self.pending.keys.shape[2] < least
         if not self.waiting:
             self.commit()
-        if announced and not more:
-            self.store.end_prompt()
 
     def commit(self) -> None:
         """Write the pending chunk to the store."""
@@ -242,11 +362,21 @@ class CompressedLayer(HandleLayer):
         if self.pending is not None:
             chunk, self.pending = self.pending.whole(), None
             if chunk.keys.shape[2]:
+                self.cut |= chunk.keys.requires_grad or chunk.values.requires_grad
                 scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
-                with given_dtypes(chunk.keys.device):
+                with normal_tensors(), torch.no_grad(), given_dtypes(chunk.keys.device):
                     self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
-                    if self.record_past:  # drafts come in chunks, too
+                    if self.record_past or self.ends:  # drafts come in chunks, too
                         self.store.end_prompt()
+        self.ends = False
+        self.settle()
+
+    def decoded(self, which: int) -> Tensor:
+        """All K (0) or V (1) that is held, [B, Hkv, N, D], a pending chunk included."""
+        if self.pending is None:
+            return self._store.padded()[which]
+        new = (self.pending.keys, self.pending.values)[which]
+        return new if self._store.history.length == 0 else torch.cat([self._store.padded()[which], new], 2)
 
     def dense(self, which: int) -> Tensor:
         """All K (0) or V (1) as a tensor, for models that do not attend through the attention interface."""
@@ -268,12 +398,15 @@ class CompressedLayer(HandleLayer):
             )
             self.warned = True
         past, read = self.store.padded()[which], self.store.read
+        if self.cut and torch.is_grad_enabled():
+            past = without_gradient(past, torch.zeros((), requires_grad=True))
         read["pages"] = read.get("pages", 0) + self.store.table.total * self.store.layout.body_bytes
         read["window"] = read.get("window", 0) + int(self.store.exact.counts.sum()) * self.store.exact.token_bytes
         read["dense copy"] = read.get("dense copy", 0) + past.nbytes
         self.store.dense_read = self.store.dense_bytes
         return torch.cat([past, new], 2)
 
+    @outside_inference
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; `tokens_to_remove` is negative, as in transformers. Exact, or refused."""
         if tokens_to_remove > 0:
@@ -283,6 +416,8 @@ class CompressedLayer(HandleLayer):
             raise KvcompError(f"crop({tokens_to_remove}): the cache holds {self.get_seq_length()} tokens")
         if self.waiting:
             self.commit()
+        self.settle()
+        columns = remove
         if self.pending is not None:
             here = min(remove, self.pending.keys.shape[2])
             self.pending = self.pending.without_last(here)
@@ -293,11 +428,17 @@ class CompressedLayer(HandleLayer):
                 self.commit()
         if remove:
             self.store.crop(remove)
+        if self.turns is not None:
+            self.turns.crop(columns)
 
+    @outside_inference
     def select_rows(self, rows: Tensor) -> None:
         if self.is_initialized:
+            self.settle()
             self.store.select_rows(rows)
             self.pending = None if self.pending is None else self.pending.rows(rows)
+            if self.turns is not None:
+                self.turns.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_rows(beam_idx)
@@ -308,12 +449,15 @@ class CompressedLayer(HandleLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.select_rows(torch.arange(max(self.batch_size, 0), device="cpu")[indices.cpu()])
 
+    @outside_inference
     def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
         """A layer that goes on by itself from here, among those with the same `choices`, and shares the pages that
         there are."""
+        self.finish()
         store = self.store.fork(choices)
         twin = copy(self)
         twin.choices, twin.store = choices, store
+        twin.turns = None if self.turns is None else self.turns.fork()
         return twin
 
     def offload(self) -> None:
@@ -325,10 +469,13 @@ class CompressedLayer(HandleLayer):
 
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""
+        self.finish()
         pending = None if self.pending is None else tuple(self.pending)
         flags = {name: getattr(self, name) for name in ("record_past", "warned", "waiting")}
-        return {"store": self._store.state(), "pending": pending, **flags}
+        positions = None if self.turns is None else self.turns.state()
+        return {"store": self._store.state(), "pending": pending, **flags, "positions": positions}
 
+    @outside_inference
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
 
@@ -346,6 +493,10 @@ class CompressedLayer(HandleLayer):
         self.waiting = "waiting" in state and state.flag("waiting")  # caches saved before chunks waited have none
         self.loaded = True
         self.check_room()
+        if self.turns is not None:
+            rows = self._store.rows if self.is_initialized else 0
+            known = state.get("positions") is not None  # caches saved before positions were followed have none
+            self.turns.restore(state.part("positions") if known else None, rows)
 
     def check_loaded(self, keys: Tensor, values: Tensor) -> None:
         """Raise a KvcompError unless a model's keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv] are like those held."""
@@ -378,6 +529,7 @@ class CompressedLayer(HandleLayer):
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding that is written excluded."""
+        self.finish()
         written = self.store.dense_bytes
         return written + (0 if self.pending is None else self.pending.keys.nbytes + self.pending.values.nbytes)
 
@@ -386,6 +538,7 @@ class CompressedLayer(HandleLayer):
         return self.store.read, self.store.dense_read
 
     def held(self, seen: set[int]) -> dict[str, int]:
+        self.finish()
         parts = self.store.held(seen)
         if self.pending is not None:
             parts["pending"] = storage_bytes([x for x in self.pending if isinstance(x, Tensor)], seen)

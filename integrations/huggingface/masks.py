@@ -21,6 +21,7 @@ class Seen(NamedTuple):
     valid: Tensor | None  # bool [B or 1, n]: which new tokens are no padding; None for all
     visible: Tensor | None  # bool [B or 1, n, n]: which new tokens each query sees; None for those up to its own
     past: Tensor | None  # int64 [B or 1, n or 1]: how many earlier tokens each query sees; None for all
+    shown: Tensor | None = None  # bool [B or 1, past]: the earlier tokens that all queries see; None where they differ
 
 
 Mask = Tensor | BlockMask  # [B, N], [B, 1 or Hq, n, N], or flex attention's
@@ -81,10 +82,13 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
             raise UnsupportedError("the attention mask adds a position bias to the logits, which compressed pages lack")
     if allowed.dim() == 2:
         valid = allowed[:, past:].clone()  # no view: what is remembered must not keep the mask alive
-        seen = Seen(valid, causal(n, mask.device) & valid[:, None], allowed[:, :past].sum(-1, keepdim=True))
+        visible, earlier = causal(n, mask.device) & valid[:, None], allowed[:, :past]
+        seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), earlier.clone())
     elif allowed.shape[1] == 1:
         rows = allowed[:, 0]  # [B, n, past + n]
-        seen = Seen(rows[:, -1, past:].clone(), rows[:, :, past:].clone(), rows[:, :, :past].sum(-1))
+        earlier, last = rows[:, :, :past], rows[:, -1, :past]
+        shown = last.clone() if bool((earlier == last[:, None]).all()) else None
+        seen = Seen(rows[:, -1, past:].clone(), rows[:, :, past:].clone(), earlier.sum(-1), shown)
     else:
         raise UnsupportedError(f"attention mask {tuple(mask.shape)} differs between heads")
     _read_masks[mask] = ((past, n), seen)
@@ -128,6 +132,11 @@ def _no_padding(rows: int, length: int, device: torch.device) -> Tensor:
     return mask
 
 
+def _takes_rows(config: Any) -> bool:
+    """Whether the model takes rows of its masks, for layers that share keys and values: those have to be whole."""
+    return "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
+
+
 def mask_function(base: str) -> Callable[..., Any]:
     """The mask function of a hooked model whose implementation is `base`."""
     own: Any = AttentionMaskInterface._global_mapping[base]
@@ -150,6 +159,7 @@ def mask_function(base: str) -> Callable[..., Any]:
         if q_length > 1 and kv_offset + kv_length > q_offset + q_length:
             kwargs["allow_is_causal_skip"] = False
         ours = mask_function is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
+        ours = ours and not _takes_rows(kwargs.get("config"))
         if ours and q_length > 1 and q_offset > 0 and kv_offset == 0:
             return (
                 attention_mask if attention_mask is not None else _no_padding(batch_size, kv_length, kwargs["device"])

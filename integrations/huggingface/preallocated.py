@@ -15,6 +15,7 @@ from kvcomp.attention import Part
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.layer import Shared
 from kvcomp.ledger import add_parts
+from kvcomp.modes import outside_inference, without_gradient
 from kvcomp.plan import LayerPlan
 from kvcomp.preallocated import PreallocatedStore, decode_step, why_not
 
@@ -102,6 +103,7 @@ class PreallocatedLayer(CompressedLayer):
         """Whether tokens [B, H, n, D] that come are a step of the preallocated store."""
         return self.preallocated.live and new.shape[2] == 1
 
+    @outside_inference
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         n, ahead = key_states.shape[2], self.preallocated
         alone = n > 1 and self.to_come is None and ahead.live and int(ahead.length) == self.store.history.length
@@ -143,12 +145,27 @@ class PreallocatedLayer(CompressedLayer):
                 "two out"
             )
         (keys, values, *_), self.pending, ahead = self.pending, None, self.preallocated
+        tracked = False
+        if not torch.compiler.is_compiling():
+            self._check_step(call)
+            tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, keys, values))
         scale = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         softcap = call.kwargs.get("softcap") or 0.0
         mask = columns(call.mask, ahead.tokens)
-        part = decode_step(call.query, keys, values, mask, ahead.length, ahead.name, scale, softcap)
+        q, k, v = (x.detach() for x in (call.query, keys, values)) if tracked else (call.query, keys, values)
+        part = decode_step(q, k, v, mask, ahead.length, ahead.name, scale, softcap)
         ahead.length.add_(1)
-        return answered(Part(*part), call), None
+        out = answered(Part(*part), call)
+        return without_gradient(out, call.query, keys, values) if tracked else out, None
+
+    def _check_step(self, call: Call) -> None:
+        """Check that a step's position goes on from what is held, outside of graphs."""
+        turns, ahead = self.turns, self.preallocated
+        if turns is None:
+            return
+        if not turns.entered and (turns.asked or call.query.device.type == "cpu"):
+            turns.check(call.kwargs.get("position_ids"), ahead.seen.cpu(), int(ahead.length), None, None)
+        turns.entered = False
 
     def commit(self) -> None:
         """Write the pending chunk to the store, and let the preallocated one take it over."""
@@ -156,6 +173,14 @@ class PreallocatedLayer(CompressedLayer):
         super().commit()
         if new and self.to_come is None:  # all of a prompt that was announced
             self.preallocated.take(self.store)
+
+    def counted(self) -> tuple[Tensor, int]:
+        live = self.preallocated
+        return (live.seen.cpu(), int(live.length)) if live.live else super().counted()
+
+    def decoded(self, which: int) -> Tensor:
+        with self._given():
+            return super().decoded(which)
 
     def dense(self, which: int) -> Tensor:
         raise UnsupportedError(
@@ -180,14 +205,17 @@ class PreallocatedLayer(CompressedLayer):
             if given:
                 self.preallocated.take(self.store)
 
+    @outside_inference
     def crop(self, tokens_to_remove: int) -> None:
         with self._given():
             super().crop(tokens_to_remove)
 
+    @outside_inference
     def select_rows(self, rows: Tensor) -> None:
         with self._given():
             super().select_rows(rows)
 
+    @outside_inference
     def fork(self, choices: dict[int, Shared]) -> CompressedLayer:
         """As without preallocation, but the twin has room and pages of its own."""
         with self._given() as given:

@@ -157,6 +157,9 @@ def _together(
     for at_layer in zip(*(cache.layers for cache in caches), strict=True):
         ours = isinstance(at_layer[0], CompressedLayer)
         layers.append(SharedLayer(at_layer, watches) if ours else deepcopy(at_layer[0]))
+    for cache in caches:
+        if (turns := cache._turns()) is not None:
+            turns.announce(prompt.ids)
     start = clock(model.device)
     _expect(caches, prompt.ids.shape[1])
     logits = prompt.enter(model, Cache(layers=layers), 0, prompt.ids.shape[1])

@@ -1,0 +1,111 @@
+"""What a model is called with, as far as its caches have to know: ids, positions and the mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvcomp.errors import KvcompError, UnsupportedError
+
+from .layer import CompressedLayer
+from .rows import refuse_unmasked
+from .turns import common_prefix
+
+if TYPE_CHECKING:
+    from .cache import CompressedCache
+
+NAMES = ("past_key_values", "cache")  # of the cache among a forward's arguments
+
+
+def watch(model: torch.nn.Module) -> None:
+    """From now on caches look at what the model is called with before its first layer runs."""
+    if not any(hook is _look for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_look, with_kwargs=True)
+
+
+def unwatch(model: torch.nn.Module) -> None:
+    """Undo `watch`."""
+    for number, hook in list(model._forward_pre_hooks.items()):
+        if hook is _look:
+            del model._forward_pre_hooks[number]
+            model._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the cache of a forward which ids come, and let it refuse positions before anything is written."""
+    if torch.compiler.is_compiling():
+        return
+    cache = next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+    layer = next((x for x in getattr(cache, "layers", ()) if isinstance(x, CompressedLayer)), None)
+    if layer is None or layer.turns is None:
+        return
+    turns, ids = layer.turns, kwargs.get("input_ids", args[0] if args else None)
+    turns.announce(ids)
+    turns.entered = True
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # those of the text, before those of images in time, height and width
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    n = positions.shape[1]
+    if n == 1 and not turns.asked and positions.device.type != "cpu":
+        return
+    valid = shown = None
+    counts, columns = layer.counted()
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == columns + n:
+        valid, shown = mask[:, columns:].bool(), mask[:, :columns].bool().sum(-1)
+    elif mask is None and columns and layer.pending is None:
+        refuse_unmasked(layer.store.history)
+    if layer.is_initialized:
+        turns.check(positions, counts, columns, valid, shown)
+    elif positions.shape[0] == (rows := len(positions if ids is None else ids)):
+        turns.check(positions, torch.zeros(rows, dtype=torch.int64), 0, valid, shown)
+
+
+def reuse(cache: CompressedCache, input_ids: Tensor, held: Tensor | None) -> int:
+    """See `CompressedCache.reuse`."""
+    if input_ids.dim() != 2 or input_ids.shape[1] < 1:
+        raise KvcompError(f"reuse(input_ids={tuple(input_ids.shape)}): expected [B, n] with at least one token")
+    turns, columns = cache._turns(), int(cache.get_seq_length())
+    if columns == 0:
+        return 0
+    if held is None and turns is not None:
+        held = turns.held(columns)
+    if held is None:
+        raise KvcompError(
+            "reuse(held=None): the cache has no record of the ids of all its tokens: pass held=, the ids that were fed "
+            "to it and generated from it"
+        )
+    rows = next(x.batch_size for x in cache.layers if isinstance(x, CompressedLayer))
+    for name, ids in (("input_ids", input_ids), ("held", held)):
+        if ids.dim() != 2 or ids.shape[0] != rows or (name == "held" and ids.shape[1] < columns):
+            least = f", at least {columns}" if name == "held" else ""
+            raise KvcompError(
+                f"reuse({name}={tuple(ids.shape)}): expected the ids of the {rows} rows that the cache holds, "
+                f"[{rows}, n{least}]"
+            )
+    keep = min(common_prefix(input_ids.to(held.device), held[:, :columns]), input_ids.shape[1] - 1)
+    if not keep or not _crop(cache, columns - keep):
+        cache.reset()
+        return 0
+    return keep
+
+
+def _crop(cache: CompressedCache, remove: int) -> bool:
+    """Crop all layers; whether that could be done. The cache is good for nothing but `reset` where not."""
+    layers = [x for x in cache.layers if isinstance(x, CacheLayerMixin)]
+    lengths = {int(x.get_seq_length()) for x in layers}
+    if len(lengths) > 1:  # a forward was refused after its first layers ran
+        return False
+    if not remove:
+        return True
+    if not cache.is_croppable:
+        return False
+    try:
+        cache.crop(-remove)
+    except (UnsupportedError, RuntimeError):
+        return False
+    return True
