@@ -10,12 +10,13 @@ import tiny_models as models
 import torch
 from generation import assert_same, greedy, left_padded, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvcomp import CompressedCache, KvcompWarning
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.layer import CompressedLayer
+from kvcomp.integrations.huggingface.masks import Seen, mask_function, read_mask
 from kvcomp.policies.scored import ScoredPolicy
 from kvcomp.registry import find, stages
 
@@ -238,3 +239,31 @@ def test_a_preallocated_cache_takes_small_chunks_from_prefill() -> None:
         assert_same(greedy(model, torch.cat([ids, more], 1), fixed, new=6), expected)
     with pytest.warns(KvcompWarning, match=r"by itself: use kvcomp.prefill\(chunk=50\), or chunks of 512"):
         greedy(model, ids, CompressedCache(spec, model, preallocate=200), new=2, prefill_chunk_size=50)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [[96], [96, 61]], ids=["alone", "padded"])
+def test_chunks_of_modules_that_are_not_causal_by_themselves(lengths: list[int], implementation: str) -> None:
+    """They see what their mask shows, whatever the cache on the hooked model: no mask would show later tokens."""
+    model = models.make("llama", implementation, num_hidden_layers=2)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    ids, mask = left_padded(lengths)
+
+    def run(cache: Any) -> Any:
+        return greedy(model, ids, cache, new=3, attention_mask=mask, prefill_chunk_size=32)
+
+    dense = run(DynamicCache(config=model.config))
+    ours = CompressedCache("none", model)
+    assert_same(run(DynamicCache(config=model.config)), dense)
+    assert_same(run(ours), dense)
+
+
+def test_chunks_without_padding_need_no_mask() -> None:
+    """Their mask hides nothing, and is read as none: attention takes its path without one."""
+    mask = mask_function("sdpa")(batch_size=2, q_length=8, kv_length=24, q_offset=16, attention_mask=None, device="cpu")
+    assert mask.shape == (2, 24)
+    assert read_mask(mask, 16, 8) == Seen(None, None, None)
+    padding = torch.ones(2, 24, dtype=torch.long)
+    assert mask_function("sdpa")(batch_size=2, q_length=8, kv_length=24, q_offset=16, attention_mask=padding) is padding

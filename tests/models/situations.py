@@ -190,12 +190,24 @@ def kinds_of(cache: CompressedCache) -> dict[str, str]:
     return {name: str(count) for name, count in sorted(found.items())}
 
 
+def holds_states(layer: Any) -> bool:
+    """Whether a recurrent layer of transformers' own holds anything."""
+    return any(isinstance(x, Tensor) for states in vars(layer).values() for x in _items(states))
+
+
+def _items(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+
+
 def examine(model: PreTrainedModel, prompt: Prompt, situations: dict[str, Any] = TEXT) -> dict[str, Any]:
     """All verdicts on a model: {"layers": ..., "warned": ..., "verdicts": {situation: verdict}}."""
     plain = deepcopy(model)  # never hooked
-    base = attempt(lambda: padded(plain, prompt, dense_cache))
+    cache = attempt(lambda: dense_cache(plain))
+    base = attempt(lambda: generate(plain, prompt, cache)) if not isinstance(cache, Exception) else cache
     if isinstance(base, Exception):
         return {"verdicts": {"padded": f"n/a: transformers itself does not run it with a cache: {short(base)}"}}
+    if not any(getattr(layer, "is_initialized", True) or holds_states(layer) for layer in cache.layers):
+        return {"verdicts": {"padded": "n/a: the model does not use a cache that it is given"}}
     if not all(bool(x.isfinite().all()) for x in base.logits):
         return {"verdicts": {"padded": "n/a: the dense model's logits are not finite"}}
     with warnings.catch_warnings(record=True) as caught:
