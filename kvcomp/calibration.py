@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -128,12 +129,12 @@ def load(path: str | Path, method: str) -> Calibration:
         found = _read(given.resolve(), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise CalibrationError(
-            f"calibration={str(path)!r} cannot be read ({reason(error)}): give a file that "
+            f"calibration={os.fspath(path)!r} cannot be read ({reason(error)}): give a file that "
             f"`kvcomp calibrate --method {method}` wrote"
         ) from error
     if found.method != method:
         raise CalibrationError(
-            f"calibration={str(path)!r} is for {found.method}, not for {method}: give a file that "
+            f"calibration={os.fspath(path)!r} is for {found.method}, not for {method}: give a file that "
             f"`kvcomp calibrate --method {method}` wrote"
         )
     return found

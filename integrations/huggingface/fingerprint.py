@@ -96,14 +96,14 @@ def _sample(name: str, tensor: Tensor) -> bytes:
     Raises:
         UnsupportedError: a tensor whose elements cannot be read.
     """
-    if is_traceable_wrapper_subclass(tensor):
-        inner = tensor.__tensor_flatten__()[0]
-        return b"".join(_sample(f"{name}.{part}", getattr(tensor, part)) for part in inner)
-    state, scales = getattr(tensor, "quant_state", None), list[bytes]()
-    while state is not None:  # of 4-bit weights of bitsandbytes: scales of blocks, and perhaps those of the scales
-        scales.append(_sample(f"{name}.absmax", state.absmax))
-        state = state.state2
     try:
+        if is_traceable_wrapper_subclass(tensor):
+            inner = tensor.__tensor_flatten__()[0]
+            return b"".join(_sample(f"{name}.{part}", getattr(tensor, part)) for part in inner)
+        state, scales = getattr(tensor, "quant_state", None), list[bytes]()
+        while state is not None:  # of 4-bit weights of bitsandbytes: scales of blocks, and perhaps those of the scales
+            scales.append(_sample(f"{name}.absmax", state.absmax))
+            state = state.state2
         flat = tensor.detach().reshape(-1)
         if flat.dtype.itemsize == 1:
             flat = flat.view(torch.uint8)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import MODEL, write
 
@@ -180,3 +182,128 @@ def test_a_file_that_is_half_written_never_has_its_name(
 def test_arguments_out_of_range(spec: str, told: str) -> None:
     with pytest.raises(SpecError, match=told):
         Stack.parse(spec)
+
+
+# -- damaged files ----------------------------------------------------------------------------------------------------
+
+EVERY = (*METHODS, "klt")
+
+
+def use(path: object, method: str) -> torch.Tensor:
+    """Keys and values through a calibrated stack."""
+    stack = Stack.parse(f"{method}(calibration={str(path)!r}) + window(sinks=0, recent=0)")
+    assert stack.hash
+    stack.quantizer.serves(lambda: MODEL)
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 64, 32, generator=generator).unbind()
+    return torch.cat(stack.roundtrip(keys, values))
+
+
+def content(path: Path, old: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata; as the first kvcomp wrote them, where `old`."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        new = ("crc32", "parameters") if old else ()
+        return tensors, {name: word for name, word in file.metadata().items() if name not in new}
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_file_of_the_first_kvcomp(method: str, tmp_path: Path) -> None:
+    new = write(tmp_path / "new", method, 2, 32)
+    tensors, metadata = content(new, old=True)
+    save_file(tensors, tmp_path / "old", metadata)
+    assert torch.equal(use(tmp_path / "old", method), use(new, method))
+    assert load(tmp_path / "old", method).model == Fingerprint(MODEL.name, MODEL.config, MODEL.weights)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_bit_and_byte_counts(method: str, tmp_path: Path) -> None:
+    good = write(tmp_path / "good", method, 2, 32).read_bytes()
+    header, chance = 8 + int.from_bytes(good[:8], "little"), random.Random(0)
+    for place in [chance.randrange(header) for _ in range(20)] + [chance.randrange(len(good)) for _ in range(20)]:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << chance.randrange(8)
+        (tmp_path / "bad").write_bytes(damaged)
+        with pytest.raises(CalibrationError):
+            use(tmp_path / "bad", method)
+        (tmp_path / "bad").write_bytes(good[:place])
+        with pytest.raises(CalibrationError, match="damaged"):
+            use(tmp_path / "bad", method)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_metadata_that_says_nothing(method: str, tmp_path: Path) -> None:
+    tensors, metadata = content(write(tmp_path / "good", method, 2, 32), old=True)
+    words = ("", "x", "null", "[]", "[1]", '[{"name": 1}]', "-3", "1.5", "9" * 5000, "[" * 100_000, "NaN", "²")
+    free = {"model": words, "kvcomp": words, "weights": ("",), "settings": (), "texts": ("[]",)}  # what may be any text
+    for name in metadata:
+        save_file(tensors, tmp_path / "bad", {other: word for other, word in metadata.items() if other != name})
+        with pytest.raises(CalibrationError):
+            use(tmp_path / "bad", method)
+        for word in words:
+            save_file(tensors, tmp_path / "bad", metadata | {name: word})
+            if word in free.get(name, ()):
+                use(tmp_path / "bad", method)
+            else:
+                with pytest.raises(CalibrationError):
+                    use(tmp_path / "bad", method)
+
+
+WRONG = {
+    "scalar": lambda x: torch.tensor(1.0),
+    "flat": lambda x: x.reshape(-1),
+    "half": lambda x: x.half(),
+    "whole": lambda x: x.int(),
+    "double": lambda x: x.double(),
+    "one head": lambda x: x[:1].contiguous(),
+    "few channels": lambda x: x[:, :8].contiguous(),
+    "no heads": lambda x: x[:0].contiguous(),
+    "nested": lambda x: x[None],
+    "nan": lambda x: torch.full_like(x, float("nan")),
+    "huge": lambda x: torch.full_like(x, 1e30),
+}
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_tensors_that_no_calibration_gives(method: str, tmp_path: Path) -> None:
+    tensors, metadata = content(write(tmp_path / "good", method, 2, 32), old=True)
+    cases = {
+        f"{name} {what}": tensors | {name: make(tensors[name])} for name in tensors for what, make in WRONG.items()
+    }
+    for name in tensors:
+        cases[f"{name} gone"] = {other: x for other, x in tensors.items() if other != name}
+        cases[f"{name} renamed"] = {("x" + other if other == name else other): x for other, x in tensors.items()}
+        if not name.endswith("mean"):
+            cases[f"{name} zero"] = tensors | {name: torch.zeros_like(tensors[name])}
+            cases[f"{name} doubled"] = tensors | {name: tensors[name] * (2 if method in ("oscar", "svd") else -1)}
+    cases["all zero"] = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    for told, damaged in cases.items():
+        if method == "klt" and told.endswith("basis doubled"):  # -D is as good a basis
+            continue
+        save_file(damaged, tmp_path / "bad", metadata)
+        with pytest.raises(CalibrationError):
+            use(tmp_path / "bad", method)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_paths_of_no_file(method: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(40 * 10**9)
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path, "~nosuchuser/x", "a\0b", "a\ud800b", tmp_path / "sparse"):
+        assert digest(path) is None
+        with pytest.raises(CalibrationError, match=r"cannot be read|no calibration file"):
+            use(path, method)
+
+
+def test_a_file_has_the_permissions_that_it_would_have(tmp_path: Path) -> None:
+    path = write(tmp_path / "c", "think", 1, 8)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    path.chmod(0o604)
+    (tmp_path / "link").symlink_to(path)
+    write(tmp_path / "link", "think", 2, 8)
+    assert (tmp_path / "link").is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o604
+    assert load(path, "think").tensors["0.score"].shape == (2, 8)

@@ -161,8 +161,8 @@ def changes(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]
 
 
 def test_tensors_that_are_none_of_a_store_are_refused(good: Path, tmp_path: Path) -> None:
-    """Or they mean the same. Without a checksum nan among exact tokens is taken as it is, and a token more or less
-    where a policy evicts."""
+    """Or they mean the same. Without a checksum nan among exact tokens is taken as it is, and where a policy evicts a
+    token more or less."""
     (tensors, metadata), expected = unsigned(content_of(good)), outcome(good)
     free = ("exact.k nan", "exact.v nan", "exact.counts plus one", "exact.counts minus one")
     for told, damaged in changes(tensors):
