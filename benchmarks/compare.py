@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from kvcomp.benchmarks import likelihood
 from kvcomp.benchmarks.intervals import paired_interval, unpaired_interval
-from kvcomp.benchmarks.records import left_out
+from kvcomp.benchmarks.records import fingerprint_of, left_out
 from kvcomp.benchmarks.results import ACCURACY, Record, Run, RunError, differences
 from kvcomp.benchmarks.summary import DENSE, Row, summarize
 from kvcomp.text import visible
@@ -114,13 +114,20 @@ def _dense(run: Run, runs: Sequence[Run]) -> list[Record] | None:
     """Return the dense records of another run that stand in for those that `run` lacks."""
     if any(record.stack == DENSE for record in run.records):
         return None
-    model, prompts = run.config["settings"].get("model"), _prompts(run)
+    prompts = _prompts(run)
     for other in runs:
-        if other.config["settings"].get("model") == model:
+        if _same_model(run, other):
             found = [r for r in other.records if r.stack == DENSE and _prompt(other, r) in prompts]
             if found:
                 return found
     return None
+
+
+def _same_model(run: Run, other: Run) -> bool:
+    """Whether two runs name the same model, and note the same weights where both note any."""
+    here, there = fingerprint_of(run.config), fingerprint_of(other.config)
+    named = run.config["settings"].get("model") == other.config["settings"].get("model")
+    return named and (here is None or there is None or here.same(there))
 
 
 def _difference(run: Run, first: Run, row: Row) -> Difference | None:
@@ -162,7 +169,11 @@ def _differing(runs: Sequence[Run]) -> dict[str, list[str]]:
         }
         for run in runs
     ]
-    return {name: [_text(values.get(name)) for values in flat] for name in names}
+    found = {name: [_text(values.get(name)) for values in flat] for name in names}
+    weights = [(run.config.get("model") or {}).get("weights") for run in runs]
+    if len({digest for digest in weights if digest}) > 1:
+        found["weights"] = [digest[:12] if digest else "–" for digest in weights]
+    return found
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from kvcomp.benchmarks.records import fingerprint_of
 from kvcomp.benchmarks.results import Results, RunError
 from kvcomp.benchmarks.samples import TaskError
 from kvcomp.benchmarks.tasks import find_task
@@ -55,8 +56,8 @@ def settle_model(results: Results, model: Fingerprint) -> None:
     Raises:
         RunError: the run holds answers of another model.
     """
-    noted, folder = results.config.get("model"), quote(str(results.folder))
-    if noted is None:
+    there, folder = fingerprint_of(results.config), quote(str(results.folder))
+    if there is None:
         if results.records:
             warnings.warn(
                 f"{folder} does not say which weights its {len(results.records)} answers came from; they are taken for "
@@ -66,7 +67,6 @@ def settle_model(results: Results, model: Fingerprint) -> None:
             )
         results.note(model={"name": model.name, "config": model.config, "weights": model.weights})
         return
-    there = Fingerprint(noted["name"], noted["config"], noted["weights"])
     if not there.same(model):
         what = "another model" if there.config != model.config else "the same architecture with other weights"
         raise RunError(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypedDict
 
 from kvcomp.benchmarks.schema import NAME, Range, SchemaError, check
 from kvcomp.errors import KvcompError
+from kvcomp.fingerprint import Fingerprint
 from kvcomp.text import quote
 
 ACCURACY, NLL = "accuracy", "nll"  # what a score is: right answers, or nats per token, the lower the better
@@ -148,6 +149,12 @@ class Config(_Config, total=False):
     data: dict[str, str]
     model: Model
     left_out: list[LeftOut]
+
+
+def fingerprint_of(config: dict[str, Any]) -> Fingerprint | None:
+    """The model that a configuration notes; None in those of older versions."""
+    noted = config.get("model")
+    return None if noted is None else Fingerprint(noted["name"], noted["config"], noted["weights"])
 
 
 def left_out(config: dict[str, Any]) -> list[str]:

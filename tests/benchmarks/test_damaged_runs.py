@@ -299,6 +299,21 @@ def started(tmp_path: Path) -> tuple[Path, Callable[[], Any]]:
     return tmp_path, bench
 
 
+@pytest.mark.parametrize("weights", ["a" * 64, "b" * 64])
+def test_runs_of_other_weights_lend_each_other_no_baseline(tmp_path: Path, weights: str) -> None:
+    """They have the same name; the second lacks the uncompressed cache."""
+    first, second = save(tmp_path / "first"), save(tmp_path / "second")
+    for folder, digest in ((first, "a" * 64), (second, weights)):
+        edit_config(folder, model={"name": "tiny", "config": "c" * 64, "weights": digest})
+    lines = (second / "samples.jsonl").read_text().splitlines(keepends=True)
+    (second / "samples.jsonl").write_text("".join(lines[3:]))
+    found = publish([read_run(first), read_run(second)], tmp_path / "out")
+    (row,) = [line.row for line in found.lines if line.run == "second"]
+    same = weights[0] == "a"
+    assert (row.change is not None) == same
+    assert found.differing.get("weights") == (None if same else ["a" * 12, "b" * 12])
+
+
 def other_weights(tiny: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny)
     with torch.no_grad():
