@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,8 @@ from kvcomp.options import whole_numbers
 from kvcomp.text import quote
 
 if TYPE_CHECKING:
+    import torch
+
     from kvcomp.benchmarks.speed import Timing
 
 EXAMPLES = """Examples:
@@ -84,6 +87,8 @@ def speed(
     if shape is None:
         raise KvcompError(f"geometry: {geometry or model} has no layer of full attention")
     heads = bench.Geometry(shape.heads, shape.kv_heads, shape.k_dim, shape.v_dim)
+    token = heads.heads * (heads.k_dim + heads.v_dim) * held.itemsize
+    _require_memory(max(contexts), max(batches), token, device)
     rate = bench.bandwidth(device)
     found: list[Timing] = []
     absent: list[str] = []
@@ -104,6 +109,24 @@ def speed(
             _print(mine, f"{'Attention of one layer' if what == 'attention' else 'Decode step'}: {title}", rate)
     if out is not None:
         _write(out, found, {"title": title, "copy_gbps": rate, **_versions()})
+
+
+def _require_memory(context: int, batch: int, token: int, device: torch.device) -> None:
+    """Raise KvcompError where K and V of one layer, of `token` bytes a token, are more than the device's memory."""
+    import torch
+
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows does not say
+        return
+    needed = context * batch * token
+    if needed > memory:
+        raise KvcompError(
+            f"context: {context} tokens of {batch} sequences take {needed / 1e9:,.0f} GB of K and V in a layer, more "
+            f"than the {memory / 1e9:,.0f} GB of this machine."
+        )
 
 
 def _print(timings: list[Timing], title: str, rate: float) -> None:

@@ -104,6 +104,7 @@ OTHERS: list[tuple[Any, ...]] = [
     ("data", "check", "a\0b"),
     ("speed", "--stack", "none", "--context", DIGITS),
     ("speed", "--stack", "none", "--threads", 10**9),
+    ("speed", "--stack", "none", "--attention", "--geometry", "qwen3-8b", "--context", 10**11),
     ("speed", "--stack", "none", "--dtype", NASTY),
     ("speed", "--stack", NASTY, "--attention"),
 ]
