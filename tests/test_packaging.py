@@ -7,9 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from kvcomp.kernels import cpu
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,3 +63,79 @@ def test_nothing_is_installed_beside_kvcomp() -> None:
 @pytest.mark.parametrize("package", SETTINGS["packages"])
 def test_every_package_is_found(package: str) -> None:
     assert importlib.util.find_spec(package) is not None
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The Python of an environment with a copy of kvcomp, not an editable one, and what else this one has; and a
+    checkout of the sources that it was installed from, with nothing built in it."""
+    folder = tmp_path_factory.mktemp("installed")
+    checkout, environment, here = folder / "checkout", folder / "venv", Path(sysconfig.get_path("purelib"))
+    nothing_made = shutil.ignore_patterns("*.so", "build", "out", ".*", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, checkout, ignore=nothing_made)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+    (site / "others.pth").write_text(f"{here}\n", encoding="utf-8")  # what is installed as editable there is not found
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
+    if importlib.util.find_spec("setuptools") and int(version("setuptools").split(".")[0]) >= 77:  # else it is fetched
+        install.append("--no-build-isolation")
+    subprocess.run([*install, checkout], check=True, cwd=folder, env=clean() | {"CC": "false"})
+    shutil.rmtree(checkout / "build", ignore_errors=True)
+    library = cpu.library()
+    if library is not None:  # compiled once already, which takes a while
+        shutil.copy(library._name, site / "kvcomp" / "kernels" / "cpu")
+    return python, checkout
+
+
+def clean() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def said(python: Path, checkout: Path, *arguments: str) -> str:
+    """What this Python prints in the checkout, where nothing fails."""
+    done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=checkout, env=clean())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+KERNEL = "from kvcomp.kernels import cpu; print(cpu.__file__, cpu.library() and cpu.library()._name)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="bin/python")
+def test_a_checkout_works_where_a_copy_is_installed(installed: tuple[Path, Path]) -> None:
+    python, checkout = installed
+    assert "CompressedCache" in said(
+        python, checkout, "-c", "from kvcomp import CompressedCache; print(CompressedCache)"
+    )
+    assert "Usage" in said(python, checkout, "-m", "kvcomp", "--help")
+    assert "passed" in said(
+        python, checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core/test_registry.py"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu.library() is None, reason="no C compiler")
+def test_a_checkout_takes_the_kernel_of_an_installed_copy_of_the_same_sources(installed: tuple[Path, Path]) -> None:
+    python, checkout = installed
+    shown = said(python, checkout, "-c", KERNEL)
+    assert str(checkout) in shown
+    assert "venv" in shown.split()[-1]
+    source = checkout / "kernels" / "cpu" / "select.c"
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text + "/* another kernel */\n", encoding="utf-8")
+    try:
+        assert said(python, checkout, "-c", KERNEL).split()[-1] == "None"
+        assert "rebuild it" in said(python, checkout, "-c", "from kvcomp.kernels import cpu; print(cpu.missing())")
+    finally:
+        source.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_an_installed_copy_needs_no_sources(installed: tuple[Path, Path]) -> None:
+    python, checkout = installed
+    shown = said(python, checkout.parent, "-c", KERNEL)
+    assert str(checkout) not in shown
+    assert (shown.split()[-1] != "None") is (cpu.library() is not None)

@@ -1,0 +1,5 @@
+"""`python -m kvcomp`: the command `kvcomp`, also in a checkout that is not installed."""
+
+from kvcomp.cli import app
+
+app(prog_name="kvcomp")
