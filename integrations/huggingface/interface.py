@@ -23,12 +23,12 @@ def outside_interface(model_or_config: torch.nn.Module | PreTrainedConfig) -> st
     Those of the model's modeling file count, as models may exchange their attention later (BigBird). A config is looked
     up among the causal language models that transformers knows.
     """
-    kinds: set[Any]
+    kinds: list[Any] = []
     if isinstance(model_or_config, torch.nn.Module):
-        kinds = {type(module) for module in model_or_config.modules()} | set(_file(type(model_or_config)))
+        kinds = [*(type(module) for module in model_or_config.modules()), *_file(type(model_or_config))]
     else:
-        kinds = set(_classes(model_or_config))
-    return min((kind.__name__ for kind in kinds if _attends_alone(kind)), default=None)
+        kinds = [*_classes(model_or_config)]
+    return next((kind.__name__ for kind in kinds if _attends_alone(kind)), None)
 
 
 def _classes(config: PreTrainedConfig) -> Iterator[type]:
