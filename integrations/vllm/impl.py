@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
@@ -23,6 +24,7 @@ from kvcomp.stages import Choice, Summaries
 
 from .decode import DecodeStep
 from .keep import keep_chosen, let_go, score, watch
+from .key_means import mean_keys, of_rank
 from .pages import Pages
 from .setup import Setup
 from .step import Group, Prompt, Step
@@ -46,7 +48,8 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         kv_sharing_target_layer_name: str | None = None,
         **more: Any,
     ) -> None:
-        self.setup = Setup.of(get_current_vllm_config())
+        config = get_current_vllm_config()
+        self.setup, self.model, self.ranks = Setup.of(config), config.model_config, config.parallel_config
         refused = {
             "position biases (ALiBi)": alibi_slopes,
             "a sliding window": sliding_window,
@@ -74,7 +77,13 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
     def bind(self, layer_name: str, device: torch.device) -> Pages:
         """The layer's pages, for a pool on `device`."""
         if self.pages is None:
-            self.pages = Pages(self.setup, extract_layer_index(layer_name), self.num_kv_heads, device)
+            layer = extract_layer_index(layer_name)
+            means = mean_keys(self.model.model, self.model.hf_text_config, layer, self.head_size)
+            if means is not None:
+                ranks = self.ranks.tensor_parallel_size
+                rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
+                means = of_rank(means, self.num_kv_heads, rank, ranks)
+            self.pages = Pages(self.setup, layer, self.num_kv_heads, device, means)
         return self.pages
 
     def forward(

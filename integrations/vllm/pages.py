@@ -31,8 +31,12 @@ class Cells(NamedTuple):
 class Pages:
     """Writes and decodes page records, as the layer's codec has them. `at` binds it to the pool."""
 
-    def __init__(self, setup: Setup, layer: int, heads: int, device: torch.device = HOST) -> None:
+    def __init__(
+        self, setup: Setup, layer: int, heads: int, device: torch.device = HOST, means: Tensor | None = None
+    ) -> None:
         """For a layer of which `heads` KV heads are on this rank, on the `device` that the pool is on.
+
+        means [heads, D]: a mean key of each head, the same for every request; see `key_means`.
 
         Raises:
             UnsupportedError: the codec settles something by the first data it sees, which no block can hold.
@@ -41,7 +45,7 @@ class Pages:
         self.plan = plan = setup.plan(layer)
         shape = replace(setup.shape(heads, layer), device=device)
         self.codec, self.layout = plan.build(shape)
-        self.codec.fix(None)  # what a block holds depends on its tokens alone
+        self.codec.fix(means)  # what a block holds depends on its tokens alone
         self.index = None if plan.chooser is None else plan.chooser.index(shape)
         self.by_tokens = plan.by_tokens(self.layout)
         if self.codec.state():
@@ -51,7 +55,7 @@ class Pages:
             )
         self.one = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
         if self.one is not None:
-            self.one.fix(None)
+            self.one.fix(means)
         self.pool = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def at(self, kv_cache: Tensor) -> Pages:

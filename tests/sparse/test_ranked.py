@@ -354,9 +354,12 @@ def test_bytes_are_planned(name: str, arguments: str, tokens: int, dtype: torch.
     given = (store.plan, 64, 32, tokens, dtype)
     held = {part: size for part, size in store.held(set()).items() if size and part not in ("constants", "history")}
     planned = {part: 4 * size for part, size in held_parts(*given).items()}
-    if name == "sketch" and store.table.total:
+    adapted = sum(t.nbytes for t in store.codec.adapted())
+    if name != "sketch":
+        assert planned.pop("constants", 0) == adapted
+    elif store.table.total:
         fitted = store.index.queries.fitted.nbytes
-        shared = sum(t.nbytes for t in store.codec.constants())
+        shared = sum(t.nbytes for t in store.codec.constants()) - adapted
         assert planned.pop("constants") == store.held(set())["constants"] - fitted - shared
     assert held == planned
     store.append(k[:, :, :1], v[:, :, :1])
