@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows: what a killed process left stays
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 FilePath = str | os.PathLike[str]
 

@@ -9,7 +9,7 @@ import torch
 
 from kvcomp.compaction import CompactSpans
 from kvcomp.errors import KvcompError
-from kvcomp.state import FLOATS, State, learned
+from kvcomp.state import FLOATS, State, described, learned
 
 if TYPE_CHECKING:
     from kvcomp.layer import LayerStore
@@ -34,6 +34,9 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
     keys, values = (x[:, :0].unflatten(0, (rows, heads)).to(device) for x in (keys, values))
     store.start(keys, values)
     fields = [[f.name, *f.shape, str(f.dtype)] for f in store.layout.fields]
+    for field in state.sequence("fields"):
+        plain = isinstance(field, list) and all(type(part) in (str, int) for part in field)
+        state.require(plain, f"fields have {described(field)}")
     if state["fields"] != fields:
         held = short(state["fields"])
         raise KvcompError(f"layer {plan.layer} holds pages of {held}, but the stack makes {short(fields)}")

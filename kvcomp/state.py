@@ -77,7 +77,7 @@ class State(Mapping[str, Any]):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         self.require(fits, f"{name} is {described(found)}, expected {kinds} [{wanted}]")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def numbers(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype, low: int, high: int) -> Tensor:
         """A tensor of integers on the host, each of them from `low` to `high`."""
@@ -101,19 +101,19 @@ class State(Mapping[str, Any]):
         self.require(
             fits, f"{name} is {described(found)}, expected an integer, {low}{upper}{'' if upper else ' or more'}"
         )
-        return found  # type: ignore[no-any-return]
+        return found
 
     def flag(self, name: str) -> bool:
         """True or False."""
         found = self[name]
         self.require(type(found) is bool, f"{name} is {described(found)}, expected True or False")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def text(self, name: str) -> str:
         """A string."""
         found = self[name]
         self.require(type(found) is str, f"{name} is {described(found)}, expected text")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def number(self, name: str) -> float:
         """A finite number."""
@@ -190,5 +190,6 @@ def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode(), found)
         if tensor.numel():
-            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
+            content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            found = zlib.crc32(content, found)
     return f"{found:08x}"
