@@ -150,6 +150,9 @@ class CentredCodec(Codec):
     def state(self) -> dict[str, Tensor]:
         return self.inner.state() | ({} if self._settles is None else self._settles.state(STATE))
 
+    def lacks(self, paged: Tensor) -> str | None:
+        return self.inner.lacks(paged)
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.inner.restore(state)
         if f"{STATE}.values" not in state:  # saved before keys were centred: its pages have no mean
