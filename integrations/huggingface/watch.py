@@ -54,6 +54,9 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if n == 1 and not turns.asked and positions.device.type != "cpu":
         return
     valid = shown = None
+    again = cache is not None and layer.record_past and n > 1 and n >= int(layer.get_seq_length()) > 0
+    if again and int(positions[0, 0]) == 0:  # assisted decoding feeds all of a second turn again
+        cache.reset()
     counts, columns = layer.counted()
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == columns + n:
         valid, shown = mask[:, columns:].bool(), mask[:, :columns].bool().sum(-1)

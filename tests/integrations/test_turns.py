@@ -182,6 +182,16 @@ def test_reuse_after_a_refusal() -> None:
             assert_same(ours, greedy(model, IDS[:, :80], DynamicCache(config=model.config)))
 
 
+def test_a_second_turn_of_assisted_decoding_is_right() -> None:
+    """transformers feeds all of it again, behind what a DynamicCache holds."""
+    model, ids = models.make("llama"), tokens(1, 40).repeat(1, 2)
+    cache = CompressedCache("none", model)
+    so_far = greedy(model, ids, cache, new=15, prompt_lookup_num_tokens=4).sequences
+    ours = greedy(model, so_far, cache, new=8, prompt_lookup_num_tokens=4)
+    theirs = greedy(model, so_far, DynamicCache(config=model.config), new=8)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+
+
 def test_reuse_of_a_batch_and_of_beams() -> None:
     model = models.make("llama")
     ids, mask = left_padded([40, 50])
