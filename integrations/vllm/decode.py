@@ -27,8 +27,9 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
         return "its tokens are not written into pages one by one"
     if (why := dispatch.obstacle(pages.codec, pages.layout, device, rows)) is not None:
         return why
-    sides, token = pages.one.kernel_sides(), torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=device)
-    if sides is None or pages.one.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=device)) is None:
+    sides, on = pages.one.kernel_sides(), pages.pool.device
+    token = torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=on)
+    if sides is None or pages.one.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
         return "no kernel writes its tokens"
     from kvcomp.kernels import triton
 
