@@ -83,8 +83,8 @@ def exact(result: dict[str, Any]) -> str:
     for bad in ("wrong", "crash"):
         if bad in kinds:
             return f"**{bad}**: {', '.join(name for name, verdict in verdicts.items() if kind(verdict) == bad)}"
-    if len(verdicts) == 1:
-        return kinds.pop()
+    if kind(verdicts["padded"]) != "equal":
+        return kind(verdicts["padded"])
     refused = [name for name, verdict in verdicts.items() if kind(verdict) == "refused"]
     return "equal" + (f"; refused: {', '.join(refused)}" if refused else "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -39,6 +40,7 @@ def isolated(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _answer(run: Callable[[], dict[str, Any]], writing: int) -> None:
     """The child's life."""
     try:
+        faulthandler.disable()  # pytest's, which tells of signals at length
         signal.alarm(SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

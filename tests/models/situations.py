@@ -219,7 +219,7 @@ def examine(model: PreTrainedModel, prompt: Prompt, situations: dict[str, Any] =
     constructed = attempt(lambda: CompressedCache(EXACT, model))
     if isinstance(constructed, KvcompError):
         return result
-    if not isinstance(constructed, Exception):
+    if not isinstance(constructed, Exception) and not isinstance(found, KvcompError):
         result["layers"] = kinds_of(constructed)
     if not isinstance(found, Exception):
         result["pages"] = found.past_key_values.memory().parts.get("pages", 0)
