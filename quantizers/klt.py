@@ -111,7 +111,7 @@ class KltSide:
 
     def fit(self, streams: Tensor, x: Tensor, weight: Tensor) -> None:
         """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d]."""
-        n, x = x.shape[1], x.clamp(-LARGEST, LARGEST).double()
+        n, x = x.shape[1], x.double().clamp(-LARGEST, LARGEST)
         if self.mean is None:
             x = x / _rms(x).clamp_min(TINY)
             mean, moment = x.mean(1), x.mT @ x / n
