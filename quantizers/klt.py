@@ -40,6 +40,7 @@ RIDGE = 1e-3  # of the mean variance: what is added to a second moment before it
 SETTLED = 16  # tokens per channel from which on a moment is taken as it is
 DOUBT = 1.0  # of the mean variance is added to the moment of as few tokens as channels
 DECAY = {True: 2.8, False: 1.6}  # of weighted variances: unit i of centred keys, or of values, has ~ (i + 1)^-DECAY
+LOUD = 4.0  # as in `weights`: at 2, the loud tokens that texts have by themselves cost 10 % of the divergence
 LARGEST = 1e30  # keys and values beyond saturate, which float16 norms do far earlier
 
 
@@ -370,7 +371,7 @@ def _rms(x: Tensor) -> Tensor:
 
 def _weighted(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [s, d] of x [s, n, d], and its second moment [s, d, d] up to a factor; see `weights`."""
-    weight, unit = weights(x)
+    weight, unit = weights(x, LOUD)
     y = x * weight / unit
     mean = y.sum(1) / weight.sum(1).clamp_min(1e-30) * unit[:, 0]
     return mean, y.mT @ y / weight.square().sum(1, keepdim=True).clamp_min(1e-30)

@@ -118,12 +118,12 @@ class PerStream:
                 raise DamagedError(f"{name} does not name every channel once")
 
 
-def weights(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[s, n, 1]: what each token of x [s, n, D] counts for, 1 or less, single loud ones as LOUD usual ones at most; and
-    [s, 1, 1]: how large a usual one is; of x's dtype, a float of 32 bits or more.
+def weights(x: Tensor, loud: float = LOUD) -> tuple[Tensor, Tensor]:
+    """[s, n, 1]: what each token of x [s, n, D] counts for, 1 or less, single loud ones as `loud` usual ones at most;
+    and [s, 1, 1]: how large a usual one is; of x's dtype, a float of 32 bits or more.
 
-    w_t = min(1, LOUD m / |x_t|); |.| is the largest magnitude and m its median over tokens.
+    w_t = min(1, loud m / |x_t|); |.| is the largest magnitude and m its median over tokens.
     """
     size = x.abs().amax(-1, keepdim=True)
     unit = size.median(1, keepdim=True).values
-    return (LOUD * unit / size.clamp_min(TINY)).clamp_max(1), unit.clamp_min(TINY)
+    return (loud * unit / size.clamp_min(TINY)).clamp_max(1), unit.clamp_min(TINY)

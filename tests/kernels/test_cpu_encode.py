@@ -323,7 +323,7 @@ def test_what_no_kernel_can_write_is_left_to_the_codec(spec: str, monkeypatch: p
 
 
 def test_a_codec_without_input_for_kernels_encodes_itself() -> None:
-    codec, layout = built("int(bits=4)", 64, 32, torch.float32)
+    codec, layout = built("kivi(bits=4)", 64, 32, torch.float32)
 
     class Own(GridCodec):
         def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> None:

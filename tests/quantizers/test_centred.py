@@ -178,3 +178,14 @@ def test_extreme_keys_have_finite_means() -> None:
     for x in (torch.zeros(1, 64, DIM), torch.full((1, 64, DIM), 3e38), torch.full((1, 64, DIM), -3e38)):
         assert centre(x).isfinite().all()
         assert (x - centre(x)[:, None]).isfinite().all()
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_the_dtypes_of_models(spec: str, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in tokens(50))
+    made = store(spec, q, k, v)
+    out = made.attend(q[:, :, -1:], DIM**-0.5).out
+    exact = store(spec, *(x.float() for x in (q, k, v))).attend(q[:, :, -1:].float(), DIM**-0.5).out
+    assert (out - exact).norm() < 0.02 * exact.norm()
+    assert made.dense()[0].dtype == dtype
