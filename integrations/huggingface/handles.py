@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import output_capturing
 
 from .masks import Mask, chunk_mask
 
@@ -72,8 +73,16 @@ class Call(NamedTuple):
         """Whether output_attentions=True was asked of an implementation that may give weights."""
         if self.name == "sdpa":
             return False
-        config = getattr(self.module, "config", None)
-        return bool(self.kwargs.get("output_attentions") or getattr(config, "output_attentions", False))
+        config, collected = getattr(self.module, "config", None), _collected()
+        asked = self.kwargs.get("output_attentions") or "attentions" in collected
+        return bool(asked or getattr(config, "output_attentions", False))
+
+
+def _collected() -> Mapping[str, Any]:
+    """What transformers gathers from the modules of the forward that runs, by name: some models pass nothing on that
+    says so."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    return {} if collector is None else collector.get() or {}
 
 
 @torch.compiler.disable
