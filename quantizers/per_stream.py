@@ -73,8 +73,9 @@ class PerStream:
 
     def _blank(self, streams: int) -> Tensor:
         """[streams, D]: of those that are not settled."""
-        dim, like = self.values.shape[1], {"dtype": self.values.dtype, "device": self.values.device}
-        row = torch.arange(dim, **like) if self.counted else torch.zeros(dim, **like)
+        row = self.values.new_zeros(self.values.shape[1])
+        if self.counted:
+            row = torch.arange(len(row), dtype=row.dtype, device=row.device)
         return row.expand(streams, -1)
 
     def _at(self, streams: Tensor) -> Tensor:
