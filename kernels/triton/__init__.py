@@ -47,6 +47,7 @@ class Prepared(NamedTuple):
 
     description: see `chunks`. k_book, v_book: the entries of all codebooks, in the dtypes of the kernel's products:
     float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
+    v_dim: channels of values.
     """
 
     layout: PageLayout
@@ -56,6 +57,7 @@ class Prepared(NamedTuple):
     v_book: Tensor
     processors: int
     body_bytes: int
+    v_dim: int
 
 
 _PREPARED: _Made[Prepared] = WeakKeyDictionary()
@@ -67,8 +69,9 @@ def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device
     def make() -> Prepared:
         dtypes = (torch.float32, torch.float32) if exact else (torch.float16, torch.bfloat16)
         k_book, v_book = (chunks.books(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True))
-        text = str(chunks.described(sides, layout))
-        return Prepared(layout, exact, text, k_book, v_book, processors(device), layout.body_bytes)
+        described = chunks.described(sides, layout)
+        sizes = processors(device), layout.body_bytes, described.v_dim
+        return Prepared(layout, exact, str(described), k_book, v_book, *sizes)
 
     return _made(_PREPARED, sides, (layout, exact, device), make)
 
@@ -179,7 +182,7 @@ def attend(
         if len(ids) != streams:
             raise KvcompError(f"ids are of {len(ids)} streams, and queries of {streams}")
         each = pages_of_split or split_pages(streams, rows, ids.shape[1], how.layout.page_size, how.processors)
-        v_dim = chunks.parsed(description).v_dim
+        v_dim = how.v_dim
     keys = values = held = None
     if tokens is not None:
         n = tokens.keys.shape[1]
