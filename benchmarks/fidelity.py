@@ -64,7 +64,7 @@ def measure(
     prompt, rest = tokens[:, :-scored], tokens[:, -scored:]
     caches = [CompressedCache(spec, model) for spec in (DENSE, *stacks)]
     prefill(model, prompt, caches)
-    dense = torch.zeros(0)
+    dense = torch.zeros(0, dtype=torch.float32, device="cpu")
     for i, cache in enumerate(caches):
         bits = cache.memory().effective_bits
         step = 1 if cache.stack.policies or cache.stack.selector else chunk or scored
@@ -119,7 +119,7 @@ def _tokens(tokenizer: Any, path: Path, start: int, length: int) -> Tensor:
     ids = tokenizer(content, verbose=False).input_ids[start : start + length]
     if len(ids) < length:
         raise KvcompError(f"text: {str(path)!r} has {start + len(ids)} tokens, less than {start} + {length}")
-    return torch.tensor([ids])
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def table(rows: Sequence[Fidelity], title: str) -> None:

@@ -132,7 +132,7 @@ class History:
         """
         state, rows = State.of(state, "history"), len(self.counts)
         state.only("counts", "runs")
-        runs, seen = [], torch.zeros(rows, dtype=torch.int64)
+        runs, seen = [], torch.zeros(rows, dtype=torch.int64, device="cpu")
         for i, run in enumerate(state.sequence("runs")):
             entry = State({"run": run}, f"{state.where}.runs.{i}")
             entry = State(dict(zip(("tokens", "valid"), entry.sequence("run", 2), strict=True)), entry.where)

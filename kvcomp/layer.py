@@ -117,7 +117,7 @@ class LayerStore:
         for policy in plan.policies:
             before = None
             if self.prompt is not None and policy.trims and not policy.watches:
-                before = torch.tensor(self.prompt[1])
+                before = torch.tensor(self.prompt[1], dtype=torch.int64, device="cpu")
             watched = table.attention() if policy.watches or before is not None else None
             attention, queries = (None, None) if watched is None else watched
             own = attention, queries, before, plan.layer, plan.layers
@@ -157,7 +157,9 @@ class LayerStore:
             self.prompt = past.tolist(), self.kept.tolist()
         elif self.plan.trims:
             self.table.begin_watch()
-        seen = torch.stack([past, past - torch.tensor(self.prompt[0])], 1)  # in all, and of this prompt
+        seen = torch.stack(
+            [past, past - torch.tensor(self.prompt[0], dtype=torch.int64, device="cpu")], 1
+        )  # in all, and of this prompt
         self.history.append(n, valid)
         if valid is None and bool((seen == seen[0]).all()):
             rows = torch.arange(self.rows, device="cpu")

@@ -288,7 +288,7 @@ class PageTable:
     def begin_watch(self) -> None:
         """From now on remember the attention that pages receive."""
         if self.received is None:
-            self.received = torch.zeros(*self.rows.shape, 2)
+            self.received = torch.zeros(*self.rows.shape, 2, dtype=torch.float32, device="cpu")
 
     def watch(self, mass: Tensor, queries: int) -> None:
         """Add the attention mass [S, longest] that pages received from `queries` queries."""
@@ -337,7 +337,7 @@ class PageTable:
         longest = state.tensor("table", (streams, None), torch.int32).shape[1]
         counts = state.numbers("counts", (streams,), torch.int64, 0, longest)
         rows = state.numbers("table", (streams, longest), torch.int32, 0, max(pages - 1, 0))
-        inside = torch.arange(longest) < counts[:, None]
+        inside = torch.arange(longest, device="cpu") < counts[:, None]
         state.require(bool(inside.any(0).all()), f"table has {longest} columns, of which some are no stream's")
         state.require(not rows[~inside].any(), "table has pages behind a stream's last one")
         owned = len(rows[inside].unique())

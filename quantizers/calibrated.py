@@ -25,7 +25,7 @@ def check_inverse(layer: State, write: str, read: str) -> None:
     two = layer.finite(read, (*one.shape[:2], one.shape[1]), torch.float32)
     layer.require(one.shape == two.shape, f"{write} is {described(one)}, no square matrices")
     w, r = one.double(), two.double()
-    away = (w.mT @ r - torch.eye(w.shape[1], dtype=w.dtype)).abs()
+    away = (w.mT @ r - torch.eye(w.shape[1], dtype=w.dtype, device=w.device)).abs()
     allowed = NEAR + ROUNDING * w.norm(dim=1)[:, :, None] * r.norm(dim=1)[:, None]
     layer.require(bool((away < allowed).all()), f"{write} is not inverted by {read}")
 

@@ -63,7 +63,7 @@ def allocate(variance: Tensor, total: int) -> tuple[int, ...]:
 def usual_widths(units: int, total: int, centred: bool) -> tuple[int, ...]:
     """Bits of each unit for streams that are not known beforehand: those of a spectrum that models' keys or values have
     on average, so that no stream depends on the others of its layer."""
-    power = (torch.arange(units) + 1.0) ** -DECAY[centred]
+    power = torch.arange(1, units + 1, dtype=torch.float32, device="cpu") ** -DECAY[centred]
     return allocate(power.repeat_interleave(UNIT), total)
 
 

@@ -52,7 +52,7 @@ def used_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         scaling = getattr(module, "scaling", None)
         for i, adapter in enumerate(active_adapters(module)):
             if isinstance(scaling, dict) and isinstance(scaling.get(adapter), int | float):
-                yield f"{path}.scaling.{i}", torch.tensor(float(scaling[adapter]), dtype=torch.float64)
+                yield f"{path}.scaling.{i}", torch.tensor(float(scaling[adapter]), dtype=torch.float64, device="cpu")
 
 
 def _used_name(name: str, wrappers: dict[str, torch.nn.Module]) -> str | None:

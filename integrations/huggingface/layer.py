@@ -399,7 +399,7 @@ class CompressedLayer(HandleLayer):
             self.warned = True
         past, read = self.store.padded()[which], self.store.read
         if self.cut and torch.is_grad_enabled():
-            past = without_gradient(past, torch.zeros((), requires_grad=True))
+            past = without_gradient(past, torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
         read["pages"] = read.get("pages", 0) + self.store.table.total * self.store.layout.body_bytes
         read["window"] = read.get("window", 0) + int(self.store.exact.counts.sum()) * self.store.exact.token_bytes
         read["dense copy"] = read.get("dense copy", 0) + past.nbytes

@@ -39,7 +39,7 @@ def follow_mask(store: LayerStore, seen: Seen | None, compare: bool) -> None:
         return
     past = history.length
     valid, shown = history.valid(), None if seen.shown is None else seen.shown.cpu()
-    held = torch.ones(len(history.counts), past, dtype=torch.bool) if valid is None else valid
+    held = torch.ones(len(history.counts), past, dtype=torch.bool, device="cpu") if valid is None else valid
     if shown is None or bool((shown & ~held).any()):
         raise UnsupportedError(
             "the attention mask hides or shows other cached tokens than those that were written as no padding; "
@@ -48,7 +48,7 @@ def follow_mask(store: LayerStore, seen: Seen | None, compare: bool) -> None:
     gone = held & ~shown
     if bool(gone.any()):
         first = torch.where(gone.any(1), gone.int().argmax(1), past)
-        stay = held & ~gone & (torch.arange(past) > first[:, None])
+        stay = held & ~gone & (torch.arange(past, device="cpu") > first[:, None])
         if bool(stay.any()):
             row = int(stay.any(1).int().argmax())
             raise UnsupportedError(

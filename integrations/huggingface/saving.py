@@ -128,7 +128,7 @@ def usable_device(asked: str, model_or_config: Any, device: torch.device | str |
     """
     try:
         on = torch.device(getattr(model_or_config, "device", "cpu") if device is None else device)
-        torch.empty(0, device=on)
+        torch.empty(0, dtype=torch.float32, device=on)
     except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
         told = str(error).partition("\n")[0].strip().rstrip(".")
         raise KvcompError(f"{asked}: no such device here ({told}): name one that torch can use, such as cpu") from error

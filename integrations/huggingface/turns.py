@@ -72,7 +72,8 @@ class Turns:
         self._write()
         if not self.ids or len(self.ids[0]) != columns:
             return None
-        return torch.tensor([record.tolist() for record in self.ids], dtype=torch.int32)
+        rows = [record.tolist() for record in self.ids]
+        return torch.tensor(rows, dtype=torch.int32, device="cpu")
 
     def crop(self, n: int) -> None:
         """Forget the last n columns."""
@@ -142,13 +143,13 @@ class Turns:
             if columns and self._as_before(position_ids.flatten().tolist(), counts, columns):
                 return
         positions = position_ids.cpu().expand(rows, n)
-        real = torch.ones(rows, n, dtype=torch.bool) if valid is None else valid.cpu().expand(rows, n)
+        real = torch.ones(rows, n, dtype=torch.bool, device="cpu") if valid is None else valid.cpu().expand(rows, n)
         before = torch.stack([counts, torch.full_like(counts, columns)], -1)  # [B, 2]
-        ranks = torch.stack([real.cumsum(-1) - 1, torch.arange(n).expand(rows, n)], -1)  # [B, n, 2]
+        ranks = torch.stack([real.cumsum(-1) - 1, torch.arange(n, device="cpu").expand(rows, n)], -1)  # [B, n, 2]
         offsets = positions[..., None] - ranks - before[:, None]  # [B, n, 2]: the same over a chunk that counts up
         some = real.any(1)
         first = real.int().argmax(1)
-        every = torch.arange(rows)
+        every = torch.arange(rows, device="cpu")
         found = offsets[every, first]  # [B, 2]
         even = ((offsets == found[:, None]) | ~real[..., None]).all(1).any(1) | ~some
         if not bool(even.all()):
@@ -181,7 +182,7 @@ class Turns:
     @property
     def offsets(self) -> Tensor | None:
         """int64 [B, 2]: a row's positions less its real tokens, and less its columns; None: all 0."""
-        return None if self._pairs is None else torch.tensor(self._pairs)
+        return None if self._pairs is None else torch.tensor(self._pairs, dtype=torch.int64, device="cpu")
 
     def _settle(self, offsets: Tensor | None) -> None:
         self._pairs = None if offsets is None else offsets.tolist()

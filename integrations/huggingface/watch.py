@@ -65,7 +65,7 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if layer.is_initialized:
         turns.check(positions, counts, columns, valid, shown)
     elif positions.shape[0] == (rows := len(positions if ids is None else ids)):
-        turns.check(positions, torch.zeros(rows, dtype=torch.int64), 0, valid, shown)
+        turns.check(positions, torch.zeros(rows, dtype=torch.int64, device="cpu"), 0, valid, shown)
 
 
 def reuse(cache: CompressedCache, input_ids: Tensor, held: Tensor | None) -> int:

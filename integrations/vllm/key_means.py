@@ -36,7 +36,7 @@ def mean_keys(model: str, config: Any, layer: int, dim: int) -> Tensor | None:
         return None
     heads = bias.view(-1, dim)
     frequencies, factor = _rotary(config, dim)
-    angles = torch.arange(POSITIONS, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(POSITIONS, dtype=torch.float64, device="cpu")[:, None] * frequencies
     cos, sin = (x.mean(0) * factor for x in (angles.cos(), angles.sin()))
     half = len(frequencies)
     a, b, rest = heads[:, :half], heads[:, half : 2 * half], heads[:, 2 * half :]
@@ -87,4 +87,4 @@ def _rotary(config: Any, dim: int) -> tuple[Tensor, float]:
     theta = rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
     share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0)
     rotated = int(dim * share)
-    return float(theta) ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated), 1.0
+    return float(theta) ** -(torch.arange(0, rotated, 2, dtype=torch.float64, device="cpu") / rotated), 1.0
