@@ -37,6 +37,8 @@ class Engine:
         self.config = SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context={}),
             cache_config=SimpleNamespace(block_size=setup.page_size),
+            model_config=SimpleNamespace(model="a model whose weights are elsewhere", hf_text_config=None),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )
         monkeypatch.setattr(Setup, "of", lambda _: setup)
         for module in (impl, window):
