@@ -22,7 +22,7 @@ class Contents(Handle):
     layer: CompressedLayer
 
     def __init__(self, layer: CompressedLayer, which: int) -> None:
-        store = layer.store
+        store = layer._store
         new = torch.Size((store.rows, store.heads, 0, store.v_dim if which else store.k_dim))
         super().__init__(layer, which, new, int(layer.get_seq_length()))
 

@@ -54,6 +54,7 @@ class CompressedLayer(HandleLayer):
     def reset(self) -> None:
         self.store = LayerStore(self.plan, self.choices)
         self.pending: Pending | None = None
+        self.earlier: Pending | None = None  # what waited when a chunk came, until attention ran over that
         self.to_come: int | None = None  # of a prompt that was announced
         self.ends = False  # whether the pending chunk is the last of an announced prompt
         self.attended = False  # the pending chunk's own layer did
@@ -138,7 +139,6 @@ class CompressedLayer(HandleLayer):
         """`update`, outside of graphs."""
         n = key_states.shape[2]
         earlier = self.pending if self.waiting and (n > 1 or self.to_come is not None) else None
-        self.waiting = False
         if earlier is None:
             self.commit()
         if not self.is_initialized:
@@ -147,8 +147,7 @@ class CompressedLayer(HandleLayer):
         self.check_rows(key_states)
         length = self.get_seq_length()
         if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
-            counts = self.store.history.counts + (0 if earlier is None else earlier.counts(0))
-            seen = int(counts.max()) + n
+            seen = int(self.counted()[0].max()) + n
             if seen > self.max_tokens:
                 raise KvcompError(
                     f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt "
@@ -171,6 +170,7 @@ class CompressedLayer(HandleLayer):
             )
         new = key_states, value_states
         self.pending, self.attended = Pending(*new) if earlier is None else earlier.followed_by(*new), False
+        self.waiting, self.earlier = False, earlier
         self.store.read = {}  # of the step that begins
         if self.turns is not None:
             self.turns.take(self.store.rows, n)
@@ -178,9 +178,9 @@ class CompressedLayer(HandleLayer):
 
     def check_rows(self, new: Tensor) -> None:
         """Raise a KvcompError unless new [B, ...] has the rows that are held."""
-        if new.shape[0] != self.store.rows:
+        if new.shape[0] != self._store.rows:
             raise KvcompError(
-                f"the cache holds {self.store.rows} rows, but the batch has {new.shape[0]}: use a new cache, reset() "
+                f"the cache holds {self._store.rows} rows, but the batch has {new.shape[0]}: use a new cache, reset() "
                 "this one, or batch_repeat_interleave / batch_select_indices"
             )
 
@@ -194,7 +194,7 @@ class CompressedLayer(HandleLayer):
                 with torch.no_grad():
                     out, weights = self._attention(call, tracked)
         except KvcompError:
-            self._forget_pending()
+            self._forget_newest()
             raise
         chunk = () if self.pending is None else self.pending[:2]
         return without_gradient(out, call.query, *chunk), weights
@@ -295,7 +295,8 @@ class CompressedLayer(HandleLayer):
         counts: Tensor | None = None
         if past > store.history.length:  # chunks of the same prompt wait
             counts = store.history.counts + self.pending.counts(n)
-            if seen is not None and seen.past is not None and bool((seen.past.cpu() != counts[:, None]).any()):
+            shown = past if seen is None or seen.past is None else seen.past.cpu()
+            if bool((counts[:, None] != shown).any()):
                 raise UnsupportedError(
                     "the attention mask hides or shows other tokens of the prompt than those that were no padding when "
                     f"they came: {WAY_ON}"
@@ -310,22 +311,22 @@ class CompressedLayer(HandleLayer):
             turns.entered = False
 
     def counted(self) -> tuple[Tensor, int]:
-        """Real tokens of each row, int64 [B], and columns, those of a pending chunk included."""
-        history, pending = self.store.history, self.pending
+        """Real tokens of each row, int64 [B], and columns, those of pending chunks included, which go on waiting."""
+        history, pending = self._store.history, self.pending
         if pending is None:
             return history.counts, history.length
-        n = pending.keys.shape[2]
-        new = n if pending.valid is None else pending.valid.sum(-1).cpu()
-        return history.counts + new, history.length + n
+        return history.counts + pending.counts(0), history.length + pending.keys.shape[2]
 
     def _tracked(self) -> bool:
         return self.pending is not None and (self.pending.keys.requires_grad or self.pending.values.requires_grad)
 
-    def _forget_pending(self) -> None:
-        """Go on as if the pending chunk had not come."""
+    def _forget_newest(self) -> None:
+        """Go on as if the newest pending chunk had not come: those before it wait again."""
         if self.pending is not None and self.turns is not None:
-            self.turns.crop(self.pending.keys.shape[2])
-        self.pending = None
+            waited = 0 if self.earlier is None else self.earlier.keys.shape[2]
+            self.turns.crop(self.pending.keys.shape[2] - waited)
+        self.pending, self.earlier = self.earlier, None
+        self.waiting = self.pending is not None
 
     def settle(self) -> None:
         """Let the store settle after a step, where that waited for the layers that attend to the same tokens."""
@@ -343,7 +344,7 @@ class CompressedLayer(HandleLayer):
         come."""
         assert self.pending is not None
         n, queries = query.shape[2], query if self.plan.needs_queries else None
-        self.pending = self.pending.completed(n, valid, queries, scale)
+        self.pending, self.earlier = self.pending.completed(n, valid, queries, scale), None
         waits = self.plan.reconstructs and self.store.history.length == 0  # until the prompt was repeated
         announced, more = self.to_come is not None, self.gathers if self.to_come is None else self.to_come > n
         self.to_come = self.to_come - n if self.to_come is not None and more else None
@@ -358,7 +359,7 @@ class CompressedLayer(HandleLayer):
 
     def commit(self) -> None:
         """Write the pending chunk to the store."""
-        self.waiting = False
+        self.waiting, self.earlier = False, None
         if self.pending is not None:
             chunk, self.pending = self.pending.whole(), None
             if chunk.keys.shape[2]:

@@ -61,7 +61,7 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == columns + n:
         valid, shown = mask[:, columns:].bool(), mask[:, :columns].bool().sum(-1)
     elif mask is None and columns and layer.pending is None:
-        refuse_unmasked(layer.store.history)
+        refuse_unmasked(layer._store.history)
     if layer.is_initialized:
         turns.check(positions, counts, columns, valid, shown)
     elif positions.shape[0] == (rows := len(positions if ids is None else ids)):

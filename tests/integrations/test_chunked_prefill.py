@@ -220,6 +220,47 @@ def test_surgery_between_chunks(look: str, tmp_path: Path) -> None:
         assert cache.get_seq_length() == 101
 
 
+@pytest.mark.parametrize("announced", [False, True])
+@pytest.mark.parametrize("spec", ["knorm(keep=0.5)", "snapkv(keep=0.5, window=8)", "h2o(budget=40)"])
+def test_a_look_at_lengths_and_a_refused_chunk_end_no_round(spec: str, announced: bool) -> None:
+    """Chunks go on waiting whatever is asked of sizes, and whichever chunk is refused in between."""
+    model = models.make("llama", num_hidden_layers=2)
+    ids, mask = left_padded([90, 61])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def step(cache: CompressedCache, end: int, shown: Tensor | None, start: int) -> None:
+        model(ids[:, end - 15 : end], attention_mask=shown, past_key_values=cache, position_ids=positions[:, start:end])
+
+    plain, looked = CompressedCache(spec, model), CompressedCache(spec, model, max_tokens=90)
+    if announced:
+        for layer in [*plain.layers, *looked.layers]:
+            layer.expect(90)
+    wrong, again = mask.clone(), torch.arange(15).expand(2, -1)
+    wrong[1, 29:31] = 0  # shown before
+    with torch.no_grad():
+        for end in range(15, 91, 15):
+            step(plain, end, mask[:, :end], end - 15)
+            step(looked, end, mask[:, :end], end - 15)
+            if not 45 <= end < 90:
+                continue
+            waited = [layer.pending.keys.shape[2] for layer in looked.layers]
+            assert looked.layers[0].keys.shape[2] == looked.layers[0].counted()[1] == looked.get_seq_length() == end
+            for shown in (wrong[:, : end + 15], None):
+                with pytest.raises(KvcompError, match="mask"):
+                    step(looked, end + 15, shown, end)
+            with pytest.raises(KvcompError, match="position 0"):
+                model(ids[:, :15], attention_mask=mask[:, : end + 15], past_key_values=looked, position_ids=again)
+            with pytest.raises(KvcompError, match="exceed"):
+                model(ids.repeat(1, 2), past_key_values=looked)
+            with pytest.raises(KvcompError, match="2 rows"):
+                model(ids[:1, :15], past_key_values=looked)
+            assert [layer.pending.keys.shape[2] for layer in looked.layers] == waited
+            assert looked.get_seq_length() == end
+    assert kept(looked) == kept(plain)
+    for ours, theirs in zip(looked.layers, plain.layers, strict=True):
+        torch.testing.assert_close(ours.store._tokens(0)[1], theirs.store._tokens(0)[1], rtol=0, atol=0)
+
+
 def test_a_first_token_that_comes_alone_is_warned_of() -> None:
     """Tokens that come one at a time are generated ones, as far as a cache can tell."""
     model, ids = models.make("llama", num_hidden_layers=1), tokens(1, 40)
