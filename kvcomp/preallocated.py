@@ -78,7 +78,9 @@ class PreallocatedStore:
         if not self._fits(store, pages):
             self._allocate(store, pages)
         self.codec = store.codec
-        if not self.host:  # recorded graphs know the first one's tensors
+        if self.host:  # those of the first one are held by nobody else
+            self.adapted = store.codec.state()
+        else:  # recorded graphs know them
             adapted = store.codec.state()
             for name, tensor in self.adapted.items():
                 tensor.copy_(adapted[name])

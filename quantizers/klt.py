@@ -41,6 +41,7 @@ SETTLED = 16  # tokens per channel from which on a moment is taken as it is
 DOUBT = 1.0  # of the mean variance is added to the moment of as few tokens as channels
 DECAY = {True: 2.8, False: 1.6}  # of weighted variances: unit i of centred keys, or of values, has ~ (i + 1)^-DECAY
 LOUD = 4.0  # as in `weights`: at 2, the loud tokens that texts have by themselves cost 10 % of the divergence
+SHORT = 2.0  # the norm of a value is at most so many times that of its coordinates
 LARGEST = 1e30  # keys and values beyond saturate, which float16 norms do far earlier
 
 
@@ -80,9 +81,11 @@ class KltSide:
     nothing at equal width and makes heavy-tailed coordinates Gaussian.
 
     Keys are centred, and their norm is that of the coordinates. Values are not, and theirs is their own: many heads
-    rest on tokens of tiny values, which then have tiny errors too. Codes of few bits are short, and attention would
-    lean to exact tokens: the norm that is stored makes up for it, token by token, so that k . k^ = |k|^2 under the
-    weight of the basis, and |v^| = |v| of what has bits.
+    rest on tokens of tiny values, which then have tiny errors too; but it is at most SHORT times that of the
+    coordinates. Values of a stream whose tokens are all alike use few coordinates, which would lie between the
+    innermost levels. Codes of few bits are short, and attention would lean to exact tokens: the norm that is stored
+    makes up for it, token by token, so that k . k^ = |k|^2 under the weight of the basis, and |v^| = |v| of what has
+    bits.
 
     bits: code bits per element; the units' widths always sum to `bits` x units, so that the layout is known beforehand.
     """
@@ -159,7 +162,8 @@ class KltSide:
         used, which = (streams % len(self.dual)).unique(return_inverse=True)
         write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
         z = (x if self.mean is None else x - self.mean[used][which, None]) @ write[which]
-        return z, _rms(x if self.mean is None else z)
+        size = _rms(z)
+        return z, size if self.mean is not None else _rms(x).minimum(SHORT * size)
 
     def encode(self, x: Tensor, streams: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] of `streams` [M] -> fields."""

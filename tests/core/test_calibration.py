@@ -290,9 +290,15 @@ def test_paths_of_no_file(method: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(40 * 10**9)
-    for path in (tmp_path / "pipe", "/dev/zero", tmp_path, "~nosuchuser/x", "a\0b", "a\ud800b", tmp_path / "sparse"):
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path, "~nosuchuser/x", tmp_path / "sparse"):
         assert digest(path) is None
         with pytest.raises(CalibrationError, match=r"cannot be read|no calibration file"):
+            use(path, method)
+    for path in ("a\0b", "a\ud800b"):  # specs refuse them before anything is looked for
+        assert digest(path) is None
+        with pytest.raises(CalibrationError, match=r"cannot be read|no calibration file"):
+            load(path, method)
+        with pytest.raises(SpecError, match="calibration must be text, without control characters"):
             use(path, method)
 
 

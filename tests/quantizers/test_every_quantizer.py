@@ -103,12 +103,15 @@ class Lab:
         return self.made[kind]
 
     def quantizer(self, spec: str, kind: str, given: Inputs) -> Quantizer:
-        """The quantizer of `spec`, with a file for FILE that was calibrated on `given`, which `kind` names."""
+        """The quantizer of `spec`, with a file for FILE that was calibrated on `given`, which `kind` names. think
+        takes a usual chunk in place of zeros."""
         quantizer = Stack.parse(spec).quantizer
         if not isinstance(quantizer, Calibrated) or quantizer.calibration is None:
             return quantizer
         file = self.folder / f"{quantizer.name} {kind}"
         if not file.exists():
+            if quantizer.name == "think" and not given[1].any():  # scores of keys that are all 0 are refused
+                given = chunk(given[1].shape[1], given[1].shape[-1])
             moments = Moments()
             moments.add(*given)
             save(file, quantizer.name, [moments.result()])
