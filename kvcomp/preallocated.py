@@ -130,7 +130,7 @@ class PreallocatedStore:
         held = (len(self.seen), self.k.shape[0], self.k.shape[2], self.v.shape[2], self.k.dtype, self.k.device)
         streams = store.rows * store.heads
         asked = (store.rows, streams, store.k_dim, store.v_dim, store.dtype, store.device)
-        if self.adapted.keys() != store.codec.state().keys():  # one was saved before its codec adapted to anything
+        if not self.host and self.adapted.keys() != store.codec.state().keys():  # saved before codecs adapted to that
             return False
         return held == asked and self.ids.shape[1] >= pages
 
@@ -144,7 +144,7 @@ class PreallocatedStore:
                 f"{name} adapts to pages as they are written, on the host: without preallocate= it is served"
             )
         self.codec, self.layout = store.codec, store.layout
-        self.adapted = store.codec.state()
+        self.adapted = {} if self.host else store.codec.state()
         self.k = torch.zeros(streams, self.plan.slots, store.k_dim, dtype=store.dtype, device=device)
         self.v = torch.zeros(streams, self.plan.slots, store.v_dim, dtype=store.dtype, device=device)
         self.pool = PagePool(store.layout, device)
