@@ -608,7 +608,7 @@ class LayerStore:
         if not self.started:
             return {}
         pages, table = compact(self.pool, self.table)
-        watched = self.table.received if self.plan.watched else None
+        watched = self.table.received
         return {
             "rows": self.rows,
             "heads": self.heads,
@@ -623,6 +623,7 @@ class LayerStore:
             "index": {} if self.index is None else self.index.state(),
             "compacted": None if self.compacted is None else self.compacted._asdict(),
             "tail": self.tail,
+            "prompt": None if self.prompt is None else [list(numbers) for numbers in self.prompt],
         }
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:

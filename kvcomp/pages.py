@@ -344,7 +344,7 @@ class PageTable:
         state.require(owned == pages, f"there are {pages} pages, but the table has {owned}")
         received = state.get("received")
         if received is not None:  # caches saved before policies watched have none
-            state.require(self.received is not None, "received is there, but no policy of the stack watches")
+            state.require(self.received is not None, "received is there, but nothing watches")
             received = state.finite("received", (streams, longest, 2), torch.float32)
             state.require(not (received < 0).any(), "received has negative numbers")
         self.rows, self.counts, self.received = rows, counts, received

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     *("rows", "heads", "fields", "pages", "table", "counts", "received"),
-    *("exact", "history", "codec", "index", "compacted", "tail"),
+    *("exact", "history", "codec", "index", "compacted", "tail", "prompt"),
 )
 WIDEST = 2048  # channels of a head that a file may have: bases are square matrices of so many
 
@@ -42,9 +42,12 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
         raise KvcompError(f"layer {plan.layer} holds pages of {held}, but the stack makes {short(fields)}")
     pages = state.tensor("pages", (None, store.layout.bytes_per_page), torch.uint8)
     store.exact.restore(exact, device)
+    if state.get("prompt") is not None and plan.trims:
+        store.table.begin_watch()
     store.table.restore(state, len(pages))
     store.pool.data = pages.to(device)
     store.history.restore(state.part("history"))
+    store.prompt = _prompt(store, state)
     for name, adapted in (("codec", store.codec), ("index", store.index)):
         given = State({} if state.get(name) is None else state[name], f"{state.where}.{name}")
         if adapted is None:
@@ -59,6 +62,19 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
         store.compacted = CompactSpans.restored(state.part("compacted"), like, plan.page_size, device)
     store.tail = None if state["tail"] is None else state.integer("tail", 0, store.history.length)
     _check_kept(store, state)
+
+
+def _prompt(store: LayerStore, state: State) -> tuple[list[int], list[int]] | None:
+    """What `LayerStore.prompt` was, if a prompt had begun; files of the first kvcomp do not tell."""
+    if state.get("prompt") is None:
+        return None
+    given = State(dict(zip(("seen", "held"), state.sequence("prompt", 2), strict=True)), f"{state.where}.prompt")
+    seen, held = given.sequence("seen", store.rows), given.sequence("held", store.rows * store.heads)
+    limits = store.history.counts.tolist()
+    for name, numbers, most in (("seen", seen, limits), ("held", held, [n for n in seen for _ in range(store.heads)])):
+        fits = all(type(n) is int and 0 <= n <= limit for n, limit in zip(numbers, most, strict=True))
+        given.require(fits, f"{name} has {short(numbers)}, expected integers from 0 to {short(most)}")
+    return seen, held
 
 
 def _check_kept(store: LayerStore, state: State) -> None:

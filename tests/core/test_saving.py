@@ -120,14 +120,15 @@ def test_a_store_goes_on_as_if_it_had_never_been_saved(
         apply(store, name, seed)
     save(path, spec, store)
     (again,) = load(path)
-    assert_same(store, again)
     size, was, held = data_bytes(path), store.held(set()), again.held(set())
     learned = sum(t.nbytes for t in store.codec.state().values())
     assert size == sum(held.values()) - held["constants"] + learned
     assert held["slack"] == 0
-    spare = (store.table.rows.shape[1] - store.table.longest) * len(store.table.rows) * store.table.rows.itemsize
+    wide = [x for x in (store.table.rows, store.table.received) if x is not None]
+    spare = sum(x[:, store.table.longest :].numel() * x.itemsize for x in wide)
     cropped = was["history"] - sum(t.nbytes for t in store.history.tensors())  # masks that are views
     assert size == sum(was.values()) - was["constants"] + learned - was["slack"] - spare - cropped
+    assert_same(store, again)
     for name, seed in after:
         assert apply(store, name, seed) == apply(again, name, seed)
         assert_same(store, again)
@@ -145,6 +146,50 @@ def test_a_file_of_what_was_loaded_is_the_same_file(spec: str, tmp_path: Path) -
     assert all(torch.equal(one[name], two[name]) for name in one)
     said = [safe_open(tmp_path / name, framework="pt").metadata() for name in ("one", "two")]
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "(budget" in spec])
+def test_a_prompt_goes_on_after_it_was_saved_between_chunks(spec: str, tmp_path: Path) -> None:
+    """Its budget is that of the whole prompt, whichever of its chunks came before."""
+    store = make(spec)
+    for tokens in (25, 131):
+        apply(store, "write", tokens)
+    again = store
+    for tokens in (39, 89, 7):
+        save(tmp_path / "store", spec, again)
+        (again,) = load(tmp_path / "store")
+        assert again.prompt == store.prompt
+        for each in (store, again):
+            assert not apply(each, "write", tokens)
+        assert_same(store, again)
+    for each in (store, again):
+        apply(each, "append", 3)
+    assert again.prompt is store.prompt is None
+    save(tmp_path / "store", spec, again)
+    assert_same(store, *load(tmp_path / "store"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("x", "prompt is 'x', expected a list of 2"),
+        ([[0, 0]], "prompt is a list, expected a list of 2"),
+        ([[0], [0] * 4], "prompt: seen is a list, expected a list of 2"),
+        ([[0, 0], [0] * 5], "prompt: held is a list, expected a list of 4"),
+        ([[0, -1], [0] * 4], r"prompt: seen has \[0, -1\], expected integers from 0 to \[25, 25\]"),
+        ([[0, 26], [0] * 4], r"prompt: seen has \[0, 26\]"),
+        ([[0, True], [0] * 4], r"prompt: seen has \[0, True\]"),
+        ([[0, 0.5], [0] * 4], r"prompt: seen has \[0, 0.5\]"),
+        ([[3, 3], [3, 3, 4, 3]], r"prompt: held has \[3, 3, 4, 3\], expected integers from 0 to \[3, 3, 3, 3\]"),
+    ],
+)
+def test_a_prompt_that_never_began_so(prompt: Any, words: str) -> None:
+    store, plan = make("none"), Stack.parse("none").plan(0, 1)
+    x = random(0, 2, 2, 25, 32)
+    store.write(x, x, None)
+    LayerStore(plan).restore({name: x for name, x in store.state().items() if name != "prompt"}, CPU)  # an older file's
+    with pytest.raises(KvcompError, match=words):
+        LayerStore(plan).restore(store.state() | {"prompt": prompt}, CPU)
 
 
 def test_pages_that_rows_share_are_written_once(tmp_path: Path) -> None:
