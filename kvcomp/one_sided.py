@@ -44,7 +44,7 @@ class OneSidedCodec(Codec):
     """A codec whose keys or values have 0 channels, of one whose have `STAND_IN`: zeros, which are not stored."""
 
     def __init__(self, codec: Codec, shape: PageShape) -> None:
-        self.codec, self.shape = codec, shape
+        self.codec, self.shape, self.hosted = codec, shape, codec.hosted
         self._fields = tuple(field for field in codec.fields if _stored(field, shape))
         self._missing = tuple(field for field in codec.fields if not _stored(field, shape))
 
@@ -80,8 +80,14 @@ class OneSidedCodec(Codec):
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         self.codec.observe(streams, _fill(queries))
 
-    def fit(self, streams: Tensor, keys: Tensor, values: Tensor) -> None:
-        self.codec.fit(streams, _fill(keys), _fill(values))
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
+        self.codec.fit(streams, _fill(keys), _fill(values), due)
+
+    def room(self, streams: int) -> None:
+        self.codec.room(streams)
+
+    def fix(self, mean: Tensor | None) -> None:
+        self.codec.fix(mean if self.shape.k_dim else None)
 
     def select(self, streams: Tensor) -> None:
         self.codec.select(streams)
@@ -96,6 +102,9 @@ class OneSidedCodec(Codec):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self.codec.restore(state)
+
+    def lacks(self, paged: Tensor) -> str | None:
+        return self.codec.lacks(paged)
 
 
 def _fill(x: Tensor) -> Tensor:

@@ -97,8 +97,9 @@ def _sample(name: str, tensor: Tensor) -> bytes:
         UnsupportedError: a tensor whose elements cannot be read.
     """
     try:
-        if is_traceable_wrapper_subclass(tensor):
-            inner = tensor.__tensor_flatten__()[0]
+        packed: Any = tensor
+        if is_traceable_wrapper_subclass(packed):
+            inner = packed.__tensor_flatten__()[0]
             return b"".join(_sample(f"{name}.{part}", getattr(tensor, part)) for part in inner)
         state, scales = getattr(tensor, "quant_state", None), list[bytes]()
         while state is not None:  # of 4-bit weights of bitsandbytes: scales of blocks, and perhaps those of the scales

@@ -20,7 +20,8 @@ def restore_library(layer: Any, state: State, device: torch.device) -> None:
     Raises:
         DamagedError: attributes that the layer does not have, or values that it cannot have.
     """
-    state.only(*vars(layer), *_assigned(type(layer)))
+    kind: type[object] = type(layer)
+    state.only(*vars(layer), *_assigned(kind))
     for name, value in state.items():
         state.require(_can_be(value, vars(layer).get(name)), f"{name} is {described(value)}")
     if isinstance(state.get("keys"), Tensor) or state.get("is_initialized") != vars(layer).get("is_initialized"):

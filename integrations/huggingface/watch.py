@@ -38,7 +38,7 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Tell the cache of a forward which ids come, and let it refuse positions before anything is written."""
     if torch.compiler.is_compiling():
         return
-    cache = next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+    cache: Any = next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
     layer = next((x for x in getattr(cache, "layers", ()) if isinstance(x, CompressedLayer)), None)
     if layer is None or layer.turns is None:
         return
@@ -54,7 +54,7 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if n == 1 and not turns.asked and positions.device.type != "cpu":
         return
     valid = shown = None
-    again = cache is not None and layer.record_past and n > 1 and n >= int(layer.get_seq_length()) > 0
+    again = layer.record_past and n > 1 and n >= int(layer.get_seq_length()) > 0
     if again and int(positions[0, 0]) == 0:  # assisted decoding feeds all of a second turn again
         cache.reset()
     counts, columns = layer.counted()

@@ -79,12 +79,12 @@ def _rotary(config: Any, dim: int) -> tuple[Tensor, float]:
     """Frequencies float64 [n] of pairs of channels (i, n + i), and what the embedding multiplies keys by."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", "default")
     if kind in ROPE_INIT_FUNCTIONS:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return frequencies.double(), float(factor)
-    theta = rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
-    share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0)
+    theta = float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+    share = float(rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0))
     rotated = int(dim * share)
-    return float(theta) ** -(torch.arange(0, rotated, 2, dtype=torch.float64, device="cpu") / rotated), 1.0
+    return theta ** -(torch.arange(0, rotated, 2, dtype=torch.float64, device="cpu") / rotated), 1.0
