@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-from functools import cache
 from inspect import isfunction
 from typing import Any
 
@@ -20,8 +19,7 @@ def restore_library(layer: Any, state: State, device: torch.device) -> None:
     Raises:
         DamagedError: attributes that the layer does not have, or values that it cannot have.
     """
-    kind: type[object] = type(layer)
-    state.only(*vars(layer), *_assigned(kind))
+    state.only(*vars(layer), *_assigned(type(layer)))
     for name, value in state.items():
         state.require(_can_be(value, vars(layer).get(name)), f"{name} is {described(value)}")
     if isinstance(state.get("keys"), Tensor) or state.get("is_initialized") != vars(layer).get("is_initialized"):
@@ -37,7 +35,6 @@ def _on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-@cache
 def _assigned(kind: type) -> frozenset[str]:
     """Attributes that the methods of a class assign, such as those that the first tokens bring."""
     functions = [value for base in kind.__mro__ for value in vars(base).values() if isfunction(value)]
