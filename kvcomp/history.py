@@ -111,9 +111,14 @@ class History:
         twin.runs, twin.counts = list(self.runs), self.counts.clone()
         return twin
 
+    @property
+    def unpadded(self) -> bool:
+        """Whether no run says where padding is."""
+        return all(valid is None for _, valid in self.runs)
+
     def valid(self) -> Tensor | None:
         """bool [B, length], or None where there was no padding."""
-        if all(valid is None for _, valid in self.runs):
+        if self.unpadded:
             return None
         rows = len(self.counts)
         every = torch.ones(rows, 1, dtype=torch.bool, device="cpu")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class SideLayout:
     segments: tuple[Segment, ...]
     gain: Gain | None = None
 
-    @property
+    @cached_property
     def channels(self) -> int:
         return sum(segment.channels for segment in self.segments)
 

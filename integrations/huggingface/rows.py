@@ -15,6 +15,8 @@ WAY_ON = "pass the mask of the whole conversation, or reset() the cache and feed
 
 def refuse_unmasked(history: History) -> None:
     """Raise an UnsupportedError where no mask came, which shows all columns, though some hold padding."""
+    if history.unpadded:
+        return
     if history.total != len(history.counts) * history.length:
         raise UnsupportedError(
             "no attention mask came, or one of ones alone, which shows padding that an earlier mask hid and the cache "
