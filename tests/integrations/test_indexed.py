@@ -98,9 +98,7 @@ def test_positions_that_an_indexer_holds_follow_the_cache(tmp_path: Path) -> Non
     held = [layer for layer in cache.layers if hasattr(layer, "indexer_position_ids")]
     theirs = [x.indexer_position_ids for x in dense.past_key_values.layers if hasattr(x, "indexer_position_ids")]
     wide = torch.cat([mask, torch.ones(2, 4, dtype=mask.dtype)], 1)
-    if (
-        not theirs
-    ):  # indexers of transformers 5.19 hold no positions, and second turns of this model are not served there
+    if not theirs:  # transformers 5.19 holds no positions, and second turns are not served there
         return
     assert held[0].indexer_position_ids.shape == theirs[0].shape == (3, 2, 93)
     memory = cache.memory()
