@@ -30,7 +30,7 @@ from kvcomp.benchmarks.samples import Sample
 from kvcomp.benchmarks.tasks import GROUPS, expand, find_task, origins
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
-from kvcomp.integrations.models import load_model, on_disk
+from kvcomp.integrations.huggingface.models import load_model, on_disk
 from kvcomp.text import quote
 
 Missing = dict[tuple[str, int], dict[int, list[Stack]]]  # stacks by task and context, and by the index of a sample

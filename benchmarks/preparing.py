@@ -13,7 +13,7 @@ from kvcomp.benchmarks.tasks import find_task
 from kvcomp.errors import KvcompWarning
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.integrations.configs import decoder_config, max_positions
-from kvcomp.integrations.models import load_config, load_tokenizer
+from kvcomp.integrations.huggingface.models import load_config, load_tokenizer
 from kvcomp.text import quote
 
 Place = tuple[str, int]  # a task at a context

@@ -30,8 +30,8 @@ from kvcomp.benchmarks.results import ACCURACY, NLL, Record, RunError
 from kvcomp.benchmarks.samples import Sample
 from kvcomp.benchmarks.tasks import find_task
 from kvcomp.errors import KvcompError
-from kvcomp.integrations.models import load_tokenizer, locate
-from kvcomp.integrations.shapes import model_shape
+from kvcomp.integrations.huggingface.models import load_tokenizer, locate
+from kvcomp.integrations.huggingface.shapes import model_shape
 from kvcomp.ledger import MIB
 
 FORCED = "kvcomp_forced"  # the name under which a request carries the tokens that it shall begin with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part, attend, merge
+from kvcomp.attention import Part, Tokens, attend, merge
 from kvcomp.errors import KvcompWarning
-from kvcomp.exact import ExactBuffer, Tokens
-from kvcomp.kernel_layout import Sides
-from kvcomp.pages import PageLayout, PagePool
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec
 
 from . import cpu, flashinfer, reference
@@ -106,24 +105,6 @@ def by_triton(
     return both._replace(groups=part.groups)
 
 
-def write_pages(
-    pool: PagePool,
-    ids: Tensor,
-    codec: Codec,
-    keys: Tensor,
-    values: Tensor,
-    streams: Tensor,
-    summaries: Mapping[str, Tensor],
-) -> None:
-    """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, and summary fields
-    [M, ...], in the pages ids int64 [M] of the pool: in one pass, where a kernel can."""
-    if not encode_pages(pool.data, ids, pool.layout, codec, keys, values, streams):
-        pool.write(ids, codec.encode(keys, values, streams) | dict(summaries))
-        return
-    for name, view in pool.layout.views(pool.data, summary=True).items():
-        view[ids.to(view.device)] = summaries[name]
-
-
 def encode_pages(
     pool: Tensor,
     ids: Tensor,
@@ -134,8 +115,9 @@ def encode_pages(
     streams: Tensor,
     rows: Tensor | None = None,
 ) -> bool:
-    """As `write_pages`, by a kernel, into the records ids of a pool uint8 [records, bytes]; summaries are then still to
-    be written. False, and nothing is done, where no kernel can write these pages.
+    """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, in one pass, in the
+    records ids int64 [M] of a pool uint8 [records, bytes]; summaries are then still to be written. False, and nothing
+    is done, where no kernel can write these pages.
 
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`. On a GPU, ids below 0 are written nowhere.
@@ -201,17 +183,6 @@ def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
     if x.is_cpu and cpu.library() is not None:
         return cpu.runs(x, starts, width)
     return x[starts[..., None] + torch.arange(width, device=x.device)]
-
-
-def append_token(exact: ExactBuffer, keys: Tensor, values: Tensor) -> None:
-    """One more token for every stream of a buffer: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
-    if keys.is_cpu and cpu.library() is not None and keys.is_contiguous() and values.is_contiguous():
-        exact.make_room()
-        if cpu.append(exact.k, exact.v, exact.counts, keys, values):
-            exact.grown()
-            return
-    streams = len(exact.counts)
-    exact.append(keys.reshape(streams, -1), values.reshape(streams, -1))
 
 
 def _with_tokens(queries: Tensor, tokens: Tokens | None, scale: float, softcap: float | None, part: Part) -> Part:

@@ -20,8 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvcomp.attention import Part
 from kvcomp.errors import KvcompWarning
-from kvcomp.kernel_layout import Floats, Numbers, Sides
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Floats, Numbers, Sides
 
 WHERE = "FlashInfer (Triton in graphs, in torch.inference_mode, and for a table that is read once)"
 DIMS = (64, 128, 256)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, attend, joined
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec
 
 MAX_DECODED = 1 << 19  # decoded elements of K (and of V) at once: 2 MiB of float32, which caches hold

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvcomp.pages import PageLayout, Summary
+from kvcomp.layout import PageLayout, Summary
 
 from . import cpu
 from .dispatch import MOST_ROWS, on_gpu

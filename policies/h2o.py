@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvcomp.registry import register
 from kvcomp.stages import Chunk, arg
+from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
 from .votes import votes

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.kernels.dispatch import on_gpu
-from kvcomp.registry import register
 from kvcomp.stages import Chunk, Policy, arg
+from kvcomp.stages.registry import register
 
 from .budgets import keep_best_of_heads, keep_count
 

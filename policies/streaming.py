@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.registry import register
 from kvcomp.stages import Chunk, Held, Policy, arg
+from kvcomp.stages.registry import register
 
 
 @register("streaming")

@@ -8,8 +8,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Sides
-from kvcomp.pages import Field
+from kvcomp.layout import Field
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape
 
 from .per_stream import TINY, PerStream, weights

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvcomp.kernel_layout import Floats, Plane, SideLayout
-from kvcomp.pages import Field
+from kvcomp.layout import Field
+from kvcomp.segments import Floats, Plane, SideLayout
 
 from .packing import code_fields, code_planes, pack_codes, unpack_codes
 

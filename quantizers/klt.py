@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.calibration import FILE, Tensors
+from kvcomp.calibration.file import FILE, Tensors
+from kvcomp.calibration.fitting import QueryMoments
+from kvcomp.calibration.statistics import Statistics, weighted_directions
 from kvcomp.errors import SpecError
-from kvcomp.fitting import QueryMoments
-from kvcomp.kernel_layout import Codebook, Gain, Plane, SideLayout, Sides
-from kvcomp.pages import Field
-from kvcomp.registry import register
+from kvcomp.layout import Field
+from kvcomp.segments import Codebook, Gain, Plane, SideLayout, Sides
 from kvcomp.stages import Codec, PageShape, arg
+from kvcomp.stages.registry import register
 from kvcomp.state import DamagedError, State, described
-from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, rotation
 from .calibrated import CalibratedQuantizer

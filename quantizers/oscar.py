@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import FILE, Tensors
-from kvcomp.registry import register
+from kvcomp.calibration.file import FILE, Tensors
+from kvcomp.calibration.statistics import Statistics
 from kvcomp.stages import PageShape, arg
+from kvcomp.stages.registry import register
 from kvcomp.state import State
-from kvcomp.statistics import Statistics
 
 from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer, check_inverse

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcomp import saving
+from kvcomp.cache import saving
+from kvcomp.cache.layer import Shared
+from kvcomp.cache.saving import FilePath
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import Shared
 from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
 from kvcomp.modes import normal_tensors, outside_inference
-from kvcomp.saving import FilePath
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 from ..configs import cache_layers, caches_latents, decoder_config, field, library_layer, max_positions
 from .compact import Compaction, compact

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcomp.calibration import Calibrated, Calibration, Seen
+from kvcomp.calibration.file import Calibrated, Calibration, Seen
+from kvcomp.calibration.statistics import Moments
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.registry import find, stages
-from kvcomp.statistics import Moments
+from kvcomp.stages.registry import find, stages
 
 from ..configs import cache_layers, caches_latents, decoder_config, library_layer, max_positions
 from .attention_module import output_projection

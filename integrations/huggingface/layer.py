@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, causal, sink_logit
+from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import LayerStore, Shared
 from kvcomp.ledger import add_parts, storage_bytes
 from kvcomp.modes import normal_tensors, outside_inference, without_gradient
-from kvcomp.plan import LayerPlan
+from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
 
 from .adapters import adapters_of

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from kvcomp.attention import Part
+from kvcomp.cache.layer import Shared
+from kvcomp.cache.preallocated import PreallocatedStore, decode_step, why_not
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import Shared
 from kvcomp.ledger import add_parts
 from kvcomp.modes import outside_inference, without_gradient
-from kvcomp.plan import LayerPlan
-from kvcomp.preallocated import PreallocatedStore, decode_step, why_not
+from kvcomp.stages.plan import LayerPlan
 
 from ..configs import caches_latents
 from .handles import Call, Handle, given_dtypes

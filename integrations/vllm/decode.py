@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcomp.exact import Tokens
+from kvcomp.attention import Tokens
 from kvcomp.kernels import dispatch
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec
 
 from .pages import Cells, Pages

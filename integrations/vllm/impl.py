@@ -14,12 +14,11 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from kvcomp.attention import Part, attend_causal, merge
+from kvcomp.attention import Part, Tokens, attend_causal, merge
 from kvcomp.errors import UnsupportedError
-from kvcomp.exact import Tokens
 from kvcomp.kernels.dispatch import attend_pages, attend_tokens
 from kvcomp.kernels.select import regroup
-from kvcomp.pages import Summary
+from kvcomp.layout import Summary
 from kvcomp.stages import Choice, Summaries
 
 from .decode import DecodeStep

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kvcomp.errors import UnsupportedError
 from kvcomp.finite import saturated
 from kvcomp.kernels.dispatch import encode_pages
-from kvcomp.pages import SUMMARY, Field
+from kvcomp.layout import SUMMARY, Field
 
 from .setup import HOST, Setup
 

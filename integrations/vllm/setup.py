@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from kvcomp.errors import SpecError, UnsupportedError
-from kvcomp.plan import RECEIVED, LayerPlan
 from kvcomp.policies.scored import ScoredPolicy
 from kvcomp.policies.streaming import Streaming
-from kvcomp.stack import Stack
 from kvcomp.stages import PageShape
+from kvcomp.stages.plan import RECEIVED, LayerPlan
+from kvcomp.stages.stack import Stack
 
 from .checks import check_engine, check_stages
 from .plugin import VARIABLE

@@ -13,11 +13,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
-from kvcomp.pages import SUMMARY, PageLayout, Summary
+from kvcomp.layout import SUMMARY, PageLayout, Summary
+from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 
 from .loading import MISSING, load
 from .memory import given, records, table

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 
 from . import KINDS, NOTHING, _compiled, error, level
 from .memory import given, records

@@ -14,11 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import SideLayout, Sides
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
+from kvcomp.segments import SideLayout, Sides
 
 from . import chunks, ops, ops_records, ops_scores, pieces
 from .chunks import NOTHING

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 
 NUMBERS, BOOK = "numbers", "book"  # x = number; x = book[code] * norm of the token
 FLOATS = "floats"  # x = number of a format * scale of some channels of a token

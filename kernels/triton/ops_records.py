@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcomp.pages import SUMMARY, PageLayout
+from kvcomp.layout import SUMMARY, PageLayout
 
 from . import encode, pieces, tokens
 

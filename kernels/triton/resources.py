@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from kvcomp import Stack
 from kvcomp.console import Plain
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec, PageShape
 
 from . import (

@@ -19,7 +19,7 @@ from kvcomp.benchmarks.decoding import TIMED
 from kvcomp.benchmarks.results import Record, Results, RunError
 from kvcomp.benchmarks.ruler import TASKS, generate
 from kvcomp.benchmarks.summary import summarize
-from kvcomp.integrations.models import load_model
+from kvcomp.integrations.huggingface.models import load_model
 
 RECORD = Record(
     task="a",

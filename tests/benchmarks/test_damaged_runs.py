@@ -30,7 +30,7 @@ from kvcomp.benchmarks.report import publish
 from kvcomp.benchmarks.results import Results, RunError, read_run
 from kvcomp.benchmarks.schema import SchemaError, parse_json
 from kvcomp.benchmarks.tabular import csv_text
-from kvcomp.integrations.models import on_disk
+from kvcomp.integrations.huggingface.models import on_disk
 
 DEEP = "[" * 5000 + "]" * 5000
 RECORDS = [

@@ -19,7 +19,7 @@ from kvcomp.benchmarks.perplexity import TASKS
 from kvcomp.benchmarks.results import NLL, Record, Run, read_run
 from kvcomp.benchmarks.samples import TaskError
 from kvcomp.benchmarks.tasks import expand
-from kvcomp.integrations.models import load_model
+from kvcomp.integrations.huggingface.models import load_model
 
 CONTEXT = 400
 TEXT = TASKS["perplexity_text"]

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, KvcompWarning, Stack, UnsupportedError
-from kvcomp import layer as layer_module
-from kvcomp.layer import LayerStore
+from kvcomp.cache import layer as layer_module
+from kvcomp.cache.layer import LayerStore
 from kvcomp.sparse.quest import Quest
 
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (64, 128), (192, 128), (96, 80)]

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import Stack, UnsupportedError
-from kvcomp.bill import Assumption, bill, bills
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cost.bill import Assumption, bill, bills
+from kvcomp.cost.hardware import Gpu
+from kvcomp.cost.roofline import LayerShape, Matrices, ModelShape, decode
 from kvcomp.errors import KvcompError
-from kvcomp.hardware import Gpu
-from kvcomp.layer import LayerStore
 from kvcomp.ledger import add_parts, storage_bytes
-from kvcomp.plan import held_by_stream, held_parts, read_by_stream, read_parts
-from kvcomp.roofline import LayerShape, Matrices, ModelShape, decode
+from kvcomp.stages.plan import held_by_stream, held_parts, read_by_stream, read_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*same redundancy")
 STACKS = (

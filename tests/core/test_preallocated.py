@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, Stack, UnsupportedError
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.preallocated import PreallocatedStore, decode_step
 from kvcomp.errors import KvcompWarning
 from kvcomp.kernels.dispatch import reference_only
-from kvcomp.layer import LayerStore
-from kvcomp.preallocated import PreallocatedStore, decode_step
 
 WINDOW = "window(sinks=3, recent=5)"
 SETTLED = [  # by the prompt or before: every kind of grid and basis

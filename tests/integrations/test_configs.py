@@ -26,7 +26,7 @@ from kvcomp import CompressedCache, KvcompError, UnsupportedError
 from kvcomp.integrations.configs import cache_layers, caches_latents, field, max_positions
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
 from kvcomp.integrations.huggingface.saving import essentials
-from kvcomp.integrations.shapes import shape_of
+from kvcomp.integrations.huggingface.shapes import shape_of
 
 SMALL = {k: v for k, v in models.COMMON.items() if k != "num_hidden_layers"}
 

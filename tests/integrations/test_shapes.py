@@ -12,10 +12,10 @@ from generation import tokens
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 from kvcomp import CompressedCache, Stack, UnsupportedError
-from kvcomp.bill import bill
-from kvcomp.integrations.models import ModelError
-from kvcomp.integrations.shapes import builtin, model_shape, shape_of
-from kvcomp.roofline import ModelShape, decode
+from kvcomp.cost.bill import bill
+from kvcomp.cost.roofline import ModelShape, decode
+from kvcomp.integrations.huggingface.models import ModelError
+from kvcomp.integrations.huggingface.shapes import builtin, model_shape, shape_of
 
 # total parameters as the checkpoints have them, norms and biases included
 PUBLISHED = {

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.attention import Part, merge
+from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
+from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompWarning
-from kvcomp.exact import Tokens
 from kvcomp.kernels import cpu, dispatch, reference
 from kvcomp.kernels.cpu import loading
-from kvcomp.pages import PageLayout, PagePool
+from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec, PageShape
 
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Plane, Segment, SideLayout
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.pool import PagePool
 from kvcomp.kernels import cpu, dispatch
 from kvcomp.kernels.cpu import encode
-from kvcomp.layer import LayerStore
-from kvcomp.pages import PageLayout, PagePool
+from kvcomp.layout import PageLayout
 from kvcomp.quantizers.codecs import GridCodec, RawSide
 from kvcomp.quantizers.grid import UniformSide
 from kvcomp.quantizers.segments import SegmentedSide
+from kvcomp.segments import Codebook, Floats, Numbers, Plane, Segment, SideLayout
 from kvcomp.stages import Codec, PageShape
 
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")
@@ -317,7 +318,7 @@ def test_what_no_kernel_can_write_is_left_to_the_codec(spec: str, monkeypatch: p
     pool.data.fill_(0xFF)
     assert not dispatch.encode_pages(pool.data, ids, layout, codec, k, k, streams)
     assert bool((pool.data == 0xFF).all())
-    dispatch.write_pages(pool, ids, codec, k, k, streams, {})
+    pool.encode(ids, codec, k, k, streams, {})
     other.write(ids, codec.encode(k, k, streams))
     assert torch.equal(pool.data, other.data)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
+from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompError
-from kvcomp.exact import Tokens
 from kvcomp.kernels import cpu
 from kvcomp.kernels.cpu import encode
-from kvcomp.pages import SUMMARY, PageLayout, PagePool, Summary
+from kvcomp.layout import SUMMARY, PageLayout, Summary
 from kvcomp.stages import Codec, PageShape
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")

@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
 from kvcomp.benchmarks import speed
+from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompWarning
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import Sides
 from kvcomp.kernels import dispatch, flashinfer, reference
-from kvcomp.pages import PageLayout, PagePool
-from kvcomp.stack import Stack
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape
+from kvcomp.stages.stack import Stack
 
 CUDA_CORE_GROUPS = (1, 2, 3, 4, 8)  # that both 0.5 and 0.7 compile
 HALF = torch.bfloat16

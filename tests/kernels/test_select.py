@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp.kernels import cpu, select
-from kvcomp.pages import SUMMARY, Field, PageLayout, Summary
+from kvcomp.layout import SUMMARY, Field, PageLayout, Summary
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed")
 BEST = cpu.level() if cpu.library() is not None else 0

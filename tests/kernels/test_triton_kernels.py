@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.attention import Part, merge
+from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import Sides
+from kvcomp.cache.pool import PagePool
 from kvcomp.kernels import dispatch, reference, select
-from kvcomp.pages import PageLayout, PagePool, Summary
-from kvcomp.plan import LayerPlan
+from kvcomp.layout import PageLayout, Summary
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape
+from kvcomp.stages.plan import LayerPlan
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.kernel_layout import Codebook, Plane, SideLayout, Uniform
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.pool import PagePool
 from kvcomp.kernels import dispatch, reference
-from kvcomp.layer import LayerStore
-from kvcomp.pages import PageLayout, PagePool
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Codebook, Plane, SideLayout, Uniform
 from kvcomp.stages import Codec, PageShape
 
 if find_spec("triton") is None:
@@ -194,7 +195,7 @@ def test_what_the_kernel_cannot_write_is_left_to_the_codec(spec: str, monkeypatc
     pool.data.fill_(0xFF)
     assert not dispatch.encode_pages(pool.data, ids, layout, codec, k, k, streams)
     assert bool((pool.data == 0xFF).all())
-    dispatch.write_pages(pool, ids, codec, k, k, streams, {})
+    pool.encode(ids, codec, k, k, streams, {})
     other.write(ids, codec.encode(k, k, streams))
     assert torch.equal(pool.data, other.data)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.exact import Tokens
+from kvcomp.attention import Tokens
+from kvcomp.cache.layer import LayerStore
 from kvcomp.kernels import select
-from kvcomp.layer import LayerStore
-from kvcomp.pages import SUMMARY, Field, PageLayout
+from kvcomp.layout import SUMMARY, Field, PageLayout
 from kvcomp.policies import kvzip, votes
 from kvcomp.sparse import ranked
 from kvcomp.sparse.ranked import RankedSelector

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp import registry as reg
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.policies import votes as votes_module
 from kvcomp.policies.snapkv import SnapKV
 from kvcomp.policies.votes import votes
 from kvcomp.stages import Chunk, Policy
+from kvcomp.stages import registry as reg
 
 
 def attention_matrix(q: Tensor, k: Tensor, scale: float, alive: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.preallocated import PreallocatedStore
 from kvcomp.kernels.dispatch import reference_only
-from kvcomp.layer import LayerStore
 from kvcomp.ledger import storage_bytes
-from kvcomp.preallocated import PreallocatedStore
 from kvcomp.quantizers.centred import CentredCodec, centre
 
 WINDOW = "window(sinks=4, recent=32)"

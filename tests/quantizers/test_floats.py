@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.pages import PagePool
+from kvcomp.cache.pool import PagePool
 from kvcomp.quantizers.floats import e2m1_values, float8_values, to_e2m1
 from kvcomp.quantizers.packing import unpack_codes
 from kvcomp.stages import Codec, PageShape

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.layer import LayerStore
-from kvcomp.plan import held_parts, read_by_stream
+from kvcomp.cache.layer import LayerStore
 from kvcomp.quantizers import klt
 from kvcomp.quantizers.klt import DISTORTION, UNIT, KltCodec, KltSide, allocate, runs, scaled_directions
 from kvcomp.stages import PageShape
+from kvcomp.stages.plan import held_parts, read_by_stream
 
 CPU = torch.device("cpu")
 

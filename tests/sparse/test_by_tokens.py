@@ -11,13 +11,13 @@ from synthetic import save
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.calibration import CalibrationError
+from kvcomp.cache.layer import LayerStore
+from kvcomp.calibration.file import CalibrationError
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import code_dots, regroup
-from kvcomp.layer import LayerStore
-from kvcomp.plan import read_parts
 from kvcomp.sparse.codes import CODES, code_fields, encode, step
 from kvcomp.sparse.dsa import CONTEXTS, Dsa, Traces
+from kvcomp.stages.plan import read_parts
 
 TOKENWISE = ("none", "int(bits=4)", "int8", "fp8", "turboquant(bits=2.5)", "klt(bits=2)", "mxfp4")
 BY_PAGES = ("kivi(bits=2)", "nvfp4")

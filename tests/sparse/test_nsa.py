@@ -9,7 +9,7 @@ import torch
 
 from kvcomp import Stack
 from kvcomp.attention import attend
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
 
 
 @pytest.mark.parametrize("block", [8, 32, 64])

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend
+from kvcomp.cache.layer import LayerStore
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import vectors
-from kvcomp.layer import LayerStore
-from kvcomp.plan import held_parts, read_parts
 from kvcomp.sparse.dsa import Dsa, Traces
 from kvcomp.sparse.moba import MEAN, MoBA
 from kvcomp.sparse.nsa import NSA
@@ -27,6 +26,7 @@ from kvcomp.sparse.ranked import RankedSelector
 from kvcomp.sparse.sketch import Sketch
 from kvcomp.sparse.summaries import SCALE
 from kvcomp.stages import PageShape, Summaries
+from kvcomp.stages.plan import held_parts, read_parts
 
 QUANTIZERS = (
     "none",

@@ -13,8 +13,8 @@ import torch
 
 from kvcomp.integrations.vllm.setup import Setup
 from kvcomp.integrations.vllm.step import Step
-from kvcomp.stack import Stack
 from kvcomp.stages import Chunk
+from kvcomp.stages.stack import Stack
 
 HEADS, DIM = 2, 64
 COLUMNS = 24

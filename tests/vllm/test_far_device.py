@@ -21,7 +21,7 @@ from kvcomp.integrations.vllm.impl import PageAttention
 from kvcomp.integrations.vllm.setup import Setup
 from kvcomp.integrations.vllm.step import Step
 from kvcomp.kernels import dispatch
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 HEADS, GROUP, DIM, LAYER = 2, 3, 64, SimpleNamespace(layer_name="model.layers.2.self_attn.attn")
 HOST = torch.device("cpu")

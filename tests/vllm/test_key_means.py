@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Confi
 from kvcomp.integrations.vllm.key_means import POSITIONS, mean_keys, of_rank
 from kvcomp.integrations.vllm.pages import Pages
 from kvcomp.integrations.vllm.setup import Setup
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 HEADS, DIM = 3, 64
 SIZES = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}

@@ -13,7 +13,7 @@ import torch
 
 from kvcomp.integrations.vllm import plugin
 from kvcomp.integrations.vllm.setup import Setup
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 LAYERS, HEADS, DIM, LENGTH = 4, 2, 64, 1024
 STACKS = ["snapkv(budget=128, window=32) + int8", "streaming(sinks=4, recent=64) + int8"]

@@ -8,7 +8,7 @@ import torch
 from kvcomp.integrations.vllm.pages import Pages
 from kvcomp.integrations.vllm.setup import Setup
 from kvcomp.integrations.vllm.step import Step
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 HEADS, DIM, BLOCKS = 3, 64, 7
 
