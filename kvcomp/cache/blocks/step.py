@@ -155,9 +155,9 @@ class Step:
         cls,
         setup: Setup,
         heads: int,
-        starts: list[int],
-        lengths: list[int],
-        prompts: list[int],
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        prompts: Sequence[int],
         table: Tensor,
         slot_mapping: Tensor,
     ) -> Step:
