@@ -11,6 +11,7 @@ FLOORS = (
     ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger"),
     ("attention", "layout", "segments"),
     ("stages",),
+    ("architecture",),
     ("calibration",),
     ("kernels",),
     ("policies", "quantizers", "sparse"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvcomp.architecture import obstacle
 from kvcomp.cache import saving
 from kvcomp.cache.layer import Shared
 from kvcomp.cache.saving import FilePath
@@ -23,7 +24,7 @@ from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
 from kvcomp.modes import normal_tensors, outside_inference
 from kvcomp.stages.stack import Stack
 
-from ..configs import cache_layers, caches_latents, decoder_config, field, library_layer, max_positions
+from ..configs import cache_layers, decoder_config, field, layer_kinds, library_layer, max_positions
 from .compact import Compaction, compact
 from .contents import Contents
 from .fingerprint import fingerprint
@@ -77,7 +78,7 @@ class CompressedCache(Cache):
             max_tokens = max_positions(config)
         types, kwargs = cache_layers(config)
         if preallocate is not None:
-            check_room(config, types, preallocate, max_tokens)
+            check_room(config, preallocate, max_tokens)
         full = [i for i, kind in enumerate(types) if kind in OURS]
         choices: dict[int, Shared] = {}
         layers: list[Any] = []
@@ -126,14 +127,8 @@ class CompressedCache(Cache):
                 f"{alone} does not go through transformers' attention interface, so {type(model_or_config).__name__} "
                 "cannot be hooked: use the model's own cache"
             )
-        own = "caches latents (MLA)" if caches_latents(decoder) else None
-        if own is None and "indexed_attention" in (field(decoder, "layer_types") or ()):
-            own = "chooses tokens by an indexer of its own"
-        if own is not None and (self.stack.policies or self.stack.selector):
-            names = " and ".join(s.name for s in (*self.stack.policies, self.stack.selector) if s is not None)
-            raise UnsupportedError(
-                f"{decoder.model_type} {own}, which {names} cannot score yet: use a stack of a quantizer alone"
-            )
+        if (why := obstacle(layer_kinds(decoder), self.stack)) is not None:
+            raise UnsupportedError(f"{decoder.model_type} {why}")
         return decoder
 
     def detach(self) -> None:
