@@ -28,7 +28,6 @@ DOOR = "kvcomp"  # the package itself offers names of all floors, and imports no
 CIRCLES = (
     {"cache.layer", "cache.restoring"},
     {"integrations.huggingface.contents", "integrations.huggingface.layer"},
-    {"integrations.huggingface.cache", "integrations.huggingface.watch"},
     {"integrations.vllm.checks", "integrations.vllm.plugin", "integrations.vllm.setup", "integrations.vllm.specs"},
     {"benchmarks.bench", "benchmarks.vllm_engine"},
 )

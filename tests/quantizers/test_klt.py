@@ -238,7 +238,9 @@ def test_a_basis_of_few_tokens_serves_later_ones_that_vary_elsewhere(
 def test_a_moment_of_many_tokens_is_taken_as_it_is() -> None:
     covariance = torch.eye(64, dtype=torch.float64).expand(1, -1, -1)
     assert not directions.shrinkage(covariance, directions.SETTLED * 64).any()
-    assert float(directions.shrinkage(covariance, 128)[0, 3, 3]) == pytest.approx(directions.DOUBT * (64 / 128 - 1 / directions.SETTLED))
+    assert float(directions.shrinkage(covariance, 128)[0, 3, 3]) == pytest.approx(
+        directions.DOUBT * (64 / 128 - 1 / directions.SETTLED)
+    )
 
 
 def test_tokens_that_fill_no_page_come_back_as_they_are() -> None:
