@@ -34,6 +34,7 @@ from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer
 from .saving import check_kinds, differences, digests, essentials, layer_state, restore_layers, usable_device
+from .turns import Turns
 from .watch import reuse, turns_of, unwatch, watch
 
 
@@ -226,13 +227,16 @@ class CompressedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of a row, padding included. `generate` asks when a turn begins."""
-        turns = turns_of(self)
+        turns = self._turns()
         if turns is not None:
             turns.asked = True
         return super().get_seq_length(layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx)
+
+    def _turns(self) -> Turns | None:
+        return turns_of(self)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""
