@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kvcomp", "policies", "quantizers", "sparse", "kernels", "integrations", "benchmarks")
 # From the ground up. What shares a floor knows nothing of its neighbours; the ground floor is small modules.
 FLOORS = (
-    ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger"),
+    ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger", "geometry"),
     ("attention", "layout", "segments"),
     ("stages",),
     ("architecture",),
@@ -28,8 +28,6 @@ DOOR = "kvcomp"  # the package itself offers names of all floors, and imports no
 CIRCLES = (
     {"cache.layer", "cache.restoring"},
     {"integrations.huggingface.contents", "integrations.huggingface.layer"},
-    {"integrations.vllm.checks", "integrations.vllm.plugin", "integrations.vllm.setup", "integrations.vllm.specs"},
-    {"benchmarks.bench", "benchmarks.vllm_engine"},
 )
 
 

@@ -110,10 +110,10 @@ def _in_vllm(spec: str, head_dim: int) -> str:
     """Whether vLLM serves a stack, on one rank and without drafts; which needs no vLLM to be installed."""
     import torch
 
+    from kvcomp.cache.blocks.pages import Pages
+    from kvcomp.cache.blocks.setup import Setup
     from kvcomp.errors import UnsupportedError
     from kvcomp.integrations.vllm.checks import check_stages
-    from kvcomp.integrations.vllm.pages import Pages
-    from kvcomp.integrations.vllm.setup import Setup
     from kvcomp.stages.stack import Stack
 
     setup = Setup(Stack.parse(spec), 32, head_dim, torch.bfloat16, 0)

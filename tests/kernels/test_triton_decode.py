@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend, merge
-from kvcomp.integrations.vllm.decode import Decoder, DecodeStep, most_channels, obstacle
-from kvcomp.integrations.vllm.pages import Pages
-from kvcomp.integrations.vllm.setup import Setup
+from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
+from kvcomp.cache.blocks.pages import Pages
+from kvcomp.cache.blocks.setup import Setup
 from kvcomp.kernels import dispatch, reference
 
 if find_spec("triton") is None:

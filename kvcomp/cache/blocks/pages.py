@@ -1,4 +1,4 @@
-"""The pages of one layer in vLLM's pool: a record per (block, KV head)."""
+"""The pages of one layer in an engine's pool: a record per (block, KV head)."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Pages:
                 f"{setup.stack}: {plan.quantizer.name} settles on channels by the first text it sees, and vLLM's "
                 "workers and restarts would settle differently: use whole bits"
             )
-        self.one = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
-        if self.one is not None:
-            self.one.fix(means)
+        self.token_codec = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
+        if self.token_codec is not None:
+            self.token_codec.fix(means)
         self.pool = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def at(self, kv_cache: Tensor) -> Pages:
@@ -75,11 +75,11 @@ class Pages:
 
     def write_tokens(self, keys: Tensor, values: Tensor, cells: Cells) -> None:
         """Write tokens of keys and values [T, H, D] one by one."""
-        assert self.one is not None
+        assert self.token_codec is not None
         k, v = (self._finite(x[cells.tokens]).flatten(0, 1)[:, None] for x in (keys, values))  # [t * H, 1, D]
-        if encode_pages(self.pool, cells.records, self.layout, self.one, k, v, cells.heads, cells.rows):
+        if encode_pages(self.pool, cells.records, self.layout, self.token_codec, k, v, cells.heads, cells.rows):
             return
-        encoded, records = self.one.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
+        encoded, records = self.token_codec.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
         for field, rows in self._rows():
             rows[records, cells.rows] = encoded[field.name].flatten(1).contiguous().view(torch.uint8)
 

@@ -1,13 +1,13 @@
-"""Records in a pool as vLLM lays it out, and a step's view of it."""
+"""Records in an engine's pool, and a step's view of it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvcomp.integrations.vllm.pages import Pages
-from kvcomp.integrations.vllm.setup import Setup
-from kvcomp.integrations.vllm.step import Step
+from kvcomp.cache.blocks.pages import Pages
+from kvcomp.cache.blocks.setup import Setup
+from kvcomp.cache.blocks.step import Step
 from kvcomp.stages.stack import Stack
 
 HEADS, DIM, BLOCKS = 3, 64, 7
@@ -76,7 +76,7 @@ def test_tokens_that_come_from_pages(stack: str) -> None:
 def test_what_needs_a_window(stack: str) -> None:
     setup = setup_of(stack, drafts=3)
     assert not setup.by_token
-    assert setup.slots == setup.sinks + setup.recent + setup.page_size + 3
+    assert setup.slots == setup.geometry.sinks + setup.geometry.recent + setup.page_size + 3
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_every_token_is_read_once(stack: str) -> None:
         for group in step.groups:
             for row, request in enumerate(group.requests.tolist()):
                 pages, size = int(group.counts[row * HEADS]), setup.page_size
-                gone = setup.extent(past, 0).gap[1] if setup.streaming else 0
+                gone = setup.geometry.extent(past, 0).gap[1] if setup.geometry.newest else 0
                 if setup.by_token:
                     assert pages == past
                     pages = -(-past // size)
@@ -104,4 +104,4 @@ def test_every_token_is_read_once(stack: str) -> None:
                 assert group.pages[row * HEADS, :pages].tolist() == blocks.tolist()
                 slots = group.slots[row, : group.held[row]].tolist()
                 assert len(set(slots)) == len(slots)
-                assert all(slot < setup.sinks + setup.ring for slot in slots)
+                assert all(slot < setup.geometry.sinks + setup.geometry.ring for slot in slots)
