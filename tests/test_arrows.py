@@ -11,6 +11,7 @@ FLOORS = (
     ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger", "geometry"),
     ("attention", "layout", "segments"),
     ("stages",),
+    ("architecture",),
     ("calibration",),
     ("kernels",),
     ("policies", "quantizers", "sparse"),
@@ -27,7 +28,6 @@ DOOR = "kvcomp"  # the package itself offers names of all floors, and imports no
 CIRCLES = (
     {"cache.layer", "cache.restoring"},
     {"integrations.huggingface.contents", "integrations.huggingface.layer"},
-    {"integrations.huggingface.cache", "integrations.huggingface.watch"},
 )
 
 

@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 
 def _quantizers() -> list[str]:
     """All that need no file."""
-    from kvcomp.calibration.file import Calibrated
+    from kvcomp.calibration.stage import Calibrated
     from kvcomp.stages import Quantizer
     from kvcomp.stages.registry import stages
 

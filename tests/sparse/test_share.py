@@ -15,9 +15,9 @@ from torch import Tensor
 
 import kvcomp.cache.layer
 from kvcomp import CompressedCache, KvcompWarning, Stack, prefill
+from kvcomp.architecture import LayerShape, Matrices, ModelShape
 from kvcomp.cache.layer import Choice, LayerStore
 from kvcomp.cost.bill import bill
-from kvcomp.cost.roofline import LayerShape, Matrices, ModelShape
 from kvcomp.errors import SpecError
 from kvcomp.integrations.huggingface.lockstep import lockstep
 from kvcomp.ledger import add_parts
