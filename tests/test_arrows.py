@@ -26,7 +26,6 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOOR = "kvcomp"  # the package itself offers names of all floors, and imports none before it is asked
 # Circles of files that are still there.
 CIRCLES = (
-    {"cache.layer", "cache.restoring"},
     {"integrations.huggingface.contents", "integrations.huggingface.layer"},
 )
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 
 from kvcomp.architecture import LayerKind
 from kvcomp.attention import Part
+from kvcomp.cache.fixed import FixedStore, decode_step, why_not
 from kvcomp.cache.layer import Shared
-from kvcomp.cache.preallocated import PreallocatedStore, decode_step, why_not
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.ledger import add_parts
 from kvcomp.modes import outside_inference, without_gradient
@@ -63,7 +63,7 @@ class PreallocatedLayer(CompressedLayer):
         why = why_not(plan)
         if why is not None:
             raise UnsupportedError(f"preallocate={tokens}: {why}; leave one of the two out")
-        self.preallocated = PreallocatedStore(plan, tokens)
+        self.preallocated = FixedStore(plan, tokens)
         super().__init__(plan, None, prefill_chunk, choices)
 
     def reset(self) -> None:
@@ -222,7 +222,7 @@ class PreallocatedLayer(CompressedLayer):
         with self._given() as given:
             twin = super().fork(choices)
             assert isinstance(twin, PreallocatedLayer)
-            twin.preallocated = PreallocatedStore(self.plan, self.preallocated.tokens)
+            twin.preallocated = FixedStore(self.plan, self.preallocated.tokens)
         if given:
             twin.preallocated.take(twin.store)
         return twin

@@ -13,7 +13,7 @@ from generation import assert_same, greedy, left_padded, tokens
 from reachable import reachable_bytes
 from torch import Tensor
 
-import kvcomp.cache.layer
+import kvcomp.cache.reader
 from kvcomp import CompressedCache, KvcompWarning, Stack, prefill
 from kvcomp.architecture import LayerShape, Matrices, ModelShape
 from kvcomp.cache.layer import Choice, LayerStore
@@ -72,13 +72,13 @@ def test_plans_name_the_leader_among_the_layers_that_choose() -> None:
 def test_followers_read_the_pages_of_their_leader(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = stores_of(spec, 5)
     handed: list[Tensor] = []
-    attend_pages = kvcomp.cache.layer.attend_pages
+    attend_pages = kvcomp.cache.reader.attend_pages
 
     def watched(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, *rest: object) -> object:
         handed.append(torch.cat([ids, counts[:, None]], 1))
         return attend_pages(q, pool, ids, counts, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kvcomp.cache.layer.attend_pages", watched)
+    monkeypatch.setattr("kvcomp.cache.reader.attend_pages", watched)
     for i in range(40):  # over the ends of pages, which then begin or leave
         handed.clear()
         choices, tables = [], []
