@@ -25,9 +25,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOOR = "kvcomp"  # the package itself offers names of all floors, and imports none before it is asked
 # Circles of files that are still there.
-CIRCLES = (
-    {"integrations.huggingface.contents", "integrations.huggingface.layer"},
-)
+CIRCLES = ({"integrations.huggingface.contents", "integrations.huggingface.layer"},)
 
 
 def sources() -> dict[str, Path]:

@@ -8,6 +8,7 @@ import torch
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.cache.blocks.step import Step
+from kvcomp.errors import KvcompWarning
 from kvcomp.stages.stack import Stack
 
 HEADS, DIM, BLOCKS = 3, 64, 7
@@ -68,6 +69,35 @@ def test_tokens_that_come_from_pages(stack: str) -> None:
             assert torch.equal(now[from_page], was[from_page])
         wrong = (now - was).square().sum((1, 2)) / was.square().sum((1, 2))
         assert wrong.max() < (0.3 if stack == "int(bits=2)" else 0.05)
+
+
+@pytest.mark.parametrize("stack", ["int8", "turboquant(bits=4)", "kivi(bits=2)", "int8 + quest(pages=2)"])
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite(stack: str, spoilt: float) -> None:
+    """Pages are those of 0 in their place, and a warning says so, as everywhere else."""
+    setup = setup_of(stack)
+    k, v = torch.randn(2, HEADS, setup.page_size, DIM)
+    k[1, 3, 5] = v[2, 7] = 0
+    records = 2 * HEADS + torch.arange(HEADS)[:, None]
+
+    def written(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        pages = bound(setup)
+        if setup.by_token:
+            slots = 2 * setup.page_size + torch.arange(setup.page_size)
+            pages.write_tokens(k.transpose(0, 1), v.transpose(0, 1), pages.cells(slots))
+        else:
+            pages.write_pages(k, v, records)
+        return pages.pool
+
+    expected = written(k, v)
+    k[1, 3, 5] = v[2, 7] = spoilt
+    with pytest.warns(KvcompWarning) as seen:
+        found = written(k, v)
+    assert torch.equal(found, expected)
+    assert sorted(str(warning.message).split(" are ")[0] for warning in seen) == [
+        "keys of layer 3",
+        "values of layer 3",
+    ]
 
 
 @pytest.mark.parametrize(

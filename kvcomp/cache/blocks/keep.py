@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcomp.stages import Chunk, Held
 
 from .pages import Pages
-from .step import Group, Keep, Leave, Prompt
+from .step import Keep, Leave, Prompt
 from .windows import Windows
 
 
@@ -50,18 +50,6 @@ def score(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence[T
     """Add up what the queries of a part of a prompt give to all its tokens so far; arguments as of `keep_chosen`."""
     k, v = _tokens(pages, prompt, exact, new)
     pages.put_scores(prompt.cells, _summed(pages, prompt, new[0], k, v, scale))
-
-
-def watch(pages: Pages, group: Group, groups: Tensor, lse: Tensor) -> None:
-    """Add the attention that pages receive from queries behind prompts, the mean over the query heads of a KV head.
-
-    groups float32 [S, G * n, m]: the lse of each page read, lse [S, G * n] that of all.
-    """
-    n, places = group.new, group.pages.shape[1]
-    mass = (groups - lse[..., None]).exp().unflatten(1, (-1, n)).mean(1).sum(1)  # [S, m]
-    seen = torch.arange(places, device=mass.device) < (group.counts * group.behind)[:, None]
-    more = torch.stack([mass, torch.full_like(mass, n)], -1)
-    pages.receive(group.pages, torch.where(seen[..., None], more, 0))
 
 
 def evict_pages(pages: Pages, leave: Leave) -> None:

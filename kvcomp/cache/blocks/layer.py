@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.attention import Part, Tokens, attend_causal, merge
-from kvcomp.kernels.dispatch import attend_pages, attend_tokens
-from kvcomp.kernels.select import regroup
-from kvcomp.layout import Summary
-from kvcomp.stages import Choice, Summaries
+from kvcomp.attention import Tokens, attend_causal, merge
+from kvcomp.ledger import ReadPlan
 
+from .. import reader
+from ..reader import View
 from .decode import DecodeStep
-from .keep import evict_pages, keep_chosen, score, watch
+from .keep import evict_pages, keep_chosen, score
 from .pages import Pages
 from .step import Group, Prompt, Step
 from .windows import Windows
@@ -33,7 +32,7 @@ class BlockLayer:
     ) -> None:
         self.pages, self.windows, self.setup = pages, windows, pages.setup
         self.query_heads, self.scale, self.softcap = query_heads, scale, softcap
-        self.last_step: tuple[Group, Tensor, Tensor] | DecodeStep | None = None
+        self.last_step: ReadPlan | DecodeStep | None = None
 
     def attend(
         self,
@@ -64,14 +63,7 @@ class BlockLayer:
             return 0
         if isinstance(self.last_step, DecodeStep):
             return self.last_step.read(self.pages.layout)
-        group, pages, exact = self.last_step
-        layout = self.pages.layout
-        size = group.pages.nbytes + int(pages.sum()) * layout.body_bytes
-        if self.pages.index is not None:
-            size += int(group.counts.sum()) * layout.summary_bytes
-        if self.windows is None:  # tokens, which share nothing, and the new one is at hand
-            return group.pages.nbytes + int(pages.sum()) * (layout.body_bytes // layout.page_size)
-        return size + int(exact.sum()) * 2 * self.setup.dim * self.setup.dtype.itemsize
+        return sum(self.last_step.bytes().values())
 
     def _run(self, step: Step, query: Tensor, key: Tensor, value: Tensor, blocks: Tensor | None, out: Tensor) -> None:
         """Attention of the step's tokens without what follows it, written to `out` [T, Hq, D], and what they leave."""
@@ -136,15 +128,27 @@ class BlockLayer:
             return dense.transpose(1, 2)
         q = query.transpose(1, 2).reshape(requests * heads, queries, -1)  # [S, G * n, D]
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # [S, n, D]
-        exact = self._tokens(group, held, k, v)
-        parts = self._attend_pages(step, group, q, exact)
-        groups = parts[0].groups if parts else None
+        view = self._view(group, self._tokens(group, held, k, v))
+        how = {"single": n == 1, "watched": self.setup.geometry.limit is not None, "choices": step.choices}
+        read = reader.attend(self.pages.records, view, q, self.scale, self.softcap, **how)
+        if n == 1:
+            self.last_step = read.plan
+            if self.windows is not None and view.tokens is not None:
+                read.plan.add("window", 2 * self.setup.dim * self.setup.dtype.itemsize, view.tokens.counts)
+        parts = read.parts
         if n > 1:
-            parts.append(attend_causal(q.unflatten(1, (-1, n)), k, v, self.scale, self.softcap))
+            parts = [*parts, attend_causal(q.unflatten(1, (-1, n)), k, v, self.scale, self.softcap)]
         out, lse, _ = merge(parts)  # [S, G * n, D], [S, G * n]
-        if groups is not None:
-            watch(self.pages, group, groups, lse)
+        places = group.pages.shape[1]
+        if (mass := reader.received(read, lse, n, places)) is not None:
+            page = torch.arange(places, device=mass.device)
+            self.pages.receive(group.pages, mass, n, page < (group.counts * group.behind)[:, None])
         return out.view(requests, self.query_heads, n, -1).transpose(1, 2)
+
+    def _view(self, group: Group, exact: Tokens | None) -> View:
+        """What a group's queries may read."""
+        counts = group.counts
+        return View(group.pages, counts, exact, self.pages.heads, counts, counts, self.setup.by_token)
 
     def _tokens(self, group: Group, held: Tensor | None, key: Tensor, value: Tensor) -> Tokens | None:
         """The exact tokens that queries read behind the pages, of held [R, H, longest + 1, 2 * D].
@@ -163,44 +167,6 @@ class BlockLayer:
         held[every, group.exact] = torch.cat([key[:, 0], value[:, 0]], -1).to(held.dtype)
         k, v = held.chunk(2, -1)
         return Tokens(k, v, group.exact + 1)
-
-    def _attend_pages(self, step: Step, group: Group, q: Tensor, exact: Tokens | None) -> list[Part]:
-        """Attention of queries q [S, R, D] over the group's pages, or those a selector chooses, and exact tokens."""
-        pages = self.pages
-        pool, ids, counts = pages.pool, group.pages, group.counts
-        if not ids.shape[1]:
-            self._remember(group, counts, exact)
-            return [] if exact is None else [attend_tokens(q, exact, self.scale, self.softcap)]
-        choice, rest = self._choose(step, group, q) if group.new == 1 else (None, None)
-        if choice is not None and pages.by_tokens:
-            pool, counts = regroup(pages.layout, pool, ids, choice.positions), choice.valid // pages.layout.page_size
-            ids = torch.arange(len(pool), device=pool.device).view(len(ids), -1)
-        elif choice is not None:
-            ids, counts = ids.gather(1, choice.positions), choice.valid
-        self._remember(group, counts, exact)
-        watched = self.setup.geometry.limit is not None
-        how = pages.layout, pages.codec, self.scale, self.softcap, watched
-        part = attend_pages(q, pool, ids, counts, *how, exact, self.setup.by_token)
-        if part.groups is not None and choice is not None:
-            every = part.groups.new_full((*part.groups.shape[:2], group.pages.shape[1]), -torch.inf)
-            place = choice.positions[:, None].expand_as(part.groups)  # of what is not valid: any, with -inf
-            part = part._replace(groups=every.scatter_reduce(2, place, part.groups, "amax"))
-        return [part] if rest is None else [part, rest]
-
-    def _remember(self, group: Group, pages: Tensor, exact: Tokens | None) -> None:
-        """Keep what `read` counts: a step of single tokens reads so many pages [S], and exact tokens."""
-        if exact is not None and group.new == 1:
-            self.last_step = group, pages, exact.counts
-
-    def _choose(self, step: Step, group: Group, q: Tensor) -> tuple[Choice | None, Part | None]:
-        """What single queries q [S, G, D] read of the pages (None: all), and attention over what stands for others."""
-        pages, plan, index = self.pages, self.pages.plan, self.pages.index
-        if index is None:
-            return (None, None) if plan.leader is None else (step.choices.get(plan.leader), None)
-        summary = Summary(pages.layout, pages.pool, group.pages, group.counts)
-        held = Summaries(summary, group.counts, self.pages.heads, pages.layout.page_size, pages.by_tokens)
-        choice = step.choices[plan.layer] = index.choose(q, self.scale, held)
-        return choice, index.rest(q, self.scale, held, choice, self.softcap)
 
 
 def _of_prompt(

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcomp.stages import Choice
-
 from ..geometry import Extent
+from ..reader import Shared
 from .pages import Cells
 from .setup import Setup
 
@@ -148,7 +147,7 @@ class Step:
     then: Step | None = None
     cells: Cells | None = None
     starts: list[Tensor] = field(default_factory=list)
-    choices: dict[int, Choice] = field(default_factory=dict)
+    choices: dict[int, Shared] = field(default_factory=dict)
 
     @classmethod
     def of(
