@@ -292,6 +292,9 @@ class FixedStore:
         at = streams if due is None else slice(None)
         return self.k[at, self.plan.sinks :], self.v[at, self.plan.sinks :]
 
+    def fresh(self, streams: Tensor) -> bool:
+        return not self.host or not bool(self.pages[streams].all())
+
     def new_pages(self, streams: Tensor, m: int, due: Tensor | None = None) -> Tensor:
         ids = (self.first + self.pages)[streams]
         ids = ids if due is None else torch.where(due, ids, -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 import kvcomp.cache.reader
 from kvcomp import CompressedCache, KvcompWarning, Stack, prefill
 from kvcomp.architecture import LayerShape, Matrices, ModelShape
-from kvcomp.cache.layer import Choice, LayerStore
+from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.cost.bill import bill
 from kvcomp.errors import SpecError
 from kvcomp.integrations.huggingface.lockstep import lockstep
@@ -29,7 +29,7 @@ ROWS, HEADS, DIM = 2, 2, 32
 
 def stores_of(spec: str, layers: int, lengths: tuple[int, ...] = (200, 150)) -> list[LayerStore]:
     """The stores of a cache whose layers hold the same numbers of tokens."""
-    stack, choices, n = Stack.parse(spec), dict[int, Choice](), max(lengths)
+    stack, choices, n = Stack.parse(spec), dict[int, Shared](), max(lengths)
     stores = [LayerStore(stack.plan(i, layers), choices) for i in range(layers)]
     valid = torch.arange(n) >= n - torch.tensor(lengths)[:, None]
     for i, store in enumerate(stores):
