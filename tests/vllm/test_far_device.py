@@ -12,7 +12,6 @@ from far_device import FAR, FarDevice
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from kvcomp.attention import Part
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.vllm import backend, impl, window
 from kvcomp.integrations.vllm.backend import StepBuilder
@@ -123,18 +122,10 @@ def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             engine.forward(step, *new)
 
 
-def by_reference(*args: Any, tokens: Any, in_tokens: bool, workspace: Tensor) -> Part:
-    """`dispatch.by_triton`, as its specification."""
-    queries, pool, ids, counts, layout, codec, _, scale, softcap, lse_of_pages = args
-    args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens, in_tokens
-    return dispatch.attend_pages(*args)
-
-
 @pytest.mark.parametrize("stack", ["none", "int(bits=4)", "int(bits=2, basis=hadamard)", "turboquant(bits=3)", "mxfp4"])
 def test_a_decode_step_is_a_step(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned on the device, with padding behind the requests, or on the host: the same attention, the same pool."""
     engine = Engine(stack, HOST, monkeypatch)
-    monkeypatch.setattr(dispatch, "by_triton", by_reference)
     lengths = [1, 63, 64, 65, 200]
     pages, past = engine.attention.bind(LAYER.layer_name, HOST).at(engine.pool), [n - 1 for n in lengths]
     before_them = engine.slots([0, *torch.tensor(past).cumsum(0).tolist()], past)
