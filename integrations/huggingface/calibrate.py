@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvcomp.architecture import without
-from kvcomp.calibration.file import Calibrated, Calibration, Seen
+from kvcomp.calibration.file import Calibration
+from kvcomp.calibration.stage import Calibrated, Seen
 from kvcomp.calibration.statistics import Moments
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages.registry import find, stages

@@ -49,15 +49,15 @@ def doctor(
     """
     import torch
 
-    from kvcomp.kernels import cpu
+    from kvcomp.kernels import backends
 
     about = Table.grid(padding=(0, 2))
     for package in PACKAGES:
         about.add_row(package, _version(package))
     about.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     about.add_row("CPU", f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()} threads")
-    found = cpu.library() is not None
-    about.add_row("C kernels", f"installed, {cpu.LEVELS[cpu.level()]}" if found else "not installed")
+    for backend in backends.ALL:
+        about.add_row(f"{backend.name} kernels", backend.missing() or backend.installed())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     about.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
     console = Plain(width=120)
@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 
 def _quantizers() -> list[str]:
     """All that need no file."""
-    from kvcomp.calibration.file import Calibrated
+    from kvcomp.calibration.stage import Calibrated
     from kvcomp.stages import Quantizer
     from kvcomp.stages.registry import stages
 
@@ -110,10 +110,10 @@ def _in_vllm(spec: str, head_dim: int) -> str:
     """Whether vLLM serves a stack, on one rank and without drafts; which needs no vLLM to be installed."""
     import torch
 
+    from kvcomp.cache.blocks.pages import Pages
+    from kvcomp.cache.blocks.setup import Setup
     from kvcomp.errors import UnsupportedError
     from kvcomp.integrations.vllm.checks import check_stages
-    from kvcomp.integrations.vllm.pages import Pages
-    from kvcomp.integrations.vllm.setup import Setup
     from kvcomp.stages.stack import Stack
 
     setup = Setup(Stack.parse(spec), 32, head_dim, torch.bfloat16, 0)

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import Stack, UnsupportedError
+from kvcomp.architecture import LayerShape, Matrices, ModelShape
 from kvcomp.cache.layer import LayerStore
 from kvcomp.cost.bill import Assumption, bill, bills
 from kvcomp.cost.hardware import Gpu
-from kvcomp.cost.roofline import LayerShape, Matrices, ModelShape, decode
+from kvcomp.cost.roofline import decode
 from kvcomp.errors import KvcompError
 from kvcomp.ledger import add_parts, storage_bytes
 from kvcomp.stages.plan import held_by_stream, held_parts, read_by_stream, read_parts

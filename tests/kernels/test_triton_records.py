@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import cycle
@@ -15,6 +16,7 @@ from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.pool import PagePool
 from kvcomp.kernels import dispatch, reference
+from kvcomp.kernels.triton_backend import Triton
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Plane, SideLayout, Uniform
 from kvcomp.stages import Codec, PageShape
@@ -28,6 +30,12 @@ if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from kvcomp.kernels import triton as kernels  # noqa: E402
 from kvcomp.kernels.triton import ops_records, pieces  # noqa: E402
+
+
+def by_triton() -> AbstractContextManager[None]:
+    """Inside, the Triton kernels serve what they can, on any device."""
+    return dispatch.using(Triton(anywhere=True))
+
 
 UNIFORM = [  # every granularity, width and option, and what is stored without a grid
     ("none", [64, 80, 100, 256]),
@@ -167,16 +175,16 @@ def test_codes_that_share_a_norm_are_the_codecs(spec: str, dim: int, size: int, 
 @pytest.mark.parametrize(
     "spec", ["kivi(bits=4)", "turboquant(bits=4)", "turboquant(bits=4, variant=prod)", "klt(bits=6)"]
 )
-def test_what_is_written_is_read(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_is_read(spec: str) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
     codec, layout = built(spec, 64, torch.float32, DEVICE)
     sizes = torch.linspace(1, -1, 64, device=DEVICE).exp()
     k, v = (torch.randn(2, layout.page_size, 64, device=DEVICE) * sizes for _ in range(2))
     pool = PagePool(layout, DEVICE)
     ids, streams = pool.allocate(2), torch.zeros(2, dtype=torch.int64, device=DEVICE)
     pool.data.fill_(0xFF)
-    assert dispatch.encode_pages(pool.data, ids, layout, codec, k, v, streams)
+    with by_triton():
+        assert dispatch.encode_pages(pool.data, ids, layout, codec, k, v, streams)
     q, held = torch.randn(1, 3, 64, device=DEVICE), torch.tensor([2], device=DEVICE)
     part = reference.attend_pages(q, pool.data, ids[None].to(DEVICE), held, layout, codec, 0.125)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k.flatten(0, 1)[None], v.flatten(0, 1)[None])
@@ -184,8 +192,7 @@ def test_what_is_written_is_read(spec: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("spec", ["int(bits=3, group=4)"])
-def test_what_the_kernel_cannot_write_is_left_to_the_codec(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
+def test_what_the_kernel_cannot_write_is_left_to_the_codec(spec: str) -> None:
     codec, layout = built(spec, 64, torch.float32)
     k = torch.randn(2, layout.page_size, 64)
     streams = torch.zeros(2, dtype=torch.int64)
@@ -193,9 +200,10 @@ def test_what_the_kernel_cannot_write_is_left_to_the_codec(spec: str, monkeypatc
     ids = pool.allocate(2)
     other.allocate(2)
     pool.data.fill_(0xFF)
-    assert not dispatch.encode_pages(pool.data, ids, layout, codec, k, k, streams)
-    assert bool((pool.data == 0xFF).all())
-    pool.encode(ids, codec, k, k, streams, {})
+    with by_triton():
+        assert not dispatch.encode_pages(pool.data, ids, layout, codec, k, k, streams)
+        assert bool((pool.data == 0xFF).all())
+        pool.encode(ids, codec, k, k, streams, {})
     other.write(ids, codec.encode(k, k, streams))
     assert torch.equal(pool.data, other.data)
 
@@ -230,9 +238,9 @@ def test_a_store_writes_its_pages_so(spec: str, monkeypatch: pytest.MonkeyPatch)
 
     expected, called = held(), []
     real = kernels.write
-    monkeypatch.setattr(dispatch, "on_gpu", lambda _: True)
     monkeypatch.setattr(kernels, "write", lambda *args: called.append(len(args[1])) or real(*args))
-    found = held()
+    with by_triton():
+        found = held()
     assert len(called) > 1
     assert torch.equal(found.table.ids(), expected.table.ids())
     used = found.pool.owned()

@@ -16,11 +16,12 @@ from torch import Tensor
 import kvcomp.cache.reader
 from kvcomp import CompressedCache, KvcompWarning, Stack, prefill
 from kvcomp.architecture import LayerShape, Matrices, ModelShape
-from kvcomp.cache.layer import LayerStore, Shared
+from kvcomp.cache.layer import LayerStore
 from kvcomp.cost.bill import bill
 from kvcomp.errors import SpecError
 from kvcomp.integrations.huggingface.lockstep import lockstep
 from kvcomp.ledger import add_parts
+from kvcomp.stages import Choice
 from kvcomp.stages.plan import held_parts, read_parts
 
 SPEC = "kivi(bits=4, group=16) + moba(pages=3, share=3) + window(sinks=2, recent=8)"
@@ -29,7 +30,7 @@ ROWS, HEADS, DIM = 2, 2, 32
 
 def stores_of(spec: str, layers: int, lengths: tuple[int, ...] = (200, 150)) -> list[LayerStore]:
     """The stores of a cache whose layers hold the same numbers of tokens."""
-    stack, choices, n = Stack.parse(spec), dict[int, Shared](), max(lengths)
+    stack, choices, n = Stack.parse(spec), dict[int, Choice](), max(lengths)
     stores = [LayerStore(stack.plan(i, layers), choices) for i in range(layers)]
     valid = torch.arange(n) >= n - torch.tensor(lengths)[:, None]
     for i, store in enumerate(stores):

@@ -2,7 +2,7 @@
 
 Each request brings one token, which is written into its page and attends to itself exactly, and to those before it as
 their pages have them. What is launched follows from how many requests there are, and from the longest there may be;
-everything else is in buffers whose addresses stay. Needs nothing of vLLM.
+everything else is in buffers whose addresses stay.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from .pages import Cells, Pages
 
 def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
     """Why tokens of a layer cannot be decoded so, with `rows` queries a KV head; None: they can."""
-    if pages.one is None:
+    if pages.token_codec is None:
         return "its tokens are not written into pages one by one"
     if (why := dispatch.obstacle(pages.codec, pages.layout, device, rows)) is not None:
         return why
-    sides, on = pages.one.kernel_sides(), pages.pool.device
+    codec, on = pages.token_codec, pages.pool.device
+    sides = codec.kernel_sides()
     token = torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=on)
-    if sides is None or pages.one.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
+    if sides is None or codec.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
         return "no kernel writes its tokens"
-    from kvcomp.kernels import triton
-
-    return triton.write_obstacle(sides)
+    return dispatch.write_obstacle(sides, pages.layout, device)
 
 
 def most_channels(codecs: Sequence[Codec]) -> int:
@@ -74,10 +73,8 @@ class DecodeStep:
         streams, requests = len(self.ids), len(self.ids) // pages.heads
         q = query[:requests].reshape(streams, -1, query.shape[2])  # [S, G, D]
         k, v = (x[:requests].reshape(streams, 1, -1) for x in (key, value))
-        sides = pages.codec.kernel_sides()
-        assert sides is not None
-        part = dispatch.by_triton(
-            *(q, pages.pool, self.ids, self.counts, pages.layout, pages.codec, sides, scale, softcap, False),
+        part = dispatch.attend_pages(
+            *(q, pages.pool, self.ids, self.counts, pages.layout, pages.codec, scale, softcap),
             tokens=Tokens(k, v, self.own),
             in_tokens=True,
             workspace=self.workspace,
