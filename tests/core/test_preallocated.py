@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, Stack, UnsupportedError
-from kvcomp.cache.fixed import FixedStore, decode_step
+from kvcomp.cache.fixed import FixedStore
 from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.operator import decode_step
 from kvcomp.errors import KvcompWarning
 from kvcomp.kernels.dispatch import reference_only
 
