@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,11 @@ class BlockLayer:
         q = query.transpose(1, 2).reshape(requests * heads, queries, -1)  # [S, G * n, D]
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # [S, n, D]
         view = self._view(group, self._tokens(group, held, k, v))
-        how = {"single": n == 1, "watched": self.setup.geometry.limit is not None, "choices": step.choices}
+        how: dict[str, Any] = {
+            "single": n == 1,
+            "watched": self.setup.geometry.limit is not None,
+            "choices": step.choices,
+        }
         read = reader.attend(self.pages.records, view, q, self.scale, self.softcap, **how)
         if n == 1:
             self.last_step = read.plan
