@@ -89,11 +89,11 @@ def encode_pages(
     rows: Tensor | None = None,
 ) -> bool:
     """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, in one pass, in the
-    records ids int64 [M] of a pool uint8 [records, bytes]; summaries are then still to be written. False, and nothing
-    is done, where no kernel can write these pages.
+    records ids int64 [M] of a pool uint8 [records, bytes], those below 0 nowhere; summaries are then still to be
+    written. False, and nothing is done, where no kernel can write these pages.
 
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
-    of a layout that is `tokenwise`. On a GPU, ids below 0 are written nowhere.
+    of a layout that is `tokenwise`.
     """
     sides = codec.kernel_sides()
     if sides is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -42,6 +42,37 @@ class Traffic:
     def ratio(self) -> float:
         """How many times less than dense."""
         return self.dense / self.read if self.read else float("nan")
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """What attention read: by part, how many things of how many bytes. Numbers that a device holds stay there until
+    somebody asks for `bytes`: a decode step does not wait for them."""
+
+    counted: list[tuple[str, int, int | Tensor]] = field(default_factory=list)
+
+    def add(self, part: str, size: int, count: int | Tensor = 1) -> None:
+        """`count` more things of `size` bytes; a tensor stands for its sum, and must not change later."""
+        if isinstance(count, Tensor) and count.is_cpu:
+            count = sum(count.tolist())
+        self.counted.append((part, size, count))
+
+    def bytes(self) -> dict[str, int]:
+        """By part. Waits for the device where a number is there."""
+        return add_counts((part, size * int(n if isinstance(n, int) else n.sum())) for part, size, n in self.counted)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Numbers that are not known to the host."""
+        return [count for _, _, count in self.counted if isinstance(count, Tensor)]
+
+
+def add_counts(parts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Sum by part, in the order in which parts come; empty parts stay."""
+    total: dict[str, int] = {}
+    for name, size in parts:
+        total[name] = total.get(name, 0) + size
+    return total
 
 
 def storage_bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:

@@ -85,18 +85,7 @@ class ScoredPolicy(Policy):
         raise NotImplementedError
 
     @property
-    def voters(self) -> int | None:
-        """How many of the last queries `scores` looks at: it needs no others. None: at all of them."""
-        return None if self.needs_queries else 0
-
-    @property
-    def averages(self) -> bool:
-        """Whether `scores` are means over the queries, so that an engine which cuts a prompt may add up its parts."""
-        return False
-
-    @property
     def uniform(self) -> bool:
-        """Whether every head of every layer keeps exactly `kept` tokens."""
         return self.threshold is None and self.layers == "uniform" and self.heads != "adaptive"
 
     @property
@@ -149,6 +138,10 @@ class ScoredPolicy(Policy):
     @property
     def watches(self) -> bool:
         return self.hold and self.budget is not None
+
+    @property
+    def limit(self) -> int | None:
+        return self.budget if self.watches else None
 
     @property
     def expires(self) -> bool:

@@ -50,6 +50,10 @@ class Streaming(Policy):
         return self.chunk
 
     @property
+    def keeps_newest(self) -> int:
+        return self.recent
+
+    @property
     def same_tokens(self) -> tuple[str, ...]:
         return "heads", "layers"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcomp.calibration.file import Blank, Calibrated, Tensors
+from kvcomp.calibration.stage import Blank, Calibrated, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.layout import Field
 from kvcomp.ledger import storage_bytes

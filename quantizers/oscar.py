@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.calibration.file import FILE, Tensors
+from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.stages import PageShape, arg
 from kvcomp.stages.registry import register

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.calibration.file import FILE, Tensors, own
+from kvcomp.calibration.stage import FILE, Tensors, own
 from kvcomp.calibration.statistics import Statistics, weighted_directions
 from kvcomp.errors import SpecError
 from kvcomp.stages import PageShape, arg

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.calibration.file import FILE, Tensors
+from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.stages import PageShape, arg
 from kvcomp.stages.registry import register

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.calibration.file import FILE, Calibrated
+from kvcomp.calibration.stage import FILE, Calibrated
 from kvcomp.calibration.statistics import weighted_directions
 from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
 from kvcomp.stages.registry import register

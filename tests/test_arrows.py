@@ -8,9 +8,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kvcomp", "policies", "quantizers", "sparse", "kernels", "integrations", "benchmarks")
 # From the ground up. What shares a floor knows nothing of its neighbours; the ground floor is small modules.
 FLOORS = (
-    ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger"),
+    ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger", "geometry"),
     ("attention", "layout", "segments"),
     ("stages",),
+    ("architecture",),
     ("calibration",),
     ("kernels",),
     ("policies", "quantizers", "sparse"),
@@ -24,13 +25,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOOR = "kvcomp"  # the package itself offers names of all floors, and imports none before it is asked
 # Circles of files that are still there.
-CIRCLES = (
-    {"cache.layer", "cache.restoring"},
-    {"integrations.huggingface.contents", "integrations.huggingface.layer"},
-    {"integrations.huggingface.cache", "integrations.huggingface.watch"},
-    {"integrations.vllm.checks", "integrations.vllm.plugin", "integrations.vllm.setup", "integrations.vllm.specs"},
-    {"benchmarks.bench", "benchmarks.vllm_engine"},
-)
+CIRCLES = ({"integrations.huggingface.contents", "integrations.huggingface.layer"},)
 
 
 def sources() -> dict[str, Path]:

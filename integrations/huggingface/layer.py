@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcomp.attention import Part, causal, sink_logit
 from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.ledger import add_parts, storage_bytes
+from kvcomp.ledger import ReadPlan, storage_bytes
 from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
@@ -171,7 +171,7 @@ class CompressedLayer(HandleLayer):
         new = key_states, value_states
         self.pending, self.attended = Pending(*new) if earlier is None else earlier.followed_by(*new), False
         self.waiting, self.earlier = False, earlier
-        self.store.read = {}  # of the step that begins
+        self.store.reads = []  # of the step that begins
         if self.turns is not None:
             self.turns.take(self.store.rows, n)
         return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
@@ -282,9 +282,9 @@ class CompressedLayer(HandleLayer):
             visible = read_mask(call.mask, store.history.length, n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
-        read, dense = store.read, store.dense_read
+        reads, dense = store.reads, store.dense_read
         part = store.attend(query, scale, softcap, chunk)
-        store.read = add_parts([read, store.read])
+        store.reads = reads + store.reads
         store.dense_read += dense
         return answered(part, call), None
 
@@ -398,13 +398,14 @@ class CompressedLayer(HandleLayer):
                 stacklevel=2,
             )
             self.warned = True
-        past, read = self.store.padded()[which], self.store.read
+        store = self.store
+        past, plan = store.padded()[which], ReadPlan()
         if self.cut and torch.is_grad_enabled():
             past = without_gradient(past, torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
-        read["pages"] = read.get("pages", 0) + self.store.table.total * self.store.layout.body_bytes
-        read["window"] = read.get("window", 0) + int(self.store.exact.counts.sum()) * self.store.exact.token_bytes
-        read["dense copy"] = read.get("dense copy", 0) + past.nbytes
-        self.store.dense_read = self.store.dense_bytes
+        plan.add("pages", store.layout.body_bytes, store.table.total)
+        plan.add("window", store.exact.token_bytes, store.exact.counts)
+        plan.add("dense copy", past.nbytes)
+        store.reads, store.dense_read = [*store.reads, plan], store.dense_bytes
         return torch.cat([past, new], 2)
 
     @outside_inference

@@ -20,14 +20,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kvcomp.cost.roofline import LayerShape, Matrices, ModelShape
+from kvcomp.architecture import LayerKind, LayerShape, Matrices, ModelShape
 from kvcomp.errors import UnsupportedError
-from kvcomp.integrations.configs import cache_layers, caches_latents, decoder_config, field, max_positions
+from kvcomp.integrations.configs import cache_layers, decoder_config, field, layer_kinds, max_positions
 from kvcomp.text import quote
 
 from .models import ModelError, explained, locate
 
-WINDOWS = ("sliding_attention", "chunked_attention")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 CHOSEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts")
 
@@ -93,7 +92,6 @@ def shape_of(outer: PreTrainedConfig, name: str, weight_bits: float | None = Non
         dtype=str(dtype).removeprefix("torch."),
         itemsize=dtype.itemsize,
         positions=max_positions(config),
-        latent=caches_latents(config),
     )
 
 
@@ -158,17 +156,18 @@ class _Bits:
 def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name: str) -> Iterator[LayerShape]:
     """What each layer caches, and what its attention multiplies."""
     widths = {key: parameter.shape[0] for key, parameter in model.named_parameters() if key.endswith("k_proj.weight")}
-    kinds, options = cache_layers(config)
-    for i, (kind, option, own) in enumerate(zip(kinds, options, config.per_layer_config, strict=True)):
-        if kind == "dummy":  # caches nothing: an MLP, or it reads another layer's cache
-            yield LayerShape()
-        elif kind == "linear_attention" and getattr(own, "linear_num_value_heads", None):
-            yield LayerShape(state=_state_bytes(own, dtype.itemsize))
-        elif kind == "full_attention" and getattr(own, "kv_lora_rank", None):
+    types, options = cache_layers(config)
+    each = zip(layer_kinds(config), types, options, config.per_layer_config, strict=True)
+    for i, (kind, of_type, option, own) in enumerate(each):
+        if kind is LayerKind.SHARED:  # caches nothing: an MLP, or it reads another layer's cache
+            yield LayerShape(kind=kind)
+        elif of_type == "linear_attention" and getattr(own, "linear_num_value_heads", None):
+            yield LayerShape(state=_state_bytes(own, dtype.itemsize), kind=kind)
+        elif kind is LayerKind.LATENT:
             rank, rotary = own.kv_lora_rank, own.qk_rope_head_dim
             expanded = own.qk_nope_head_dim + rotary + own.v_head_dim
-            yield LayerShape(1, rank, rotary, own.num_attention_heads, expanded, rank + rotary + rank)
-        elif kind in ("full_attention", *WINDOWS):
+            yield LayerShape(1, rank, rotary, own.num_attention_heads, expanded, rank + rotary + rank, kind=kind)
+        elif kind in (LayerKind.FULL, LayerKind.SLIDING):
             heads = own.num_attention_heads
             kv_heads = getattr(own, "num_key_value_heads", None) or heads
             dim = getattr(own, "head_dim", None) or own.hidden_size // heads
@@ -177,9 +176,9 @@ def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name
                 raise UnsupportedError(
                     f"{name}: layer {i} has keys of {width} channels, but its config says {kv_heads} heads of {dim}"
                 )
-            yield LayerShape(kv_heads, dim, dim, heads, 2 * dim, 2 * dim, option.get("sliding_window"))
+            yield LayerShape(kv_heads, dim, dim, heads, 2 * dim, 2 * dim, option.get("sliding_window"), kind=kind)
         else:
-            raise UnsupportedError(f"{name}: layer {i} is {kind!r}, whose cache a plan does not know yet")
+            raise UnsupportedError(f"{name}: layer {i} is {of_type!r}, whose cache a plan does not know yet")
 
 
 def _state_bytes(config: PreTrainedConfig, itemsize: int) -> int:

@@ -123,7 +123,7 @@ def write(
     rows: Tensor | None = None,
 ) -> None:
     """Encode keys [M, P, Rk] and values [M, P, Rv], as `Codec.kernel_input` gives them, into the records ids [M] of a
-    pool uint8 [records, bytes_per_page or more], as `sides` say. Summaries become 0.
+    pool uint8 [records, bytes_per_page or more], as `sides` say; ids below 0: nowhere. Summaries become 0.
 
     rows int64 [M]: keys [M, 1, Rk] and values [M, 1, Rv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`; all else of the records stays. What is stored without a grid is converted to the
@@ -135,6 +135,10 @@ def write(
     tokens = layout.page_size if rows is None else 1
     ids = given("ids", ids, torch.int64, 1)
     rows = None if rows is None else given("rows", rows, torch.int64, ids.shape)
+    if bool((ids < 0).any()):
+        there = (ids >= 0).nonzero().flatten()
+        ids, keys, values = ids[there], keys[there], values[there]
+        rows = None if rows is None else rows[there]
     kept: list[tuple[Described, Tensor]] = []  # as long as the kernel reads them
     numbers: list[float] = []
     for name, x, side in zip(("keys", "values"), (keys, values), sides, strict=True):

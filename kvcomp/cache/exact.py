@@ -18,18 +18,25 @@ from kvcomp.state import State
 class ExactBuffer:
     """Sinks and window of S streams: k [S, room, Dk], v [S, room, Dv], of which a stream's first counts [S] are tokens.
 
-    A stream's first `plan.sinks` tokens stay where they are. When it is full (sinks + recent + one page), `shift` takes
-    the oldest page out behind the sinks and moves the window up: a copy of the window every P tokens, never of the
-    cache.
+    A stream's first `plan.sinks` tokens stay where they are. When it is full (sinks + recent + one page), the oldest
+    page behind the sinks leaves, and the window moves up: a copy of the window every P tokens, never of the cache.
     """
 
     def __init__(self, plan: LayerPlan, keys: Tensor, values: Tensor) -> None:
         """Empty, for streams, dimensions, dtype and device of keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv]."""
-        self.plan = plan
         streams = keys.shape[0] * keys.shape[1]
-        self.k = keys.new_zeros(streams, 0, keys.shape[-1])
-        self.v = values.new_zeros(streams, 0, values.shape[-1])
-        self.counts = torch.zeros(streams, dtype=COUNTER, device="cpu")
+        k, v = keys.new_zeros(streams, 0, keys.shape[-1]), values.new_zeros(streams, 0, values.shape[-1])
+        self._hold(plan, k, v, torch.zeros(streams, dtype=COUNTER, device="cpu"))
+
+    @classmethod
+    def over(cls, plan: LayerPlan, k: Tensor, v: Tensor, counts: Tensor) -> ExactBuffer:
+        """In tensors that somebody else owns, k [S, slots, Dk] and v [S, slots, Dv]; counts [S] on the host."""
+        made = cls.__new__(cls)
+        made._hold(plan, k, v, counts)
+        return made
+
+    def _hold(self, plan: LayerPlan, k: Tensor, v: Tensor, counts: Tensor) -> None:
+        self.plan, self.k, self.v, self.counts = plan, k, v, counts
         self._bounds: tuple[int, int] | None = None  # forgotten wherever counts change by more than one for all
 
     @property
@@ -83,16 +90,6 @@ class ExactBuffer:
         where, behind = streams.to(self.k.device), slice(self.plan.sinks, count)
         return self.k[where, behind], self.v[where, behind]
 
-    def shift(self, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the oldest page behind the sinks out of full streams; returns it with the window behind it.
-
-        k [s, P + recent, Dk], v [s, P + recent, Dv], of which the first P tokens are gone.
-        """
-        k, v = self.window(streams, self.plan.slots)
-        size = self.plan.page_size
-        self.put(streams, self.plan.sinks, k[:, size:], v[:, size:])
-        return k, v
-
     def of(self, stream: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """One stream's sinks and window, each as keys [n, Dk] and values [n, Dv]."""
         count = int(self.counts[stream])
@@ -100,15 +97,10 @@ class ExactBuffer:
         k, v = self.k[stream], self.v[stream]
         return (k[:sinks], v[:sinks]), (k[sinks:count], v[sinks:count])
 
-    def tokens(self) -> tuple[Tokens | None, dict[str, int]]:
-        """All that is held, and its bytes by part, as far as the longest stream reaches; None where that is nothing."""
-        longest = self.bounds[1]
-        if longest == 0:
-            return None, {}
-        sinks = min(self.plan.sinks, longest)
-        column = self.token_bytes * len(self.counts)
-        read = {"sinks": sinks * column, "window": (longest - sinks) * column}
-        return Tokens(self.k, self.v, self.counts), read
+    @property
+    def tokens(self) -> Tokens:
+        """All that is held, as attention reads it."""
+        return Tokens(self.k, self.v, self.counts)
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""

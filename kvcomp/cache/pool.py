@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Iterable
+from copy import copy, deepcopy
 from typing import Any
 from weakref import ref
 
@@ -11,27 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.kernels.dispatch import encode_pages
 from kvcomp.layout import PageLayout
-from kvcomp.stages import Codec
 from kvcomp.state import State
 
+from .records import PageMemory
 
-class PagePool:
-    """Pages of one layer: a uint8 tensor [capacity, bytes_per_page] that grows by a sixteenth, and its free list.
+
+class PagePool(PageMemory):
+    """Pages of one layer: records uint8 [capacity, bytes_per_page] that grow by a sixteenth, and their free list.
 
     The tables that `join` share it. What a table owned that is no longer in use is found again when the pages run out.
     """
 
     def __init__(self, layout: PageLayout, device: torch.device) -> None:
-        self.layout = layout
-        self.data = torch.empty(0, layout.bytes_per_page, dtype=torch.uint8, device=device)
+        super().__init__(layout, torch.empty(0, layout.bytes_per_page, dtype=torch.uint8, device=device))
         self.free: list[int] = []
         self._joined: list[ref[PageTable]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
-        memo[id(self)] = twin = PagePool(self.layout, self.data.device)
-        twin.data, twin.free = self.data.clone(), list(self.free)
+        memo[id(self)] = twin = copy(self)
+        twin.data, twin.free, twin._joined = deepcopy(self.data, memo), list(self.free), []
         for table in self.tables:
             twin.join(deepcopy(table, memo))
         return twin
@@ -74,31 +73,6 @@ class PagePool:
         del self.free[len(self.free) - n :]
         return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
-    def encode(
-        self,
-        ids: Tensor,
-        codec: Codec,
-        keys: Tensor,
-        values: Tensor,
-        streams: Tensor,
-        summaries: Mapping[str, Tensor],
-    ) -> None:
-        """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, and summary
-        fields [M, ...], in the pages ids int64 [M]: in one pass, where a kernel can."""
-        if not encode_pages(self.data, ids, self.layout, codec, keys, values, streams):
-            self.write(ids, codec.encode(keys, values, streams) | dict(summaries))
-            return
-        for name, view in self.layout.views(self.data, summary=True).items():
-            view[ids.to(view.device)] = summaries[name]
-
-    def write(self, ids: Tensor, fields: dict[str, Tensor]) -> None:
-        """Store encoded fields [M, *shape] in the pages `ids` [M]."""
-        records = self.data.new_zeros(len(ids), self.layout.bytes_per_page)
-        for summary in (False, True):
-            for name, view in self.layout.views(records, summary).items():
-                view.copy_(fields[name])
-        self.data[ids.to(self.data.device)] = records
-
     def reclaim(self) -> None:
         """Free the pages that no stream owns; give the memory back where more than a quarter of the pool would lie
         idle. Pages then have new ids, in all tables."""
@@ -121,14 +95,14 @@ class PageTable:
     A page may belong to several streams (beams, repeated rows) or tables (forks): pages are never changed once written.
 
     received: float32 [S, capacity, 2] where a policy watches: the attention that each page received, and of how many
-    queries.
+    queries. On the pages' device: steps add to it, and the host reads it only where pages are to leave.
     """
 
     def __init__(self, streams: int, device: torch.device, watched: bool = False) -> None:
         self.device = device
         self.rows = torch.zeros(streams, 0, dtype=torch.int32, device="cpu")
         self.counts = torch.zeros(streams, dtype=torch.int64, device="cpu")
-        self.received = torch.zeros(streams, 0, 2, dtype=torch.float32, device="cpu") if watched else None
+        self.received = torch.zeros(streams, 0, 2, dtype=torch.float32, device=device) if watched else None
         self._mirror: tuple[Tensor, Tensor] | None = None
         self._total: int | None = None
 
@@ -180,6 +154,7 @@ class PageTable:
         inside = torch.arange(n, device="cpu") < self.counts[:, None]
         self.rows = (self.rows.gather(1, order) * inside).to(torch.int32)
         if self.received is not None:
+            order, inside = order.to(self.device), inside.to(self.device)
             self.received = self.received.gather(1, order[..., None].expand_as(self.received)) * inside[..., None]
         self._mirror = self._total = None
 
@@ -189,20 +164,20 @@ class PageTable:
         inside = torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]
         self.rows *= inside
         if self.received is not None:
-            self.received *= inside[..., None]
+            self.received *= inside[..., None].to(self.device)
         self._mirror = self._total = None
 
     def begin_watch(self) -> None:
         """From now on remember the attention that pages receive."""
         if self.received is None:
-            self.received = torch.zeros(*self.rows.shape, 2, dtype=torch.float32, device="cpu")
+            self.received = torch.zeros(*self.rows.shape, 2, dtype=torch.float32, device=self.device)
 
     def watch(self, mass: Tensor, queries: int) -> None:
         """Add the attention mass [S, longest] that pages received from `queries` queries."""
         if self.received is not None:
-            times = torch.full(mass.shape, float(queries), dtype=torch.float32, device="cpu")
-            exists = torch.arange(mass.shape[1], device="cpu") < self.counts[:, None]
-            self.received[:, : mass.shape[1]] += torch.stack([mass.cpu(), times], -1) * exists[..., None]
+            times = torch.full_like(mass, float(queries))
+            exists = torch.arange(mass.shape[1], device=self.device) < self.held()[1][:, None]
+            self.received[:, : mass.shape[1]] += torch.stack([mass, times], -1) * exists[..., None]
 
     def attention(self) -> tuple[Tensor, Tensor] | None:
         """float32 [S, longest]: mean attention that each page received of a query, 0 before any, and the number of
@@ -216,7 +191,7 @@ class PageTable:
         """Keep (and repeat, and order) the given streams."""
         self.rows, self.counts = self.rows[streams], self.counts[streams]
         self._mirror = self._total = None
-        self.received = None if self.received is None else self.received[streams]
+        self.received = None if self.received is None else self.received[streams.to(self.device)]
 
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream owns."""
@@ -254,7 +229,8 @@ class PageTable:
             state.require(self.received is not None, "received is there, but nothing watches")
             received = state.finite("received", (streams, longest, 2), torch.float32)
             state.require(not (received < 0).any(), "received has negative numbers")
-        self.rows, self.counts, self.received = rows, counts, received
+        self.rows, self.counts = rows, counts
+        self.received = None if received is None else received.to(self.device)
         self._mirror = self._total = None
 
     def tensors(self) -> Iterable[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from reprlib import repr as short
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +10,7 @@ from kvcomp.errors import KvcompError
 from kvcomp.state import FLOATS, State, described, learned
 
 from .compaction import CompactSpans
-
-if TYPE_CHECKING:
-    from .layer import LayerStore
+from .content import LayerContent
 
 NAMES = (
     *("rows", "heads", "fields", "pages", "table", "counts", "received"),
@@ -22,7 +19,7 @@ NAMES = (
 WIDEST = 2048  # channels of a head that a file may have: bases are square matrices of so many
 
 
-def restore(store: LayerStore, state: State, device: torch.device) -> None:
+def restore(store: LayerContent, state: State, device: torch.device) -> None:
     """`LayerStore.restore` of a state that is not empty."""
     plan = store.plan
     state.only(*NAMES)
@@ -49,7 +46,7 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
     store.pool.data = pages.to(device)
     store.history.restore(state.part("history"))
     store.prompt = _prompt(store, state)
-    for name, adapted in (("codec", store.codec), ("index", store.index)):
+    for name, adapted in (("codec", store.codec), ("index", store.records.index)):
         given = State({} if state.get(name) is None else state[name], f"{state.where}.{name}")
         if adapted is None:
             given.only()
@@ -65,7 +62,7 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
     _check_kept(store, state)
 
 
-def _prompt(store: LayerStore, state: State) -> tuple[list[int], list[int]] | None:
+def _prompt(store: LayerContent, state: State) -> tuple[list[int], list[int]] | None:
     """What `LayerStore.prompt` was, if a prompt had begun; files of the first kvcomp do not tell."""
     if state.get("prompt") is None:
         return None
@@ -78,7 +75,7 @@ def _prompt(store: LayerStore, state: State) -> tuple[list[int], list[int]] | No
     return seen, held
 
 
-def _check_kept(store: LayerStore, state: State) -> None:
+def _check_kept(store: LayerContent, state: State) -> None:
     """Raise a DamagedError unless the tokens held are tokens that were seen."""
     paged, sinks = store.table.counts > 0, store.plan.sinks
     state.require(not (store.exact.counts[paged] < sinks).any(), f"streams have pages, but less than {sinks} sinks")

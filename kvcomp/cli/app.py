@@ -247,8 +247,9 @@ def bench(
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     contexts = whole_numbers("context", context or ["2048"], "tokens")
     from kvcomp.benchmarks import likelihood
-    from kvcomp.benchmarks.bench import Settings, run
+    from kvcomp.benchmarks.bench import run
     from kvcomp.benchmarks.report import tables
+    from kvcomp.benchmarks.settings import Settings
     from kvcomp.benchmarks.tasks import choose
 
     for reason in choose(names, data)[1]:

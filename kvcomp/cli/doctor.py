@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 
 def _quantizers() -> list[str]:
     """All that need no file."""
-    from kvcomp.calibration.file import Calibrated
+    from kvcomp.calibration.stage import Calibrated
     from kvcomp.stages import Quantizer
     from kvcomp.stages.registry import stages
 
@@ -112,10 +112,10 @@ def _in_vllm(spec: str, head_dim: int) -> str:
     """Whether vLLM serves a stack, on one rank and without drafts; which needs no vLLM to be installed."""
     import torch
 
+    from kvcomp.cache.blocks.pages import Pages
+    from kvcomp.cache.blocks.setup import Setup
     from kvcomp.errors import UnsupportedError
     from kvcomp.integrations.vllm.checks import check_stages
-    from kvcomp.integrations.vllm.pages import Pages
-    from kvcomp.integrations.vllm.setup import Setup
     from kvcomp.stages.stack import Stack
 
     setup = Setup(Stack.parse(spec), 32, head_dim, torch.bfloat16, 0)

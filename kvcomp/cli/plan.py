@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from kvcomp.architecture import LayerKind, ModelShape
 from kvcomp.console import Plain, styled
 from kvcomp.cost.hardware import GPUS, Gpu, find_gpu
-from kvcomp.cost.roofline import ModelShape, attention_intensity, decode_limit, prefill
+from kvcomp.cost.roofline import attention_intensity, decode_limit, prefill
 from kvcomp.errors import KvcompError
 
 from .options import whole_numbers
@@ -127,7 +128,7 @@ def _notes(shape: ModelShape, longest: int, assumed: bool, compressed: bool) -> 
         notes.append(
             f"{longest:,} tokens are more than the {shape.positions:,} positions that {shape.name} is made for."
         )
-    if shape.latent:
+    if LayerKind.LATENT in shape.kinds:
         notes.append(
             "A latent cache, read as it is (absorbed attention); transformers expands it to heads in every step."
         )

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvcomp.architecture import ModelShape, obstacle
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages.plan import held_parts, read_parts, shared_bytes
 from kvcomp.stages.stack import Stack
 from kvcomp.text import quote
 
 from .hardware import Gpu
-from .roofline import ModelShape, Work, step
+from .roofline import Work, step
 
 READS = "reads"
 
@@ -129,12 +130,10 @@ def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -
 
     Raises:
         SpecError: a stack that cannot serve the model's head dimensions.
-        UnsupportedError: a stack that cannot serve its latents.
+        UnsupportedError: a stack that cannot serve its layers.
     """
-    if stack is not None and shape.latent and (stack.policies or stack.selector):
-        raise UnsupportedError(
-            f"{shape.name} caches latents (MLA), which need a stack of a quantizer alone, not {stack}"
-        )
+    if stack is not None and (why := obstacle(shape.kinds, stack)) is not None:
+        raise UnsupportedError(f"{shape.name} {why}")
     held: Counter[str] = Counter()
     read: Counter[str] = Counter()
     flops = shared = 0

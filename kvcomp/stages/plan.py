@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
+from kvcomp.geometry import Geometry
 from kvcomp.layout import Field, PageLayout
 
 from .one_sided import filled, make_codec, page_fields
@@ -69,10 +71,14 @@ class LayerPlan:
         """The selector, where this layer chooses for itself: only then its pages have summaries."""
         return self.selector if self.leader is None else None
 
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry(self.page_size, self.sinks, self.recent)
+
     @property
     def slots(self) -> int:
         """Tokens that the exact buffer of a stream has room for."""
-        return self.sinks + self.recent + self.page_size
+        return self.geometry.slots
 
     def room(self, tokens: int) -> int:
         """Slots that a stream's exact buffer has once it held `tokens` tokens: a power of two until it is whole."""
@@ -80,15 +86,14 @@ class LayerPlan:
 
     def pages_of(self, tokens: int) -> int:
         """Full pages of a stream that keeps `tokens` tokens after a prefill."""
-        return max(tokens - self.sinks - self.recent, 0) // self.page_size
+        return self.geometry.pages(tokens)
 
     def stored(self, tokens: int) -> tuple[int, int]:
         """(pages, tokens in the exact buffer) of a stream after prefilling `tokens` tokens."""
         # every policy counts from the prompt, not from what the one before left: the strictest decides
         given = (tokens, self.sinks, self.recent, self.layer, self.layers)
         kept = min([tokens, *(policy.kept(*given) for policy in self.policies)])
-        pages = self.pages_of(kept)
-        return pages, kept - pages * self.page_size
+        return self.geometry.pages(kept), self.geometry.exact(kept)
 
     def chosen(self, pages: int) -> int:
         """How many of a stream's pages a decode query reads, or the most where the selector's rule gives no number."""

@@ -114,6 +114,37 @@ class Policy(Stage):
         raise NotImplementedError
 
     @property
+    def keeps_newest(self) -> int | None:
+        """How many of the newest tokens stay, where all older ones but the sinks leave, by whole pages. None: `select`
+        chooses among the tokens of a prompt."""
+        return None
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens a stream may hold while decoding, where pages leave that exceed them; None: any number."""
+        return None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every head of every layer keeps exactly `kept` tokens."""
+        return False
+
+    @property
+    def voters(self) -> int | None:
+        """How many of a prompt's last queries `select` looks at: it needs no others. None: at all of them."""
+        return None if self.needs_queries else 0
+
+    @property
+    def averages(self) -> bool:
+        """Whether `select` goes by means over the queries, so that an engine which cuts a prompt may add up its parts
+        and pass them as `Chunk.scored`."""
+        return False
+
+    def scores(self, chunk: Chunk) -> Tensor:
+        """[b, Hkv, n] float: how much each token of the chunk is worth, where the policy `averages`."""
+        raise NotImplementedError
+
+    @property
     def watches(self) -> bool:
         """Whether `expired` needs the attention that pages receive."""
         return False

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from kvcomp import Stack
 from kvcomp.benchmarks import data, decoding, likelihood
-from kvcomp.benchmarks.bench import Settings, answer, run
+from kvcomp.benchmarks.bench import answer, run
 from kvcomp.benchmarks.perplexity import TASKS
 from kvcomp.benchmarks.results import NLL, Record, Run, read_run
 from kvcomp.benchmarks.samples import TaskError
+from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.tasks import expand
 from kvcomp.integrations.huggingface.models import load_model
 

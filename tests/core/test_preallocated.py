@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, Stack, UnsupportedError
+from kvcomp.cache.fixed import FixedStore, decode_step
 from kvcomp.cache.layer import LayerStore
-from kvcomp.cache.preallocated import PreallocatedStore, decode_step
 from kvcomp.errors import KvcompWarning
 from kvcomp.kernels.dispatch import reference_only
 
@@ -63,22 +63,22 @@ def stepped(store: LayerStore, seed: int, dims: tuple[int, int] = (DIM, DIM)) ->
     return out
 
 
-def taken(spec: str, tokens: int = 120, host: bool = False, **given: Any) -> tuple[PreallocatedStore, LayerStore]:
+def taken(spec: str, tokens: int = 120, host: bool = False, **given: Any) -> tuple[FixedStore, LayerStore]:
     """A preallocated store that holds all of a filled one, which is empty."""
     store = filled(spec, **given)
-    ahead = PreallocatedStore(store.plan, tokens, host)
+    ahead = FixedStore(store.plan, tokens, host)
     ahead.take(store)
     return ahead, store
 
 
-def advance(ahead: PreallocatedStore, seed: int, dims: tuple[int, int] = (DIM, DIM)) -> Tensor:
+def advance(ahead: FixedStore, seed: int, dims: tuple[int, int] = (DIM, DIM)) -> Tensor:
     with nullcontext() if ahead.host else reference_only():  # C kernels would serve tensors on the host
         out = ahead.step(*token(seed, dims), None, ahead.length, 0.1).out
     ahead.length += 1
     return out
 
 
-def advance_by(ahead: PreallocatedStore, steps: int) -> None:
+def advance_by(ahead: FixedStore, steps: int) -> None:
     for seed in range(steps):
         advance(ahead, seed)
 
@@ -185,7 +185,7 @@ def test_there_is_room_for_pages_behind_a_short_window() -> None:
         each.start(k, k)
         each.write(k, k, None)
         each.crop(30)
-    ahead = PreallocatedStore(store.plan, 71, host=False)
+    ahead = FixedStore(store.plan, 71, host=False)
     ahead.take(store)
     torch.testing.assert_close(advance(ahead, 0), stepped(other, 0), atol=2e-5, rtol=0)
 
@@ -263,7 +263,7 @@ def test_the_operator_keeps_its_promises() -> None:
 @pytest.mark.parametrize("spec", ["none", "kivi(bits=2, group=16)", "turboquant(bits=4)", "nvfp4"])
 def test_a_cuda_graph_replays_steps(spec: str) -> None:
     store, other = filled(spec), filled(spec)
-    ahead = PreallocatedStore(store.plan, 120)
+    ahead = FixedStore(store.plan, 120)
     on_gpu = LayerStore(store.plan)
     on_gpu.restore(store.state(), DEVICE)
     ahead.take(on_gpu)

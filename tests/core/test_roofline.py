@@ -6,11 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcomp.architecture import LayerShape, Matrices, ModelShape
 from kvcomp.cost.hardware import GPUS, Gpu, find_gpu
 from kvcomp.cost.roofline import (
-    LayerShape,
-    Matrices,
-    ModelShape,
     attention_intensity,
     decode,
     decode_limit,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcomp import CompressedCache
-from kvcomp.calibration.file import Calibrated
+from kvcomp.calibration.stage import Calibrated
 from kvcomp.integrations.huggingface.calibrate import calibrate
 from kvcomp.stages import Quantizer
 from kvcomp.stages.registry import find, stages

@@ -17,7 +17,7 @@ from tiny_models import make
 from torch import Tensor
 
 from kvcomp import CompressedCache, prefill
-from kvcomp.calibration.file import Calibrated
+from kvcomp.calibration.stage import Calibrated
 from kvcomp.integrations.huggingface.calibrate import calibrate
 from kvcomp.stages import Policy, Quantizer, Selector
 from kvcomp.stages.registry import stages

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend, merge
-from kvcomp.integrations.vllm.decode import Decoder, DecodeStep, most_channels, obstacle
-from kvcomp.integrations.vllm.pages import Pages
-from kvcomp.integrations.vllm.setup import Setup
+from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
+from kvcomp.cache.blocks.pages import Pages
+from kvcomp.cache.blocks.setup import Setup
 from kvcomp.kernels import dispatch, reference
 from kvcomp.kernels.triton_backend import Triton
 

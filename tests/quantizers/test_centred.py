@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend
+from kvcomp.cache.fixed import FixedStore
 from kvcomp.cache.layer import LayerStore
-from kvcomp.cache.preallocated import PreallocatedStore
 from kvcomp.kernels.dispatch import reference_only
 from kvcomp.ledger import storage_bytes
 from kvcomp.quantizers.centred import CentredCodec, centre
@@ -127,7 +127,7 @@ def test_means_follow_rows_forks_and_files(spec: str) -> None:
     twin = made.fork()
     other = LayerStore(made.plan)
     other.restore(made.state(), torch.device("cpu"))
-    ahead, source = PreallocatedStore(made.plan, 600), made.fork()
+    ahead, source = FixedStore(made.plan, 600), made.fork()
     ahead.take(source)
     ahead.give(source)
     for same in (twin, other, source):

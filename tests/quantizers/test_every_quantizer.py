@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvcomp import KvcompWarning, SpecError, Stack
 from kvcomp.cache.layer import LayerStore
-from kvcomp.calibration.file import Calibrated
+from kvcomp.calibration.stage import Calibrated
 from kvcomp.calibration.statistics import Moments
 from kvcomp.ledger import storage_bytes
 from kvcomp.quantizers.int import Int

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from kvcomp.cache.blocks.pages import Pages
+from kvcomp.cache.blocks.setup import Setup
 from kvcomp.integrations.vllm.key_means import POSITIONS, mean_keys, of_rank
-from kvcomp.integrations.vllm.pages import Pages
-from kvcomp.integrations.vllm.setup import Setup
 from kvcomp.stages.stack import Stack
 
 HEADS, DIM = 3, 64

@@ -1,13 +1,14 @@
-"""Records in a pool as vLLM lays it out, and a step's view of it."""
+"""Records in an engine's pool, and a step's view of it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvcomp.integrations.vllm.pages import Pages
-from kvcomp.integrations.vllm.setup import Setup
-from kvcomp.integrations.vllm.step import Step
+from kvcomp.cache.blocks.pages import Pages
+from kvcomp.cache.blocks.setup import Setup
+from kvcomp.cache.blocks.step import Step
+from kvcomp.errors import KvcompWarning
 from kvcomp.stages.stack import Stack
 
 HEADS, DIM, BLOCKS = 3, 64, 7
@@ -70,13 +71,42 @@ def test_tokens_that_come_from_pages(stack: str) -> None:
         assert wrong.max() < (0.3 if stack == "int(bits=2)" else 0.05)
 
 
+@pytest.mark.parametrize("stack", ["int8", "turboquant(bits=4)", "kivi(bits=2)", "int8 + quest(pages=2)"])
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite(stack: str, spoilt: float) -> None:
+    """Pages are those of 0 in their place, and a warning says so, as everywhere else."""
+    setup = setup_of(stack)
+    k, v = torch.randn(2, HEADS, setup.page_size, DIM)
+    k[1, 3, 5] = v[2, 7] = 0
+    records = 2 * HEADS + torch.arange(HEADS)[:, None]
+
+    def written(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        pages = bound(setup)
+        if setup.by_token:
+            slots = 2 * setup.page_size + torch.arange(setup.page_size)
+            pages.write_tokens(k.transpose(0, 1), v.transpose(0, 1), pages.cells(slots))
+        else:
+            pages.write_pages(k, v, records)
+        return pages.pool
+
+    expected = written(k, v)
+    k[1, 3, 5] = v[2, 7] = spoilt
+    with pytest.warns(KvcompWarning) as seen:
+        found = written(k, v)
+    assert torch.equal(found, expected)
+    assert sorted(str(warning.message).split(" are ")[0] for warning in seen) == [
+        "keys of layer 3",
+        "values of layer 3",
+    ]
+
+
 @pytest.mark.parametrize(
     "stack", ["kivi(bits=2)", "nvfp4", "int(bits=4, per=channel)", "int8 + quest(pages=4)", "int8 + window(recent=1)"]
 )
 def test_what_needs_a_window(stack: str) -> None:
     setup = setup_of(stack, drafts=3)
     assert not setup.by_token
-    assert setup.slots == setup.sinks + setup.recent + setup.page_size + 3
+    assert setup.slots == setup.geometry.sinks + setup.geometry.recent + setup.page_size + 3
 
 
 @pytest.mark.parametrize(
@@ -94,7 +124,7 @@ def test_every_token_is_read_once(stack: str) -> None:
         for group in step.groups:
             for row, request in enumerate(group.requests.tolist()):
                 pages, size = int(group.counts[row * HEADS]), setup.page_size
-                gone = setup.extent(past, 0).gap[1] if setup.streaming else 0
+                gone = setup.geometry.extent(past, 0).gap[1] if setup.geometry.newest else 0
                 if setup.by_token:
                     assert pages == past
                     pages = -(-past // size)
@@ -104,4 +134,4 @@ def test_every_token_is_read_once(stack: str) -> None:
                 assert group.pages[row * HEADS, :pages].tolist() == blocks.tolist()
                 slots = group.slots[row, : group.held[row]].tolist()
                 assert len(set(slots)) == len(slots)
-                assert all(slot < setup.sinks + setup.ring for slot in slots)
+                assert all(slot < setup.geometry.sinks + setup.geometry.ring for slot in slots)

@@ -1,9 +1,10 @@
-"""One layer's store of fixed size, for decode steps that torch.compile takes whole and CUDA graphs record.
+"""A landlord of fixed size, for decode steps that torch.compile takes whole and CUDA graphs record.
 
 A prompt enters through a `LayerStore`, whose memory grows and whose counts lie on the host. `take` copies what that
 holds into tensors of fixed shapes and addresses, with the counts beside them on the device. From then on a `step` puts
-a token, attends and settles, and what is computed follows from shapes alone: in every step the oldest page of each
-window is encoded into the stream's next page, or, where the window is not full yet, into a page that nobody reads.
+a token, attends and settles, and what is computed follows from shapes alone: where the host may not look at counts,
+every step encodes the oldest page of each window, and writes that of a window that is not full yet nowhere. `give`
+lends the same tensors to a `LayerStore` again, for prompts and surgery: only counts are copied.
 """
 
 from __future__ import annotations
@@ -16,25 +17,27 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part, Tokens, attend, merge
+from kvcomp.attention import Part, Tokens, merge
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.finite import finite
-from kvcomp.kernels import reference
-from kvcomp.kernels.dispatch import attend_pages, attend_tokens, obstacle
-from kvcomp.ledger import storage_bytes
+from kvcomp.layout import PageLayout
+from kvcomp.ledger import ReadPlan
 from kvcomp.modes import outside_inference
 from kvcomp.stages.plan import COUNTER, TABLE_ENTRY, LayerPlan
 
+from . import reader, writer
+from .content import LayerContent
 from .exact import ExactBuffer
-from .layer import LayerStore
-from .pool import PagePool, PageTable
+from .growing import Growing
+from .pool import PagePool, compact
+from .reader import View
+from .records import Records
 
-_STORES: WeakValueDictionary[str, PreallocatedStore] = WeakValueDictionary()
+_STORES: WeakValueDictionary[str, FixedStore] = WeakValueDictionary()
 _NUMBERS = count()
 
 
 def why_not(plan: LayerPlan) -> str | None:
-    """Why a layer cannot decode in a preallocated store; None: it can."""
+    """Why a layer cannot decode in memory of fixed size; None: it can."""
     if plan.selector is not None:
         return f"{plan.selector.name} chooses pages on the host in every step"
     for policy in plan.policies:
@@ -43,16 +46,60 @@ def why_not(plan: LayerPlan) -> str | None:
     return None
 
 
-class PreallocatedStore:
+class FixedPool(PagePool):
+    """Room for `each` pages of each stream, those of a stream one after another. It neither grows nor moves."""
+
+    def __init__(self, layout: PageLayout, streams: int, each: int, device: torch.device, host: bool) -> None:
+        super().__init__(layout, device)
+        self.data = self.data.new_zeros(streams * each, layout.bytes_per_page)
+        self.each, self._host = each, host
+
+    def reclaim(self) -> None:
+        """What is no longer owned is written again when its stream needs it."""
+        self._joined = [joined for joined in self._joined if joined() is not None]
+
+
+class Lent(Growing):
+    """The memory of a fixed landlord, with counts on the host, for prompts and surgery."""
+
+    pool: FixedPool
+
+    def new_pages(self, streams: Tensor, m: int, due: Tensor | None = None) -> Tensor:
+        first = self.table.counts[streams]
+        assert not len(first) or int(first.max()) + m <= self.pool.each, "more pages than the room that was made"
+        return (streams * self.pool.each + first)[:, None] + torch.arange(m, device="cpu")
+
+    def in_place(self) -> bool:
+        """Whether each stream's pages are its first ones: not after streams were selected."""
+        rows, place = self.table.rows, torch.arange(self.table.rows.shape[1], device="cpu")
+        own = torch.arange(len(rows), device="cpu")[:, None] * self.pool.each + place
+        inside = place < self.table.counts[:, None]
+        return len(rows) * self.pool.each == self.pool.capacity and bool((rows == own)[inside].all())
+
+    def fork(self) -> Growing:
+        """As `Growing.fork`, but the twin has pages of its own."""
+        data, rows = compact(self.pool, self.table)
+        pool = PagePool(self.records.layout, self.pool.data.device)
+        pool.data = data.clone() if data is self.pool.data else data
+        twin = Growing(self.records.fork(), self.exact.fork(), pool)
+        twin.table.append(torch.arange(len(rows), device="cpu"), rows)
+        twin.table.drop_newest(self.table.longest - self.table.counts)
+        return twin
+
+
+class FixedStore:
     """S streams with room for `tokens` columns per row, padding included, in tensors that stay where they are.
 
     k [S, slots, Dk], v [S, slots, Dv]: the exact buffer, of which a stream's first counts [S] are tokens. pool: n pages
-    of each stream one after another, then one that nobody reads; of ids int32 [S, n] a stream's first pages [S] exist.
-    seen [B]: a row's tokens without padding. length []: the columns of a row, which the engine counts and reads.
+    of each stream one after another; of ids int32 [S, n] a stream's first pages [S] exist. seen [B]: a row's tokens
+    without padding. length []: the columns of a row, which the engine counts and reads.
 
     host: whether steps may look at counts, as they do on CPUs, where that costs nothing and spares them the encoding
     of pages that do not exist; by default where the tensors lie there.
     """
+
+    records: Records
+    pool: FixedPool
 
     def __init__(self, plan: LayerPlan, tokens: int, host: bool | None = None) -> None:
         self.plan, self.tokens, self._host = plan, tokens, host
@@ -63,9 +110,9 @@ class PreallocatedStore:
 
     @torch.no_grad()
     @outside_inference
-    def take(self, store: LayerStore) -> None:
+    def take(self, store: LayerContent) -> None:
         """Hold what a store does, which holds nothing then but its history. Later ones of the same shapes, and no more
-        tokens beyond those that the policies left, are taken into the same tensors.
+        tokens beyond those that the policies left, are taken into the same tensors; what was lent is not copied.
 
         Raises:
             UnsupportedError: a compacted span, or a codec that adapts to the first pages of each stream where steps
@@ -73,45 +120,38 @@ class PreallocatedStore:
         """
         if store.compacted is not None:
             raise UnsupportedError("a compacted span cannot be taken into a preallocated cache: leave preallocate= out")
+        held = store.storage
         most = int(store.kept.max()) + self.tokens - store.history.length
-        pages = max(self.plan.pages_of(most), store.table.longest)  # after a crop the window may be short of its tokens
-        store.codec.room(store.rows * store.heads)
+        pages = max(self.plan.pages_of(most), held.table.longest)  # after a crop the window may be short of its tokens
+        held.records.codec.room(store.rows * store.heads)
         if not self._fits(store, pages):
             self._allocate(store, pages)
-        self.codec = store.codec
-        if self.host:  # those of the first one are held by nobody else
-            self.adapted = store.codec.state()
-        else:  # recorded graphs know them
-            adapted = store.codec.state()
-            for name, tensor in self.adapted.items():
-                tensor.copy_(adapted[name])
-            self.codec.restore(self.adapted)
-        ids, counts = store.table.held()
-        if ids.shape[1]:
-            self._records[:, : ids.shape[1]] = store.pool.data[ids.long()]
-        slots = store.exact.k.shape[1]
-        self.k[:, :slots], self.v[:, :slots] = store.exact.k, store.exact.v
-        self.counts.copy_(store.exact.counts)
-        self.pages.copy_(counts)
+        self._adopt(held.records)
+        longest = held.table.longest
+        if longest and not (isinstance(held, Lent) and held.pool is self.pool and held.in_place()):
+            self._pages[:, :longest] = held.pool.data[held.table.ids().long()]
+        slots = held.exact.k.shape[1]
+        if held.exact.k is not self.k:
+            self.k[:, :slots], self.v[:, :slots] = held.exact.k, held.exact.v
+        self.counts.copy_(held.exact.counts)
+        self.pages.copy_(held.table.counts)
         self.seen.copy_(store.history.counts)
         self.length.fill_(store.history.length)
-        _empty(store)
+        nothing = (x.new_zeros(store.rows, store.heads, 0, x.shape[-1]) for x in (self.k, self.v))
+        store.storage = Growing.empty(copy(self.records), *nothing)
         self.live = True
 
     @torch.no_grad()
     @outside_inference
-    def give(self, store: LayerStore) -> None:
-        """Hand everything back to the store that it was taken from, with what steps added."""
-        pages, counts = self.pages.cpu(), self.counts.cpu()
+    def give(self, store: LayerContent) -> None:
+        """Lend all tensors to the store that they were taken from, with what steps added."""
+        exact = ExactBuffer.over(self.plan, self.k, self.v, self.counts.cpu().clone())
+        lent, pages = Lent(copy(self.records), exact, self.pool), self.pages.cpu()
         longest = int(pages.max())
-        store.exact.k, store.exact.v = self.k.clone(), self.v.clone()
-        store.exact.recount(slice(None), counts)
-        store.pool.data = self._records[:, :longest].flatten(0, 1).clone()
-        rows = torch.arange(len(store.pool.data), dtype=TABLE_ENTRY, device="cpu").view(len(pages), longest)
-        store.table.append(torch.arange(len(rows), device="cpu"), rows)
-        store.table.drop_newest(longest - pages)
-        store.pool.reclaim()
-        store.codec = self.codec
+        streams = torch.arange(len(pages), device="cpu")
+        lent.table.append(streams, lent.new_pages(streams, longest))
+        lent.table.drop_newest(longest - pages)
+        store.storage = lent
         steps = int(self.length) - store.history.length
         if steps:
             store.end_prompt()
@@ -120,11 +160,11 @@ class PreallocatedStore:
         self.live = False
 
     @property
-    def _records(self) -> Tensor:
+    def _pages(self) -> Tensor:
         """uint8 [S, n, bytes_per_page], a view: the pages of each stream."""
-        return self.pool.data[:-1].view(*self.ids.shape, self.layout.bytes_per_page)
+        return self.pool.data.view(*self.ids.shape, -1)
 
-    def _fits(self, store: LayerStore, pages: int) -> bool:
+    def _fits(self, store: LayerContent, pages: int) -> bool:
         """Whether the tensors there are have the shapes of the store's, and room for so many pages of a stream."""
         if not self.name:
             return False
@@ -135,7 +175,7 @@ class PreallocatedStore:
             return False
         return held == asked and self.ids.shape[1] >= pages
 
-    def _allocate(self, store: LayerStore, pages: int) -> None:
+    def _allocate(self, store: LayerContent, pages: int) -> None:
         """Tensors of the store's shapes with room for so many pages of a stream, all of them empty."""
         device, streams = store.device, store.rows * store.heads
         self.host = device.type == "cpu" if self._host is None else self._host
@@ -144,12 +184,10 @@ class PreallocatedStore:
             raise UnsupportedError(
                 f"{name} adapts to pages as they are written, on the host: without preallocate= it is served"
             )
-        self.codec, self.layout = store.codec, store.layout
         self.adapted = {} if self.host else store.codec.state()
         self.k = torch.zeros(streams, self.plan.slots, store.k_dim, dtype=store.dtype, device=device)
         self.v = torch.zeros(streams, self.plan.slots, store.v_dim, dtype=store.dtype, device=device)
-        self.pool = PagePool(store.layout, device)
-        self.pool.data = self.pool.data.new_zeros(streams * pages + 1, store.layout.bytes_per_page)
+        self.pool = FixedPool(store.layout, streams, pages, device, self.host)
         self.ids = torch.arange(streams * pages, dtype=TABLE_ENTRY, device=device).view(streams, pages)
         self.first = torch.arange(streams, device=device) * pages  # of each stream's ids
         self.streams = torch.arange(streams, device=device)
@@ -159,9 +197,20 @@ class PreallocatedStore:
         self.length = torch.zeros((), dtype=COUNTER, device=device)
         self._publish()
         if not self.host:  # kernels make what they keep, such as codebooks, now: what is made in a graph is its own
-            self._attend(self.k[:, :1], 1.0, None)
-            nowhere = torch.full_like(self.streams, len(self.pool.data) - 1)
-            self._encode(nowhere, self.k, self.v, self.streams, due=self.pages > 0)
+            self._adopt(store.storage.records)
+            reader.attend(self.records, self.view(), self.k[:, :1], 1.0)
+            nowhere = torch.full_like(self.streams, -1)[:, None]
+            self.records.encode(nowhere, self.k, self.v, self.streams, due=self.pages > 0)
+
+    def _adopt(self, records: Records) -> None:
+        """Go on with what a store's codec adapted to: where graphs are recorded, in the tensors that they know."""
+        adapted = {} if self.host else records.codec.state()
+        for name, tensor in self.adapted.items():
+            tensor.copy_(adapted[name])
+        self.records = copy(records)
+        self.records.memory = self.pool
+        if not self.host:
+            self.records.codec.restore(self.adapted)
 
     def _publish(self) -> None:
         """Let graphs know the tensors there are by a new name."""
@@ -169,7 +218,7 @@ class PreallocatedStore:
         self.name = f"{next(_NUMBERS)}"
         _STORES[self.name] = self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PreallocatedStore:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FixedStore:
         memo[id(self)] = twin = copy(self)
         vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
         if self.name:
@@ -204,8 +253,9 @@ class PreallocatedStore:
         self.v[self.streams, self.counts] = values.reshape(streams, -1)
         self.counts += 1
         self.seen += 1
-        part = self._attend(queries.reshape(streams, -1, queries.shape[-1]), scale, softcap)
-        self._settle()
+        q = queries.reshape(streams, -1, queries.shape[-1])
+        part = merge(reader.attend(self.records, self.view(), q, scale, softcap).parts)
+        writer.settle(self)
         return Part(part.out.reshape(*rows, 1, -1), part.lse.reshape(*rows, 1))
 
     def _check(self, mask: Tensor | None, length: Tensor) -> None:
@@ -225,100 +275,75 @@ class PreallocatedStore:
         elif not fulfilled:
             raise error(message)
 
-    def _attend(self, q: Tensor, scale: float, softcap: float | None) -> Part:
-        """Attention of q [S, R, Dk] over all that is held."""
-        tokens, ids = Tokens(self.k, self.v, self.counts), self.ids
-        if self.host:
-            ids = ids[:, : int(self.pages.max())]
-            if not ids.shape[1]:
-                return attend_tokens(q, tokens, scale, softcap)
-        read = self.pool.data, ids, self.pages, self.layout, self.codec, scale, softcap
-        if self.host or (ids.shape[1] and obstacle(self.codec, self.layout, q.device, q.shape[1]) is None):
-            return attend_pages(q, *read, tokens=tokens)
-        seen = torch.arange(self.k.shape[1], device=q.device) < self.counts[:, None]
-        parts = [attend(q, self.k, self.v.masked_fill(~seen[..., None], 0), scale, seen[:, None], softcap)]
-        if ids.shape[1]:
-            parts.append(reference.attend_pages(q, *read, ragged=True))
-        return merge(parts)
+    def view(self) -> View:
+        """What queries may read. How many pages that is, `read` finds out when it is asked."""
+        ids = self.ids[:, : int(self.pages.max())] if self.host else self.ids
+        tokens = Tokens(self.k, self.v, self.counts)
+        return View(ids, self.pages, tokens, self.records.shape.heads, self.pages, total=0)
 
-    def _settle(self) -> None:
-        """Move the oldest page of full windows into pages."""
-        size, sinks, recent = self.plan.page_size, self.plan.sinks, self.plan.recent
+    def full(self) -> tuple[Tensor, Tensor | None] | None:
         full = self.counts == self.plan.slots
-        at = full.nonzero().flatten() if self.host else slice(None)
-        streams = self.streams[at]
-        if not len(streams):
-            return
-        k, v = self.k[at, sinks:], self.v[at, sinks:]  # [s, P + recent, D]
-        ids = (self.first + self.pages).masked_fill(~full, len(self.pool.data) - 1)[at]
-        self._encode(ids, k, v, streams, None if self.host else full)
-        for buffer, window in ((self.k, k), (self.v, v)):
-            moved = torch.where(full[at][:, None, None], window[:, size:], window[:, :recent])
-            buffer[at, sinks : sinks + recent] = moved
-        self.counts -= full * size
-        self.pages += full
+        if not self.host:
+            return self.streams, full
+        streams = full.nonzero().flatten()
+        return (streams, None) if len(streams) else None
 
-    def _encode(self, ids: Tensor, k: Tensor, v: Tensor, streams: Tensor, due: Tensor | None = None) -> None:
-        """Encode the first P tokens of k [s, n, Dk], v [s, n, Dv] of `streams` into the pages ids [s]; those of streams
-        that are not `due` are read by nobody."""
-        if not self.codec.lossless:
-            named = ((k, f"keys of layer {self.plan.layer}"), (v, f"values of layer {self.plan.layer}"))
-            k, v = (finite(x, name) if self.host else x.nan_to_num(0.0, 0.0, 0.0) for x, name in named)
-        self.codec.fit(streams, k, v, due)
-        size = self.plan.page_size
-        self.pool.encode(ids, self.codec, k[:, :size], v[:, :size], streams, {})
+    def window(self, streams: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
+        at = streams if due is None else slice(None)
+        return self.k[at, self.plan.sinks :], self.v[at, self.plan.sinks :]
+
+    def new_pages(self, streams: Tensor, m: int, due: Tensor | None = None) -> Tensor:
+        ids = (self.first + self.pages)[streams]
+        ids = ids if due is None else torch.where(due, ids, -1)
+        return ids[:, None] + torch.arange(m, device=ids.device) if m > 1 else ids[:, None]
+
+    def paged(self, streams: Tensor, ids: Tensor, due: Tensor | None = None) -> None:
+        if due is None:
+            self.pages[streams] += ids.shape[1]
+        else:
+            self.pages += due
+
+    def shift(self, streams: Tensor, k: Tensor, v: Tensor, due: Tensor | None) -> None:
+        size, sinks, recent = self.plan.page_size, self.plan.sinks, self.plan.recent
+        at = streams if due is None else slice(None)
+        for buffer, window in ((self.k, k), (self.v, v)):
+            moved = window[:, size:]
+            if due is not None:
+                moved = torch.where(due[:, None, None], moved, window[:, :recent])
+            buffer[at, sinks : sinks + recent] = moved
+        self.counts[at] -= size if due is None else due * size
 
     # -- accounting -----------------------------------------------------------------------------------------------
 
     def held(self, seen: set[int]) -> dict[str, int]:
-        """Bytes by part, as `LayerStore.held`; room that nothing is in is slack."""
+        """Bytes by part, as `Records.held`; room that nothing is in is slack."""
         if not self.name:
             return {}
         counts = [self.ids, self.first, self.streams, self.counts, self.pages, self.seen, self.length]
-        exact, pool = storage_bytes([self.k, self.v], seen), storage_bytes([self.pool.data], seen)
-        sinks = exact * self.plan.sinks // self.plan.slots
-        pages = int(self.pages.sum()) * self.layout.bytes_per_page if self.live else 0
-        return {
-            "pages": pages,
-            "slack": pool - pages,
-            "sinks": sinks,
-            "window": exact - sinks,
-            "table": storage_bytes(counts, seen),
-            "constants": storage_bytes(self.codec.constants(), seen),
-        }
+        return self.records.held(seen, [self.k, self.v], counts, lambda: int(self.pages.sum()) if self.live else 0)
 
-    def read(self) -> dict[str, int]:
-        """Bytes that attention over what is held loads, by part. Where steps may not look at counts, all windows are
-        read once more, to settle."""
+    def read_exact(self, plan: ReadPlan) -> None:
+        """Where steps may not look at counts, all windows are read once more, to settle."""
         column = sum(x[:, 0].nbytes for x in (self.k, self.v))
         longest = int(self.counts.max())
         sinks = min(self.plan.sinks, longest)
-        pages = int(self.pages.sum())
-        width = int(self.pages.max()) if self.host else self.ids.shape[1]
-        adapted = self.codec.adapted() if pages else []
-        settled = 0 if self.host else (self.plan.slots - self.plan.sinks) * column
-        return {
-            "pages": pages * self.layout.bytes_per_page,
-            "table": self.ids[:, :width].numel() * self.ids.itemsize,
-            "sinks": sinks * column,
-            "window": (longest - sinks) * column + settled,
-            "constants": storage_bytes(adapted),
-        }
+        plan.add("sinks", column, sinks)
+        plan.add("window", column, longest - sinks + (0 if self.host else self.plan.slots - self.plan.sinks))
+
+    def read(self) -> dict[str, int]:
+        """Bytes that attention over what is held loads, by part."""
+        plan, pages = ReadPlan(), int(self.pages.sum())
+        plan.add("pages", self.records.layout.body_bytes, pages)
+        plan.add("table", self.view().ids.numel() * self.ids.itemsize)
+        plan.add("constants", self.records.adapted_bytes() if pages else 0)
+        self.read_exact(plan)
+        return plan.bytes()
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding excluded."""
         heads = len(self.k) // len(self.seen)
         return int(self.seen.sum()) * heads * (self.k.shape[2] + self.v.shape[2]) * self.k.itemsize
-
-
-def _empty(store: LayerStore) -> None:
-    """Let go of all tokens that a store holds; it knows its history still."""
-    nothing = (x.new_zeros(store.rows, store.heads, 0, x.shape[-1]) for x in (store.exact.k, store.exact.v))
-    store.exact = ExactBuffer(store.plan, *nothing)
-    store.pool = PagePool(store.layout, store.device)
-    store.table = PageTable(store.rows * store.heads, store.device, store.plan.watched)
-    store.pool.join(store.table)
 
 
 @torch.library.custom_op("kvcomp::decode_step", mutates_args=())
@@ -332,7 +357,7 @@ def decode_step(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """`PreallocatedStore.step` of the store with that name, whose tensors it changes, as one operator for graphs;
+    """`FixedStore.step` of the store with that name, whose tensors it changes, as one operator for graphs;
     softcap 0: none."""
     part = _STORES[store].step(queries, keys, values, mask, length, scale, softcap or None)
     return part.out, part.lse

@@ -2,7 +2,7 @@
 
 Each request brings one token, which is written into its page and attends to itself exactly, and to those before it as
 their pages have them. What is launched follows from how many requests there are, and from the longest there may be;
-everything else is in buffers whose addresses stay. Needs nothing of vLLM.
+everything else is in buffers whose addresses stay.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from .pages import Cells, Pages
 
 def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
     """Why tokens of a layer cannot be decoded so, with `rows` queries a KV head; None: they can."""
-    if pages.one is None:
+    if pages.token_codec is None:
         return "its tokens are not written into pages one by one"
     if (why := dispatch.obstacle(pages.codec, pages.layout, device, rows)) is not None:
         return why
-    sides, on = pages.one.kernel_sides(), pages.pool.device
+    codec, on = pages.token_codec, pages.pool.device
+    sides = codec.kernel_sides()
     token = torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=on)
-    if sides is None or pages.one.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
+    if sides is None or codec.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
         return "no kernel writes its tokens"
     return dispatch.write_obstacle(sides, pages.layout, device)
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from kvcomp.stages import Chunk, Held
 
 from .pages import Pages
-from .step import Group, Keep, Leave, Prompt
-from .window import Window
+from .step import Keep, Leave, Prompt
+from .windows import Windows
 
 
 def keep_chosen(
     pages: Pages,
-    window: Window,
+    window: Windows,
     keep: Keep,
     blocks: Tensor,
     exact: Sequence[Tensor],
@@ -28,7 +28,7 @@ def keep_chosen(
     blocks int64 [m]: those of the request's window. exact: keys and values [H, w, D] that it held before the step.
     new: queries [n, Hq, D], keys and values [n, H, D] of the step, the last of which end the prompt.
     """
-    query, setup, old = new[0], pages.setup, keep.prompt.old
+    query, setup, old, sinks = new[0], pages.setup, keep.prompt.old, pages.setup.geometry.sinks
     assert setup.policy is not None
     k, v = _tokens(pages, keep.prompt, exact, new)  # [H, prompt, D]
     queries = scored = None
@@ -40,9 +40,9 @@ def keep_chosen(
     chosen = setup.policy.select(_chunk(pages, queries, k, v, scale, scored))[0]
     chosen = chosen.nonzero()[:, 1].view(len(k), -1)  # [H, kept], ascending
     k, v = (x.take_along_dim(chosen[..., None], 1) for x in (k, v))
-    pages.rewrite(k[:, setup.sinks :], v[:, setup.sinks :], keep.pages, old, chosen[:, setup.sinks :] - setup.sinks)
-    end = setup.sinks + keep.pages.shape[1] * setup.page_size
-    k, v = (torch.cat([x[:, : setup.sinks], x[:, end:]], 1).transpose(0, 1) for x in (k, v))
+    pages.rewrite(k[:, sinks:], v[:, sinks:], keep.pages, old, chosen[:, sinks:] - sinks)
+    end = sinks + keep.pages.shape[1] * setup.page_size
+    k, v = (torch.cat([x[:, :sinks], x[:, end:]], 1).transpose(0, 1) for x in (k, v))
     window.write(window.starts(blocks[None], keep.slots[None])[0], k, v)
 
 
@@ -52,26 +52,15 @@ def score(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence[T
     pages.put_scores(prompt.cells, _summed(pages, prompt, new[0], k, v, scale))
 
 
-def watch(pages: Pages, group: Group, groups: Tensor, lse: Tensor) -> None:
-    """Add the attention that pages receive from queries behind prompts, the mean over the query heads of a KV head.
-
-    groups float32 [S, G * n, m]: the lse of each page read, lse [S, G * n] that of all.
-    """
-    n, places = group.new, group.pages.shape[1]
-    mass = (groups - lse[..., None]).exp().unflatten(1, (-1, n)).mean(1).sum(1)  # [S, m]
-    seen = torch.arange(places, device=mass.device) < (group.counts * group.behind)[:, None]
-    more = torch.stack([mass, torch.full_like(mass, n)], -1)
-    pages.receive(group.pages, torch.where(seen[..., None], more, 0))
-
-
-def let_go(pages: Pages, leave: Leave) -> None:
-    """Close the gaps of pages that the policy lets go, in each head others."""
+def evict_pages(pages: Pages, leave: Leave) -> None:
+    """Close the gaps of pages that the policy evicts, in each head others."""
     policy, heads = pages.setup.policy, pages.heads
     assert policy is not None
     mass, queries = pages.received(leave.pages).cpu().unbind(-1)
     full = torch.ones(heads, dtype=torch.int64, device="cpu")
-    n, size = leave.pages.shape[1], pages.setup.page_size
-    held = Held(full * leave.tokens, full * n, size, pages.setup.sinks, heads, mass / queries.clamp_min(1), queries)
+    n, geometry = leave.pages.shape[1], pages.setup.geometry
+    counts = full * leave.tokens, full * n, geometry.page_size, geometry.sinks
+    held = Held(*counts, heads, mass / queries.clamp_min(1), queries)
     gone = policy.expired(held)
     assert gone is not None
     stay = (~gone).nonzero()[:, 1].view(heads, n - leave.count).to(leave.pages.device)
@@ -80,7 +69,7 @@ def let_go(pages: Pages, leave: Leave) -> None:
 
 def _tokens(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values [H, n, D] of a prompt as far as it is in."""
-    sinks = min(pages.setup.sinks, exact[0].shape[1])
+    sinks = min(pages.setup.geometry.sinks, exact[0].shape[1])
     k, v = (
         torch.cat([held[:, :sinks], page, held[:, sinks:], last.transpose(0, 1)], 1)
         for held, page, last in zip(exact, pages.tokens(prompt.old), new[1:], strict=True)
@@ -92,11 +81,11 @@ def _chunk(
     pages: Pages, queries: Tensor | None, k: Tensor, v: Tensor, scale: float, scored: Tensor | None = None
 ) -> Chunk:
     """A prompt k, v [H, n, D], the last of whose queries are [w, Hq, D], as a policy sees it."""
-    setup, plan = pages.setup, pages.plan
+    geometry, plan = pages.setup.geometry, pages.plan
     alive = torch.ones(1, *k.shape[:2], dtype=torch.bool, device=k.device)
-    recent = min(setup.recent, k.shape[1] - setup.sinks)
+    recent = min(geometry.recent, k.shape[1] - geometry.sinks)
     q = None if queries is None else queries.transpose(0, 1)[None]
-    return Chunk(q, k[None], v[None], alive, 0, setup.sinks, recent, scale, plan.layer, plan.layers, scored=scored)
+    return Chunk(q, k[None], v[None], alive, 0, geometry.sinks, recent, scale, plan.layer, plan.layers, scored=scored)
 
 
 def _summed(pages: Pages, prompt: Prompt, query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

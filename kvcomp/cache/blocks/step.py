@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcomp.stages import Choice
-
+from ..geometry import Extent
+from ..reader import Shared
 from .pages import Cells
-from .setup import Extent, Setup
+from .setup import Setup
 
 
 class Run(NamedTuple):
@@ -129,7 +129,7 @@ class Step:
     queries score their tokens; leaves: pages that leave. fresh int64 [f]: records that nothing was received by yet.
     writes and votes int64 [3, w]: (row of the step, request, slot of its window) of new tokens that the window keeps,
     and of queries.
-    then: what follows in the same step, of requests that bring tokens from behind a turn (`Setup.turns`), too.
+    then: what follows in the same step, of requests that bring tokens beyond a split point (`Extents.split_points`).
     cells: what follows from it, where tokens are written singly; starts: where windows have what is written and read.
     Both for all layers, once one has asked.
     choices: by layer, the pages that it chose and others follow in this step.
@@ -147,16 +147,16 @@ class Step:
     then: Step | None = None
     cells: Cells | None = None
     starts: list[Tensor] = field(default_factory=list)
-    choices: dict[int, Choice] = field(default_factory=dict)
+    choices: dict[int, Shared] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         setup: Setup,
         heads: int,
-        starts: list[int],
-        lengths: list[int],
-        prompts: list[int],
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        prompts: Sequence[int],
         table: Tensor,
         slot_mapping: Tensor,
     ) -> Step:
@@ -164,14 +164,14 @@ class Step:
 
         prompts: how many of a request's tokens are its prompt. table int32 [R, n]: blocks of one page, on the device.
 
-        A request that was thrown out comes back as a prompt with its own words behind: those see, as they did at first,
-        what the policy kept of the prompt, and later of them.
+        A preempted request resumes with its generated tokens appended to its prompt. They attend to what the policy
+        kept of the prompt, and later of them, as before preemption.
         """
-        table = table.long()
+        table, geometry = table.long(), setup.geometry
         levels: list[list[Run]] = [[]]
         for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
             past = length - (starts[r + 1] - starts[r])
-            edges = [past, *setup.turns(past, length, prompt), length] if past < length else []
+            edges = [past, *geometry.split_points(past, length, prompt), length] if past < length else []
             levels += [[] for _ in range(len(edges) - 1 - len(levels))]
             for level, (begin, end) in zip(levels, pairwise(edges), strict=False):
                 level.append(Run(r, starts[r] + begin - past, begin, end, prompt))
@@ -201,21 +201,22 @@ class Step:
         leaves: list[Leave] = []
         fresh = [torch.zeros(0, dtype=torch.int64, device=table.device)]
         writes, votes = [_nowhere()], [_nowhere()]
+        geometry = setup.geometry
         for same in by_length.values():
-            befores = [setup.extent(run.past, run.prompt) for run in same]
+            befores = [geometry.extent(run.past, run.prompt) for run in same]
             for row, (run, before) in enumerate(zip(same, befores, strict=True)):
                 if setup.by_token:
                     continue
-                after, place = setup.extent(run.end, run.prompt), (len(groups), row)
-                ends, loses = run.past < run.prompt <= run.end, setup.kept(run.prompt) < run.prompt
+                after, place = geometry.extent(run.end, run.prompt), (len(groups), row)
+                ends, loses = run.past < run.prompt <= run.end, geometry.kept(run.prompt) < run.prompt
                 keep, new = ends and loses, after.written - before.written
-                if setup.most is not None and run.end >= run.prompt:
+                if geometry.limit is not None and run.end >= run.prompt:
                     first = 0 if ends else before.pages
                     pages = before.pages + new  # before any leave
                     fresh.append(_columns(table, run, heads, first, pages - first).flatten())
                     if pages > after.pages:
                         records = _columns(table, run, heads, 0, pages)
-                        leaves.append(Leave(records, after.exact + pages * setup.page_size, pages - after.pages))
+                        leaves.append(Leave(records, after.exact + pages * geometry.page_size, pages - after.pages))
                 if keep or (run.end < run.prompt and loses and setup.sums):
                     prompt = _prompt(setup, heads, *place, run, before, table)
                     if keep:
@@ -224,10 +225,11 @@ class Step:
                     scores.append(prompt)
                 if new > 0:
                     records = _columns(table, run, heads, before.column(before.pages), new)
-                    fills.append(Fill(*place, min(setup.sinks, run.past), max(setup.sinks - run.past, 0), records))
+                    sinks = geometry.sinks
+                    fills.append(Fill(*place, min(sinks, run.past), max(sinks - run.past, 0), records))
                 held = torch.arange(before.held, after.held, device="cpu")
-                kept = held[(held < setup.sinks) | (held >= after.held - setup.ring)]
-                writes.append(_moved(run, kept - before.held, _slot(setup, kept)))
+                kept = held[(held < geometry.sinks) | (held >= after.held - geometry.ring)]
+                writes.append(_moved(run, kept - before.held, geometry.slot(kept)))
                 votes.append(_votes(setup, run))
             groups.append(_group(setup, heads, same, befores, table))
         moved, voting = (torch.cat(runs, 1).to(table.device, non_blocking=True) for runs in (writes, votes))
@@ -257,11 +259,11 @@ def _prompt(setup: Setup, heads: int, group: int, row: int, run: Run, before: Ex
 
 
 def _keep(setup: Setup, heads: int, prompt: Prompt, run: Run, after: Extent, table: Tensor) -> Keep:
-    pages = _columns(table, run, heads, 0, after.written)
+    geometry, pages = setup.geometry, _columns(table, run, heads, 0, after.written)
     held = torch.arange(after.held, device="cpu")
-    exact = held[(held < setup.sinks) | (held >= after.held - (after.exact - setup.sinks))]
+    exact = held[(held < geometry.sinks) | (held >= after.held - (after.exact - geometry.sinks))]
     voters = max(run.past - (run.prompt - setup.voters), 0)
-    slots = _slot(setup, exact).to(table.device, non_blocking=True)
+    slots = geometry.slot(exact).to(table.device, non_blocking=True)
     return Keep(prompt, run.request, pages, slots, voters)
 
 
@@ -284,14 +286,14 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
     blocks = blocks.masked_fill(page * (size if setup.by_token else 1) >= counts[:, None], 0)
     # Exact tokens in order: the sinks, then what lies behind the pages.
     place = torch.arange(max(extent.exact for extent in extents) + 1, device=device)
-    position = torch.where(place < setup.sinks, place, place + (held - exact)[:, None])
+    position = torch.where(place < setup.geometry.sinks, place, place + (held - exact)[:, None])
     return Group(
         rows,
         starts[:, None] + torch.arange(new, device=device),
         _records(blocks, heads).to(torch.int32),
         counts.repeat_interleave(heads),
         exact.repeat_interleave(heads),
-        _slot(setup, position),
+        setup.geometry.slot(position),
         behind.bool().repeat_interleave(heads),
         [extent.exact for extent in extents],
     )
@@ -305,9 +307,3 @@ def _columns(table: Tensor, run: Run, heads: int, first: int, count: int) -> Ten
 def _records(blocks: Tensor, heads: int) -> Tensor:
     """Records [R * H, n] of the pool's cells (block, head) of blocks [R, n]."""
     return (blocks[:, None] * heads + torch.arange(heads, device=blocks.device)[:, None]).flatten(0, 1)
-
-
-def _slot(setup: Setup, position: Tensor) -> Tensor:
-    """The slot of a request's window that the token at a position is kept in."""
-    sinks = setup.sinks
-    return torch.where(position < sinks, position, sinks + (position - sinks) % setup.ring)

@@ -1,4 +1,4 @@
-"""The pages of one layer in vLLM's pool: a record per (block, KV head)."""
+"""The pages of one layer in an engine's pool: a record per (block, KV head)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.errors import UnsupportedError
-from kvcomp.finite import saturated
 from kvcomp.kernels.dispatch import encode_pages
-from kvcomp.layout import SUMMARY, Field
+from kvcomp.layout import SUMMARY, Field, PageLayout
+from kvcomp.stages import Codec
+from kvcomp.stages.plan import LayerPlan
 
+from ..records import Records
 from .setup import HOST, Setup
 
 
@@ -42,25 +44,39 @@ class Pages:
             UnsupportedError: the codec settles something by the first data it sees, which no block can hold.
         """
         self.setup, self.heads = setup, heads
-        self.plan = plan = setup.plan(layer)
-        shape = replace(setup.shape(heads, layer), device=device)
-        self.codec, self.layout = plan.build(shape)
-        self.codec.fix(means)  # what a block holds depends on its tokens alone
-        self.index = None if plan.chooser is None else plan.chooser.index(shape)
-        self.by_tokens = plan.by_tokens(self.layout)
-        if self.codec.state():
+        plan, shape = setup.plan(layer), replace(setup.shape(heads, layer), device=device)
+        self.records = Records(plan, shape)
+        self.records.codec.fix(means)  # what a block holds depends on its tokens alone
+        if self.records.codec.state():
             raise UnsupportedError(
                 f"{setup.stack}: {plan.quantizer.name} settles on channels by the first text it sees, and vLLM's "
                 "workers and restarts would settle differently: use whole bits"
             )
-        self.one = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
-        if self.one is not None:
-            self.one.fix(means)
-        self.pool = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.token_codec = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
+        if self.token_codec is not None:
+            self.token_codec.fix(means)
+        self.head = torch.arange(heads, device=device)
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.records.plan
+
+    @property
+    def codec(self) -> Codec:
+        return self.records.codec
+
+    @property
+    def layout(self) -> PageLayout:
+        return self.records.layout
+
+    @property
+    def pool(self) -> Tensor:
+        """uint8 [blocks * H, P * C]: the record of each cell (block, head)."""
+        return self.records.data
 
     def at(self, kv_cache: Tensor) -> Pages:
-        """Bound to uint8 [blocks, H, P, C], whose cells (block, head) are records: uint8 [blocks * H, P * C]."""
-        self.pool = kv_cache.view(kv_cache.shape[0] * kv_cache.shape[1], -1)
+        """Bound to uint8 [blocks, H, P, C], whose cells (block, head) are records."""
+        self.records.memory.data = kv_cache.view(kv_cache.shape[0] * kv_cache.shape[1], -1)
         return self
 
     def cells(self, slots: Tensor) -> Cells:
@@ -75,26 +91,19 @@ class Pages:
 
     def write_tokens(self, keys: Tensor, values: Tensor, cells: Cells) -> None:
         """Write tokens of keys and values [T, H, D] one by one."""
-        assert self.one is not None
-        k, v = (self._finite(x[cells.tokens]).flatten(0, 1)[:, None] for x in (keys, values))  # [t * H, 1, D]
-        if encode_pages(self.pool, cells.records, self.layout, self.one, k, v, cells.heads, cells.rows):
+        assert self.token_codec is not None
+        k, v = self.records.clean(keys[cells.tokens], values[cells.tokens])
+        k, v = (x.flatten(0, 1)[:, None] for x in (k, v))  # [t * H, 1, D]
+        if encode_pages(self.pool, cells.records, self.layout, self.token_codec, k, v, cells.heads, cells.rows):
             return
-        encoded, records = self.one.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
+        encoded, records = self.token_codec.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
         for field, rows in self._rows():
             rows[records, cells.rows] = encoded[field.name].flatten(1).contiguous().view(torch.uint8)
 
     def write_pages(self, keys: Tensor, values: Tensor, records: Tensor) -> None:
         """Encode the first m * P tokens of keys and values [H, n, D] into records int64 [H, m]."""
-        pages, size, record = records.shape[1], self.setup.page_size, records.flatten()
-        k, v = (self._finite(x[:, : pages * size]).reshape(-1, size, x.shape[2]) for x in (keys, values))
-        heads = torch.arange(self.heads, device=records.device).repeat_interleave(pages)
-        fields = {} if self.index is None else self.index.summarize(k, v, heads)
-        if not encode_pages(self.pool, record, self.layout, self.codec, k, v, heads):
-            fields |= self.codec.encode(k, v, heads)
-        for field in self.layout.fields:
-            if field.name in fields:
-                at = self.layout.offsets[field.name]
-                self.pool[record, at : at + field.nbytes] = fields[field.name].flatten(1).contiguous().view(torch.uint8)
+        full = records.shape[1] * self.setup.page_size
+        self.records.encode(records, keys[:, :full], values[:, :full], self.head)
 
     def rewrite(self, keys: Tensor, values: Tensor, records: Tensor, old: Tensor, origin: Tensor) -> None:
         """As `write_pages`, of tokens that partly come from pages themselves: keys and values as those decode.
@@ -115,8 +124,11 @@ class Pages:
         """float32 [..., 2] from the tails of records: the attention that pages received, and of how many queries."""
         return self._tails(2)[records]
 
-    def receive(self, records: Tensor, more: Tensor) -> None:
-        """Add `more` float32 [S, n, 2] to what records int [S, n] received; one may be named several times."""
+    def receive(self, records: Tensor, mass: Tensor, queries: int, seen: Tensor) -> None:
+        """Add the attention mass float32 [S, n] that pages `records` int [S, n] received from so many queries, where
+        seen bool [S, n]; a record may be named several times."""
+        more = torch.stack([mass, torch.full_like(mass, queries)], -1)
+        more = torch.where(seen[..., None], more, 0)
         self._tails(2).index_put_((records.long(),), more, accumulate=True)
 
     def forget(self, records: Tensor) -> None:
@@ -150,19 +162,6 @@ class Pages:
 
     def tokens(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [H, n * P, D] of records [H, n] in the model's dtype."""
-        heads, n = records.shape
-        if not n:
-            k = v = torch.zeros(heads, 0, self.setup.dim, dtype=self.setup.dtype, device=records.device)
-            return k, v
-        k, v = self._decode(records.flatten(), torch.arange(heads, device=records.device).repeat_interleave(n))
-        if not self.codec.lossless:
-            k, v = saturated(k, self.setup.dtype), saturated(v, self.setup.dtype)
-        k, v = (x.to(self.setup.dtype).unflatten(0, (heads, n)).flatten(1, 2) for x in (k, v))
+        k, v = self.records.decode(records.flatten(), self.head.repeat_interleave(records.shape[1]))
+        k, v = (x.unflatten(0, records.shape).flatten(1, 2) for x in (k, v))
         return k, v
-
-    def _decode(self, records: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.codec.decode(self.layout.gather(self.pool, records))
-        return self.codec.inverse(k, v, streams)
-
-    def _finite(self, x: Tensor) -> Tensor:
-        return x if self.codec.lossless else x.nan_to_num(0.0, 0.0, 0.0)
