@@ -111,10 +111,11 @@ def measure(series: str, spec: str, layers: Sequence[Layer], context: int, queri
 
 def _lse(store: LayerStore, queries: Tensor, scale: float, lse: Tensor) -> Tensor:
     """[Hq]: of what was read alone, without what stands for the rest of it."""
-    if store.index is not None and type(store.index).rest is not Index.rest:
-        index, store.index = store.index, Index(store.index.selector)
+    records = store.records
+    if records.index is not None and type(records.index).rest is not Index.rest:
+        index, records.index = records.index, Index(records.index.selector)
         lse = store.attend(queries, scale).lse
-        store.index = index
+        records.index = index
     return lse.flatten()
 
 

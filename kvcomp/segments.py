@@ -7,8 +7,10 @@ layout, which has their offsets. Descriptions are equal only if they are the sam
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -122,6 +124,14 @@ class SideLayout:
         """Numbers of a token that kernels write from."""
         return self.channels + (self.gain is not None)
 
+    @cached_property
+    def _as_values(self) -> WeakKeyDictionary[SideLayout, dict[Any, Any]]:
+        """`memo` of this side as V, by K."""
+        return WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:  # copies make their own memo
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
 
 def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:
     """The segments of all sides in order; None where one has none to tell."""
@@ -131,3 +141,13 @@ def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:
 
 
 Sides = tuple[SideLayout, SideLayout]
+
+
+def memo(sides: Sides) -> dict[Any, Any]:
+    """What kernels made of K and V, by what it is for: it goes with the sides, and must not hold them.
+
+    Entries are never replaced, as other threads may be reading what one points at: add them with `setdefault`.
+    """
+    k, v = sides
+    found = v._as_values.get(k)
+    return v._as_values.setdefault(k, {}) if found is None else found

@@ -7,7 +7,6 @@ from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from math import prod
 from struct import Struct
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
+from kvcomp.kernels.contract import PagesView
 from kvcomp.layout import SUMMARY, PageLayout, Summary
-from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Uniform
 
 from .loading import MISSING, load
 from .memory import given, records, table
@@ -113,20 +113,6 @@ class Described:
         return _Segment(KINDS["codebook"], segment.channels, len(planes), 1, segment.channels, 0, *places)
 
 
-class Pages(NamedTuple):
-    """Pages of a pool [pages, bytes_per_page]: of ids [S, n] a stream's first counts [S], read as `sides` say.
-
-    in_tokens: counts are of tokens, of a layout that is `tokenwise`, and the last page may be filled in part.
-    """
-
-    pool: Tensor
-    ids: Tensor
-    counts: Tensor
-    layout: PageLayout
-    sides: Sides
-    in_tokens: bool = False
-
-
 # By sides, then by layouts. Nothing is replaced: other threads may be reading what an entry points at.
 _DESCRIBED: WeakKeyDictionary[SideLayout, dict[PageLayout, Described]] = WeakKeyDictionary()
 
@@ -155,7 +141,7 @@ def obstacle(segment: Segment) -> str | None:
 
 def attend(
     queries: Tensor,
-    pages: Pages | None,
+    pages: PagesView | None,
     tokens: Tokens | None,
     scale: float,
     softcap: float | None = None,
@@ -175,6 +161,7 @@ def attend(
         base, stride, named = records("pool", pages.pool, pages.layout.body_bytes)
         ids, many, width = table(pages.ids, streams)
         counts = given("counts", pages.counts, torch.int64, (streams,))
+        assert pages.sides is not None
         k, v = (described(side, pages.layout) for side in pages.sides)
         v_dim = v.dim
         if k.dim != k_dim:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.attention import Tokens
-from kvcomp.kernels import cpu
+from kvcomp.kernels.dispatch import append
 from kvcomp.stages.plan import COUNTER, LayerPlan
 from kvcomp.state import State
 
@@ -73,7 +73,7 @@ class ExactBuffer:
         """One more token for every stream: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
         shortest, longest = self.bounds
         self._reserve(longest + 1)
-        if keys.is_cpu and cpu.library() is not None and cpu.append(self.k, self.v, self.counts, keys, values):
+        if append(self.k, self.v, self.counts, keys, values):
             self._bounds = shortest + 1, longest + 1
             return
         k, v = keys.reshape(len(self.counts), -1), values.reshape(len(self.counts), -1)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from block_engine import COLUMNS, DIM, GROUP, HEADS, REQUESTS, BlockEngine
 from far_device import FAR, FarDevice
-from torch import Tensor
 
-from kvcomp.attention import Part
 from kvcomp.cache.blocks.decode import Decoder
 from kvcomp.cache.blocks.step import Step
 from kvcomp.kernels import dispatch
@@ -122,18 +119,10 @@ def test_what_waits_is_seen() -> None:
             engine.attend(step, *new)
 
 
-def by_reference(*args: Any, tokens: Any, in_tokens: bool, workspace: Tensor) -> Part:
-    """`dispatch.by_triton`, as its specification."""
-    queries, pool, ids, counts, layout, codec, _, scale, softcap, lse_of_pages = args
-    args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens, in_tokens
-    return dispatch.attend_pages(*args)
-
-
 @pytest.mark.parametrize("stack", ["none", "int(bits=4)", "int(bits=2, basis=hadamard)", "turboquant(bits=3)", "mxfp4"])
-def test_a_decode_step_is_a_step(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_step_is_a_step(stack: str) -> None:
     """Planned on the device, with padding behind the requests, or on the host: the same attention, the same pool."""
     engine = BlockEngine(stack, HOST)
-    monkeypatch.setattr(dispatch, "by_triton", by_reference)
     lengths = [1, 63, 64, 65, 200]
     pages, past = engine.pages, [n - 1 for n in lengths]
     before_them = engine.slots([0, *torch.tensor(past).cumsum(0).tolist()], past)

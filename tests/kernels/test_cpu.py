@@ -16,8 +16,9 @@ from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
 from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompWarning
-from kvcomp.kernels import cpu, dispatch, reference
+from kvcomp.kernels import backends, cpu, dispatch, reference
 from kvcomp.kernels.cpu import loading
+from kvcomp.kernels.cpu.backend import C
 from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec, PageShape
 
@@ -335,7 +336,12 @@ def test_what_it_cannot_read_goes_to_the_reference(spec: str) -> None:
 
 def test_without_the_extension_it_warns_once_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library", lambda: None)
-    dispatch._warn.cache_clear()
+    backends._warn.cache_clear()
+    with dispatch.using(C()):
+        is_right_without_it()
+
+
+def is_right_without_it() -> None:
     pool, layout, codec = filled("kivi", 3, (64, 64), torch.float32)
     args = (torch.randn(1, 2, 64), pool.data, torch.arange(3)[None], torch.tensor([3]), layout, codec, 0.1)
     with pytest.warns(KvcompWarning, match="C kernel is not installed"):

@@ -13,6 +13,7 @@ from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.pool import PagePool
 from kvcomp.kernels import cpu, dispatch
 from kvcomp.kernels.cpu import encode
+from kvcomp.kernels.cpu.backend import C
 from kvcomp.layout import PageLayout
 from kvcomp.quantizers.codecs import GridCodec, RawSide
 from kvcomp.quantizers.grid import UniformSide
@@ -309,6 +310,11 @@ def test_what_no_kernel_can_write_is_left_to_the_codec(spec: str, monkeypatch: p
     """Codes that it does not know, and any without the library."""
     if "kivi" in spec:
         monkeypatch.setattr(cpu, "library", lambda: None)
+    with dispatch.using(C()):
+        is_left_to_the_codec(spec)
+
+
+def is_left_to_the_codec(spec: str) -> None:
     codec, layout = built(spec, 64, 32, torch.float32)
     k = torch.randn(2, 32, 64)
     streams = torch.zeros(2, dtype=torch.int64)

@@ -15,6 +15,7 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompError
 from kvcomp.kernels import cpu
+from kvcomp.kernels.contract import PagesView
 from kvcomp.kernels.cpu import encode
 from kvcomp.layout import SUMMARY, PageLayout, Summary
 from kvcomp.stages import Codec, PageShape
@@ -70,7 +71,7 @@ def attend(spec: str) -> Door:
     }
 
     def call(x: Given) -> Any:
-        pages = cpu.Pages(x["pool"], x["ids"], x["counts"], layout, sides)
+        pages = PagesView(x["pool"], x["ids"], x["counts"], layout, sides)
         prior, tokens = Part(x["prior.out"], x["prior.lse"]), Tokens(x["keys"], x["values"], x["held"])
         return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, lse_of_pages=True)
 

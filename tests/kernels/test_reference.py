@@ -13,8 +13,9 @@ from torch import Tensor
 from kvcomp import Stack, attention
 from kvcomp.attention import Part
 from kvcomp.cache.pool import PagePool
-from kvcomp.kernels import dispatch, reference
+from kvcomp.kernels import dispatch
 from kvcomp.kernels.reference import attend_pages
+from kvcomp.kernels.reference import pages as reference
 from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec, PageShape
 

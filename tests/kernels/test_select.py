@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcomp.kernels import cpu, select
+from kvcomp.kernels import cpu, dispatch, select
 from kvcomp.layout import SUMMARY, Field, PageLayout, Summary
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed")
@@ -20,8 +20,7 @@ BEST = cpu.level() if cpu.library() is not None else 0
 
 def specified(call: Callable[[], Tensor]) -> Tensor:
     """What PyTorch gives."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "library", lambda: None)
+    with dispatch.reference_only():
         return call()
 
 

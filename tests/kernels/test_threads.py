@@ -13,7 +13,7 @@ from generation import greedy, tokens
 from tiny_models import make
 
 from kvcomp import CompressedCache, Stack, prefill
-from kvcomp.kernels import cpu, dispatch
+from kvcomp.kernels import backends, cpu, dispatch
 from kvcomp.kernels.cpu import encode
 from kvcomp.stages import PageShape
 
@@ -96,14 +96,14 @@ def test_a_thread_that_asks_for_the_reference_leaves_the_others_alone() -> None:
         with dispatch.reference_only():
             inside.set()
             done.wait(10)
-            seen.append(dispatch._reference.get())
+            seen.append(backends._order.get())
 
     other = threading.Thread(target=ask)
     other.start()
     inside.wait(10)
     with dispatch.reference_only():
         pass
-    seen.append(dispatch._reference.get())
+    seen.append(backends._order.get())
     done.set()
     other.join()
-    assert seen == [False, True]
+    assert seen == [backends.ALL, (backends.REFERENCE,)]

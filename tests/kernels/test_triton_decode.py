@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -16,6 +17,7 @@ from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obsta
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.kernels import dispatch, reference
+from kvcomp.kernels.triton_backend import Triton
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -125,9 +127,9 @@ class Case:
 
 
 @pytest.fixture(autouse=True)
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "on_gpu", lambda _: not dispatch._reference.get())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+def by_triton() -> Iterator[None]:
+    with dispatch.using(Triton(anywhere=True)):
+        yield
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:4])))

@@ -16,11 +16,12 @@ from torch import Tensor
 import kvcomp.cache.reader
 from kvcomp import CompressedCache, KvcompWarning, Stack, prefill
 from kvcomp.architecture import LayerShape, Matrices, ModelShape
-from kvcomp.cache.layer import Choice, LayerStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.cost.bill import bill
 from kvcomp.errors import SpecError
 from kvcomp.integrations.huggingface.lockstep import lockstep
 from kvcomp.ledger import add_parts
+from kvcomp.stages import Choice
 from kvcomp.stages.plan import held_parts, read_parts
 
 SPEC = "kivi(bits=4, group=16) + moba(pages=3, share=3) + window(sinks=2, recent=8)"

@@ -32,9 +32,7 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
     token = torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=on)
     if sides is None or codec.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
         return "no kernel writes its tokens"
-    from kvcomp.kernels import triton
-
-    return triton.write_obstacle(sides)
+    return dispatch.write_obstacle(sides, pages.layout, device)
 
 
 def most_channels(codecs: Sequence[Codec]) -> int:
@@ -75,10 +73,8 @@ class DecodeStep:
         streams, requests = len(self.ids), len(self.ids) // pages.heads
         q = query[:requests].reshape(streams, -1, query.shape[2])  # [S, G, D]
         k, v = (x[:requests].reshape(streams, 1, -1) for x in (key, value))
-        sides = pages.codec.kernel_sides()
-        assert sides is not None
-        part = dispatch.by_triton(
-            *(q, pages.pool, self.ids, self.counts, pages.layout, pages.codec, sides, scale, softcap, False),
+        part = dispatch.attend_pages(
+            *(q, pages.pool, self.ids, self.counts, pages.layout, pages.codec, scale, softcap),
             tokens=Tokens(k, v, self.own),
             in_tokens=True,
             workspace=self.workspace,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, attend, joined
+from kvcomp.kernels.contract import PageCodec
 from kvcomp.layout import PageLayout
-from kvcomp.stages import Codec
 
 MAX_DECODED = 1 << 19  # decoded elements of K (and of V) at once: 2 MiB of float32, which caches hold
 
@@ -21,7 +21,7 @@ def attend_pages(
     ids: Tensor,
     counts: Tensor,
     layout: PageLayout,
-    codec: Codec,
+    codec: PageCodec,
     scale: float,
     softcap: float | None = None,
     lse_of_pages: bool = False,
