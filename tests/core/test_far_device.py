@@ -87,7 +87,7 @@ def test_received_attention_is_read_only_where_pages_leave(spec: str) -> None:
         next(taken)
 
 
-@pytest.mark.parametrize("spec", ["none", "kivi(bits=2, group=16)", "turboquant(bits=4)", "snapkv(budget=64) + int(bits=4)"])
+@pytest.mark.parametrize("spec", [*QUANTIZERS[:4], "snapkv(budget=64) + int(bits=4)"])
 def test_steps_in_fixed_memory_do_not_wait(spec: str) -> None:
     store = far(spec)
     ahead = FixedStore(store.plan, PROMPT + 80)
