@@ -102,8 +102,8 @@ class Backend:
         """The kernels for a device, in words."""
         return self.name
 
-    def joins(self, codec: PageCodec, rows: int, tokens: Tokens) -> bool:
-        """Whether `attend` takes exact tokens together with pages of the codec, for so many queries of a stream."""
+    def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
+        """Whether `attend` takes exact tokens together with pages."""
         return False
 
     def attend(
@@ -111,13 +111,16 @@ class Backend:
         queries: Tensor,
         pages: PagesView,
         codec: PageCodec,
+        case: Case,
         scale: float,
         softcap: float | None,
-        lse_of_pages: bool,
         tokens: Tokens | None,
         workspace: Tensor | None,
     ) -> Part | None:
-        """Attention of queries [S, R, Dk] over pages and tokens that it `joins`, as `reference.attend_pages` has it."""
+        """Attention of queries [S, R, Dk] over pages, as `reference.attend_pages` has it, and tokens that it `joins`.
+
+        The case is that of these queries and pages.
+        """
         raise NotImplementedError
 
     def attend_tokens(

@@ -47,11 +47,11 @@ def attend_pages(
     workspace: float32 that Triton kernels use instead of allocating it, as in a CUDA graph; see `triton.attend`.
     """
     pages = PagesView(pool, ids, counts, layout, codec.kernel_sides(), in_tokens)
-    rows = queries.shape[1]
-    case = Case(pages.sides, pool.device, rows, queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens)
+    asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens
+    case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):
-        joined = tokens if tokens is not None and backend.joins(codec, rows, tokens) else None
-        part = backend.attend(queries, pages, codec, scale, softcap, lse_of_pages, joined, workspace)
+        joined = tokens if tokens is not None and backend.joins(codec, case, tokens) else None
+        part = backend.attend(queries, pages, codec, case, scale, softcap, joined, workspace)
         if part is None:  # declined
             continue
         if tokens is None or joined is not None:

@@ -201,9 +201,9 @@ class FlashInfer(Backend):
         queries: Tensor,
         pages: PagesView,
         codec: PageCodec,
+        case: Case,
         scale: float,
         softcap: float | None,
-        lse_of_pages: bool,
         tokens: Tokens | None,
         workspace: Tensor | None,
     ) -> Part | None:

@@ -49,19 +49,19 @@ class Triton(Backend):
     def told(self, device: torch.device) -> str:
         return f"Triton, {torch.cuda.get_device_name(device)}"
 
-    def joins(self, codec: PageCodec, rows: int, tokens: Tokens) -> bool:
+    def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
         from .triton import plan
 
-        return plan.together(codec.rotates, codec.biased, rows)
+        return plan.together(case.rotates, codec.biased, case.rows)
 
     def attend(
         self,
         queries: Tensor,
         pages: PagesView,
         codec: PageCodec,
+        case: Case,
         scale: float,
         softcap: float | None,
-        lse_of_pages: bool,
         tokens: Tokens | None,
         workspace: Tensor | None,
     ) -> Part:
@@ -74,17 +74,17 @@ class Triton(Backend):
             pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device)
         )
         rotated, bias = queries, None
-        if codec.rotates:
+        if case.rotates:
             rotated, bias = codec.read_query(queries.float())
         elif codec.biased:
             bias = codec.read_query(queries)[1]
         part = triton.attend(
             *(rotated, held, tokens, scale, softcap, bias),
-            lse_of_pages=lse_of_pages,
+            lse_of_pages=case.lse_of_pages,
             workspace=workspace,
             in_tokens=in_tokens,
         )
-        return part._replace(out=codec.read_output(part.out)) if codec.rotates else part
+        return part._replace(out=codec.read_output(part.out)) if case.rotates else part
 
     def attend_tokens(
         self,

@@ -30,6 +30,7 @@ from .compact import Compaction, compact
 from .contents import Contents
 from .fingerprint import fingerprint
 from .hook import base_name, hook
+from .indexed import IndexerPositions
 from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer
@@ -38,7 +39,7 @@ from .turns import Turns
 from .watch import reuse, turns_of, unwatch, watch
 
 
-class CompressedCache(Cache):
+class CompressedCache(IndexerPositions, Cache):
     """A stack as the cache of any decoder model whose attention goes through transformers' attention interface.
 
     Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.

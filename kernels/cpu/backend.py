@@ -41,25 +41,25 @@ class C(Backend):
     def told(self, device: torch.device) -> str:
         return f"C, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads"
 
-    def joins(self, codec: PageCodec, rows: int, tokens: Tokens) -> bool:
-        return not codec.rotates and cpu.readable(tokens)
+    def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
+        return not case.rotates and cpu.readable(tokens)
 
     def attend(
         self,
         queries: Tensor,
         pages: PagesView,
         codec: PageCodec,
+        case: Case,
         scale: float,
         softcap: float | None,
-        lse_of_pages: bool,
         tokens: Tokens | None,
         workspace: Tensor | None,
     ) -> Part:
-        if not (codec.rotates or codec.biased):
-            return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
+        if not (case.rotates or codec.biased):
+            return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=case.lse_of_pages)
         rotated, bias = codec.read_query(queries.float())
-        part = cpu.attend(rotated, pages, tokens, scale, softcap, bias, lse_of_pages=lse_of_pages)
-        return part._replace(out=codec.read_output(part.out)) if codec.rotates else part
+        part = cpu.attend(rotated, pages, tokens, scale, softcap, bias, lse_of_pages=case.lse_of_pages)
+        return part._replace(out=codec.read_output(part.out)) if case.rotates else part
 
     def attend_tokens(
         self,

@@ -31,15 +31,15 @@ class Reference(Backend):
         queries: Tensor,
         pages: PagesView,
         codec: PageCodec,
+        case: Case,
         scale: float,
         softcap: float | None,
-        lse_of_pages: bool,
         tokens: Tokens | None,
         workspace: Tensor | None,
     ) -> Part:
         pool, ids, counts, layout, _, in_tokens = pages
         ragged = None if pool.is_cpu else True  # reading counts would synchronize a GPU
-        how = codec, scale, softcap, lse_of_pages, ragged, in_tokens
+        how = codec, scale, softcap, case.lse_of_pages, ragged, in_tokens
         return of_pages.attend_pages(queries, pool, ids, counts, layout, *how)
 
     def attend_tokens(

@@ -56,7 +56,7 @@ def doctor(
         about.add_row(package, _version(package))
     about.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     about.add_row("CPU", f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()} threads")
-    for backend in backends.ALL:
+    for backend in backends.ALL[:-1]:  # the reference needs nothing
         about.add_row(f"{backend.name} kernels", backend.missing() or backend.installed())
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     about.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
@@ -94,7 +94,7 @@ def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
     import torch
 
     from kvcomp.cache.layer import LayerStore
-    from kvcomp.kernels.dispatch import explain
+    from kvcomp.kernels.dispatch import explain, write_obstacle
     from kvcomp.stages.stack import Stack
 
     plan = replace(Stack.parse(spec).plan(8, 32), policies=(), sinks=0, recent=0)  # a page is all that it takes
@@ -103,7 +103,9 @@ def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
     store = LayerStore(plan)
     store.start(x, x)
     store.write(x, x, None, x)  # some quantizers settle their layout by what comes first
-    return explain(store.codec, store.layout, device)
+    told, sides = explain(store.codec, store.layout, device), store.codec.kernel_sides()
+    why = None if sides is None else write_obstacle(sides, store.layout, device)
+    return told if why is None or told.endswith(why) else f"{told}; pages are written in PyTorch: {why}"
 
 
 def _in_vllm(spec: str, head_dim: int) -> str:
