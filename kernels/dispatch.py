@@ -47,7 +47,7 @@ def attend_pages(
 ) -> Part:
     """As `reference.attend_pages`, by the fastest kernel that there is for these pages, and over exact `tokens` too."""
     sides = codec.kernel_sides()
-    if sides is None or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
+    if sides is None or _obstacle(sides, layout, pool.device, queries.shape[1]) is not None:
         ragged = None if pool.is_cpu else True  # elsewhere, to look would be to wait
         args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, ragged, in_tokens
         return _with_tokens(queries, tokens, scale, softcap, reference.attend_pages(*args))
@@ -244,16 +244,23 @@ def reference_only() -> Iterator[None]:
 
 def obstacle(codec: Codec, layout: PageLayout, device: torch.device, rows: int = 1) -> str | None:
     """Why pages are read by the reference; None: they are not."""
-    if _reference.get():
-        return "it was asked for"
-    if device.type not in ("cpu", "cuda"):
-        return f"there is no other kernel for {device.type}"
     sides = codec.kernel_sides()
     if sides is None:
         return f"{type(codec).__name__} does not tell kernels how to read its pages"
-    if not all(side.channels for side in sides):
+    return _obstacle(sides, layout, device, rows)
+
+
+def _obstacle(sides: Sides, layout: PageLayout, device: torch.device, rows: int) -> str | None:
+    """As `obstacle`, of pages that are read as `sides` say."""
+    if _reference.get():
+        return "it was asked for"
+    kind = device.type
+    if kind not in ("cpu", "cuda"):
+        return f"there is no other kernel for {kind}"
+    k, v = sides
+    if not (k.channels and v.channels):
         return "keys or values of no channels"
-    why = _gpu_obstacle(device, sides) if device.type == "cuda" else _cpu_obstacle(sides, layout)
+    why = _gpu_obstacle(device, sides) if kind == "cuda" else _cpu_obstacle(sides, layout)
     if why is None and rows > MOST_ROWS:
         return f"{rows} queries of a stream are more than {MOST_ROWS}"
     return why

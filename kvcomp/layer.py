@@ -27,7 +27,7 @@ from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, Summary, compact
 from kvcomp.plan import LayerPlan
 from kvcomp.restoring import restore
-from kvcomp.stages import Choice, Chunk, Held, ModelPart, PageShape, Summaries
+from kvcomp.stages import Choice, Chunk, Codec, Held, Index, ModelPart, PageShape, Summaries
 from kvcomp.state import State
 
 
@@ -54,11 +54,24 @@ class LayerStore:
         self.choices.pop(plan.layer, None)
         self.started = False
         self.history = History()
-        self.read: dict[str, int] = {}  # bytes that the last decode step loaded, by part
+        self.read = {}
         self.dense_read = 0  # what the same step would have loaded without compression
         # While a prompt comes in chunks: tokens of each row seen, and of each stream held, before its first one.
         self.prompt: tuple[list[int], list[int]] | None = None
         self.model: ModelPart | None = None  # for policies that need it; the engine sets it
+
+    @property
+    def read(self) -> dict[str, int]:
+        """Bytes that the last decode step loaded, by part; of what was adapted to streams counted when asked for."""
+        while self._adapted:
+            if adapted := self._adapted.pop().adapted():
+                self._read["constants"] = self._read.get("constants", 0) + storage_bytes(adapted)
+        return self._read
+
+    @read.setter
+    def read(self, read: dict[str, int]) -> None:
+        self._read = read
+        self._adapted: list[Codec | Index] = []
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
@@ -305,15 +318,16 @@ class LayerStore:
         q = queries.reshape(self.rows * self.heads, group * n, queries.shape[3])
         self.choices.pop(self.plan.layer, None)
         tokens, self.read = self.exact.tokens()
+        read = self._read
         parts, pages = self._attend_held(q, n, scale, softcap, tokens)
         groups = parts[0].groups if parts else None
         if self.compacted is not None:
             parts.append(self.compacted.attend(q, scale, softcap))
-            self.read["compacted"] = self.compacted.nbytes
+            read["compacted"] = self.compacted.nbytes
         if chunk is not None:
             parts.append(self._attend_chunk(q.unflatten(1, (group, n)), *chunk, scale, softcap))
-            self.read["chunk"] = chunk[0].nbytes + chunk[1].nbytes
-        self.dense_read = self.dense_bytes + self.read.get("chunk", 0)
+            read["chunk"] = chunk[0].nbytes + chunk[1].nbytes
+        self.dense_read = self.dense_bytes + read.get("chunk", 0)
         part = merge(parts)
         if groups is not None:
             mass = (groups - part.lse[..., None]).exp().unflatten(1, (group, n)).mean(1).sum(1)  # [S, k]
@@ -346,10 +360,9 @@ class LayerStore:
         (ids, counts), pool = self.table.held(), self.pool.data
         if ids.shape[1] == 0:
             return [] if tokens is None else [attend_tokens(q, tokens, scale, softcap)], None
-        total = self.table.total
-        self.read["table"] = ids.nbytes
-        if adapted := self.codec.adapted():
-            self.read["constants"] = storage_bytes(adapted)
+        total, read = self.table.total, self._read
+        read["table"] = ids.nbytes
+        self._adapted.append(self.codec)
         choice, rest = self._choose(q, ids, counts, scale, softcap) if n == 1 else (None, None)
         if choice is not None:
             counts = choice.valid
@@ -360,7 +373,7 @@ class LayerStore:
             else:
                 ids = ids.gather(1, choice.positions)
             total = sum(counts.tolist())
-        self.read["pages"] = total * self.layout.body_bytes
+        read["pages"] = total * self.layout.body_bytes
         args = (self.layout, self.codec, scale, softcap, self.table.received is not None, tokens)
         parts = [attend_pages(q, pool, ids, counts, *args)]
         return parts if rest is None else [*parts, rest], None if choice is None else choice.positions
@@ -380,9 +393,8 @@ class LayerStore:
                 return None, None
             return Choice(shared.positions.to(self.device), shared.valid.to(self.device)), None
         summary = Summary(self.layout, self.pool.data, ids, counts)
-        self.read["summaries"] = self.table.total * self.layout.summary_bytes
-        if adapted := self.index.adapted():
-            self.read["constants"] = self.read.get("constants", 0) + storage_bytes(adapted)
+        self._read["summaries"] = self.table.total * self.layout.summary_bytes
+        self._adapted.append(self.index)
         held = Summaries(summary, counts, self.heads, self.layout.page_size, self.by_tokens)
         choice = self.index.choose(q, scale, held)
         if selector.share > 1:
