@@ -74,8 +74,8 @@ class GridCodec(Codec):
     k_basis: Basis = IDENTITY
     v_basis: Basis = IDENTITY
 
-    @property
-    def rotates(self) -> bool:
+    @cached_property
+    def rotates(self) -> bool:  # type: ignore[override]
         return not (self.k_basis.is_identity and self.v_basis.is_identity)
 
     @property

@@ -73,12 +73,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     return load()
 
 
+@cache
 def _compiled() -> ctypes.CDLL:
     found = library()
     assert found is not None
     return found
 
 
+@cache
 def level() -> int:
     """The best of `LEVELS` on this machine."""
     return int(_compiled().kvcomp_level())
