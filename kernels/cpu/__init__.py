@@ -7,7 +7,6 @@ from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from math import prod
 from struct import Struct
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,15 +14,15 @@ from torch import Tensor
 from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.contract import PagesView
+from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, placed, reason
 from kvcomp.layout import SUMMARY, PageLayout, Summary
-from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Uniform
+from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, memo
 
 from .loading import MISSING, load
 from .memory import given, records, table
 
-KINDS = {"uniform": 0, "codebook": 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+KINDS = {UNIFORM: 0, CODEBOOK: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 LEVELS = ("portable", "AVX2", "AVX-512")
-NOTHING = -1
 LANES = 16  # floats in the widest vector: rows are padded to whole ones
 TILE = 16  # tokens that share scales come in multiples of it
 FEW_BITS = 4  # books of so many bits have room for 16 entries, others for 256
@@ -88,55 +87,55 @@ class Described:
     """One side of a page as the kernel takes it."""
 
     def __init__(self, side: SideLayout, layout: PageLayout) -> None:
-        self.obstacle = next((why for s in side.segments if (why := obstacle(s)) is not None), None)
-        if self.obstacle is not None:
-            return
         self.books: list[Tensor] = []  # kept alive: the structures point at them
-        self.array = (_Segment * len(side.segments))(*(self._segment(s, layout) for s in side.segments))
+        self.array = (_Segment * len(side.segments))(*(self._segment(s) for s in placed(side, layout)))
         self.address, self.count, self.dim = addressof(self.array), len(side.segments), side.channels
 
-    def _segment(self, segment: Segment, layout: PageLayout) -> _Segment:
-        offsets, strides = layout.offsets, {f.name: f.nbytes // layout.page_size for f in layout.fields}
+    def _segment(self, at: PlacedSegment) -> _Segment:
+        segment = at.segment
         if isinstance(segment, Numbers):
-            return _numbers(segment.channels, segment.dtype, offsets[segment.field], strides[segment.field])
-        assert not isinstance(segment, Floats)
-        planes = tuple(_Plane(offsets[p.field] + p.start, strides[p.field], p.width) for p in segment.planes)
-        bits = sum(p.width for p in segment.planes)
+            return _numbers(at.channels, segment.dtype, *at.planes[0][:2])
+        planes, middle, book = tuple(_Plane(*plane) for plane in at.planes), 0, None
         if isinstance(segment, Uniform):
-            zero = NOTHING if segment.zero is None else offsets[segment.zero]
-            groups = segment.token_group, segment.channel_group, segment.middle
-            scale = offsets[segment.scale]
-            return _Segment(KINDS["uniform"], segment.channels, len(planes), *groups, scale, zero, None, bits, planes)
-        room = 1 << (FEW_BITS if bits <= FEW_BITS else 8)
-        self.books.append(segment.book.float().repeat(room // len(segment.book)))
-        places = offsets[segment.norm], NOTHING, self.books[-1].data_ptr(), bits, planes
-        return _Segment(KINDS["codebook"], segment.channels, len(planes), 1, segment.channels, 0, *places)
+            middle = segment.middle
+        elif isinstance(segment, Codebook):
+            room = 1 << (FEW_BITS if at.bits <= FEW_BITS else 8)
+            self.books.append(segment.book.float().repeat(room // len(segment.book)))
+            book = self.books[-1].data_ptr()
+        groups = at.token_group, at.channel_group, middle
+        return _Segment(KINDS[at.kind], at.channels, len(planes), *groups, at.scale, at.zero, book, at.bits, planes)
 
 
-# By sides, then by layouts. Nothing is replaced: other threads may be reading what an entry points at.
-_DESCRIBED: WeakKeyDictionary[SideLayout, dict[PageLayout, Described]] = WeakKeyDictionary()
+def described(sides: Sides, layout: PageLayout) -> tuple[Described, Described]:
+    """K and V in pages of this layout, made once."""
+    known, key = memo(sides), (Described, layout)
+    found: tuple[Described, Described] | None = known.get(key)
+    if found is None:
+        found = known.setdefault(key, (Described(sides[0], layout), Described(sides[1], layout)))
+    return found
 
 
-def described(side: SideLayout, layout: PageLayout) -> Described:
-    """The description of K or V in pages of this layout, made once."""
-    of_side = _DESCRIBED.get(side)
-    if of_side is None:
-        of_side = _DESCRIBED.setdefault(side, {})
-    known = of_side.get(layout)
-    return of_side.setdefault(layout, Described(side, layout)) if known is None else known
+def obstacle(sides: Sides) -> str | None:
+    """Why the kernel cannot read pages; None: it can."""
+    return reason(sides, _unreadable)
 
 
-def obstacle(segment: Segment) -> str | None:
-    """Why the kernel cannot read a segment; None: it can."""
+def unknown(segment: Segment) -> str | None:
+    """Why neither kernel knows a segment; None: both do."""
     if isinstance(segment, Numbers) and segment.dtype not in KINDS:
         return f"numbers of {segment.dtype}"
     if isinstance(segment, Floats):
         return "floating-point codes"
-    if isinstance(segment, Uniform) and segment.token_group > 1 and segment.token_group % TILE:
-        return f"scales that {segment.token_group} tokens share, no multiple of {TILE}"
-    if isinstance(segment, Codebook) and segment.book.device.type != "cpu":
+    tables = (segment.book, segment.middles) if isinstance(segment, Codebook) else ()
+    if any(x is not None and x.device.type != "cpu" for x in tables):
         return "a codebook on another device"
     return None
+
+
+def _unreadable(segment: Segment, side: SideLayout) -> str | None:
+    if isinstance(segment, Uniform) and segment.token_group > 1 and segment.token_group % TILE:
+        return f"scales that {segment.token_group} tokens share, no multiple of {TILE}"
+    return unknown(segment)
 
 
 def attend(
@@ -162,7 +161,7 @@ def attend(
         ids, many, width = table(pages.ids, streams)
         counts = given("counts", pages.counts, torch.int64, (streams,))
         assert pages.sides is not None
-        k, v = (described(side, pages.layout) for side in pages.sides)
+        k, v = described(pages.sides, pages.layout)
         v_dim = v.dim
         if k.dim != k_dim:
             raise KvcompError(f"queries have {k_dim} channels, and the keys in these pages {k.dim}")

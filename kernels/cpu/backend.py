@@ -29,13 +29,9 @@ class C(Backend):
         return f"installed, {cpu.LEVELS[cpu.level()]}"
 
     def obstacle(self, operation: str, case: Case) -> str | None:
-        why = None
-        if operation == "attend":
-            why = case.obstacle or _unreadable(case)
-        elif operation == "write" and case.sides is not None:
-            why = case.obstacle or encode.obstacle(case.sides)
-        elif operation == "attend_tokens":
-            why = case.obstacle
+        why = case.obstacle if operation in ("attend", "attend_tokens", "write") else None
+        if why is None and case.sides is not None:
+            why = encode.obstacle(case.sides) if operation == "write" else cpu.obstacle(case.sides)
         return why or self.missing()
 
     def told(self, device: torch.device) -> str:
@@ -114,10 +110,3 @@ class C(Backend):
         records = pool.new_empty(tokens.numel() // layout.page_size, layout.body_bytes)
         cpu.regroup(layout, pool, ids, tokens, records)
         return records
-
-
-def _unreadable(case: Case) -> str | None:
-    assert case.sides is not None
-    assert case.layout is not None
-    each = (cpu.described(side, case.layout).obstacle for side in case.sides)
-    return next((why for why in each if why is not None), None)
