@@ -172,11 +172,12 @@ class ScoredPolicy(Policy):
         excess = (over.clamp_min(0) // size).minimum(count)
         if not bool(excess.any()):
             return None
+        attention, queries = held.attention.cpu(), held.queries.cpu()  # only now, as that waits for a GPU
         paged = held.pages * size
         older = held.tokens - self.newest(limit) - held.sinks  # tokens of the pages that may go
         newest = (page + 1) * size > older.minimum(paged)[:, None]
-        youth = 2.0 * (size - held.queries).clamp_min(0)  # more than any attention for each query that is missing
-        worth = held.attention + youth + 2.0 * (size + 1) * newest
+        youth = 2.0 * (size - queries).clamp_min(0)  # more than any attention for each query that is missing
+        worth = attention + youth + 2.0 * (size + 1) * newest
         worth = worth.masked_fill(fixed | (page >= held.pages[:, None]), torch.inf)
         rows = worth.unflatten(0, (-1, held.heads))
         if self.heads == "common":

@@ -135,7 +135,8 @@ class RankedSelector(Selector):
             valid = unit * self._reads(counts, most, held.page_size)
             return Choice(largest(ranks, valid, unit * most), valid)
         valid = unit * self._bounded((enough + unit - 1) // unit, counts)
-        return Choice(largest(ranks, valid, max(int(valid.max()), unit)), valid)
+        width = max(int(valid.max()), unit) if valid.is_cpu else unit * pages  # to read it would wait for a GPU
+        return Choice(largest(ranks, valid, width), valid)
 
 
 def _common(share: Tensor, counts: Tensor, heads: int) -> Tensor:

@@ -238,6 +238,25 @@ class CompressedCache(Cache):
     def _turns(self) -> Turns | None:
         return turns_of(self)
 
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [dims, B, n]: positions of all tokens, which Qwen4 of transformers 5.19 keeps here if there are any
+        already, and later versions in the first indexed layer."""
+        held = next((x.indexer_position_ids for x in self.layers if isinstance(x, IndexedLayer)), None)
+        if held is None:
+            raise AttributeError("position_ids: no model has left any here")
+        return held
+
+    @position_ids.setter
+    def position_ids(self, positions: Tensor) -> None:
+        first = next((x for x in self.layers if isinstance(x, IndexedLayer)), None)
+        if first is None:
+            raise UnsupportedError(
+                "the model leaves position_ids on its cache, which follow crops and files only in layers with an "
+                "indexer: use the model's own cache"
+            )
+        first.indexer_position_ids = positions
+
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""
         for layer in self.layers:

@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig
 
 from kvcomp.architecture import LayerKind
 from kvcomp.attention import Part
-from kvcomp.cache.fixed import FixedStore, decode_step, why_not
-from kvcomp.cache.layer import Shared
+from kvcomp.cache.fixed import FixedStore, why_not
+from kvcomp.cache.operator import decode_step
+from kvcomp.cache.reader import Shared
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.ledger import add_parts
 from kvcomp.modes import outside_inference, without_gradient

@@ -10,16 +10,13 @@ lends the same tensors to a `LayerStore` again, for prompts and surgery: only co
 from __future__ import annotations
 
 from copy import copy, deepcopy
-from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, Tokens, merge
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.layout import PageLayout
 from kvcomp.ledger import ReadPlan
 from kvcomp.modes import outside_inference
 from kvcomp.stages.plan import COUNTER, TABLE_ENTRY, LayerPlan
@@ -28,12 +25,10 @@ from . import reader, writer
 from .content import LayerContent
 from .exact import ExactBuffer
 from .growing import Growing
-from .pool import PagePool, compact
+from .lent import FixedPool, Lent
+from .operator import published
 from .reader import View
 from .records import Records
-
-_STORES: WeakValueDictionary[str, FixedStore] = WeakValueDictionary()
-_NUMBERS = count()
 
 
 def why_not(plan: LayerPlan) -> str | None:
@@ -44,47 +39,6 @@ def why_not(plan: LayerPlan) -> str | None:
         if policy.expires:
             return f"{policy.name} lets pages go while decoding, which the host decides"
     return None
-
-
-class FixedPool(PagePool):
-    """Room for `each` pages of each stream, those of a stream one after another. It neither grows nor moves."""
-
-    def __init__(self, layout: PageLayout, streams: int, each: int, device: torch.device, host: bool) -> None:
-        super().__init__(layout, device)
-        self.data = self.data.new_zeros(streams * each, layout.bytes_per_page)
-        self.each, self._host = each, host
-
-    def reclaim(self) -> None:
-        """What is no longer owned is written again when its stream needs it."""
-        self._joined = [joined for joined in self._joined if joined() is not None]
-
-
-class Lent(Growing):
-    """The memory of a fixed landlord, with counts on the host, for prompts and surgery."""
-
-    pool: FixedPool
-
-    def new_pages(self, streams: Tensor, m: int, due: Tensor | None = None) -> Tensor:
-        first = self.table.counts[streams]
-        assert not len(first) or int(first.max()) + m <= self.pool.each, "more pages than the room that was made"
-        return (streams * self.pool.each + first)[:, None] + torch.arange(m, device="cpu")
-
-    def in_place(self) -> bool:
-        """Whether each stream's pages are its first ones: not after streams were selected."""
-        rows, place = self.table.rows, torch.arange(self.table.rows.shape[1], device="cpu")
-        own = torch.arange(len(rows), device="cpu")[:, None] * self.pool.each + place
-        inside = place < self.table.counts[:, None]
-        return len(rows) * self.pool.each == self.pool.capacity and bool((rows == own)[inside].all())
-
-    def fork(self) -> Growing:
-        """As `Growing.fork`, but the twin has pages of its own."""
-        data, rows = compact(self.pool, self.table)
-        pool = PagePool(self.records.layout, self.pool.data.device)
-        pool.data = data.clone() if data is self.pool.data else data
-        twin = Growing(self.records.fork(), self.exact.fork(), pool)
-        twin.table.append(torch.arange(len(rows), device="cpu"), rows)
-        twin.table.drop_newest(self.table.longest - self.table.counts)
-        return twin
 
 
 class FixedStore:
@@ -215,8 +169,7 @@ class FixedStore:
     def _publish(self) -> None:
         """Let graphs know the tensors there are by a new name."""
         torch._dynamo.mark_static_address(self.length)  # the only one that graphs see: the others are the operator's
-        self.name = f"{next(_NUMBERS)}"
-        _STORES[self.name] = self
+        self.name = published(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FixedStore:
         memo[id(self)] = twin = copy(self)
@@ -292,6 +245,9 @@ class FixedStore:
         at = streams if due is None else slice(None)
         return self.k[at, self.plan.sinks :], self.v[at, self.plan.sinks :]
 
+    def fresh(self, streams: Tensor) -> bool:
+        return not self.host or not bool(self.pages[streams].all())
+
     def new_pages(self, streams: Tensor, m: int, due: Tensor | None = None) -> Tensor:
         ids = (self.first + self.pages)[streams]
         ids = ids if due is None else torch.where(due, ids, -1)
@@ -344,36 +300,3 @@ class FixedStore:
         """Bytes of full-precision K and V for all tokens seen, padding excluded."""
         heads = len(self.k) // len(self.seen)
         return int(self.seen.sum()) * heads * (self.k.shape[2] + self.v.shape[2]) * self.k.itemsize
-
-
-@torch.library.custom_op("kvcomp::decode_step", mutates_args=())
-def decode_step(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    length: Tensor,
-    store: str,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """`FixedStore.step` of the store with that name, whose tensors it changes, as one operator for graphs;
-    softcap 0: none."""
-    part = _STORES[store].step(queries, keys, values, mask, length, scale, softcap or None)
-    return part.out, part.lse
-
-
-@decode_step.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    length: Tensor,
-    store: str,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    rows = queries.shape[:3]
-    out = queries.new_empty(*rows, values.shape[-1], dtype=torch.float32)
-    return out, queries.new_empty(rows, dtype=torch.float32)

@@ -64,6 +64,9 @@ class Growing:
     def window(self, streams: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.exact.window(streams, self.records.plan.slots)
 
+    def fresh(self, streams: Tensor) -> bool:
+        return not bool(self.table.counts[streams].all())
+
     def new_pages(self, streams: Tensor, m: int, due: Tensor | None = None) -> Tensor:
         """int64 [s, m]: records for the next pages of `streams` int64 [s]; below 0 where none are `due`."""
         return self.pool.allocate(len(streams) * m).view(len(streams), m)

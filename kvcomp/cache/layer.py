@@ -80,8 +80,10 @@ class LayerStore(LayerContent):
         group = queries.shape[1] // self.heads
         q = queries.reshape(self.rows * self.heads, group * n, queries.shape[3])
         self.choices.pop(self.plan.layer, None)
-        how = {"single": n == 1, "watched": table.received is not None, "choices": self.choices}
-        found = reader.attend(storage.records, storage.view(), q, scale, softcap, **how)
+        view, watched = storage.view(), table.received is not None
+        found = reader.attend(
+            storage.records, view, q, scale, softcap, single=n == 1, watched=watched, choices=self.choices
+        )
         plan, parts = found.plan, list(found.parts)
         storage.read_exact(plan)
         self.dense_read = self.dense_bytes

@@ -102,19 +102,22 @@ class Records:
         streams: Tensor,
         due: Tensor | None = None,
         look: bool | None = None,
+        fit: bool = True,
     ) -> None:
         """Encode the first m * P of the tokens at hand, keys [s, n, Dk] and values [s, n, Dv] of `streams` int64 [s],
         into the records ids int64 [s, m], oldest first; ids below 0: nowhere.
 
         The newer ones are shown to what adapts to the data. due: as in `Codec.fit`. look: whether the host may look at
-        tensors, and warn of numbers that are not finite; None: as the memory says.
+        tensors, and warn of numbers that are not finite; None: as the memory says. fit: False where all the streams
+        have pages, so that nothing adapts to these.
         """
         m, size = ids.shape[1], self.layout.page_size
         keys, values = self.clean(keys, values, look)
         streams = streams.to(self.data.device)
-        self.codec.fit(streams, keys, values, due)
-        if self.index is not None:
-            self.index.fit(streams, keys)
+        if fit:
+            self.codec.fit(streams, keys, values, due)
+            if self.index is not None:
+                self.index.fit(streams, keys)
         k, v = (x[:, : m * size].unflatten(1, (m, size)).flatten(0, 1) for x in (keys, values))  # [s * m, P, D]
         streams = streams.repeat_interleave(m) if m > 1 else streams
         summaries = {} if self.index is None else self.index.summarize(k, v, streams)

@@ -29,6 +29,9 @@ class Storage(Protocol):
     def window(self, streams: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys [s, P + recent, Dk] and values [s, P + recent, Dv] behind the sinks of such streams, oldest first."""
 
+    def fresh(self, streams: Tensor) -> bool:
+        """Whether some of the `streams` may have no page yet."""
+
     def new_pages(self, streams: Tensor, m: int, due: Tensor | None = None) -> Tensor:
         """int64 [s, m]: records for the next m pages of `streams` [s]; below 0 where they are not due."""
 

@@ -21,7 +21,7 @@ def settle(storage: Storage) -> None:
     streams, due = found
     k, v = storage.window(streams, due)
     ids = storage.new_pages(streams, 1, due)
-    storage.records.encode(ids, k, v, streams, due)
+    storage.records.encode(ids, k, v, streams, due, fit=storage.fresh(streams))
     storage.paged(streams, ids, due)
     storage.shift(streams, k, v, due)
 

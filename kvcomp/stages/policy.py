@@ -55,9 +55,9 @@ class Held(NamedTuple):
     tokens [S]: all that each holds, of which the first `sinks` stay. pages [S]: how many full pages of `page_size` lie
     behind them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
     page received on average, since it was written and over the query heads of its KV head; queries [S, n] float32: the
-    number of these queries. Both None unless the policy `watches`, or `trims` a prompt that comes in chunks. before
-    [S]: how many of the tokens were held before that prompt, and stay; None: the budget is that of all. layer, layers:
-    as in `Chunk`.
+    number of these queries. Both lie on the pages' device, to be copied only where pages leave, and are None unless the
+    policy `watches`, or `trims` a prompt that comes in chunks. before [S]: how many of the tokens were held before that
+    prompt, and stay; None: the budget is that of all. layer, layers: as in `Chunk`.
     """
 
     tokens: Tensor

@@ -66,7 +66,7 @@ class Ledger:
             first = min(sinks, len(exact))
             assert exact[:first] + pages + exact[first:] == self.held[head]
             self.held[head] += new
-            if group.behind[0] and self.setup.geometry.limit is not None:
+            if group.generating[0] and self.setup.geometry.limit is not None:
                 for record in read:
                     self.received[record] += len(new)
             for fill in step.fills:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 from block_engine import COLUMNS, DIM, GROUP, HEADS, REQUESTS, BlockEngine
 from far_device import FAR, FarDevice
 
 from kvcomp.cache.blocks.decode import Decoder
+from kvcomp.cache.blocks.step import Step
 from kvcomp.kernels import dispatch
 
 HOST = torch.device("cpu")
@@ -41,6 +45,66 @@ def test_a_step_does_not_wait(stack: str) -> None:
             out = engine.attend(step, *tokens)
             assert seen.moved == before
         assert out.shape == (sum(new), HEADS * GROUP, DIM)
+
+
+def decoded(engine: BlockEngine, prompts: list[int], steps: int) -> Iterator[Step]:
+    """Steps of single tokens after such prompts, one after another."""
+    starts = list(range(len(prompts) + 1))
+    for more in range(1, steps + 1):
+        step, tokens = engine.planned(starts, [n + more for n in prompts], prompts), engine.random(len(prompts))
+        yield step
+        engine.attend(step, *tokens)
+
+
+@pytest.mark.parametrize(
+    "policy", ["h2o(budget=128)", "snapkv(budget=128, window=16, hold=true)", "snapkv(budget=128)"]
+)
+def test_what_pages_receive_stays_on_the_device(policy: str) -> None:
+    """From a prompt's end until pages leave, over the end of a page."""
+    engine = BlockEngine(f"{policy} + int8 + window(sinks=4, recent=30)", FAR)
+    for step in decoded(engine, [150, 140], 50):
+        new = engine.random(2)
+        with FarDevice() as seen:
+            engine.attend(step, *new)
+            assert seen.moved == 0
+        assert not step.leaves
+
+
+def test_what_pages_receive() -> None:
+    """A share of each query's attention, from the step on that wrote the page."""
+    engine, prompts = BlockEngine("h2o(budget=128) + int8 + window(sinks=4, recent=30)", HOST), [150, 140]
+    engine.attend(engine.planned([0, 150, 290], prompts, prompts), *engine.random(290))
+    *_, step = decoded(engine, prompts, 50)
+    (group,) = step.groups
+    mass, queries = engine.pages.received(group.pages.long()).unbind(-1)
+    assert queries.tolist() == [[50.0, 50.0 - 34]] * 4  # 128 tokens stay, and another page is full with 162
+    assert (mass > 0).all()
+    assert (mass < queries).all()
+
+
+@pytest.mark.parametrize("device", [HOST, FAR])
+def test_followers_read_what_their_leader_chose(device: torch.device) -> None:
+    """Without a wait; a follower's pages have no summaries."""
+    stack = "int8 + quest(pages=2, share=2)"
+    leader, follower = engines = [BlockEngine(stack, device, layer) for layer in (2, 3)]
+    follower.table = leader.table
+    starts, past = [0, 300, 510], [300, 210]
+    for engine in engines:
+        engine.attend(engine.planned(starts, past), *engine.random(510))
+    tokens = [engine.random(2) for engine in engines]
+    with FarDevice() if device == FAR else nullcontext():
+        step = leader.planned([0, 1, 2], [n + 1 for n in past])
+        for engine, new in zip(engines, tokens, strict=True):
+            engine.attend(step, *new)
+    layout = follower.pages.layout
+    assert layout.summary_bytes == 0 < leader.pages.layout.summary_bytes
+    if device == FAR:
+        return
+    read = [engine.layer.last_step.bytes() for engine in engines]
+    assert read[0].pop("summaries") > 0
+    assert read[1] == read[0]
+    chosen, held = (int(counts.sum()) for counts in (step.choices[2].valid, step.groups[0].counts))
+    assert read[1]["pages"] == chosen * layout.body_bytes < held * layout.body_bytes
 
 
 def test_what_waits_is_seen() -> None:

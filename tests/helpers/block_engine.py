@@ -24,9 +24,9 @@ def filled(setup: Setup, blocks: int, device: torch.device) -> Tensor:
 
 
 class BlockEngine:
-    """Layer 2 of 4, of a stack, for requests that each have all their blocks."""
+    """A layer of 4, of a stack, for requests that each have all their blocks."""
 
-    def __init__(self, stack: str, device: torch.device) -> None:
+    def __init__(self, stack: str, device: torch.device, layer: int = 2) -> None:
         self.setup = setup = Setup(Stack.parse(stack), layers=4, dim=DIM, dtype=torch.float32)
         self.device = device
         self.pool = filled(setup, 1 + REQUESTS * COLUMNS, device)
@@ -37,7 +37,7 @@ class BlockEngine:
             blocks = sum(self.windows.blocks(self.pool[0].nbytes))
             self.windows.at(filled(setup, 1 + REQUESTS * blocks, device).zero_())
             self.blocks = (1 + torch.arange(REQUESTS * blocks).view(REQUESTS, blocks)).to(device)
-        self.pages = Pages(setup, 2, HEADS, device).at(self.pool)
+        self.pages = Pages(setup, layer, HEADS, device).at(self.pool)
         self.layer = BlockLayer(self.pages, self.windows, HEADS * GROUP, DIM**-0.5)
 
     def slots(self, starts: list[int], lengths: list[int]) -> Tensor:

@@ -59,6 +59,7 @@ UNIFORM = [  # every granularity, width and option, and what is stored without a
     ("fp8", [64, 80]),
     ("fp8(format=e5m2)", [256]),
     ("mxfp4", [80, 96, 128]),
+    ("mxfp4(basis=hadamard)", [80]),
     ("nvfp4", [64, 72, 256]),
 ]
 BOOKS = [
@@ -141,6 +142,42 @@ def test_records_are_the_codecs(spec: str, dim: int, dtype: torch.dtype, pages: 
     for (name, a), b in zip(layout.views(found).items(), layout.views(expected).values(), strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dim", [32, 80])  # of 80 the last block is shorter
+def test_powers_of_two_are_the_codecs_where_two_are_nearly_as_good(dim: int) -> None:
+    """Errors that differ in the last bit, on either side of where the choice changes: sums have one order."""
+    codec, layout = built("mxfp4", dim, torch.float32)
+    size, streams = layout.page_size, torch.zeros(1, dtype=torch.int64)
+    x = 1.5 * torch.randn(1, size, dim, generator=torch.Generator().manual_seed(0))
+    x[..., 31::32] = torch.linspace(6.5, 7.9, size)[:, None]  # the largest of a block
+    low, high = torch.zeros(size), torch.full((size,), 7.9)
+
+    def page(first: Tensor) -> Tensor:
+        y = x.clone()
+        y[..., ::32] = first[:, None]
+        return y
+
+    def scales(first: Tensor) -> Tensor:
+        return codec.encode(page(first), page(first), streams)["k.scale"].view(torch.uint8)[0, :, 0]
+
+    before, after = scales(low), scales(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        same = scales(middle) == before
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    turns = before != after
+    assert int(turns.sum()) > size // 4
+    assert torch.equal(torch.nextafter(low, high)[turns], high[turns])
+    pool = PagePool(layout, HOST)
+    ids, sides = pool.allocate(2), codec.kernel_sides()
+    pool.data.zero_()
+    found = pool.data.clone().to(DEVICE)
+    pages = torch.cat([page(low), page(high)])
+    pool.write(ids, codec.encode(pages, pages, streams.expand(2)))
+    assert sides is not None
+    kernels.write(found, ids, pages.to(DEVICE), pages.to(DEVICE), kernels.written(sides, layout, DEVICE))
+    assert torch.equal(found.cpu(), pool.data)
 
 
 @pytest.mark.parametrize(("spec", "dim", "dtype", "pages"), cases(BOOKS))

@@ -58,7 +58,7 @@ PRESETS = {
     "int8": ["int8"],
     "fp8": of("fp8", "format=e4m3", "format=e5m2"),
     "nvfp4": ["nvfp4"],
-    "mxfp4": ["mxfp4"],
+    "mxfp4": ["mxfp4", "mxfp4(basis=hadamard)", "mxfp4(basis=random)"],
     "turboquant": of(
         "turboquant", *(f"bits={n}, variant={v}" for n in (1, 2, 2.5, 3, 3.5, 4) for v in ("mse", "prod"))
     ),

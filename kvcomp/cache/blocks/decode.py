@@ -1,4 +1,4 @@
-"""A step of single tokens that no host looks at: what a CUDA graph records once, and replays for other requests.
+"""Decode steps that are planned on the device, so that a CUDA graph records one and replays it for other requests.
 
 Each request brings one token, which is written into its page and attends to itself exactly, and to those before it as
 their pages have them. What is launched follows from how many requests there are, and from the longest there may be;

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvcomp.stages import Chunk, Held
 
+from .batch import Keep, Leave, Prompt
 from .pages import Pages
-from .step import Keep, Leave, Prompt
 from .windows import Windows
 
 

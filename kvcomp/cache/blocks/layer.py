@@ -14,10 +14,11 @@ from kvcomp.ledger import ReadPlan
 
 from .. import reader
 from ..reader import View
+from .batch import Group, Prompt
 from .decode import DecodeStep
 from .keep import evict_pages, keep_chosen, score
 from .pages import Pages
-from .step import Group, Prompt, Step
+from .step import Step
 from .windows import Windows
 
 
@@ -147,7 +148,7 @@ class BlockLayer:
         places = group.pages.shape[1]
         if (mass := reader.received(read, lse, n, places)) is not None:
             page = torch.arange(places, device=mass.device)
-            self.pages.receive(group.pages, mass, n, page < (group.counts * group.behind)[:, None])
+            self.pages.receive(group.pages, mass, n, page < (group.counts * group.generating)[:, None])
         return out.view(requests, self.query_heads, n, -1).transpose(1, 2)
 
     def _view(self, group: Group, exact: Tokens | None) -> View:
@@ -156,9 +157,9 @@ class BlockLayer:
         return View(group.pages, counts, exact, self.pages.heads, counts, counts, self.setup.by_token)
 
     def _tokens(self, group: Group, held: Tensor | None, key: Tensor, value: Tensor) -> Tokens | None:
-        """The exact tokens that queries read behind the pages, of held [R, H, longest + 1, 2 * D].
+        """The exact tokens that queries read besides pages, of held [R, H, longest + 1, 2 * D].
 
-        key and value [S, n, D] are the group's new tokens: a single one goes behind the others.
+        key and value [S, n, D] are the group's new tokens: a single one is appended to the others.
         """
         if group.new > 1:
             if held is None or not group.longest:

@@ -49,8 +49,8 @@ class Pages:
         self.records.codec.fix(means)  # what a block holds depends on its tokens alone
         if self.records.codec.state():
             raise UnsupportedError(
-                f"{setup.stack}: {plan.quantizer.name} settles on channels by the first text it sees, and vLLM's "
-                "workers and restarts would settle differently: use whole bits"
+                f"{setup.stack}: {plan.quantizer.name} settles on channels by the first text it sees, and an "
+                "engine's workers and restarts would settle differently: use whole bits"
             )
         self.token_codec = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
         if self.token_codec is not None:

@@ -6,118 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..geometry import Extent
 from ..reader import Shared
+from .batch import Fill, Group, Keep, Leave, Prompt, Run
 from .pages import Cells
 from .setup import Setup
-
-
-class Run(NamedTuple):
-    """Tokens `past` to `end` of a request (a row of the batch), which lie in the batch from row `start` on."""
-
-    request: int
-    start: int
-    past: int
-    end: int
-    prompt: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """R requests that bring n new tokens each.
-
-    requests int64 [R]: their rows in the batch. tokens int64 [R, n]: their rows in the step's queries, keys, values.
-    pages int32 [R * H, m] and counts int64 [R * H]: records of the pool that each KV head reads, oldest first; counts
-    of tokens, the last page filled in part, where tokens are written singly.
-    exact int64 [R * H]: tokens behind those pages, newer than them or sinks; held: of each request, on the host.
-    slots int64 [R, longest + 1]: slots of the window that hold the exact tokens, and one more.
-    behind bool [R * H]: whether the prompt is in, and what pages receive is watched where pages leave.
-    """
-
-    requests: Tensor
-    tokens: Tensor
-    pages: Tensor
-    counts: Tensor
-    exact: Tensor
-    slots: Tensor
-    behind: Tensor
-    held: list[int]
-
-    @property
-    def new(self) -> int:
-        return self.tokens.shape[1]
-
-    @property
-    def longest(self) -> int:
-        """The most exact tokens of a request."""
-        return self.slots.shape[1] - 1
-
-    @property
-    def past(self) -> bool:
-        """Whether any of the requests has tokens before these."""
-        return self.longest + self.pages.shape[1] > 0
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Pages that a request's new tokens make full.
-
-    row: the request's place in its group; group: that. skip: exact tokens before the window's (sinks), and new tokens
-    that become sinks. pages int64 [H, m]: the records to write.
-    """
-
-    group: int
-    row: int
-    sinks: int
-    new_sinks: int
-    pages: Tensor
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Tokens of a prompt, of which the policy is to keep a part.
-
-    group, row: as in `Fill`. past: how many tokens came before. old int64 [H, m]: records that hold its first tokens
-    behind the sinks. cells int64 [H, c]: records of all columns that its tokens, the new ones too, fall into: their
-    tails have a place for a score of each, where scores are summed.
-    """
-
-    group: int
-    row: int
-    past: int
-    old: Tensor
-    cells: Tensor
-
-
-@dataclass(frozen=True)
-class Keep:
-    """A prompt that is in with the new tokens, and what stays of it.
-
-    request: its row in the batch. pages int64 [H, m']: records that what is kept goes to, as far as it fills whole
-    pages. slots int64 [w]: slots of the window that the rest goes to, sinks first. voters: how many of the last queries
-    came in steps before.
-    """
-
-    prompt: Prompt
-    request: int
-    pages: Tensor
-    slots: Tensor
-    voters: int
-
-
-@dataclass(frozen=True)
-class Leave:
-    """Pages that leave: `count` of the records pages int64 [H, n], oldest first, of a request that has `tokens` tokens.
-    Behind that the first n - count records hold the others."""
-
-    pages: Tensor
-    tokens: int
-    count: int
 
 
 @dataclass
@@ -279,12 +176,12 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
         dtype=torch.int64,
         device="cpu",
     )
-    rows, starts, behind, held, counts, exact, first, last = numbers.to(device, non_blocking=True).T
+    rows, starts, generating, held, counts, exact, first, last = numbers.to(device, non_blocking=True).T
     page = torch.arange(max(extent.pages for extent in extents), device=device)
     column = page + (last - first)[:, None] * (page >= first[:, None])
     blocks = table[rows[:, None], column.clamp_max(table.shape[1] - 1)]
     blocks = blocks.masked_fill(page * (size if setup.by_token else 1) >= counts[:, None], 0)
-    # Exact tokens in order: the sinks, then what lies behind the pages.
+    # Exact tokens in order: the sinks, then what is newer than the pages.
     place = torch.arange(max(extent.exact for extent in extents) + 1, device=device)
     position = torch.where(place < setup.geometry.sinks, place, place + (held - exact)[:, None])
     return Group(
@@ -294,7 +191,7 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
         counts.repeat_interleave(heads),
         exact.repeat_interleave(heads),
         setup.geometry.slot(position),
-        behind.bool().repeat_interleave(heads),
+        generating.bool().repeat_interleave(heads),
         [extent.exact for extent in extents],
     )
 
