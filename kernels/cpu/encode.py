@@ -14,7 +14,7 @@ from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, pla
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Numbers, SideLayout, Sides, Uniform, memo
 
-from . import KINDS, _compiled, error, level, unknown
+from . import KINDS, compiled, unknown
 from .memory import given, records
 
 # Structures of the C kernel, as one row of numbers each.
@@ -121,8 +121,8 @@ def write(
         gain = (1.0, 0.0) if side.gain is None else (side.gain.power, side.gain.most)
         numbers += addressof(how.buffer), len(side.segments), x.data_ptr(), side.inputs, KINDS[dtype], *gain
     places = base, ids.data_ptr(), 0 if rows is None else rows.data_ptr()
-    sizes = stride, layout.bytes_per_page, len(ids), tokens, level(), n, layout.page_size
-    failed = _compiled().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))
+    sizes = stride, layout.bytes_per_page, len(ids), tokens, compiled.level(), n, layout.page_size
+    failed = compiled.functions().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))
     del kept
     if failed:
-        raise error(failed)
+        raise compiled.error(failed)
