@@ -10,10 +10,10 @@ FOLDERS = ("kvcomp", "policies", "quantizers", "sparse", "kernels", "integration
 FLOORS = (
     ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger", "geometry"),
     ("attention", "layout", "segments"),
+    ("kernels",),
     ("stages",),
     ("architecture",),
     ("calibration",),
-    ("kernels",),
     ("policies", "quantizers", "sparse"),
     ("cache",),
     ("cost",),

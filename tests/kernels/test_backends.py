@@ -192,6 +192,8 @@ def test_received_is_its_definition(reduce: Any, softcap: float | None, hidden: 
 DOORS = {"backends", "contract", "dispatch", "received", "reference", "select"}
 INSIDE = {  # what needs more than an operation: room for a graph's kernels, and a peer to be timed against
     ("decode.py", "triton"),
+    ("resources.py", "placed"),
+    ("resources.py", "triton"),
     ("speed.py", "flashinfer"),
 }
 
