@@ -84,8 +84,9 @@ class Pages:
         size, every = self.setup.page_size, torch.arange(self.heads, device=slots.device)
         tokens: Tensor | slice = slice(len(slots))
         if slots.is_cpu:  # elsewhere, to count those that go somewhere would be to wait
-            tokens = (slots >= 0).nonzero().flatten()
-            slots = slots[tokens]
+            there = (slots >= 0).nonzero().flatten()
+            if len(there) < len(slots):
+                tokens, slots = there, slots[there]
         records = (slots // size)[:, None] * self.heads + every  # // rounds down
         return Cells(tokens, records.flatten(), (slots % size).repeat_interleave(self.heads), every.repeat(len(slots)))
 
