@@ -30,6 +30,7 @@ from .compact import Compaction, compact
 from .contents import Contents
 from .fingerprint import fingerprint
 from .hook import base_name, hook
+from .indexed import IndexerPositions
 from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer
@@ -38,7 +39,7 @@ from .turns import Turns
 from .watch import reuse, turns_of, unwatch, watch
 
 
-class CompressedCache(Cache):
+class CompressedCache(IndexerPositions, Cache):
     """A stack as the cache of any decoder model whose attention goes through transformers' attention interface.
 
     Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
@@ -237,25 +238,6 @@ class CompressedCache(Cache):
 
     def _turns(self) -> Turns | None:
         return turns_of(self)
-
-    @property
-    def position_ids(self) -> Tensor:
-        """int64 [dims, B, n]: positions of all tokens, which Qwen4 of transformers 5.19 keeps here if there are any
-        already, and later versions in the first indexed layer."""
-        held = next((x.indexer_position_ids for x in self.layers if isinstance(x, IndexedLayer)), None)
-        if held is None:
-            raise AttributeError("position_ids: no model has left any here")
-        return held
-
-    @position_ids.setter
-    def position_ids(self, positions: Tensor) -> None:
-        first = next((x for x in self.layers if isinstance(x, IndexedLayer)), None)
-        if first is None:
-            raise UnsupportedError(
-                "the model leaves position_ids on its cache, which follow crops and files only in layers with an "
-                "indexer: use the model's own cache"
-            )
-        first.indexer_position_ids = positions
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""

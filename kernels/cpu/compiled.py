@@ -29,6 +29,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     return load()
 
 
+@cache
 def functions() -> ctypes.CDLL:
     """The kernel's functions, where there is a `library`."""
     found = library()
@@ -36,6 +37,7 @@ def functions() -> ctypes.CDLL:
     return found
 
 
+@cache
 def level() -> int:
     """The best of `LEVELS` on this machine."""
     return int(functions().kvcomp_level())

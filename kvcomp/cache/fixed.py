@@ -134,9 +134,9 @@ class FixedStore:
         device, streams = store.device, store.rows * store.heads
         self.host = device.type == "cpu" if self._host is None else self._host
         if store.codec.hosted and not self.host:
-            name = self.plan.quantizer.name
             raise UnsupportedError(
-                f"{name} adapts to pages as they are written, on the host: without preallocate= it is served"
+                f"{self.plan.quantizer.name} adapts to pages as they are written, on the host: without preallocate= it "
+                "is served"
             )
         self.adapted = {} if self.host else store.codec.state()
         self.k = torch.zeros(streams, self.plan.slots, store.k_dim, dtype=store.dtype, device=device)
@@ -145,8 +145,7 @@ class FixedStore:
         self.ids = torch.arange(streams * pages, dtype=TABLE_ENTRY, device=device).view(streams, pages)
         self.first = torch.arange(streams, device=device) * pages  # of each stream's ids
         self.streams = torch.arange(streams, device=device)
-        self.counts = torch.zeros(streams, dtype=COUNTER, device=device)
-        self.pages = torch.zeros(streams, dtype=COUNTER, device=device)
+        self.counts, self.pages = (torch.zeros(streams, dtype=COUNTER, device=device) for _ in range(2))
         self.seen = torch.zeros(store.rows, dtype=COUNTER, device=device)
         self.length = torch.zeros((), dtype=COUNTER, device=device)
         self._publish()

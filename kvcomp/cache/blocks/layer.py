@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,13 +129,9 @@ class BlockLayer:
             return dense.transpose(1, 2)
         q = query.transpose(1, 2).reshape(requests * heads, queries, -1)  # [S, G * n, D]
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))  # [S, n, D]
-        view = self._view(group, self._tokens(group, held, k, v))
-        how: dict[str, Any] = {
-            "single": n == 1,
-            "watched": self.setup.geometry.limit is not None,
-            "choices": step.choices,
-        }
-        read = reader.attend(self.pages.records, view, q, self.scale, self.softcap, **how)
+        view, watched = self._view(group, self._tokens(group, held, k, v)), self.setup.geometry.limit is not None
+        what = self.pages.records, view, q, self.scale, self.softcap
+        read = reader.attend(*what, single=n == 1, watched=watched, choices=step.choices)
         if n == 1:
             self.last_step = read.plan
             if self.windows is not None and view.tokens is not None:
