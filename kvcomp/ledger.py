@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -44,16 +44,18 @@ class Traffic:
         return self.dense / self.read if self.read else float("nan")
 
 
-@dataclass(frozen=True)
 class ReadPlan:
     """What attention read: by part, how many things of how many bytes. Numbers that a device holds stay there until
     somebody asks for `bytes`: a decode step does not wait for them."""
 
-    counted: list[tuple[str, int, int | Tensor]] = field(default_factory=list)
+    __slots__ = ("counted",)
+
+    def __init__(self) -> None:
+        self.counted: list[tuple[str, int, int | Tensor]] = []
 
     def add(self, part: str, size: int, count: int | Tensor = 1) -> None:
         """`count` more things of `size` bytes; a tensor stands for its sum, and must not change later."""
-        if isinstance(count, Tensor) and count.is_cpu:
+        if not isinstance(count, int) and count.is_cpu:
             count = sum(count.tolist())
         self.counted.append((part, size, count))
 

@@ -74,7 +74,7 @@ class GridCodec(Codec):
     k_basis: Basis = IDENTITY
     v_basis: Basis = IDENTITY
 
-    @property
+    @cached_property
     def rotates(self) -> bool:
         return not (self.k_basis.is_identity and self.v_basis.is_identity)
 

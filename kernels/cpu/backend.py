@@ -11,7 +11,7 @@ from kvcomp.kernels.contract import Backend, Case, PageCodec, PagesView
 from kvcomp.layout import PageLayout, Summary
 from kvcomp.segments import Sides
 
-from . import encode
+from . import compiled, encode, select
 
 
 class C(Backend):
@@ -23,23 +23,19 @@ class C(Backend):
         return device.type == "cpu"
 
     def missing(self) -> str | None:
-        return cpu.missing() if cpu.library() is None else None
+        return compiled.missing() if compiled.library() is None else None
 
     def installed(self) -> str:
-        return f"installed, {cpu.LEVELS[cpu.level()]}"
+        return f"installed, {compiled.LEVELS[compiled.level()]}"
 
     def obstacle(self, operation: str, case: Case) -> str | None:
-        why = None
-        if operation == "attend":
-            why = case.obstacle or _unreadable(case)
-        elif operation == "write" and case.sides is not None:
-            why = case.obstacle or encode.obstacle(case.sides)
-        elif operation == "attend_tokens":
-            why = case.obstacle
+        why = case.obstacle if operation in ("attend", "attend_tokens", "write") else None
+        if why is None and case.sides is not None:
+            why = encode.obstacle(case.sides) if operation == "write" else cpu.obstacle(case.sides)
         return why or self.missing()
 
     def told(self, device: torch.device) -> str:
-        return f"C, {cpu.LEVELS[cpu.level()]}, {torch.get_num_threads()} threads"
+        return f"C, {compiled.LEVELS[compiled.level()]}, {torch.get_num_threads()} threads"
 
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
         return not case.rotates and cpu.readable(tokens)
@@ -78,24 +74,24 @@ class C(Backend):
         encode.write(pool, ids, *x, sides, layout, rows)
 
     def append(self, k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-        return cpu.append(k, v, counts, keys, values)
+        return select.append(k, v, counts, keys, values)
 
     def runs(self, x: Tensor, starts: Tensor, width: int) -> Tensor:
-        return cpu.runs(x, starts, width)
+        return select.runs(x, starts, width)
 
     def vector_dots(self, queries: Tensor, summary: Summary, names: tuple[str, ...], scale: str | None) -> Tensor:
-        return cpu.vector_dots(queries, summary, names, scale)
+        return select.vector_dots(queries, summary, names, scale)
 
     def code_dots(self, queries: Tensor, summary: Summary, name: str, bits: int) -> Tensor:
         queries = queries.float()
         offset = queries.sum(-1, keepdim=True) * (0.5 - 2 ** (bits - 1))
-        return cpu.code_dots(queries, offset, summary, name, bits)
+        return select.code_dots(queries, offset, summary, name, bits)
 
     def shares(self, logits: Tensor, counts: Tensor) -> Tensor:
-        return cpu.shares(logits, counts)
+        return select.shares(logits, counts)
 
     def largest(self, x: Tensor, wanted: Tensor, width: int) -> Tensor:
-        return cpu.largest(x, wanted, width)
+        return select.largest(x, wanted, width)
 
     def choose(
         self,
@@ -108,16 +104,9 @@ class C(Backend):
         pages: int,
         ends: tuple[int, int],
     ) -> Tensor:
-        return cpu.choose(logits, scale, counts, unit, wanted, width, pages, ends)
+        return select.choose(logits, scale, counts, unit, wanted, width, pages, ends)
 
     def regroup(self, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
         records = pool.new_empty(tokens.numel() // layout.page_size, layout.body_bytes)
-        cpu.regroup(layout, pool, ids, tokens, records)
+        select.regroup(layout, pool, ids, tokens, records)
         return records
-
-
-def _unreadable(case: Case) -> str | None:
-    assert case.sides is not None
-    assert case.layout is not None
-    each = (cpu.described(side, case.layout).obstacle for side in case.sides)
-    return next((why for why in each if why is not None), None)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
+from kvcomp.kernels.placed import NOTHING
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Sides, memo
 
 from . import chunks, ops, ops_records, ops_scores, pieces
-from .chunks import NOTHING
 from .memory import floats, integers, records, rows_of
 from .plan import MOST_ROWS, processors, split_pages
 

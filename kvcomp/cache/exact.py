@@ -137,6 +137,6 @@ class ExactBuffer:
         self.k, self.v, self.counts, self._bounds = k.to(device), v.to(device), counts, None
 
     def _reserve(self, tokens: int) -> None:
-        more = self.plan.room(tokens) - self.k.shape[1]
-        if more > 0:
+        if tokens > self.k.shape[1]:
+            more = self.plan.room(tokens) - self.k.shape[1]
             self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))

@@ -48,8 +48,7 @@ class FixedStore:
     of each stream one after another; of ids int32 [S, n] a stream's first pages [S] exist. seen [B]: a row's tokens
     without padding. length []: the columns of a row, which the engine counts and reads.
 
-    host: whether steps may look at counts, as they do on CPUs, where that costs nothing and spares them the encoding
-    of pages that do not exist; by default where the tensors lie there.
+    host: whether steps may look at counts, as on CPUs, where that spares them the encoding of pages that do not exist.
     """
 
     records: Records
@@ -134,9 +133,9 @@ class FixedStore:
         device, streams = store.device, store.rows * store.heads
         self.host = device.type == "cpu" if self._host is None else self._host
         if store.codec.hosted and not self.host:
-            name = self.plan.quantizer.name
             raise UnsupportedError(
-                f"{name} adapts to pages as they are written, on the host: without preallocate= it is served"
+                f"{self.plan.quantizer.name} adapts to pages as they are written, on the host: without preallocate= it "
+                "is served"
             )
         self.adapted = {} if self.host else store.codec.state()
         self.k = torch.zeros(streams, self.plan.slots, store.k_dim, dtype=store.dtype, device=device)
@@ -145,8 +144,7 @@ class FixedStore:
         self.ids = torch.arange(streams * pages, dtype=TABLE_ENTRY, device=device).view(streams, pages)
         self.first = torch.arange(streams, device=device) * pages  # of each stream's ids
         self.streams = torch.arange(streams, device=device)
-        self.counts = torch.zeros(streams, dtype=COUNTER, device=device)
-        self.pages = torch.zeros(streams, dtype=COUNTER, device=device)
+        self.counts, self.pages = (torch.zeros(streams, dtype=COUNTER, device=device) for _ in range(2))
         self.seen = torch.zeros(store.rows, dtype=COUNTER, device=device)
         self.length = torch.zeros((), dtype=COUNTER, device=device)
         self._publish()
@@ -298,5 +296,5 @@ class FixedStore:
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding excluded."""
-        heads = len(self.k) // len(self.seen)
-        return int(self.seen.sum()) * heads * (self.k.shape[2] + self.v.shape[2]) * self.k.itemsize
+        heads, channels = len(self.k) // len(self.seen), self.k.shape[2] + self.v.shape[2]
+        return int(self.seen.sum()) * heads * channels * self.k.itemsize

@@ -48,9 +48,9 @@ class Growing:
         """Add to a plan what attention reads of exact tokens: the slots up to the end of the longest stream."""
         longest = self.exact.bounds[1]
         if longest:
-            sinks, streams = min(self.records.plan.sinks, longest), len(self.exact.counts)
-            plan.add("sinks", self.exact.token_bytes, sinks * streams)
-            plan.add("window", self.exact.token_bytes, (longest - sinks) * streams)
+            sinks, column = min(self.records.plan.sinks, longest), self.exact.token_bytes * self.exact.k.shape[0]
+            plan.add("sinks", column, sinks)
+            plan.add("window", column, longest - sinks)
 
     # -- what the writer asks -------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class History:
         self.length += n
         if valid is None:
             self._ahead += n
-            self._total = None if self._total is None else self._total + n * len(self._counts)
+            self._total = None if self._total is None else self._total + n * self._counts.shape[0]
         else:
             self.counts += valid.sum(-1).cpu()
             self._total = None
@@ -114,7 +114,8 @@ class History:
     @property
     def unpadded(self) -> bool:
         """Whether no run says where padding is."""
-        return all(valid is None for _, valid in self.runs)
+        one = len(self.runs) == 1 and self.runs[0][1] is None  # as in every layer of a step of most caches
+        return one or all(valid is None for _, valid in self.runs)
 
     def valid(self) -> Tensor | None:
         """bool [B, length], or None where there was no padding."""

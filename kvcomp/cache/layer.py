@@ -97,8 +97,7 @@ class LayerStore(LayerContent):
             self.dense_read += new
         self.reads = [plan]
         part = merge(parts)
-        mass = reader.received(found, part.lse, n, table.longest)
-        if mass is not None:
+        if watched and (mass := reader.received(found, part.lse, n, table.longest)) is not None:
             table.watch(mass, n)
         heads = self.heads * group
         return Part(part.out.reshape(self.rows, heads, n, -1), part.lse.reshape(self.rows, heads, n))

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from itertools import count
-from typing import Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part
-
-
-class Steps(Protocol):
-    """A store with a decode step."""
-
-    def step(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        length: Tensor,
-        scale: float,
-        softcap: float | None = None,
-    ) -> Part: ...
-
-
-_STORES: WeakValueDictionary[str, Steps] = WeakValueDictionary()
+_STORES: WeakValueDictionary[str, Any] = WeakValueDictionary()  # `FixedStore`s
 _NUMBERS = count()
 
 
-def published(store: Steps) -> str:
+def published(store: Any) -> str:
     """A new name under which graphs find the store, as long as somebody holds it."""
     name = f"{next(_NUMBERS)}"
     _STORES[name] = store

@@ -34,7 +34,7 @@ class LayerPlan:
     layers: int
     leader: int | None = None  # the layer whose choice of pages this one reads
 
-    @property
+    @cached_property
     def needs_queries(self) -> bool:
         stages = (self.quantizer, self.chooser, *self.policies)
         return any(stage.needs_queries for stage in stages if stage is not None)
@@ -43,30 +43,30 @@ class LayerPlan:
         """This plan for streams of at most so many tokens: a window of more than all of them needs no room for more."""
         return replace(self, sinks=min(self.sinks, tokens), recent=min(self.recent, tokens))
 
-    @property
+    @cached_property
     def needs_model(self) -> bool:
         return any(policy.needs_model for policy in self.policies)
 
-    @property
+    @cached_property
     def reconstructs(self) -> bool:
         return any(policy.reconstructs is not None for policy in self.policies)
 
-    @property
+    @cached_property
     def watched(self) -> bool:
         """Whether some policy needs the attention that pages receive."""
         return any(policy.watches for policy in self.policies)
 
-    @property
+    @cached_property
     def trims(self) -> bool:
         """Whether pages of a prompt that comes in chunks may leave before its end."""
         return any(policy.trims for policy in self.policies)
 
-    @property
+    @cached_property
     def gathers(self) -> int:
         """From how many tokens of a prompt the policies choose at least."""
         return max((policy.gathers(self.sinks, self.recent) for policy in self.policies), default=0)
 
-    @property
+    @cached_property
     def chooser(self) -> Selector | None:
         """The selector, where this layer chooses for itself: only then its pages have summaries."""
         return self.selector if self.leader is None else None
@@ -75,7 +75,7 @@ class LayerPlan:
     def geometry(self) -> Geometry:
         return Geometry(self.page_size, self.sinks, self.recent)
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Tokens that the exact buffer of a stream has room for."""
         return self.geometry.slots

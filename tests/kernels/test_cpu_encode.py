@@ -12,6 +12,7 @@ from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.pool import PagePool
 from kvcomp.kernels import cpu, dispatch
+from kvcomp.kernels.cpu import compiled as compiled_kernel
 from kvcomp.kernels.cpu import encode
 from kvcomp.kernels.cpu.backend import C
 from kvcomp.layout import PageLayout
@@ -24,7 +25,7 @@ from kvcomp.stages import Codec, PageShape
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")
 
 HOST = torch.device("cpu")
-BEST = cpu.level() if cpu.library() is not None else 0
+BEST = compiled_kernel.level() if cpu.library() is not None else 0
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 DIMS = [64, 80, 96, 128, 256]
 ANY = [1, 7, 33, 64]  # tokens of a page
@@ -102,7 +103,7 @@ def compared(
     assert sides is not None
     assert x is not None
     assert encode.obstacle(sides) is None
-    monkeypatch.setattr(encode, "level", lambda: level)
+    monkeypatch.setattr(compiled_kernel, "level", lambda: level)
     encode.write(found, ids, *x, sides, layout)
     return pool.data, found
 
@@ -309,7 +310,7 @@ def test_a_store_writes_its_pages_so(spec: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_no_kernel_can_write_is_left_to_the_codec(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes that it does not know, and any without the library."""
     if "kivi" in spec:
-        monkeypatch.setattr(cpu, "library", lambda: None)
+        monkeypatch.setattr(compiled_kernel, "library", lambda: None)
     with dispatch.using(C()):
         is_left_to_the_codec(spec)
 

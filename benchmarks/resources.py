@@ -1,4 +1,4 @@
-"""What the kernels need of a chip: `python -m kvcomp.kernels.triton.resources`. Compiles them; no GPU is needed."""
+"""What the Triton kernels need of a chip: `python -m kvcomp.benchmarks.resources`. Compiles them; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ from triton.compiler import ASTSource
 
 from kvcomp import Stack
 from kvcomp.console import Plain
-from kvcomp.layout import PageLayout
-from kvcomp.stages import Codec, PageShape
-
-from . import (
+from kvcomp.kernels.placed import NOTHING
+from kvcomp.kernels.triton import (
     attention,
     chunks,
     encode,
@@ -35,7 +33,9 @@ from . import (
     received,
     summaries,
 )
-from . import tokens as of_tokens
+from kvcomp.kernels.triton import tokens as of_tokens
+from kvcomp.layout import PageLayout
+from kvcomp.stages import Codec, PageShape
 
 LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory a program, by compute capability
 REGISTERS, PROGRAMS, THREADS = 65536, 32, 2048  # of a processor
@@ -159,7 +159,7 @@ def score(capability: int, bits: int, dim: int = 128) -> Resources:
     """Of Quest's bounds, from summaries of 8 or 16 bits a channel."""
     size, coded = dim * bits // 8, bits == 8
     constants = ops_scores.scores_constants(16, dim, 1 << 14, exact=not coded)
-    constants |= {"FIELDS": (0, size), "EACH": 1, "SCALE": 2 * size if coded else chunks.NOTHING, "RUN": dim // 8}
+    constants |= {"FIELDS": (0, size), "EACH": 1, "SCALE": 2 * size if coded else NOTHING, "RUN": dim // 8}
     return compiled(summaries.scores_kernel, constants, capability, f"quest(summary_bits={bits})", q="*fp32")
 
 
@@ -218,7 +218,7 @@ def every(capabilities: list[int]) -> Iterator[Resources]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kvcomp.kernels.triton.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kvcomp.benchmarks.resources", description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", choices=LIMITS, default=list(LIMITS), help="80: sm_80")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each kernel instead of a table")
     options = parser.parse_args()
