@@ -29,8 +29,7 @@ from kvcomp.stages import Codec, PageShape
 
 ROOT = Path(__file__).parents[2]
 HOST = torch.device("cpu")
-ASKED = {"serves", "missing", "installed", "obstacle", "told", "joins"}  # the rest of a backend
-OPERATIONS = [name for name, thing in vars(Backend).items() if callable(thing) and name not in ASKED]
+OPERATIONS = sorted(set(Backend.__annotations__) - {"name"})
 NO_KERNEL = {"write", "append"}  # of the reference: codecs and buffers do these by themselves
 
 
@@ -203,7 +202,7 @@ INSIDE = {  # what needs more than an operation: room for a graph's kernels, and
     ("decode.py", "triton"),
     ("resources.py", "placed"),
     ("resources.py", "triton"),
-    ("speed.py", "flashinfer"),
+    ("peers.py", "flashinfer"),
 }
 
 
