@@ -75,7 +75,7 @@ class GridCodec(Codec):
     v_basis: Basis = IDENTITY
 
     @cached_property
-    def rotates(self) -> bool:  # type: ignore[override]
+    def rotates(self) -> bool:
         return not (self.k_basis.is_identity and self.v_basis.is_identity)
 
     @property
