@@ -44,30 +44,28 @@ def attend_pages(
     lse_of_pages: bool = False,
     tokens: Tokens | None = None,
     in_tokens: bool = False,
+    token_bias: Tensor | None = None,
 ) -> Part:
     """As `reference.attend_pages`, by the fastest kernel that there is for these pages, and over exact `tokens` too."""
     sides = codec.kernel_sides()
     if sides is None or obstacle(codec, layout, pool.device, queries.shape[1]) is not None:
         ragged = None if pool.is_cpu else True  # elsewhere, to look would be to wait
-        args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, ragged, in_tokens
+        args = queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, ragged, in_tokens, token_bias
         return _with_tokens(queries, tokens, scale, softcap, reference.attend_pages(*args))
     if pool.is_cuda:
-        whole = not (lse_of_pages or in_tokens)
+        whole = not (lse_of_pages or in_tokens or token_bias is not None)
         if whole and flashinfer.obstacle(sides, codec.rotates, queries.shape[1], queries.dtype) is None:
             dense = flashinfer.attend(queries, pool, ids, counts, layout, sides, scale, softcap)
             if dense is not None:
                 return _with_tokens(queries, tokens, scale, softcap, dense)
         asked = queries, pool, ids, counts, layout, codec, sides, scale, softcap, lse_of_pages, tokens
-        return by_triton(*asked, in_tokens)
+        return by_triton(*asked, in_tokens, token_bias=token_bias)
     pages = cpu.Pages(pool, ids, counts, layout, sides, in_tokens)
     if codec.rotates or (tokens is not None and not cpu.readable(tokens)):
         rotated, bias = codec.read_query(queries.float())
-        part = cpu.attend(rotated, pages, None, scale, softcap, bias, lse_of_pages=lse_of_pages)
+        part = cpu.attend(rotated, pages, None, scale, softcap, bias, None, lse_of_pages, token_bias)
         return _with_tokens(queries, tokens, scale, softcap, part._replace(out=codec.read_output(part.out)))
-    if codec.biased:
-        queries, bias = codec.read_query(queries.float())
-        return cpu.attend(queries, pages, tokens, scale, softcap, bias, lse_of_pages=lse_of_pages)
-    return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=lse_of_pages)
+    return cpu.attend(queries, pages, tokens, scale, softcap, None, None, lse_of_pages, token_bias)
 
 
 def by_triton(
@@ -84,22 +82,19 @@ def by_triton(
     tokens: Tokens | None,
     in_tokens: bool = False,
     workspace: Tensor | None = None,
+    token_bias: Tensor | None = None,
 ) -> Part:
     """As `attend_pages`, by the Triton kernels; exact where queries are float32. workspace: see `triton.attend`."""
     from . import triton
 
     pages = triton.Pages(pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device))
     how: dict[str, Any] = {"lse_of_pages": lse_of_pages, "workspace": workspace, "in_tokens": in_tokens}
+    how["token_bias"] = token_bias
     if not codec.rotates:
-        bias = codec.read_query(queries)[1] if codec.biased else None
-        one = triton.plan.together(codec.rotates, codec.biased, queries.shape[1])
-        part = triton.attend(queries, pages, tokens if one else None, scale, softcap, bias, **how)
-        if one:
-            return part
-    else:
-        rotated, bias = codec.read_query(queries.float())
-        part = triton.attend(rotated, pages, None, scale, softcap, bias, **how)
-        part = part._replace(out=codec.read_output(part.out))
+        return triton.attend(queries, pages, tokens, scale, softcap, **how)
+    rotated, bias = codec.read_query(queries.float())
+    part = triton.attend(rotated, pages, None, scale, softcap, bias, **how)
+    part = part._replace(out=codec.read_output(part.out))
     if tokens is None:
         return part
     both = triton.attend(queries, None, tokens, scale, softcap, prior=part, workspace=workspace)

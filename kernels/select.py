@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kvcomp.kernel_layout import centre_of
 from kvcomp.pages import PageLayout, Summary
+from kvcomp.stages import Codec
 
 from . import cpu
 from .dispatch import MOST_ROWS, on_gpu
@@ -141,11 +143,20 @@ def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-    """Pages made of single tokens, where the layout is `tokenwise`: records [S * m, body_bytes] uint8.
+    """Pages made of single tokens, where the layout is `tokenwise`: records [S * m, body_bytes] uint8, with centres 0:
+    attention over them needs the `token_bias`.
 
     ids [S, n]: pages of each stream; tokens [S, m * P]: which of their n * P tokens, in the order wanted. Nothing else
     of the pool is read.
     """
+    records = _regrouped(layout, pool, ids, tokens)
+    for field in layout.centres:
+        at = layout.offsets[field.name]
+        records[:, at : at + field.nbytes] = 0
+    return records
+
+
+def _regrouped(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
     if on_gpu(pool):
         from . import triton
 
@@ -156,7 +167,29 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
         cpu.regroup(layout, pool, ids, tokens, records)
         return records
     pages, places = ids.long().gather(1, tokens // size), tokens % size
-    made = layout.views(records)
-    for name, field in layout.views(pool).items():
-        made[name].copy_(field[pages, places].view(len(records), size, *field.shape[2:]))
+    made, held = layout.views(records), layout.views(pool)
+    for field in layout.token_fields:
+        rows = held[field.name][pages, places]
+        made[field.name].copy_(rows.view(len(records), size, *rows.shape[2:]))
     return records
+
+
+def token_bias(
+    queries: Tensor, codec: Codec, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor
+) -> Tensor | None:
+    """float32 [S, R, t]: q . c of queries [S, R, Dk] and the centre c of the page that each of tokens int64 [S, t] of
+    pages ids [S, n] lies in; None: pages have no centres."""
+    if not layout.centres:
+        return None
+    sides, (rotated, _) = codec.kernel_sides(), codec.read_query(queries.float())
+    assert sides is not None
+    held, first = layout.views(pool), 0
+    bias = rotated.new_zeros(*rotated.shape[:2], ids.shape[1])
+    for segment in sides[0].segments:
+        name = centre_of(segment)
+        if name is not None:
+            centres = held[name][ids.long(), 0].float()  # [S, n, channels]
+            bias += rotated[..., first : first + segment.channels] @ centres.mT
+        first += segment.channels
+    page = (tokens // layout.page_size)[:, None].expand(-1, rotated.shape[1], -1)
+    return bias.gather(2, page)

@@ -22,7 +22,7 @@ from kvcomp.exact import ExactBuffer, Tokens
 from kvcomp.finite import finite, saturated
 from kvcomp.history import History
 from kvcomp.kernels.dispatch import append_token, attend_pages, attend_tokens, write_pages
-from kvcomp.kernels.select import regroup
+from kvcomp.kernels.select import regroup, token_bias
 from kvcomp.ledger import storage_bytes
 from kvcomp.pages import PagePool, PageTable, Summary, compact
 from kvcomp.plan import LayerPlan
@@ -62,13 +62,16 @@ class LayerStore:
 
     # -- set-up ---------------------------------------------------------------------------------------------------
 
-    def start(self, keys: Tensor, values: Tensor) -> None:
-        """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv]."""
+    def start(self, keys: Tensor, values: Tensor, centred: bool = True) -> None:
+        """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv].
+
+        centred: as in `PageShape`."""
         plan = self.plan
         self.rows, self.heads, _, self.k_dim = keys.shape
         self.v_dim = values.shape[-1]
         self.dtype, self.device = keys.dtype, keys.device
-        shape = PageShape(plan.page_size, self.k_dim, self.v_dim, self.heads, self.dtype, self.device, plan.layer)
+        dims = self.k_dim, self.v_dim, self.heads
+        shape = PageShape(plan.page_size, *dims, self.dtype, self.device, plan.layer, centred)
         self.codec, self.layout = plan.build(shape)
         self.index = None if plan.chooser is None else plan.chooser.index(shape)
         self.by_tokens = plan.by_tokens(self.layout)
@@ -351,18 +354,21 @@ class LayerStore:
         if adapted := self.codec.adapted():
             self.read["constants"] = storage_bytes(adapted)
         choice, rest = self._choose(q, ids, counts, scale, softcap) if n == 1 else (None, None)
+        bias, centres = None, 0
         if choice is not None:
             counts = choice.valid
             if self.by_tokens:
                 counts = counts // self.layout.page_size
+                bias = token_bias(q, self.codec, self.layout, pool, ids, choice.positions)
+                centres = total * self.layout.centre_bytes
                 pool = regroup(self.layout, pool, ids, choice.positions)
                 ids = torch.arange(len(pool), device=self.device).view(len(ids), -1)
             else:
                 ids = ids.gather(1, choice.positions)
             total = sum(counts.tolist())
-        self.read["pages"] = total * self.layout.body_bytes
+        self.read["pages"] = total * self.layout.body_bytes + centres
         args = (self.layout, self.codec, scale, softcap, self.table.received is not None, tokens)
-        parts = [attend_pages(q, pool, ids, counts, *args)]
+        parts = [attend_pages(q, pool, ids, counts, *args, token_bias=bias)]
         return parts if rest is None else [*parts, rest], None if choice is None else choice.positions
 
     def _choose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from reprlib import repr as short
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 
 from kvcomp.compaction import CompactSpans
 from kvcomp.errors import KvcompError
+from kvcomp.pages import CENTRE
 from kvcomp.state import FLOATS, State, described, learned
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ NAMES = (
     *("rows", "heads", "fields", "pages", "table", "counts", "received"),
     *("exact", "history", "codec", "index", "compacted", "tail", "prompt"),
 )
+OLD_CENTRE = "k.centre."  # of names of a codec's state
 WIDEST = 2048  # channels of a head that a file may have: bases are square matrices of so many
 
 
@@ -32,11 +35,17 @@ def restore(store: LayerStore, state: State, device: torch.device) -> None:
     dims = keys.shape[2], values.shape[2]
     state.require(0 < max(dims) <= WIDEST, f"heads have {dims[0]} and {dims[1]} channels")
     keys, values = (x[:, :0].unflatten(0, (rows, heads)).to(device) for x in (keys, values))
-    store.start(keys, values)
-    fields = [[f.name, *f.shape, str(f.dtype)] for f in store.layout.fields]
     for field in state.sequence("fields"):
         plain = isinstance(field, list) and all(type(part) in (str, int) for part in field)
-        state.require(plain, f"fields have {described(field)}")
+        state.require(plain and len(field) > 0, f"fields have {described(field)}")
+    codec = state.get("codec")
+    if isinstance(codec, Mapping) and any(str(name).startswith(OLD_CENTRE) for name in codec):
+        raise KvcompError(
+            f"layer {plan.layer} was saved with one mean key a stream, which is no longer read: save the cache anew"
+        )
+    # Caches that were saved before pages had centres go on without.
+    store.start(keys, values, any(str(field[0]).endswith(CENTRE) for field in state["fields"]))
+    fields = [[f.name, *f.shape, str(f.dtype)] for f in store.layout.fields]
     if state["fields"] != fields:
         held = short(state["fields"])
         raise KvcompError(f"layer {plan.layer} holds pages of {held}, but the stack makes {short(fields)}")

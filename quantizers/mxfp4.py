@@ -8,7 +8,7 @@ from typing import ClassVar
 from kvcomp.registry import register
 from kvcomp.stages import PageShape, Quantizer
 
-from .centred import CentredCodec, centre_bytes, centred
+from .centred import centred
 from .codecs import GridCodec
 from .floats import MxSide, e2m1_values
 
@@ -24,12 +24,9 @@ class MxFp4(Quantizer):
 
     paper: ClassVar[str] = "arXiv:2310.10537"
 
-    def codec(self, shape: PageShape) -> CentredCodec:
+    def codec(self, shape: PageShape) -> GridCodec:
         book = e2m1_values(shape.device)
-        codec = GridCodec(
-            MxSide("k", shape.page_size, shape.k_dim, book), MxSide("v", shape.page_size, shape.v_dim, book)
+        return GridCodec(
+            centred(MxSide("k", shape.page_size, shape.k_dim, book), shape),
+            MxSide("v", shape.page_size, shape.v_dim, book),
         )
-        return centred(codec, shape)
-
-    def adapted_bytes(self, shape: PageShape) -> int:
-        return centre_bytes(shape)

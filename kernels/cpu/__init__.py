@@ -16,8 +16,8 @@ from torch import Tensor
 from kvcomp.attention import Part
 from kvcomp.errors import KvcompError
 from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
-from kvcomp.pages import SUMMARY, PageLayout, Summary
+from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
+from kvcomp.pages import PageLayout, Summary
 
 from .loading import MISSING, load
 from .memory import given, records, table
@@ -47,13 +47,14 @@ class _Segment(Structure):
         ("book", c_void_p),
         ("bits", c_int32),
         ("plane", _Plane * 4),
+        ("centre", c_int64),
     ]
 
 
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
 _SOURCE = 15  # as the C structure of that name has it: two sides of 4, ids, counts, 5 sizes
 _NO_SOURCE = (0,) * _SOURCE
-_PROBLEM = Struct(f"{2 * _SOURCE + 13}q2fi4x")
+_PROBLEM = Struct(f"{2 * _SOURCE + 14}q2fi4x")
 _VECTORS = Struct("18qi4x")
 
 
@@ -102,16 +103,17 @@ class Described:
             return _numbers(segment.channels, segment.dtype, offsets[segment.field], strides[segment.field])
         assert not isinstance(segment, Floats)
         planes = tuple(_Plane(offsets[p.field] + p.start, strides[p.field], p.width) for p in segment.planes)
-        bits = sum(p.width for p in segment.planes)
+        bits, name = sum(p.width for p in segment.planes), centre_of(segment)
+        centre = NOTHING if name is None else offsets[name]
         if isinstance(segment, Uniform):
             zero = NOTHING if segment.zero is None else offsets[segment.zero]
             groups = segment.token_group, segment.channel_group, segment.middle
-            scale = offsets[segment.scale]
-            return _Segment(KINDS["uniform"], segment.channels, len(planes), *groups, scale, zero, None, bits, planes)
+            sizes = segment.channels, len(planes), *groups
+            return _Segment(KINDS["uniform"], *sizes, offsets[segment.scale], zero, None, bits, planes, centre)
         room = 1 << (FEW_BITS if bits <= FEW_BITS else 8)
         self.books.append(segment.book.float().repeat(room // len(segment.book)))
         places = offsets[segment.norm], NOTHING, self.books[-1].data_ptr(), bits, planes
-        return _Segment(KINDS["codebook"], segment.channels, len(planes), 1, segment.channels, 0, *places)
+        return _Segment(KINDS["codebook"], segment.channels, len(planes), 1, segment.channels, 0, *places, centre)
 
 
 class Pages(NamedTuple):
@@ -163,11 +165,13 @@ def attend(
     bias: Tensor | None = None,
     prior: Part | None = None,
     lse_of_pages: bool = False,
+    token_bias: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; one of the three at least.
 
-    All are in the coordinates of the queries, and so is the output. bias [S, R] as in `attention.attend`. The groups
-    are the lse of each page, as in the reference, where asked for.
+    All are in the coordinates of the queries, and so is the output. bias [S, R] and token_bias [S, R, n * P] are added
+    to every q . k of pages, as in `attention.attend`. The groups are the lse of each page, as in the reference, where
+    asked for.
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
@@ -199,6 +203,9 @@ def attend(
     out, lse = queries.new_empty(streams, rows, v_dim), queries.new_empty(streams, rows)
     if bias is not None:
         bias = given("bias", bias, torch.float32, (streams, rows))
+    if token_bias is not None:
+        every = 0 if pages is None else many * pages.layout.page_size
+        token_bias = given("bias of tokens", token_bias, torch.float32, (streams, rows, every))
     prior_out = prior_lse = None
     if prior is not None:
         prior_out = given("out of prior", prior.out, torch.float32, (streams, rows, v_dim))
@@ -212,6 +219,7 @@ def attend(
         v_dim,
         queries.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        0 if token_bias is None else token_bias.data_ptr(),
         0 if prior_out is None else prior_out.data_ptr(),
         0 if prior_lse is None else prior_lse.data_ptr(),
         out.data_ptr(),
@@ -394,10 +402,10 @@ def _summaries(summary: Summary, streams: int) -> tuple[tuple[int, int, int], tu
 
 @cache
 def _rows_of(layout: PageLayout) -> tuple[ctypes.Array[c_int64], ctypes.Array[c_int64]]:
-    """Where each field that attention reads begins in a page, and its bytes a token."""
-    body = [f for f in layout.fields if not f.name.startswith(SUMMARY)]
-    offsets, rows = [layout.offsets[f.name] for f in body], [f.nbytes // layout.page_size for f in body]
-    return (c_int64 * len(body))(*offsets), (c_int64 * len(body))(*rows)
+    """Where each field with a row per token begins in a page, and its bytes a token."""
+    fields = layout.token_fields
+    offsets, rows = [layout.offsets[f.name] for f in fields], [f.nbytes // layout.page_size for f in fields]
+    return (c_int64 * len(fields))(*offsets), (c_int64 * len(fields))(*rows)
 
 
 def readable(tokens: Tokens) -> bool:
@@ -425,4 +433,4 @@ def _row_segment(dim: int, dtype: torch.dtype, stride: int) -> ctypes.Array[_Seg
 
 
 def _numbers(channels: int, dtype: torch.dtype, offset: int, stride: int) -> _Segment:
-    return _Segment(KINDS[dtype], channels, 1, 1, channels, plane=(_Plane(offset, stride, 0),))
+    return _Segment(KINDS[dtype], channels, 1, 1, channels, plane=(_Plane(offset, stride, 0),), centre=NOTHING)

@@ -3,6 +3,7 @@
  *   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, no zero
  *   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
  *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
+ *   centred   any of the first two of x less c, the mean over the page without each channel's extremes, in float16
  *
  * Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Two things are not determined
  * by the specification: the sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another
@@ -50,6 +51,7 @@ typedef struct {
     float cut;                          /* the share of a block's range that is cut off at each end */
     float root;                         /* channels^1/2 */
     float weight;                       /* of these channels, where there is a gain */
+    int64_t centre;                     /* byte offset of float16 [channels]; or NOTHING */
     Plane plane[4];
 } Piece;
 
@@ -342,6 +344,54 @@ INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t 
     put_halves(record + side->pieces->scale + 2 * first, norms, tokens);
 }
 
+/* What eight rows of x add to sums, in pairs, and to least and largest numbers. */
+INLINE void add_eight(const float *x, int64_t stride, int64_t channels, float *sum, float *low, float *high) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; c++) {
+        float a = x[c], b = x[stride + c], d = x[2 * stride + c], e = x[3 * stride + c];
+        float f = x[4 * stride + c], g = x[5 * stride + c], h = x[6 * stride + c], i = x[7 * stride + c];
+        sum[c] += ((a + b) + (d + e)) + ((f + g) + (h + i));
+        float least = smaller(smaller(smaller(a, b), smaller(d, e)), smaller(smaller(f, g), smaller(h, i)));
+        float most = larger(larger(larger(a, b), larger(d, e)), larger(larger(f, g), larger(h, i)));
+        low[c] = smaller(least, low[c]);
+        high[c] = larger(most, high[c]);
+    }
+}
+
+/* The centre of a page's rows of x, as `quantizers.centred.centre`, to the record; and x less it, to `to`, where x may
+ * lie already. room: 11 numbers of each channel. */
+INLINE void put_centre(const Piece *g, const float *x, int64_t stride, int64_t tokens, uint8_t *record, float *to,
+                       float *room) {
+    int64_t n = g->channels, t = 0, rest = tokens % 8;
+    float *sum = room, *low = sum + n, *high = low + n, *rows = high + n;
+    memset(sum, 0, n * sizeof(float));
+    memcpy(low, x, n * sizeof(float));
+    memcpy(high, x, n * sizeof(float));
+    for (; t + 8 <= tokens; t += 8) add_eight(x + t * stride, stride, n, sum, low, high);
+    if (rest) { /* rows of zeros behind the last */
+        memset(rows, 0, 8 * n * sizeof(float));
+        for (int64_t i = 0; i < rest; i++) {
+            const float *row = x + (t + i) * stride;
+            memcpy(rows + i * n, row, n * sizeof(float));
+            for (int64_t c = 0; c < n; c++) low[c] = smaller(row[c], low[c]), high[c] = larger(row[c], high[c]);
+        }
+        for (int64_t c = 0; c < n; c++) {
+            const float *y = rows + c;
+            sum[c] += ((y[0] + y[n]) + (y[2 * n] + y[3 * n])) + ((y[4 * n] + y[5 * n]) + (y[6 * n] + y[7 * n]));
+        }
+    }
+    float share = 1.0f / (float)(tokens > 2 ? tokens - 2 : tokens);
+    for (int64_t c = 0; c < n; c++) {
+        float total = tokens > 2 ? (sum[c] - low[c]) - high[c] : sum[c], mean = total * share;
+        sum[c] = smaller(larger(mean == mean ? mean : 0, -HUGEST), HUGEST);
+    }
+    put_halves(record + g->centre, sum, n);
+    for (int64_t c = 0; c < n; c++) sum[c] = from_half(to_half(sum[c]));
+    for (t = 0; t < tokens; t++)
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++) to[t * n + c] = x[t * stride + c] - sum[c];
+}
+
 INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_t tokens, int64_t first,
                         uint8_t *record) {
     for (int64_t t = 0; t < tokens; t++)
@@ -350,7 +400,8 @@ INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_
 
 INLINE int64_t itemsize(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* A page of a side, or some of its tokens. codes [page_tokens, channels], and room for 3 * page_tokens + 2 numbers of each channel. */
+/* A page of a side, or some of its tokens. codes [page_tokens, channels], and room for 3 * page_tokens + 11 numbers of
+ * each channel. */
 INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int64_t first, uint8_t *record,
                         uint8_t *codes, float *room) {
     int64_t size = itemsize(side->dtype), stride;
@@ -365,7 +416,11 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
             continue;
         }
         const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, room, &stride);
-        float *rest = from == room ? room + tokens * g->channels : room;
+        float *rest = from == room || g->centre != NOTHING ? room + tokens * g->channels : room;
+        if (g->centre != NOTHING) {
+            put_centre(g, from, stride, tokens, record, room, rest);
+            from = room, stride = g->channels;
+        }
         if (g->kind == UNIFORM)
             put_uniform(g, from, stride, tokens, first, record, codes, rest);
         else
@@ -413,7 +468,7 @@ int kvcomp_encode(const Pages *p) {
     int64_t widest = 0, threads = 1;
     for (int i = 0; i < 2; i++) widest = p->side[i].dim > widest ? p->side[i].dim : widest;
     widest = (widest + 63) / 64 * 64;
-    int64_t codes = p->page_tokens * widest, floats = (3 * p->page_tokens + 2) * widest;
+    int64_t codes = p->page_tokens * widest, floats = (3 * p->page_tokens + 11) * widest;
     int64_t each = codes + floats * sizeof(float);
 #ifdef _OPENMP
     int64_t work = p->pages * p->page_tokens * (p->side[0].dim + p->side[1].dim);
