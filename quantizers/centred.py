@@ -19,28 +19,29 @@ from .codecs import Side
 
 DTYPE = torch.float16
 HUGE = torch.finfo(DTYPE).max
-PAIRED = 8  # tokens that are added in pairs before they are added to a sum
-EXTREMES = 2  # the least and the greatest number of a channel, which do not count
+PART = 8  # tokens that are added in pairs
 
 
 def centre(x: Tensor) -> Tensor:
-    """float16 [M, 1, D]: the mean of x [M, P, D] over the tokens of each page, without the least and the greatest
-    number of each channel where there are three or more: one loud token does not move it.
+    """float16 [M, 1, D]: the mean of x [M, P, D] over the tokens of each page, rounded within +-65504.
 
-    Rounded to float16 within +-65504. The order of the sum is part of the definition, for kernels give the same bits:
-    eight tokens at a time in pairs, then one such sum after another.
+    It is taken of the sums of eight tokens each, without the least and the greatest one of each channel where there are
+    three or more: a loud token does not move it. The order of all sums is part of the definition, for kernels give the
+    same bits: eight tokens in pairs, then one such sum after another. Where P is no multiple of 8, zeros follow, and
+    nothing is left out.
     """
     x = x.float()
     tokens = x.shape[1]
-    parts = F.pad(x, (0, 0, 0, -tokens % PAIRED)).unflatten(1, (-1, PAIRED))
+    parts = F.pad(x, (0, 0, 0, -tokens % PART)).unflatten(1, (-1, PART))
     while parts.shape[2] > 1:
         parts = parts[:, :, ::2] + parts[:, :, 1::2]
-    total = torch.zeros_like(x[:, 0])
-    for part in parts[:, :, 0].unbind(1):
+    parts = parts[:, :, 0]  # [M, P / 8, D]
+    total = torch.zeros_like(parts[:, 0])
+    for part in parts.unbind(1):
         total = total + part
-    if tokens > EXTREMES:
-        total = (total - x.amin(1)) - x.amax(1)
-        tokens -= EXTREMES
+    if tokens % PART == 0 and tokens > 2 * PART:
+        total = (total - parts.amin(1)) - parts.amax(1)
+        tokens -= 2 * PART
     return (total * (1 / tokens)).nan_to_num(0.0).clamp(-HUGE, HUGE).to(DTYPE)[:, None]
 
 

@@ -3,7 +3,7 @@
  *   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, no zero
  *   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
  *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
- *   centred   any of the first two of x less c, the mean over the page without each channel's extremes, in float16
+ *   centred   either of the first two of x less c, a mean over the page's tokens in float16
  *
  * Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Two things are not determined
  * by the specification: the sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another
@@ -99,23 +99,37 @@ INLINE float from_half(uint16_t x) {
     return size.f;
 }
 
-/* `channels` neighbours in each of `tokens` rows of x, as float32: *stride numbers from row to row; where they lie, or
- * in `room`. */
-INLINE const float *floats(const uint8_t *x, int64_t dtype, int64_t dim, int64_t channels, int64_t tokens, float *room,
-                           int64_t *stride) {
-    if (dtype == FLOAT32) {
+/* Number i of x, of a dtype that the compiler knows. */
+INLINE float number(const uint8_t *x, int64_t i, const int dtype) {
+    if (dtype == FLOAT32) return ((const float *)x)[i];
+    if (dtype == FLOAT16) return from_half(((const uint16_t *)x)[i]);
+    return ((Word){.u = (uint32_t)((const uint16_t *)x)[i] << 16}).f;
+}
+
+/* `channels` neighbours in each of `tokens` rows of x, of a dtype that the compiler knows, less c, to `to`. */
+INLINE void rows_less(const uint8_t *x, int64_t dim, int64_t channels, int64_t tokens, const float *restrict c,
+                      float *restrict to, const int dtype) {
+    for (int64_t t = 0; t < tokens; t++, to += channels)
+        if (c)
+            for (int64_t i = 0; i < channels; i++) to[i] = number(x, t * dim + i, dtype) - c[i];
+        else
+            for (int64_t i = 0; i < channels; i++) to[i] = number(x, t * dim + i, dtype);
+}
+
+/* The same as float32: *stride numbers from row to row; where they lie, or in `room`. c: their centre, or NULL. */
+INLINE const float *floats(const uint8_t *x, int64_t dtype, int64_t dim, int64_t channels, int64_t tokens,
+                           const float *c, float *room, int64_t *stride) {
+    *stride = channels;
+    if (dtype == FLOAT16) {
+        rows_less(x, dim, channels, tokens, c, room, FLOAT16);
+    } else if (dtype == BFLOAT16) {
+        rows_less(x, dim, channels, tokens, c, room, BFLOAT16);
+    } else if (c) {
+        rows_less(x, dim, channels, tokens, c, room, FLOAT32);
+    } else {
         *stride = dim;
         return (const float *)x;
     }
-    const uint16_t *from = (const uint16_t *)x;
-    for (int64_t t = 0; t < tokens; t++) {
-        if (dtype == FLOAT16)
-            for (int64_t c = 0; c < channels; c++) room[t * channels + c] = from_half(from[t * dim + c]);
-        else
-            for (int64_t c = 0; c < channels; c++)
-                room[t * channels + c] = ((Word){.u = (uint32_t)from[t * dim + c] << 16}).f;
-    }
-    *stride = channels;
     return room;
 }
 
@@ -344,52 +358,42 @@ INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t 
     put_halves(record + side->pieces->scale + 2 * first, norms, tokens);
 }
 
-/* What eight rows of x add to sums, in pairs, and to least and largest numbers. */
-INLINE void add_eight(const float *x, int64_t stride, int64_t channels, float *sum, float *low, float *high) {
+/* The sum of eight rows of x, in pairs, `dim` numbers from one to the next, to sums, and to the least and largest of its
+ * kind. */
+INLINE void add_eight(const uint8_t *x, int64_t dim, int64_t channels, float *restrict sum, float *restrict low,
+                      float *restrict high, const int dtype) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; c++) {
-        float a = x[c], b = x[stride + c], d = x[2 * stride + c], e = x[3 * stride + c];
-        float f = x[4 * stride + c], g = x[5 * stride + c], h = x[6 * stride + c], i = x[7 * stride + c];
-        sum[c] += ((a + b) + (d + e)) + ((f + g) + (h + i));
-        float least = smaller(smaller(smaller(a, b), smaller(d, e)), smaller(smaller(f, g), smaller(h, i)));
-        float most = larger(larger(larger(a, b), larger(d, e)), larger(larger(f, g), larger(h, i)));
-        low[c] = smaller(least, low[c]);
-        high[c] = larger(most, high[c]);
+        float a = number(x, c, dtype) + number(x, dim + c, dtype);
+        float b = number(x, 2 * dim + c, dtype) + number(x, 3 * dim + c, dtype);
+        float d = number(x, 4 * dim + c, dtype) + number(x, 5 * dim + c, dtype);
+        float e = number(x, 6 * dim + c, dtype) + number(x, 7 * dim + c, dtype), part = (a + b) + (d + e);
+        sum[c] += part;
+        low[c] = smaller(part, low[c]);
+        high[c] = larger(part, high[c]);
     }
 }
 
-/* The centre of a page's rows of x, as `quantizers.centred.centre`, to the record; and x less it, to `to`, where x may
- * lie already. room: 11 numbers of each channel. */
-INLINE void put_centre(const Piece *g, const float *x, int64_t stride, int64_t tokens, uint8_t *record, float *to,
-                       float *room) {
-    int64_t n = g->channels, t = 0, rest = tokens % 8;
-    float *sum = room, *low = sum + n, *high = low + n, *rows = high + n;
-    memset(sum, 0, n * sizeof(float));
-    memcpy(low, x, n * sizeof(float));
-    memcpy(high, x, n * sizeof(float));
-    for (; t + 8 <= tokens; t += 8) add_eight(x + t * stride, stride, n, sum, low, high);
-    if (rest) { /* rows of zeros behind the last */
+/* The centre c of `tokens` rows of x, as `quantizers.centred.centre`, to the record. room: 10 numbers of each channel. */
+INLINE void put_centre(const Piece *g, const uint8_t *x, int64_t dim, int64_t tokens, uint8_t *record, float *c,
+                       float *room, const int dtype) {
+    int64_t n = g->channels, size = dtype == FLOAT32 ? 4 : 2, t = 0, rest = tokens % 8, parts = tokens / 8;
+    float *low = room, *high = low + n, *rows = high + n;
+    for (int64_t i = 0; i < n; i++) c[i] = 0, low[i] = INFINITY, high[i] = -INFINITY;
+    for (; t + 8 <= tokens; t += 8) add_eight(x + t * dim * size, dim, n, c, low, high, dtype);
+    if (rest) { /* as if rows of zeros followed */
         memset(rows, 0, 8 * n * sizeof(float));
-        for (int64_t i = 0; i < rest; i++) {
-            const float *row = x + (t + i) * stride;
-            memcpy(rows + i * n, row, n * sizeof(float));
-            for (int64_t c = 0; c < n; c++) low[c] = smaller(row[c], low[c]), high[c] = larger(row[c], high[c]);
-        }
-        for (int64_t c = 0; c < n; c++) {
-            const float *y = rows + c;
-            sum[c] += ((y[0] + y[n]) + (y[2 * n] + y[3 * n])) + ((y[4 * n] + y[5 * n]) + (y[6 * n] + y[7 * n]));
-        }
+        rows_less(x + t * dim * size, dim, n, rest, 0, rows, dtype);
+        add_eight((const uint8_t *)rows, n, n, c, low, high, FLOAT32);
     }
-    float share = 1.0f / (float)(tokens > 2 ? tokens - 2 : tokens);
-    for (int64_t c = 0; c < n; c++) {
-        float total = tokens > 2 ? (sum[c] - low[c]) - high[c] : sum[c], mean = total * share;
-        sum[c] = smaller(larger(mean == mean ? mean : 0, -HUGEST), HUGEST);
+    const int trim = !rest && parts > 2;
+    float share = 1.0f / (float)(trim ? tokens - 16 : tokens);
+    uint16_t *halves = (uint16_t *)(record + g->centre);
+    for (int64_t i = 0; i < n; i++) {
+        float mean = (trim ? (c[i] - low[i]) - high[i] : c[i]) * share;
+        halves[i] = to_half(smaller(larger(mean == mean ? mean : 0, -HUGEST), HUGEST));
+        c[i] = from_half(halves[i]);
     }
-    put_halves(record + g->centre, sum, n);
-    for (int64_t c = 0; c < n; c++) sum[c] = from_half(to_half(sum[c]));
-    for (t = 0; t < tokens; t++)
-#pragma omp simd
-        for (int64_t c = 0; c < n; c++) to[t * n + c] = x[t * stride + c] - sum[c];
 }
 
 INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_t tokens, int64_t first,
@@ -406,7 +410,7 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
                         uint8_t *codes, float *room) {
     int64_t size = itemsize(side->dtype), stride;
     if (side->most > 0) {
-        const float *from = floats(x, side->dtype, side->dim, side->dim, tokens, room, &stride);
+        const float *from = floats(x, side->dtype, side->dim, side->dim, tokens, 0, room, &stride);
         put_joint(side, from, stride, tokens, first, record, codes, from == room ? room + tokens * side->dim : room);
         return;
     }
@@ -415,12 +419,18 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
             put_numbers(g, x, side->dim * size, tokens, first, record);
             continue;
         }
-        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, room, &stride);
-        float *rest = from == room || g->centre != NOTHING ? room + tokens * g->channels : room;
+        float *c = 0, *rest = room;
         if (g->centre != NOTHING) {
-            put_centre(g, from, stride, tokens, record, room, rest);
-            from = room, stride = g->channels;
+            c = room, rest = room + g->channels;
+            if (side->dtype == FLOAT32)
+                put_centre(g, x, side->dim, tokens, record, c, rest, FLOAT32);
+            else if (side->dtype == FLOAT16)
+                put_centre(g, x, side->dim, tokens, record, c, rest, FLOAT16);
+            else
+                put_centre(g, x, side->dim, tokens, record, c, rest, BFLOAT16);
         }
+        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, c, rest, &stride);
+        rest = from == rest ? rest + tokens * g->channels : rest;
         if (g->kind == UNIFORM)
             put_uniform(g, from, stride, tokens, first, record, codes, rest);
         else
