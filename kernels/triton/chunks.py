@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
 from kvcomp.pages import PageLayout
 
 NUMBERS, BOOK = "numbers", "book"  # x = number; x = book[code] * norm of the token
@@ -39,7 +39,8 @@ class Chunk:
     the highest bits first. scale, zero: of the segment, float16 in rows of `groups`, a row for each `token_group`
     tokens; `inner` is the chunk's first channel in the segment. middle: the code that is read as 0, for codes about 0
     lose less in 16 bits; the zeros that are stored are those of code 0. book: its first entry among the side's.
-    Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them.
+    Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them. centre: offset of the
+    float16 numbers that the chunk's channels gain in all tokens of a page.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Chunk:
     format: str = ""
     scale_format: str = ""
     page_scale: int = NOTHING
+    centre: int = NOTHING
 
     @property
     def adds(self) -> bool:
@@ -141,6 +143,7 @@ def _codes(
             "channel_group": segment.channel_group,
             "groups": segment.channels // segment.channel_group,
         }
+    name = centre_of(segment)
     found = []
     for first in range(0, columns, run):
         for at, n, block in cut(run):
@@ -148,7 +151,9 @@ def _codes(
             planes = tuple(
                 (offsets[p.field] + p.start + inner * p.width // 8, strides[p.field], p.width) for p in segment.planes
             )
-            found.append(Chunk(kind, channel + inner, lanes, n, block, planes, inner=inner, **shared))
+            centre = NOTHING if name is None else offsets[name] + 2 * inner
+            made = Chunk(kind, channel + inner, lanes, n, block, planes, inner=inner, centre=centre, **shared)
+            found.append(made)
     return found
 
 

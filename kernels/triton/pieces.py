@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
 from kvcomp.pages import PageLayout
 
 from .chunks import NOTHING
@@ -35,7 +35,7 @@ class Piece:
 
     planes: (offset, bytes from a token to the next, width) of each, the highest bits first. scale, zero: offsets.
     levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; middles: its first in the side's table.
-    format, scale_format, page_scale: as in `chunks.Chunk`.
+    format, scale_format, page_scale, centre: as in `chunks.Chunk`.
     step: tokens of a tile, of which it has room for T; tiles: of a page, along tokens and along channels.
     """
 
@@ -54,6 +54,7 @@ class Piece:
     format: str
     scale_format: str
     page_scale: int
+    centre: int
     step: int
     run: int
     shape: tuple[int, int, int]
@@ -159,6 +160,8 @@ def _piece_of(segment: Segment, layout: PageLayout, size: int, side: int, channe
     channels = segment.channels
     kind, tokens, group, scale, zero, levels, clip = NUMBERS, 1, 1, NOTHING, NOTHING, 0, 1.0
     formats: tuple[str, str, int] = ("", "", NOTHING)
+    name = centre_of(segment)
+    centre = NOTHING if name is None else offsets[name]
     if isinstance(segment, Numbers):
         planes: tuple[tuple[int, int, int], ...] = ((offsets[segment.field], strides[segment.field], 0),)
     else:
@@ -188,7 +191,7 @@ def _piece_of(segment: Segment, layout: PageLayout, size: int, side: int, channe
     shape = room, groups, width
     return Piece(
         *(kind, side, channel, channels, planes, tokens, group, scale, zero, levels, clip, middles),
-        *(*formats, step, run, shape, tiles),
+        *(*formats, centre, step, run, shape, tiles),
     )
 
 

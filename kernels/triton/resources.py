@@ -62,7 +62,7 @@ POINTERS = {
     "k_middles": "*fp32",
     "v_middles": "*fp32",
 }
-FLOATS = ("bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
+FLOATS = ("bias", "token_bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
 SCALARS = ("scale", "softcap")
 ALIGNED = ("k_dim", "v_dim", "keys_stride", "values_stride")  # multiples of 16, for all usual dimensions
 
@@ -127,7 +127,7 @@ def built(spec: str, dim: int) -> tuple[Codec, PageLayout]:
 
 
 def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens: bool = False) -> Resources:
-    """Of attention with the window in the same launch where `plan.together` says so; `in_tokens`: over pages that are
+    """Of attention with the window in the same launch where pages are in the queries' basis; `in_tokens`: over pages that are
     filled in part."""
     codec, layout = built(spec, dim)
     sides = codec.kernel_sides()
@@ -136,12 +136,13 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
     constants = ops.attention_constants(
         chunks.described(sides, layout),
         layout.bytes_per_page,
-        (one, one) if plan.together(codec.rotates, codec.biased, rows) else ((), ()),
+        ((), ()) if codec.rotates else (one, one),
         plan.tokens_tile(dim * torch.bfloat16.itemsize),
         rows,
         exact=False,
     )
-    constants |= {"BIAS": codec.biased, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
+    biased = codec.read_query(torch.zeros(1, 1, dim, dtype=torch.float32, device="cpu"))[1] is not None
+    constants |= {"BIAS": biased, "TOKEN_BIAS": False, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
     queries = "*fp32" if codec.rotates else "*bf16"
     name = spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows"
     name = name if dim == 128 else f"{name}, {dim} channels"

@@ -36,9 +36,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pool_of(spec: str) -> tuple[PagePool, PageLayout, Codec]:
+def pool_of(spec: str, centred: bool = True) -> tuple[PagePool, PageLayout, Codec]:
     plan = Stack.parse(f"{spec} + window(recent=0)").plan(0, 1)
-    codec, layout = plan.build(PageShape(plan.page_size, DIM, DIM, 1, torch.float32, torch.device("cpu"), 0))
+    shape = PageShape(plan.page_size, DIM, DIM, 1, torch.float32, torch.device("cpu"), 0, centred)
+    codec, layout = plan.build(shape)
     pool, streams = PagePool(layout, torch.device("cpu")), torch.zeros(PAGES, dtype=torch.int64)
     k, v = (numbers(PAGES, plan.page_size, DIM, seed=seed) for seed in (1, 2))
     codec.fit(streams[:1], k.flatten(0, 1)[None], v.flatten(0, 1)[None])
@@ -65,6 +66,7 @@ def attend(spec: str) -> Door:
         "values": numbers(STREAMS, 5, DIM, seed=4),
         "held": torch.tensor([5, 2, 4]),
         "bias": numbers(STREAMS, ROWS, seed=5),
+        "token bias": numbers(STREAMS, ROWS, IDS.shape[1] * layout.page_size, seed=8),
         "prior.out": numbers(STREAMS, ROWS, DIM, seed=6),
         "prior.lse": numbers(STREAMS, ROWS, seed=7),
     }
@@ -72,13 +74,13 @@ def attend(spec: str) -> Door:
     def call(x: Given) -> Any:
         pages = cpu.Pages(x["pool"], x["ids"], x["counts"], layout, sides)
         prior, tokens = Part(x["prior.out"], x["prior.lse"]), Tokens(x["keys"], x["values"], x["held"])
-        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, lse_of_pages=True)
+        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, True, x["token bias"])
 
     return Door(given, call)
 
 
 def write(spec: str, single: bool = False) -> Door:
-    pool, layout, codec = pool_of(spec)
+    pool, layout, codec = pool_of(spec, centred=not single)
     sides = codec.kernel_sides()
     assert sides is not None
     tokens = 1 if single else layout.page_size

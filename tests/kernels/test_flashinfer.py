@@ -296,7 +296,7 @@ class OnGpu(Tensor):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_triton(*args: Any) -> Part:
+    def by_triton(*args: Any, token_bias: Tensor | None = None) -> Part:
         return reference.attend_pages(*args[:6], *args[7:10])._replace(groups=torch.zeros(1))
 
     monkeypatch.setattr(dispatch, "_gpu_obstacle", lambda *_: None)
