@@ -18,13 +18,13 @@ from kvcomp.attention import Part, attend_causal, merge
 from kvcomp.errors import UnsupportedError
 from kvcomp.exact import Tokens
 from kvcomp.kernels.dispatch import attend_pages, attend_tokens
-from kvcomp.kernels.select import regroup
+from kvcomp.kernels.select import regroup, token_bias
 from kvcomp.pages import Summary
 from kvcomp.stages import Choice, Summaries
 
 from .decode import DecodeStep
 from .keep import keep_chosen, let_go, score, watch
-from .key_means import mean_keys, of_rank
+from .key_centres import turned_biases
 from .pages import Pages
 from .setup import Setup
 from .step import Group, Prompt, Step
@@ -78,12 +78,14 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         """The layer's pages, for a pool on `device`."""
         if self.pages is None:
             layer = extract_layer_index(layer_name)
-            means = mean_keys(self.model.model, self.model.hf_text_config, layer, self.head_size)
-            if means is not None:
+            biases = None
+            if self.setup.by_token:
+                biases = turned_biases(self.model.model, self.model.hf_text_config, layer, self.head_size)
+            if biases is not None:
                 ranks = self.ranks.tensor_parallel_size
                 rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
-                means = of_rank(means, self.num_kv_heads, rank, ranks)
-            self.pages = Pages(self.setup, layer, self.num_kv_heads, device, means)
+                biases = biases.of_rank(self.num_kv_heads, rank, ranks)
+            self.pages = Pages(self.setup, layer, self.num_kv_heads, device, biases)
         return self.pages
 
     def forward(
@@ -176,7 +178,7 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
     def _write(self, pages: Pages, step: Step, key: Tensor, value: Tensor, held: list[Tensor | None]) -> None:
         """Write the step's tokens, or the pages that they make full."""
         if self.setup.by_token:
-            step.cells = step.cells or pages.cells(step.slot_mapping)
+            step.cells = step.cells or pages.cells(step.slot_mapping, step.begun)
             pages.write_tokens(key, value, step.cells)
             return
         for fill in step.fills:
@@ -241,7 +243,9 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
             self._remember(group, counts, exact)
             return [] if exact is None else [attend_tokens(q, exact, self.scale, self.softcap)]
         choice, rest = self._choose(pages, step, group, q) if group.new == 1 else (None, None)
+        bias = None
         if choice is not None and pages.by_tokens:
+            bias = token_bias(q, pages.codec, pages.layout, pool, ids, choice.positions)
             pool, counts = regroup(pages.layout, pool, ids, choice.positions), choice.valid // pages.layout.page_size
             ids = torch.arange(len(pool), device=pool.device).view(len(ids), -1)
         elif choice is not None:
@@ -249,7 +253,7 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         self._remember(group, counts, exact)
         watched = self.setup.most is not None
         how = pages.layout, pages.codec, self.scale, self.softcap, watched
-        part = attend_pages(q, pool, ids, counts, *how, exact, self.setup.by_token)
+        part = attend_pages(q, pool, ids, counts, *how, exact, self.setup.by_token, bias)
         if part.groups is not None and choice is not None:
             every = part.groups.new_full((*part.groups.shape[:2], group.pages.shape[1]), -torch.inf)
             place = choice.positions[:, None].expand_as(part.groups)  # of what is not valid: any, with -inf

@@ -12,31 +12,42 @@ from torch.nn import functional as F
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.finite import saturated
+from kvcomp.kernel_layout import centre_of
 from kvcomp.kernels.dispatch import encode_pages
-from kvcomp.pages import SUMMARY, Field
+from kvcomp.pages import Field, PageLayout
+from kvcomp.quantizers.centred import DTYPE as CENTRE_DTYPE
+from kvcomp.stages import Codec
 
+from .key_centres import Turned, turns
 from .setup import HOST, Setup
 
 
 class Cells(NamedTuple):
     """Where single tokens go: tokens int64 [t] of a step's, or the first t; and int64 [t * H] the record, the row in it
-    and the head of each. On a GPU those that go nowhere are among them, with records below 0."""
+    and the head of each. On a GPU those that go nowhere are among them, with records below 0.
+
+    begun: records int64 [b * H] that get their centre; turns: what that follows from, float32 [b, F], see
+    `key_centres.turns`; begins bool [b * H, 1]: which of them do, where not all.
+    """
 
     tokens: Tensor | slice
     records: Tensor
     rows: Tensor
     heads: Tensor
+    begun: Tensor
+    turns: Tensor
+    begins: Tensor | None = None
 
 
 class Pages:
     """Writes and decodes page records, as the layer's codec has them. `at` binds it to the pool."""
 
     def __init__(
-        self, setup: Setup, layer: int, heads: int, device: torch.device = HOST, means: Tensor | None = None
+        self, setup: Setup, layer: int, heads: int, device: torch.device = HOST, biases: Turned | None = None
     ) -> None:
         """For a layer of which `heads` KV heads are on this rank, on the `device` that the pool is on.
 
-        means [heads, D]: a mean key of each head, the same for every request; see `key_means`.
+        biases: those of the heads' keys, from which centres of pages follow that are written token by token.
 
         Raises:
             UnsupportedError: the codec settles something by the first data it sees, which no block can hold.
@@ -45,7 +56,6 @@ class Pages:
         self.plan = plan = setup.plan(layer)
         shape = replace(setup.shape(heads, layer), device=device)
         self.codec, self.layout = plan.build(shape)
-        self.codec.fix(means)  # what a block holds depends on its tokens alone
         self.index = None if plan.chooser is None else plan.chooser.index(shape)
         self.by_tokens = plan.by_tokens(self.layout)
         if self.codec.state():
@@ -53,9 +63,10 @@ class Pages:
                 f"{setup.stack}: {plan.quantizer.name} settles on channels by the first text it sees, and vLLM's "
                 "workers and restarts would settle differently: use whole bits"
             )
-        self.one = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
-        if self.one is not None:
-            self.one.fix(means)
+        self.one = plan.quantizer.codec(replace(shape, page_size=1, centred=False)) if setup.by_token else None
+        biases = Turned.nothing(heads, setup.dim, device) if biases is None else biases.to(device)
+        self.frequencies = biases.frequencies
+        self.centres = _Centres(self.codec, self.layout, biases.weights) if setup.by_token else None
         self.pool = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def at(self, kv_cache: Tensor) -> Pages:
@@ -63,20 +74,32 @@ class Pages:
         self.pool = kv_cache.view(kv_cache.shape[0] * kv_cache.shape[1], -1)
         return self
 
-    def cells(self, slots: Tensor) -> Cells:
-        """Where tokens go whose slots int64 [T] of the pool are given, in every layer alike; -1: nowhere."""
+    def cells(self, slots: Tensor, begun: Tensor) -> Cells:
+        """Where tokens go whose slots int64 [T] of the pool are given, in every layer alike; -1: nowhere.
+
+        begun int64 [2, b]: as `Step.begun`. The rest of a page comes later than what begins it, or with it.
+        """
         size, every = self.setup.page_size, torch.arange(self.heads, device=slots.device)
+        first, page = begun
+        records = (slots[first] // size)[:, None] * self.heads + every
+        begins = records.flatten().clamp_min(0), turns(self.frequencies, middle(page, size))  # block 0 is nobody's
         tokens: Tensor | slice = slice(len(slots))
         if slots.is_cpu:  # elsewhere, to count those that go somewhere would be to wait
             tokens = (slots >= 0).nonzero().flatten()
             slots = slots[tokens]
         records = (slots // size)[:, None] * self.heads + every  # // rounds down
-        return Cells(tokens, records.flatten(), (slots % size).repeat_interleave(self.heads), every.repeat(len(slots)))
+        rows, heads = (slots % size).repeat_interleave(self.heads), every.repeat(len(slots))
+        return Cells(tokens, records.flatten(), rows, heads, *begins)
 
     def write_tokens(self, keys: Tensor, values: Tensor, cells: Cells) -> None:
         """Write tokens of keys and values [T, H, D] one by one."""
         assert self.one is not None
+        assert self.centres is not None
         k, v = (self._finite(x[cells.tokens]).flatten(0, 1)[:, None] for x in (keys, values))  # [t * H, 1, D]
+        if self.layout.centres:
+            self.centres.begin(self.pool, cells)
+            if len(self.frequencies):  # they are 0 otherwise
+                k = k - self.centres.of(self.pool, cells)
         if encode_pages(self.pool, cells.records, self.layout, self.one, k, v, cells.heads, cells.rows):
             return
         encoded, records = self.one.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
@@ -100,11 +123,11 @@ class Pages:
         """As `write_pages`, of tokens that partly come from pages themselves: keys and values as those decode.
 
         origin int64 [H, n]: which of the tokens in records `old` [H, o] each is; beyond o * P: it comes from elsewhere.
-        A page that holds its tokens singly gets them as they were: nothing is rounded twice.
+        A page that holds its tokens singly, without a centre, gets them as they were: nothing is rounded twice.
         """
-        size = self.setup.page_size
+        size, singly = self.setup.page_size, self.layout.tokenwise and not self.layout.centres
         origin = origin[:, : records.shape[1] * size]
-        head, to = ((origin < old.shape[1] * size) & self.layout.tokenwise).nonzero(as_tuple=True)
+        head, to = ((origin < old.shape[1] * size) & singly).nonzero(as_tuple=True)
         at = origin[head, to]
         moved = [rows[old[head, at // size], at % size] for _, rows in self._rows()] if len(head) else []
         self.write_pages(keys, values, records)
@@ -142,11 +165,10 @@ class Pages:
         return self.pool[:, -numbers * torch.float32.itemsize :].view(torch.float32)
 
     def _rows(self) -> Iterator[tuple[Field, Tensor]]:
-        """Fields that attention reads, where the layout is `tokenwise`, and their tokens uint8 [records, P, bytes]."""
-        for field in self.layout.fields:
-            if not field.name.startswith(SUMMARY):
-                at = self.layout.offsets[field.name]
-                yield field, self.pool[:, at : at + field.nbytes].unflatten(1, (self.setup.page_size, -1))
+        """Fields with a row per token, where the layout is `tokenwise`, and their tokens uint8 [records, P, bytes]."""
+        for field in self.layout.token_fields:
+            at = self.layout.offsets[field.name]
+            yield field, self.pool[:, at : at + field.nbytes].unflatten(1, (self.setup.page_size, -1))
 
     def tokens(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [H, n * P, D] of records [H, n] in the model's dtype."""
@@ -166,3 +188,52 @@ class Pages:
 
     def _finite(self, x: Tensor) -> Tensor:
         return x if self.codec.lossless else x.nan_to_num(0.0, 0.0, 0.0)
+
+
+def middle(page: Tensor, page_size: int) -> Tensor:
+    """float32: the middle position of each page of `page_size` tokens."""
+    return page.to(torch.float32) * page_size + (page_size - 1) / 2
+
+
+class _Centres:
+    """Writes and reads the centres of pages that come token by token.
+
+    weights float32 [F, H, D]: of the keys that centres are, see `key_centres`.
+    """
+
+    def __init__(self, codec: Codec, layout: PageLayout, weights: Tensor) -> None:
+        self.codec, self.parts = codec, []
+        sides, (count, heads, dim) = codec.kernel_sides(), weights.shape
+        if not layout.centres or sides is None:
+            return
+        self.channels, self.v_dim = sides[0].channels, sides[1].channels
+        streams, nothing = torch.arange(heads, device=weights.device).repeat(count), weights.flatten(0, 1)[:, None]
+        given = codec.kernel_input(nothing, nothing, streams)
+        assert given is not None
+        coordinates, first = given[0].unflatten(0, (count, heads))[:, :, 0], 0  # linear in keys
+        for segment in sides[0].segments:
+            last, name = first + segment.channels, centre_of(segment)
+            if name is not None:
+                at = layout.offsets[name]
+                place = slice(at, at + segment.channels * CENTRE_DTYPE.itemsize)
+                self.parts.append((place, slice(first, last), coordinates[..., first:last].flatten(1).float()))
+            first = last
+
+    def begin(self, pool: Tensor, cells: Cells) -> None:
+        """Write the centres of pages that begin."""
+        if not len(cells.begun):
+            return
+        for place, _, weights in self.parts:
+            held = pool[:, place].view(CENTRE_DTYPE)
+            made = saturated((cells.turns @ weights).view(len(cells.begun), -1), CENTRE_DTYPE)
+            held[cells.begun] = made if cells.begins is None else torch.where(cells.begins, made, held[cells.begun])
+
+    def of(self, pool: Tensor, cells: Cells) -> Tensor:
+        """Keys float32 [t * H, 1, D] that are the centres of the pages of tokens."""
+        records = cells.records.clamp_min(0)
+        if len(self.parts) == 1 and not self.codec.rotates:
+            return pool[:, self.parts[0][0]].view(CENTRE_DTYPE)[records, None].float()
+        found = torch.zeros(len(records), 1, self.channels, dtype=torch.float32, device=pool.device)
+        for place, channels, _ in self.parts:
+            found[:, 0, channels] = pool[:, place].view(CENTRE_DTYPE)[records].float()
+        return self.codec.inverse(found, found.new_zeros(len(found), 1, self.v_dim), cells.heads)[0]

@@ -115,10 +115,10 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def built(spec: str, dim: int) -> tuple[Codec, PageLayout]:
+def built(spec: str, dim: int, centred: bool = True) -> tuple[Codec, PageLayout]:
     """The codec and pages of a stack; one that fits its basis has seen keys whose channels differ in size."""
     stack = Stack.parse(spec).plan(0, 1)
-    codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0))
+    codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0, centred))
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(1, 512, dim, generator=generator, dtype=torch.float32, device="cpu")
     seen = seen * torch.linspace(2, -2, dim, dtype=torch.float32, device="cpu").exp()
@@ -166,7 +166,7 @@ def score(capability: int, bits: int, dim: int = 128) -> Resources:
 
 def write(spec: str, capability: int, dim: int = 128, single: bool = False) -> Resources:
     """Of pages written, or `single` tokens of them."""
-    codec, layout = built(spec, dim)
+    codec, layout = built(spec, dim, centred=not single)
     sides = codec.kernel_sides()
     assert sides is not None
     constants = ops_records.encode_constants(pieces.described(sides, layout, single), layout.bytes_per_page, single)

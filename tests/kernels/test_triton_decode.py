@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcomp import Stack
 from kvcomp.attention import attend, merge
 from kvcomp.integrations.vllm.decode import Decoder, DecodeStep, most_channels, obstacle
+from kvcomp.integrations.vllm.key_centres import turned
 from kvcomp.integrations.vllm.pages import Pages
 from kvcomp.integrations.vllm.setup import Setup
 from kvcomp.kernels import dispatch, reference
@@ -44,10 +45,19 @@ CASES = [
 ]
 
 
+def begun(lengths: list[int], size: int) -> Tensor:
+    """As `Step.begun`, of the last tokens of so many, one a request."""
+    positions = torch.tensor(lengths) - 1
+    rows = (positions % size == 0).nonzero().flatten()
+    return torch.stack([rows, positions[rows] // size]).to(DEVICE)
+
+
 class Case:
     """A layer of a stack, in a pool of records that are wider than pages, full of 0xFF where nobody has written."""
 
-    def __init__(self, stack: str, heads: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stack: str, heads: int, group: int, dim: int, dtype: torch.dtype, biased: bool = False
+    ) -> None:
         torch.manual_seed(dim)
         self.setup = Setup(Stack.parse(stack), layers=4, dim=dim, dtype=dtype, drafts=0)
         assert self.setup.by_token
@@ -55,13 +65,14 @@ class Case:
         size = self.setup.page_size
         cell = self.setup.record_bytes(heads) // size + 3
         pool = torch.full((BLOCKS, heads, size, cell), 0xFF, dtype=torch.uint8, device=DEVICE)
-        self.pages = Pages(self.setup, 3, heads, DEVICE).at(pool)
+        biases = turned(20 * torch.randn(heads, dim), torch.linspace(1, 0.001, dim // 2), 1.0) if biased else None
+        self.pages = Pages(self.setup, 3, heads, DEVICE, biases).at(pool)
         self.decoder = self.made(DEVICE)
         assert obstacle(self.pages, group, torch.device("cuda")) is None
 
     def made(self, device: torch.device) -> Decoder:
         sizes = self.setup.page_size, self.heads, self.group, most_channels([self.pages.codec])
-        return Decoder.on(device, len(LENGTHS), LONGEST, *sizes)
+        return Decoder.on(device, len(LENGTHS), LONGEST, *sizes, self.pages.frequencies)
 
     def random(self, tokens: int, heads: int) -> Tensor:
         return torch.randn(tokens, heads, self.setup.dim, device=DEVICE).to(self.dtype)
@@ -81,7 +92,8 @@ class Case:
                 slots[r] = at[-1]
                 with dispatch.reference_only():
                     new = self.random(2 * (length - 1), self.heads).chunk(2)
-                    self.pages.write_tokens(*new, self.pages.cells(at[:-1].to(DEVICE)))
+                    first = begun(list(range(1, length)), size)
+                    self.pages.write_tokens(*new, self.pages.cells(at[:-1].to(DEVICE), first))
         return table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), slots.to(DEVICE)
 
     def check(self, step: DecodeStep, table: Tensor, lengths: Tensor, slots: Tensor) -> None:
@@ -118,7 +130,8 @@ class Case:
         with dispatch.reference_only():
             real = slots >= 0
             new = (y[: len(lengths)][real] for y in x[1:])
-            pages.write_tokens(*new, pages.cells(slots[real]))
+            first = begun([n for n in lengths.tolist() if n], pages.setup.page_size)
+            pages.write_tokens(*new, pages.cells(slots[real], first))
         written = pages.pool.clone()
         pages.pool.copy_(self.before)
         return out, written
@@ -130,10 +143,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:4])))
-def test_decoding_is_the_specification(case: tuple[str, int, int, int, torch.dtype]) -> None:
+@pytest.mark.parametrize(
+    ("case", "biased"),
+    [*((case, False) for case in CASES), *((case, True) for case in CASES[1:5] + CASES[6:7])],
+    ids=lambda x: "biased" * x if isinstance(x, bool) else "-".join(map(str, x[:4])),
+)
+def test_decoding_is_the_specification(case: tuple[str, int, int, int, torch.dtype], biased: bool) -> None:
     """At ends of pages and besides, for padding, in pages that are filled in part; again in the same buffers."""
-    layer = Case(*case)
+    layer = Case(*case, biased)
     batch = layer.batch(LENGTHS)
     first = layer.decoder.plan(*batch)
     layer.check(first, *batch)

@@ -18,6 +18,7 @@ from kvcomp.integrations.vllm import backend, impl, window
 from kvcomp.integrations.vllm.backend import StepBuilder
 from kvcomp.integrations.vllm.decode import Decoder, DecodeStep
 from kvcomp.integrations.vllm.impl import PageAttention
+from kvcomp.integrations.vllm.key_centres import turned
 from kvcomp.integrations.vllm.setup import Setup
 from kvcomp.integrations.vllm.step import Step
 from kvcomp.kernels import dispatch
@@ -104,7 +105,7 @@ def test_a_step_does_not_wait(stack: str, monkeypatch: pytest.MonkeyPatch) -> No
         tokens = engine.random(sum(new))
         with FarDevice() as seen:
             step = engine.planned(starts, past)
-            assert seen.moved <= 2 + len(step.groups) + 2  # table and slots, groups, writes and votes
+            assert seen.moved <= 2 + len(step.groups) + 3  # table and slots, groups, writes, votes, pages that begin
             before = seen.moved
             out = engine.forward(step, *tokens)
             assert seen.moved == before
@@ -131,20 +132,24 @@ def by_reference(*args: Any, tokens: Any, in_tokens: bool, workspace: Tensor) ->
 
 
 @pytest.mark.parametrize("stack", ["none", "int(bits=4)", "int(bits=2, basis=hadamard)", "turboquant(bits=3)", "mxfp4"])
-def test_a_decode_step_is_a_step(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_decode_step_is_a_step(stack: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned on the device, with padding behind the requests, or on the host: the same attention, the same pool."""
+    if biased:
+        of_keys = turned(30 * torch.randn(HEADS, DIM), torch.linspace(1, 0.001, DIM // 2), 1.0)
+        monkeypatch.setattr(impl, "turned_biases", lambda *_: of_keys)
     engine = Engine(stack, HOST, monkeypatch)
     monkeypatch.setattr(dispatch, "by_triton", by_reference)
     lengths = [1, 63, 64, 65, 200]
     pages, past = engine.attention.bind(LAYER.layer_name, HOST).at(engine.pool), [n - 1 for n in lengths]
-    before_them = engine.slots([0, *torch.tensor(past).cumsum(0).tolist()], past)
-    pages.write_tokens(*engine.random(sum(past))[1:], pages.cells(before_them))
+    first = engine.planned([0, *torch.tensor(past).cumsum(0).tolist()], past)
+    pages.write_tokens(*engine.random(sum(past))[1:], pages.cells(first.slot_mapping, first.begun))
     starts = list(range(len(lengths) + 1))
     new, before = engine.random(REQUESTS), engine.pool.clone()
     expected = engine.forward(engine.planned(starts, lengths), *(x[: len(lengths)] for x in new))
     written = engine.pool.clone()
     engine.pool.copy_(before)
-    decoder = Decoder(REQUESTS, COLUMNS - 1, engine.setup.page_size, HEADS, torch.zeros(1))
+    decoder = Decoder(REQUESTS, COLUMNS - 1, engine.setup.page_size, HEADS, torch.zeros(1), pages.frequencies)
     slots = torch.cat([engine.slots(starts, lengths), torch.tensor([-1])])
     with dispatch.reference_only():
         found = engine.forward(decoder.plan(engine.table, torch.tensor([*lengths, 0]), slots), *new)
@@ -192,7 +197,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engine, Step
         engine = Engine(stack, FAR, monkeypatch)
         monkeypatch.setattr(backend, "obstacle", lambda *_: why)
         sizes = REQUESTS, COLUMNS, engine.setup.page_size, HEADS
-        monkeypatch.setattr(Decoder, "on", lambda *_: Decoder(*sizes, torch.zeros(1, device=FAR)))
+        monkeypatch.setattr(Decoder, "on", lambda *all: Decoder(*sizes, torch.zeros(1, device=FAR), all[-1]))
         kind = type("Builder", (StepBuilder,), {"built_for": engine.setup})
         spec = SimpleNamespace(num_kv_heads=HEADS)
         return engine, kind(spec, [LAYER.layer_name], configured(engine, device_type), FAR)
