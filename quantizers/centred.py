@@ -19,15 +19,15 @@ from .codecs import Side
 
 DTYPE = torch.float16
 HUGE = torch.finfo(DTYPE).max
-PART = 8  # tokens that are added in pairs
+PART = 4  # tokens that are added in pairs
 
 
 def centre(x: Tensor) -> Tensor:
     """float16 [M, 1, D]: the mean of x [M, P, D] over the tokens of each page, rounded within +-65504.
 
-    It is taken of the sums of eight tokens each, without the least and the greatest one of each channel where there are
+    It is taken of the sums of four tokens each, without the least and the greatest one of each channel where there are
     three or more: a loud token does not move it. The order of all sums is part of the definition, for kernels give the
-    same bits: eight tokens in pairs, then one such sum after another. Where P is no multiple of 8, zeros follow, and
+    same bits: four tokens in pairs, then one such sum after another. Where P is no multiple of 4, zeros follow, and
     nothing is left out.
     """
     x = x.float()

@@ -358,36 +358,41 @@ INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t 
     put_halves(record + side->pieces->scale + 2 * first, norms, tokens);
 }
 
-/* The sum of eight rows of x, in pairs, `dim` numbers from one to the next, to sums, and to the least and largest of its
- * kind. */
-INLINE void add_eight(const uint8_t *x, int64_t dim, int64_t channels, float *restrict sum, float *restrict low,
-                      float *restrict high, const int dtype) {
+/* The sum of four rows of channel c. */
+INLINE float four(const uint8_t *x, int64_t dim, int64_t c, const int dtype) {
+    return (number(x, c, dtype) + number(x, dim + c, dtype)) +
+           (number(x, 2 * dim + c, dtype) + number(x, 3 * dim + c, dtype));
+}
+
+/* The sum of four rows of x, `dim` numbers from one to the next, to sums, and to the least and largest of its kind; and
+ * that of the next four, where `twice`. */
+INLINE void add_parts(const uint8_t *x, int64_t dim, int64_t channels, float *restrict sum, float *restrict low,
+                      float *restrict high, const int dtype, const int twice) {
+    const uint8_t *next = x + 4 * dim * (dtype == FLOAT32 ? 4 : 2);
 #pragma omp simd
     for (int64_t c = 0; c < channels; c++) {
-        float a = number(x, c, dtype) + number(x, dim + c, dtype);
-        float b = number(x, 2 * dim + c, dtype) + number(x, 3 * dim + c, dtype);
-        float d = number(x, 4 * dim + c, dtype) + number(x, 5 * dim + c, dtype);
-        float e = number(x, 6 * dim + c, dtype) + number(x, 7 * dim + c, dtype), part = (a + b) + (d + e);
-        sum[c] += part;
-        low[c] = smaller(part, low[c]);
-        high[c] = larger(part, high[c]);
+        float a = four(x, dim, c, dtype), b = twice ? four(next, dim, c, dtype) : a;
+        sum[c] = twice ? (sum[c] + a) + b : sum[c] + a;
+        low[c] = smaller(smaller(a, b), low[c]);
+        high[c] = larger(larger(a, b), high[c]);
     }
 }
 
-/* The centre c of `tokens` rows of x, as `quantizers.centred.centre`, to the record. room: 10 numbers of each channel. */
+/* The centre c of `tokens` rows of x, as `quantizers.centred.centre`, to the record. room: 6 numbers of each channel. */
 INLINE void put_centre(const Piece *g, const uint8_t *x, int64_t dim, int64_t tokens, uint8_t *record, float *c,
                        float *room, const int dtype) {
-    int64_t n = g->channels, size = dtype == FLOAT32 ? 4 : 2, t = 0, rest = tokens % 8, parts = tokens / 8;
+    int64_t n = g->channels, row = dim * (dtype == FLOAT32 ? 4 : 2), t = 0, rest = tokens % 4;
     float *low = room, *high = low + n, *rows = high + n;
     for (int64_t i = 0; i < n; i++) c[i] = 0, low[i] = INFINITY, high[i] = -INFINITY;
-    for (; t + 8 <= tokens; t += 8) add_eight(x + t * dim * size, dim, n, c, low, high, dtype);
+    for (; t + 8 <= tokens; t += 8) add_parts(x + t * row, dim, n, c, low, high, dtype, 1);
+    for (; t + 4 <= tokens; t += 4) add_parts(x + t * row, dim, n, c, low, high, dtype, 0);
     if (rest) { /* as if rows of zeros followed */
-        memset(rows, 0, 8 * n * sizeof(float));
-        rows_less(x + t * dim * size, dim, n, rest, 0, rows, dtype);
-        add_eight((const uint8_t *)rows, n, n, c, low, high, FLOAT32);
+        memset(rows, 0, 4 * n * sizeof(float));
+        rows_less(x + t * row, dim, n, rest, 0, rows, dtype);
+        add_parts((const uint8_t *)rows, n, n, c, low, high, FLOAT32, 0);
     }
-    const int trim = !rest && parts > 2;
-    float share = 1.0f / (float)(trim ? tokens - 16 : tokens);
+    const int trim = !rest && tokens > 8;
+    float share = 1.0f / (float)(trim ? tokens - 8 : tokens);
     uint16_t *halves = (uint16_t *)(record + g->centre);
     for (int64_t i = 0; i < n; i++) {
         float mean = (trim ? (c[i] - low[i]) - high[i] : c[i]) * share;
@@ -404,7 +409,7 @@ INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_
 
 INLINE int64_t itemsize(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* A page of a side, or some of its tokens. codes [page_tokens, channels], and room for 3 * page_tokens + 11 numbers of
+/* A page of a side, or some of its tokens. codes [page_tokens, channels], and room for 3 * page_tokens + 9 numbers of
  * each channel. */
 INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int64_t first, uint8_t *record,
                         uint8_t *codes, float *room) {
@@ -478,7 +483,7 @@ int kvcomp_encode(const Pages *p) {
     int64_t widest = 0, threads = 1;
     for (int i = 0; i < 2; i++) widest = p->side[i].dim > widest ? p->side[i].dim : widest;
     widest = (widest + 63) / 64 * 64;
-    int64_t codes = p->page_tokens * widest, floats = (3 * p->page_tokens + 11) * widest;
+    int64_t codes = p->page_tokens * widest, floats = (3 * p->page_tokens + 9) * widest;
     int64_t each = codes + floats * sizeof(float);
 #ifdef _OPENMP
     int64_t work = p->pages * p->page_tokens * (p->side[0].dim + p->side[1].dim);

@@ -68,19 +68,17 @@ def load(x, page, token, channel, there, DIM: tl.constexpr, PAGE: tl.constexpr, 
 @triton.jit
 def page_centre(x, page, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     """The centre float16 [1, G, R] of channels in a page, as `quantizers.centred.centre`."""
-    PARTS: tl.constexpr = (PAGE + 7) // 8
-    TRIM: tl.constexpr = PAGE % 8 == 0 and PARTS > 2
-    SHARE: tl.constexpr = 1.0 / (PAGE - 16 if TRIM else PAGE)
+    PARTS: tl.constexpr = (PAGE + 3) // 4
+    TRIM: tl.constexpr = PAGE % 4 == 0 and PARTS > 2
+    SHARE: tl.constexpr = 1.0 / (PAGE - 8 if TRIM else PAGE)
     zero = tl.zeros_like(channel).to(tl.float32)
     total, low, high = zero, zero + float("inf"), zero - float("inf")
     for part in range(PARTS):
-        sums = ()
-        for pair in tl.static_range(4):
-            first = part * 8 + pair * 2
-            a = load(x, page, first, channel, live & (first < PAGE), DIM, PAGE, C).to(tl.float32)
-            b = load(x, page, first + 1, channel, live & (first + 1 < PAGE), DIM, PAGE, C).to(tl.float32)
-            sums = sums + (a + b,)
-        found = (sums[0] + sums[1]) + (sums[2] + sums[3])
+        rows = ()
+        for i in tl.static_range(4):
+            token = part * 4 + i
+            rows = rows + (load(x, page, token, channel, live & (token < PAGE), DIM, PAGE, C).to(tl.float32),)
+        found = (rows[0] + rows[1]) + (rows[2] + rows[3])
         total, low, high = total + found, tl.minimum(low, found), tl.maximum(high, found)
     if TRIM:
         total = (total - low) - high

@@ -47,7 +47,7 @@ CASES = [
 
 def begun(lengths: list[int], size: int) -> Tensor:
     """As `Step.begun`, of the last tokens of so many, one a request."""
-    positions = torch.tensor(lengths) - 1
+    positions = torch.tensor(lengths, dtype=torch.int64) - 1
     rows = (positions % size == 0).nonzero().flatten()
     return torch.stack([rows, positions[rows] // size]).to(DEVICE)
 
@@ -203,7 +203,7 @@ def test_room_for_as_many_splits_as_there_are(requests: int, monkeypatch: pytest
     for module in (plan, kernels):
         monkeypatch.setattr(module, "processors", lambda _: 132)
     layer = Case("int(bits=4)", 1, 4, 64, torch.float32)
-    decoder = Decoder.on(DEVICE, requests, 128 * 64, 64, 1, 4, 64)
+    decoder = Decoder.on(DEVICE, requests, 128 * 64, 64, 1, 4, 64, layer.pages.frequencies)
     decoder.workspace.fill_(torch.nan)
     batch = [x[:requests] for x in layer.batch(LENGTHS)]
     layer.check(decoder.plan(*batch), *batch)
