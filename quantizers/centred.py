@@ -27,20 +27,24 @@ def centre(x: Tensor) -> Tensor:
 
     It is taken of the sums of four tokens each, without the least and the greatest one of each channel where there are
     three or more: a loud token does not move it. The order of all sums is part of the definition, for kernels give the
-    same bits: four tokens in pairs, then one such sum after another. Where P is no multiple of 4, zeros follow, and
-    nothing is left out.
+    same bits: four tokens in pairs, then one such sum after another; of each with the least and the greatest before it,
+    the middle one counts. Where P is no multiple of 4, zeros follow, and nothing is left out.
     """
     x = x.float()
     tokens = x.shape[1]
     parts = F.pad(x, (0, 0, 0, -tokens % PART)).unflatten(1, (-1, PART))
     while parts.shape[2] > 1:
         parts = parts[:, :, ::2] + parts[:, :, 1::2]
-    parts = parts[:, :, 0]  # [M, P / 8, D]
-    total = torch.zeros_like(parts[:, 0])
-    for part in parts.unbind(1):
-        total = total + part
-    if tokens % PART == 0 and tokens > 2 * PART:
-        total = (total - parts.amin(1)) - parts.amax(1)
+    first, *rest = parts[:, :, 0].nan_to_num(0.0, torch.inf, -torch.inf).unbind(1)
+    total = torch.zeros_like(first)
+    if tokens % PART or len(rest) < 2:
+        for part in (first, *rest):
+            total = total + part
+    else:
+        low, high = torch.minimum(first, rest[0]), torch.maximum(first, rest[0])
+        for part in rest[1:]:
+            total = total + torch.minimum(torch.maximum(part, low), high)
+            low, high = torch.minimum(part, low), torch.maximum(part, high)
         tokens -= 2 * PART
     return (total * (1 / tokens)).nan_to_num(0.0).clamp(-HUGE, HUGE).to(DTYPE)[:, None]
 

@@ -66,22 +66,34 @@ def load(x, page, token, channel, there, DIM: tl.constexpr, PAGE: tl.constexpr, 
 
 
 @triton.jit
+def sum_of_four(x, page, first, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """Of tokens from `first` on, float32 [1, G, R]; 0 where it is no number."""
+    rows = ()
+    for i in tl.static_range(4):
+        there = live & (first + i < PAGE)
+        rows = rows + (load(x, page, first + i, channel, there, DIM, PAGE, C).to(tl.float32),)
+    found = (rows[0] + rows[1]) + (rows[2] + rows[3])
+    return tl.where(found == found, found, 0.0)
+
+
+@triton.jit
 def page_centre(x, page, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     """The centre float16 [1, G, R] of channels in a page, as `quantizers.centred.centre`."""
     PARTS: tl.constexpr = (PAGE + 3) // 4
     TRIM: tl.constexpr = PAGE % 4 == 0 and PARTS > 2
     SHARE: tl.constexpr = 1.0 / (PAGE - 8 if TRIM else PAGE)
-    zero = tl.zeros_like(channel).to(tl.float32)
-    total, low, high = zero, zero + float("inf"), zero - float("inf")
-    for part in range(PARTS):
-        rows = ()
-        for i in tl.static_range(4):
-            token = part * 4 + i
-            rows = rows + (load(x, page, token, channel, live & (token < PAGE), DIM, PAGE, C).to(tl.float32),)
-        found = (rows[0] + rows[1]) + (rows[2] + rows[3])
-        total, low, high = total + found, tl.minimum(low, found), tl.maximum(high, found)
+    total = tl.zeros_like(channel).to(tl.float32)
     if TRIM:
-        total = (total - low) - high
+        a = sum_of_four(x, page, 0, channel, live, DIM, PAGE, C)
+        b = sum_of_four(x, page, 4, channel, live, DIM, PAGE, C)
+        low, high = tl.minimum(a, b), tl.maximum(a, b)
+        for part in range(2, PARTS):
+            found = sum_of_four(x, page, part * 4, channel, live, DIM, PAGE, C)
+            total += tl.minimum(tl.maximum(found, low), high)
+            low, high = tl.minimum(low, found), tl.maximum(high, found)
+    else:
+        for part in range(PARTS):
+            total += sum_of_four(x, page, part * 4, channel, live, DIM, PAGE, C)
     mean = total * SHARE
     mean = tl.where(mean == mean, mean, 0.0)
     return tl.minimum(tl.maximum(mean, -HUGE), HUGE).to(tl.float16)

@@ -55,9 +55,7 @@ def begun(lengths: list[int], size: int) -> Tensor:
 class Case:
     """A layer of a stack, in a pool of records that are wider than pages, full of 0xFF where nobody has written."""
 
-    def __init__(
-        self, stack: str, heads: int, group: int, dim: int, dtype: torch.dtype, biased: bool = False
-    ) -> None:
+    def __init__(self, stack: str, heads: int, group: int, dim: int, dtype: torch.dtype, biased: bool = False) -> None:
         torch.manual_seed(dim)
         self.setup = Setup(Stack.parse(stack), layers=4, dim=dim, dtype=dtype, drafts=0)
         assert self.setup.by_token
