@@ -28,13 +28,8 @@ from . import plan
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(plan.LEAST)
-CHANGING = [
-    "ids_stride",
-    "bias_stride",
-    "tiles",
-    "split_pages",
-    "splits",
-]  # with a stream's length: one kernel for all of them
+# With a stream's length: one kernel for all of them.
+CHANGING = ["ids_stride", "bias_stride", "tiles", "split_pages", "splits"]
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there, bfloat16 is multiplied as if it were integers
 
 

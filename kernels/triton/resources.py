@@ -118,9 +118,8 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def built(spec: str, dim: int, centred: bool = True) -> tuple[Codec, PageLayout]:
     """The codec and pages of a stack; one that fits its basis has seen keys whose channels differ in size."""
     stack = Stack.parse(spec).plan(0, 1)
-    codec, layout = stack.build(
-        PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0, centred)
-    )
+    shape = PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0, centred)
+    codec, layout = stack.build(shape)
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(1, 512, dim, generator=generator, dtype=torch.float32, device="cpu")
     seen = seen * torch.linspace(2, -2, dim, dtype=torch.float32, device="cpu").exp()
