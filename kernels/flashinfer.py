@@ -207,6 +207,8 @@ class FlashInfer(Backend):
         tokens: Tokens | None,
         workspace: Tensor | None,
     ) -> Part | None:
-        pool, ids, counts, layout, sides, _ = pages
+        pool, ids, counts, layout, sides, _, token_bias = pages
         assert sides is not None
+        if token_bias is not None:
+            return None
         return attend(queries, pool, ids, counts, layout, sides, scale, softcap)

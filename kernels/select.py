@@ -9,6 +9,8 @@ from torch import Tensor
 from kvcomp.layout import PageLayout, Summary
 
 from . import backends
+from .contract import PageCodec
+from .placed import centred
 from .reference import select as reference
 from .reference.select import by_unit, forced, scaled, vectors
 
@@ -21,6 +23,7 @@ __all__ = [
     "regroup",
     "scaled",
     "shares",
+    "token_bias",
     "vector_dots",
     "vectors",
 ]
@@ -89,9 +92,31 @@ def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-    """Pages made of single tokens, where the layout is `tokenwise`: records [S * m, body_bytes] uint8.
+    """Pages made of single tokens, where the layout is `tokenwise`: records [S * m, body_bytes] uint8, with centres 0:
+    attention over them needs the `token_bias`.
 
     ids [S, n]: pages of each stream; tokens [S, m * P]: which of their n * P tokens, in the order wanted. Nothing else
     of the pool is read.
     """
-    return backends.on("regroup", pool.device)[0].regroup(layout, pool, ids, tokens)
+    records = backends.on("regroup", pool.device)[0].regroup(layout, pool, ids, tokens)
+    for field in layout.centres:
+        at = layout.offsets[field.name]
+        records[:, at : at + field.nbytes] = 0
+    return records
+
+
+def token_bias(
+    queries: Tensor, codec: PageCodec, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor
+) -> Tensor | None:
+    """float32 [S, R, t]: q . c of queries [S, R, Dk] and the centre c of the page that each of tokens int64 [S, t] of
+    pages ids [S, n] lies in; None: pages have no centres."""
+    if not layout.centres:
+        return None
+    sides, (rotated, _) = codec.kernel_sides(), codec.read_query(queries.float())
+    assert sides is not None
+    bias = rotated.new_zeros(*rotated.shape[:2], ids.shape[1])
+    for at in centred(sides[0], layout):
+        centres = at.centres(pool)[ids.long()].float()  # [S, n, channels]
+        bias += rotated[..., at.channel : at.channel + at.channels] @ centres.mT
+    page = (tokens // layout.page_size)[:, None].expand(-1, rotated.shape[1], -1)
+    return bias.gather(2, page)

@@ -50,9 +50,7 @@ class Triton(Backend):
         return f"Triton, {torch.cuda.get_device_name(device)}"
 
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
-        from .triton import plan
-
-        return plan.together(case.rotates, codec.biased, case.rows)
+        return not case.rotates
 
     def attend(
         self,
@@ -68,7 +66,7 @@ class Triton(Backend):
         """Exact where queries are float32. workspace: see `triton.attend`."""
         from . import triton
 
-        pool, ids, counts, layout, sides, in_tokens = pages
+        pool, ids, counts, layout, sides, in_tokens, token_bias = pages
         assert sides is not None
         held = triton.Pages(
             pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device)
@@ -76,13 +74,12 @@ class Triton(Backend):
         rotated, bias = queries, None
         if case.rotates:
             rotated, bias = codec.read_query(queries.float())
-        elif codec.biased:
-            bias = codec.read_query(queries)[1]
         part = triton.attend(
             *(rotated, held, tokens, scale, softcap, bias),
             lse_of_pages=case.lse_of_pages,
             workspace=workspace,
             in_tokens=in_tokens,
+            token_bias=token_bias,
         )
         return part._replace(out=codec.read_output(part.out)) if case.rotates else part
 

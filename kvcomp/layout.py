@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 ALIGN = 16
-
-
 SUMMARY = "summary."
+CENTRE = ".centre"  # what names of fields end with that hold one row for all tokens of a page: see `quantizers.centred`
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -76,9 +75,24 @@ class PageLayout:
 
     @cached_property
     def tokenwise(self) -> bool:
-        """Whether attention can read single tokens: no two of a page share anything. Each field that attention reads
-        begins with a dimension of tokens, or of groups of them."""
-        return all(f.shape[0] == self.page_size for f in self.fields if not f.name.startswith(SUMMARY))
+        """Whether attention can read single tokens: no two of a page share anything but a centre. Each other field that
+        attention reads begins with a dimension of tokens, or of groups of them."""
+        return all(f.shape[0] == self.page_size for f in self.token_fields)
+
+    @cached_property
+    def centres(self) -> tuple[Field, ...]:
+        """Fields float16 [1, n] of numbers that are added to some coordinates of all keys of a page."""
+        return tuple(f for f in self.fields if f.name.endswith(CENTRE))
+
+    @cached_property
+    def centre_bytes(self) -> int:
+        """Bytes of a page's centres."""
+        return sum(f.nbytes for f in self.centres)
+
+    @cached_property
+    def token_fields(self) -> tuple[Field, ...]:
+        """Fields that attention reads, without centres."""
+        return tuple(f for f in self.fields if not f.name.startswith(SUMMARY) and not f.name.endswith(CENTRE))
 
     def views(self, records: Tensor, summary: bool = False, start: int = 0) -> dict[str, Tensor]:
         """Fields of page records [..., bytes] uint8 as strided views [..., *shape], without a copy.
