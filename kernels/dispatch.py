@@ -91,10 +91,14 @@ def by_triton(
     how: dict[str, Any] = {"lse_of_pages": lse_of_pages, "workspace": workspace, "in_tokens": in_tokens}
     how["token_bias"] = token_bias
     if not codec.rotates:
-        return triton.attend(queries, pages, tokens, scale, softcap, **how)
-    rotated, bias = codec.read_query(queries.float())
-    part = triton.attend(rotated, pages, None, scale, softcap, bias, **how)
-    part = part._replace(out=codec.read_output(part.out))
+        one = triton.plan.together(codec.rotates, bool(layout.centres), queries.shape[1])
+        part = triton.attend(queries, pages, tokens if one else None, scale, softcap, **how)
+        if one:
+            return part
+    else:
+        rotated, bias = codec.read_query(queries.float())
+        part = triton.attend(rotated, pages, None, scale, softcap, bias, **how)
+        part = part._replace(out=codec.read_output(part.out))
     if tokens is None:
         return part
     both = triton.attend(queries, None, tokens, scale, softcap, prior=part, workspace=workspace)

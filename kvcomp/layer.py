@@ -354,13 +354,15 @@ class LayerStore:
         if adapted := self.codec.adapted():
             self.read["constants"] = storage_bytes(adapted)
         choice, rest = self._choose(q, ids, counts, scale, softcap) if n == 1 else (None, None)
-        bias, centres = None, 0
+        more: dict[str, Any] = {}
+        centres = 0
         if choice is not None:
             counts = choice.valid
             if self.by_tokens:
                 counts = counts // self.layout.page_size
-                bias = token_bias(q, self.codec, self.layout, pool, ids, choice.positions)
-                centres = total * self.layout.centre_bytes
+                if self.layout.centres:
+                    more["token_bias"] = token_bias(q, self.codec, self.layout, pool, ids, choice.positions)
+                    centres = total * self.layout.centre_bytes
                 pool = regroup(self.layout, pool, ids, choice.positions)
                 ids = torch.arange(len(pool), device=self.device).view(len(ids), -1)
             else:
@@ -368,7 +370,7 @@ class LayerStore:
             total = sum(counts.tolist())
         self.read["pages"] = total * self.layout.body_bytes + centres
         args = (self.layout, self.codec, scale, softcap, self.table.received is not None, tokens)
-        parts = [attend_pages(q, pool, ids, counts, *args, token_bias=bias)]
+        parts = [attend_pages(q, pool, ids, counts, *args, **more)]
         return parts if rest is None else [*parts, rest], None if choice is None else choice.positions
 
     def _choose(

@@ -18,6 +18,12 @@ def blocked(rows: int) -> int:
     return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), MOST_ROWS)
 
 
+def together(rotates: bool, centred: bool, rows: int) -> bool:
+    """Whether one launch attends to pages and to exact tokens: both are in the coordinates of the queries, and the
+    registers suffice. With many rows, centres of pages would spill some."""
+    return not rotates and not (centred and blocked(rows) > FEWEST_ROWS)
+
+
 def split_pages(streams: int, rows: int, pages: int, page_size: int, processors: int) -> int:
     """Pages of a split: as few as give every one of the device's `processors` something to do, `LEAST` tokens at least.
 

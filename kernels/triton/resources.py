@@ -128,7 +128,7 @@ def built(spec: str, dim: int, centred: bool = True) -> tuple[Codec, PageLayout]
 
 
 def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens: bool = False) -> Resources:
-    """Of attention with the window in the same launch where pages are in the queries' basis; `in_tokens`: over pages that are
+    """Of attention with the window in the same launch where `plan.together` says so; `in_tokens`: over pages that are
     filled in part."""
     codec, layout = built(spec, dim)
     sides = codec.kernel_sides()
@@ -137,7 +137,7 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
     constants = ops.attention_constants(
         chunks.described(sides, layout),
         layout.bytes_per_page,
-        ((), ()) if codec.rotates else (one, one),
+        (one, one) if plan.together(codec.rotates, bool(layout.centres), rows) else ((), ()),
         plan.tokens_tile(dim * torch.bfloat16.itemsize),
         rows,
         exact=False,
