@@ -128,18 +128,18 @@ def built(spec: str, dim: int, centred: bool = True) -> tuple[Codec, PageLayout]
 
 
 def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens: bool = False) -> Resources:
-    """Of attention with the window in the same launch where pages are in the queries' basis; `in_tokens`: over pages that are
+    """Of attention with the window in the same launch where `plan.together` says so; `in_tokens`: over pages that are
     filled in part."""
     codec, layout = built(spec, dim)
     sides = codec.kernel_sides()
     assert sides is not None
-    one = chunks.numbers(dim, torch.bfloat16)
+    one, described = chunks.numbers(dim, torch.bfloat16), chunks.described(sides, layout)
     constants = ops.attention_constants(
-        chunks.described(sides, layout),
+        described,
         layout.bytes_per_page,
-        ((), ()) if codec.rotates else (one, one),
+        (one, one) if plan.together(codec.rotates, bool(layout.centres), rows) else ((), ()),
         plan.tokens_tile(dim * torch.bfloat16.itemsize),
-        rows,
+        plan.blocked(rows, described.centred),
         exact=False,
     )
     biased = codec.read_query(torch.zeros(1, 1, dim, dtype=torch.float32, device="cpu"))[1] is not None

@@ -50,7 +50,10 @@ class Triton(Backend):
         return f"Triton, {torch.cuda.get_device_name(device)}"
 
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
-        return not case.rotates
+        from .triton import plan
+
+        centred = case.layout is not None and bool(case.layout.centres)
+        return plan.together(case.rotates, centred, case.rows)
 
     def attend(
         self,

@@ -180,6 +180,11 @@ class Description:
         return wide or self.lanes >= MANY
 
     @property
+    def centred(self) -> bool:
+        """Whether pages have centres."""
+        return any(chunk.centre != NOTHING for chunk in self.k)
+
+    @property
     def v_dim(self) -> int:
         return sum(c.columns * c.lanes for c in self.v)
 

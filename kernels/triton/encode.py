@@ -312,12 +312,12 @@ def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     ACROSS: tl.constexpr = C.tiles[1]
     most = tl.zeros((T, G, R), tl.float32)
     for across in range(ACROSS):
-        _, _, channel, _, live = place(page, across, PAGE, C)
+        token, _run, channel, seen, live = place(page, across, PAGE, C)
         shift = tl.zeros_like(channel).to(tl.float32)
         if C.centre >= 0:
             shift = page_centre(x, page, channel, live, DIM, PAGE, C).to(tl.float32)
         for down in range(DOWN):
-            token, _, _, seen, _ = place(page, down * ACROSS + across, PAGE, C)
+            token, _run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)
             found = load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32) - shift
             most = tl.maximum(most, tl.where(seen & live, tl.abs(found), 0))
     return tl.max(tl.max(tl.max(most, 2), 1), 0)

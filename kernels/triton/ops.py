@@ -83,11 +83,12 @@ def attend_pages(
     """
     streams, rows, k_dim = queries.shape
     out, lse, groups = _results(queries, ids, values, description, lse_of_pages)
-    v_dim, block = out.shape[2], blocked(rows)
+    v_dim = out.shape[2]
     layout, pages, splits = chunks.Description((), (), 0, chunks.TILE), 0, 0
     if ids is not None and ids.shape[1]:
         layout, pages = chunks.parsed(description), ids.shape[1]
         splits = triton.cdiv(pages, split_pages)
+    block = blocked(rows, layout.centred)
     tokens: Exact = (), ()
     strides, window = [0, 0], chunks.NARROWEST
     if keys is not None and values is not None:

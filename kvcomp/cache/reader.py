@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def attend(
     if not (pages or unseen):
         return Read([] if tokens is None else [attend_tokens(q, tokens, scale, softcap)], None, plan)
     choice = rest = None
-    biased: dict[str, Tensor | None] = {}
+    biased: dict[str, Any] = {}
     if pages:
         plan.add("table", ids.nbytes)
         if adapted := records.adapted_bytes():

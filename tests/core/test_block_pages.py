@@ -102,12 +102,9 @@ def test_numbers_that_are_not_finite(stack: str, spoilt: float) -> None:
     def written(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         pages = bound(setup)
         if setup.by_token:
-            slots = 2 * setup.page_size + torch.arange(setup.page_size)
-            pages.write_tokens(
-                k.transpose(0, 1),
-                v.transpose(0, 1),
-                pages.cells(slots, begun(torch.arange(setup.page_size), setup.page_size)),
-            )
+            places = torch.arange(setup.page_size)
+            cells = pages.cells(2 * setup.page_size + places, begun(places, setup.page_size))
+            pages.write_tokens(k.transpose(0, 1), v.transpose(0, 1), cells)
         else:
             pages.write_pages(k, v, records)
         return pages.pool
