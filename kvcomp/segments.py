@@ -134,12 +134,7 @@ class SideLayout:
         """Numbers of a token that kernels write from."""
         return self.channels + (self.gain is not None)
 
-    @cached_property
-    def _as_values(self) -> WeakKeyDictionary[SideLayout, dict[Any, Any]]:
-        """`memo` of this side as V, by K."""
-        return WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:  # copies make their own memo
+    def __getstate__(self) -> dict[str, Any]:  # copies make their own `memo`
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -163,6 +158,9 @@ def memo(sides: Sides) -> dict[Any, Any]:
 
     Entries are never replaced, as other threads may be reading what one points at: add them with `setdefault`.
     """
-    k, v = sides
-    found = v._as_values.get(k)
-    return v._as_values.setdefault(k, {}) if found is None else found
+    k, held = sides[0], sides[1].__dict__
+    by_k: WeakKeyDictionary[SideLayout, dict[Any, Any]] | None = held.get("memo")
+    if by_k is None:
+        by_k = held.setdefault("memo", WeakKeyDictionary())
+    found = by_k.get(k)
+    return by_k.setdefault(k, {}) if found is None else found

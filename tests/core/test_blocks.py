@@ -115,7 +115,7 @@ def test_what_waits_is_seen() -> None:
     with FarDevice():
         with pytest.raises(RuntimeError, match="item"):
             int(step.groups[0].counts.max())
-        object.__setattr__(step.groups[0], "tokens", torch.zeros(1, 1, dtype=torch.int64))
+        object.__setattr__(step.groups[0], "exact", torch.zeros(HEADS, dtype=torch.int64))
         with pytest.raises(RuntimeError, match="host and of the device"):
             engine.attend(step, *new)
 

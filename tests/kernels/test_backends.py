@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ def test_what_is_remembered_of_sides_goes_with_them() -> None:
     del sides
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
+
+
+def test_threads_that_begin_at_once_share_what_is_remembered() -> None:
+    sides = [built("kivi")[0].kernel_sides() for _ in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        for one in sides:
+            found = list(pool.map(memo, [one] * 16))
+            assert all(known is found[0] for known in found)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -22,7 +22,8 @@ class Run(NamedTuple):
 class Group:
     """R requests that bring n new tokens each.
 
-    requests int64 [R]: their rows in the batch. tokens int64 [R, n]: their rows in the step's queries, keys, values.
+    requests int64 [R]: their rows in the batch. tokens int64 [R, n]: their rows in the step's queries, keys, values;
+    rows: the same, where they follow one another.
     pages int32 [R * H, m] and counts int64 [R * H]: records of the pool that each KV head reads, oldest first; counts
     of tokens, the last page filled in part, where tokens are written singly.
     exact int64 [R * H]: exact tokens, sinks and those newer than the pages; held: of each request, on the host.
@@ -38,10 +39,22 @@ class Group:
     slots: Tensor
     generating: Tensor
     held: list[int]
+    rows: slice | None
 
     @property
     def new(self) -> int:
         return self.tokens.shape[1]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of x [T, ...] what these requests bring: [R, n, ...]."""
+        return x[self.tokens] if self.rows is None else x[self.rows].unflatten(0, self.tokens.shape)
+
+    def put(self, x: Tensor, new: Tensor) -> None:
+        """Write new [R, n, ...] into x [T, ...]."""
+        if self.rows is None:
+            x[self.tokens] = new.to(x.dtype)
+        else:
+            x[self.rows] = new.flatten(0, 1)
 
     @property
     def longest(self) -> int:

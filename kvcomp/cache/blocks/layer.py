@@ -74,8 +74,7 @@ class BlockLayer:
         # A request of this step may share a prefix with another one that is computed in it: write, then read.
         self._write(step, key, value, held)
         for group, exact in zip(step.groups, held, strict=True):
-            own = (x[group.tokens] for x in (query, key, value))
-            out[group.tokens] = self._attend(step, group, exact, *own).to(out.dtype)
+            group.put(out, self._attend(step, group, exact, *map(group.of, (query, key, value))))
         if window is None or blocks is None:
             return
         new = query, key, value

@@ -99,8 +99,9 @@ class Pages:
         begins = records.flatten().clamp_min(0), turns(self.frequencies, middle(page, size))  # block 0 is nobody's
         tokens: Tensor | slice = slice(len(slots))
         if slots.is_cpu:  # elsewhere, to count those that go somewhere would be to wait
-            tokens = (slots >= 0).nonzero().flatten()
-            slots = slots[tokens]
+            there = (slots >= 0).nonzero().flatten()
+            if len(there) < len(slots):
+                tokens, slots = there, slots[there]
         records = (slots // size)[:, None] * self.heads + every  # // rounds down
         rows, heads = (slots % size).repeat_interleave(self.heads), every.repeat(len(slots))
         return Cells(tokens, records.flatten(), rows, heads, *begins)

@@ -196,6 +196,8 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
     column = page + (last - first)[:, None] * (page >= first[:, None])
     blocks = table[rows[:, None], column.clamp_max(table.shape[1] - 1)]
     blocks = blocks.masked_fill(page * (size if setup.by_token else 1) >= counts[:, None], 0)
+    first_row = runs[0].start
+    follow = all(run.start == first_row + i * new for i, run in enumerate(runs))
     # Exact tokens in order: the sinks, then what is newer than the pages.
     place = torch.arange(max(extent.exact for extent in extents) + 1, device=device)
     position = torch.where(place < setup.geometry.sinks, place, place + (held - exact)[:, None])
@@ -208,6 +210,7 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
         setup.geometry.slot(position),
         generating.bool().repeat_interleave(heads),
         [extent.exact for extent in extents],
+        slice(first_row, first_row + len(runs) * new) if follow else None,
     )
 
 
