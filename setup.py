@@ -31,8 +31,8 @@ setup(
     ext_modules=[
         Extension(
             "kvcomp.kernels.cpu._attend",
-            sources=["kernels/cpu/attend.c", "kernels/cpu/select.c", "kernels/cpu/encode.c"],
-            depends=["kernels/cpu/tiles.h"],
+            sources=sorted(f"kernels/cpu/{path.name}" for path in FOLDER.glob("*.c")),
+            depends=sorted(f"kernels/cpu/{path.name}" for path in FOLDER.glob("*.h")),
             define_macros=[("KVCOMP_SOURCES", f'"{SOURCES}"')],
             extra_compile_args=COMPILE + OPENMP,
             extra_link_args=OPENMP,

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,68 +27,16 @@ from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunError, locked
 from kvcomp.benchmarks.samples import Sample
-from kvcomp.benchmarks.tasks import GROUPS, expand, find_task, origins
+from kvcomp.benchmarks.settings import HUGGING_FACE, VLLM, Settings, end_tokens
+from kvcomp.benchmarks.tasks import find_task, origins
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
-from kvcomp.integrations.models import load_model, on_disk
+from kvcomp.integrations.huggingface.models import load_model, on_disk
 from kvcomp.text import quote
 
 Missing = dict[tuple[str, int], dict[int, list[Stack]]]  # stacks by task and context, and by the index of a sample
-HUGGING_FACE, VLLM = ENGINES = ("huggingface", "vllm")
 WORDS = {ACCURACY: "right", NLL: "perplexity"}
 APART = ("data", "engine", "named")  # settings that a configuration says elsewhere: in "data", "versions", "left_out"
-MOST = {"samples": 100_000, "max-new-tokens": 2**31, "prefill-chunk": 2**31, "context": 2**40}
-SEEDS = 2**53
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured.
-
-    max_new_tokens: caps the new tokens of every task, and the scored ones of a text; None leaves each task its own.
-    data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
-    chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
-    prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
-    engine: what answers, one of `ENGINES`.
-    named: the tasks that were asked for by their own name, and not by a group's.
-    """
-
-    model: str
-    tasks: tuple[str, ...]
-    contexts: tuple[int, ...]
-    samples: int
-    stacks: tuple[str, ...]
-    seed: int = 0
-    max_new_tokens: int | None = None
-    data: str | None = None
-    chat: bool = False
-    prefill_chunk: int | None = None
-    engine: str = HUGGING_FACE
-    named: tuple[str, ...] = field(init=False, default=())
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise RunError(f"engine: {quote(self.engine)} is none of {', '.join(ENGINES)}.")
-        object.__setattr__(self, "named", tuple(name for name in self.tasks if name not in GROUPS))
-        tasks = expand(self.tasks, self.data)
-        whole = [("samples", self.samples), ("max-new-tokens", self.max_new_tokens)]
-        whole += [("prefill-chunk", self.prefill_chunk), *(("context", context) for context in self.contexts)]
-        for argument, value in whole:
-            if value is not None and value < 1:
-                raise RunError(f"{argument}: {value} is less than 1.")
-            if value is not None and value > MOST[argument]:
-                raise RunError(f"{argument}: {quote(value)} is more than {MOST[argument]}.")
-        if abs(self.seed) > SEEDS:
-            raise RunError(f"seed: {quote(self.seed)} is not within +-{SEEDS}.")
-        for argument, values in (("task", tasks), ("context", self.contexts), ("stack", self.stacks)):
-            if not values:
-                raise RunError(f"{argument}: at least one is needed.")
-        object.__setattr__(self, "tasks", tasks)
-        object.__setattr__(self, "contexts", tuple(sorted(set(self.contexts))))
-        stacks: dict[str, str] = {}  # by hash: files of other names may have the same content
-        for stack in map(Stack.parse, self.stacks):
-            stacks.setdefault(stack.hash, str(stack))
-        object.__setattr__(self, "stacks", tuple(stacks.values()))
 
 
 def run(settings: Settings, out: Path, console: Console, command: str) -> Comparison:
@@ -305,12 +253,6 @@ def answer(
             peak=decoding.peak,
             metric=NLL if isinstance(task, Perplexity) else ACCURACY,
         )
-
-
-def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: those that the model's generation config names, and the tokenizer's."""
-    named = configured if isinstance(configured, list) else [configured]
-    return {token for token in (tokenizer.eos_token_id, *named) if token is not None}
 
 
 def _versions(engine: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from kvcomp.benchmarks.intervals import accuracy_interval
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.huggingface import CompressedCache, prefill
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 DENSE = "none"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -91,7 +91,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write all figures to this CSV file, a line per token.")] = None,
 ) -> None:
     """Compare next-token distributions from compressed caches with those of the dense one."""
-    from kvcomp.integrations.models import load_model
+    from kvcomp.integrations.huggingface.models import load_model
 
     if dtype not in DTYPES:
         raise KvcompError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")

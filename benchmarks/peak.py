@@ -25,7 +25,7 @@ def measure(model: str, context: int, new_tokens: int, stack: str) -> dict[str, 
 
     from kvcomp import CompressedCache
     from kvcomp.integrations.huggingface.forward import generating_with
-    from kvcomp.integrations.models import load_model
+    from kvcomp.integrations.huggingface.models import load_model
 
     network, tokenizer = load_model(model)
     text = next(f for f in files("kvcomp.benchmarks").joinpath("data").iterdir() if f.name.endswith(".txt")).read_text()

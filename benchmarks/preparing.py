@@ -13,7 +13,7 @@ from kvcomp.benchmarks.tasks import find_task
 from kvcomp.errors import KvcompWarning
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.integrations.configs import decoder_config, max_positions
-from kvcomp.integrations.models import load_config, load_tokenizer
+from kvcomp.integrations.huggingface.models import load_config, load_tokenizer
 from kvcomp.text import quote
 
 Place = tuple[str, int]  # a task at a context
@@ -27,7 +27,7 @@ def require_positions(model: str, contexts: Iterable[int]) -> None:
 
 
 def misfits(settings: Any, places: Collection[Place]) -> list[dict[str, Any]]:
-    """The tasks that do not fit their context, as `left_out` of a configuration has them; settings: `bench.Settings`.
+    """The tasks that do not fit their context, as `left_out` of a configuration has them; settings: `Settings`.
 
     Raises:
         TaskError: one of them was asked for by its own name, or a context is left without any task.

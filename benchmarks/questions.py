@@ -89,7 +89,7 @@ def main(
     """Ask many questions about one context that was compressed before it was known what would be asked.
 
     Intervals are over contexts: the questions about one context are not independent."""
-    from kvcomp.integrations.models import load_model
+    from kvcomp.integrations.huggingface.models import load_model
 
     network, tokenizer = load_model(model)
     task = Niah("questions", haystack="essays", value=KIND, keys=questions)

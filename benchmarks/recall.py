@@ -23,12 +23,12 @@ from torch import Tensor
 from kvcomp.attention import attend
 from kvcomp.benchmarks.charts import Point, lines
 from kvcomp.benchmarks.tabular import csv_text
+from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.console import Plain, notes, run
 from kvcomp.errors import KvcompError
-from kvcomp.layer import LayerStore, Shared
-from kvcomp.plan import read_by_stream
-from kvcomp.stack import Stack
 from kvcomp.stages import Index
+from kvcomp.stages.plan import read_by_stream
+from kvcomp.stages.stack import Stack
 
 TOKENS = "{tokens}"  # in a stack: as many as the share of the bytes allows
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -111,10 +111,11 @@ def measure(series: str, spec: str, layers: Sequence[Layer], context: int, queri
 
 def _lse(store: LayerStore, queries: Tensor, scale: float, lse: Tensor) -> Tensor:
     """[Hq]: of what was read alone, without what stands for the rest of it."""
-    if store.index is not None and type(store.index).rest is not Index.rest:
-        index, store.index = store.index, Index(store.index.selector)
+    records = store.records
+    if records.index is not None and type(records.index).rest is not Index.rest:
+        index, records.index = records.index, Index(records.index.selector)
         lse = store.attend(queries, scale).lse
-        store.index = index
+        records.index = index
     return lse.flatten()
 
 
@@ -149,7 +150,7 @@ def main(
     ] = None,
 ) -> None:
     """Measure how much of the dense attention lies on what selectors read, at a given share of the bytes."""
-    from kvcomp.integrations.models import load_model
+    from kvcomp.integrations.huggingface.models import load_model
 
     if dtype not in DTYPES:
         raise KvcompError(f"dtype: {dtype!r} is neither {' nor '.join(DTYPES)}")

@@ -98,7 +98,7 @@ def _hints() -> dict[str, Any]:
 
 
 class Settings(TypedDict, total=False):
-    """`kvcomp.benchmarks.bench.Settings` as a configuration holds them; older versions had fewer."""
+    """`kvcomp.benchmarks.settings.Settings` as a configuration holds them; older versions had fewer."""
 
     model: str
     tasks: list[Name]

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kvcomp.cache.layer import LayerStore
 from kvcomp.errors import KvcompError
 from kvcomp.kernels import dispatch, flashinfer
-from kvcomp.layer import LayerStore
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 ATTENTION, MODEL = "attention", "model"
 SDPA, DYNAMIC = "sdpa", "DynamicCache + sdpa"

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.benchmarks.bench import Settings, end_tokens
 from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.results import ACCURACY, NLL, Record, RunError
 from kvcomp.benchmarks.samples import Sample
+from kvcomp.benchmarks.settings import Settings, end_tokens
 from kvcomp.benchmarks.tasks import find_task
 from kvcomp.errors import KvcompError
-from kvcomp.integrations.models import load_tokenizer, locate
-from kvcomp.integrations.shapes import model_shape
+from kvcomp.integrations.huggingface.models import load_tokenizer, locate
+from kvcomp.integrations.huggingface.shapes import model_shape
 from kvcomp.ledger import MIB
 
 FORCED = "kvcomp_forced"  # the name under which a request carries the tokens that it shall begin with
@@ -263,10 +263,10 @@ def _check(settings: Settings) -> None:
     """Raise what the plugin refuses of any stack, before the first is measured."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from kvcomp.integrations.vllm.setup import Setup
+    from kvcomp.integrations.vllm.checks import accepted
 
     for stack in map(Stack.parse, settings.stacks):
-        Setup.of(EngineArgs(**_options(settings, stack)).create_engine_config())
+        accepted(EngineArgs(**_options(settings, stack)).create_engine_config())
 
 
 def _started(options: dict[str, Any]) -> Any:

@@ -9,7 +9,18 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+from kvcomp.architecture import LayerKind
 from kvcomp.errors import KvcompError, UnsupportedError
+
+# By transformers' layer types; all others keep states of their own.
+KINDS = {
+    "full_attention": LayerKind.FULL,
+    "indexed_attention": LayerKind.INDEXED,
+    "sliding_attention": LayerKind.SLIDING,
+    "chunked_attention": LayerKind.SLIDING,
+    "dummy": LayerKind.SHARED,
+    "cross_attention": LayerKind.CROSS,
+}
 
 
 def decoder_config(outer: PreTrainedConfig) -> PreTrainedConfig:
@@ -62,11 +73,6 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return min(limits, default=None)
 
 
-def caches_latents(config: PreTrainedConfig) -> bool:
-    """Whether a layer has multi-head latent attention (MLA)."""
-    return any(layer_fields(config, "kv_lora_rank"))
-
-
 def cache_layers(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
     """Per layer, what it caches (transformers' layer type) and the options of transformers' own cache layer.
 
@@ -90,6 +96,19 @@ def cache_layers(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, An
                     "model's own cache"
                 )
     return kinds, options
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
+    """What each layer is.
+
+    Raises:
+        UnsupportedError: a layer type that this version of transformers has no cache layer for.
+    """
+    latent = layer_fields(config, "kv_lora_rank")
+    return [
+        LayerKind.LATENT if kind == "full_attention" and rank else KINDS.get(kind, LayerKind.RECURRENT)
+        for kind, rank in zip(cache_layers(config)[0], latent, strict=True)
+    ]
 
 
 def library_layer(kind: str, options: dict[str, Any]) -> Any:

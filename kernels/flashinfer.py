@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompWarning
-from kvcomp.kernel_layout import Floats, Numbers, Sides
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Floats, Numbers, Sides
+
+from .contract import Backend, Case, PageCodec, PagesView
 
 WHERE = "FlashInfer (Triton in graphs, in torch.inference_mode, and for a table that is read once)"
 DIMS = (64, 128, 256)
@@ -104,7 +106,11 @@ def attend(
     when it changes, made in `torch.inference_mode`.
     """
     global _failure
-    if torch.compiler.is_compiling() or (queries.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if (
+        _failure is not None
+        or torch.compiler.is_compiling()
+        or (queries.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
         return None
     _, rows, dim = queries.shape
     how = _How(rows, dim, layout.page_size, queries.dtype, scale, softcap or 0.0)
@@ -167,3 +173,42 @@ def wrapper(device: torch.device, kv_layout: str, tensor_cores: bool, backend: s
 @cache
 def _workspace(device: torch.device) -> Tensor:
     return torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
+
+
+class FlashInfer(Backend):
+    """FlashInfer as a backend, which declines what it has no plan for."""
+
+    name = "FlashInfer"
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def missing(self) -> str | None:
+        return None if installed() else "flashinfer is not installed"
+
+    def obstacle(self, operation: str, case: Case) -> str | None:
+        if case.obstacle is not None or case.sides is None:
+            return case.obstacle
+        if case.lse_of_pages or case.in_tokens:
+            return "it reads whole pages, and tells no lse of each"
+        return obstacle(case.sides, case.rotates, case.rows, case.dtype)
+
+    def told(self, device: torch.device) -> str:
+        return f"{WHERE}, {torch.cuda.get_device_name(device)}"
+
+    def attend(
+        self,
+        queries: Tensor,
+        pages: PagesView,
+        codec: PageCodec,
+        case: Case,
+        scale: float,
+        softcap: float | None,
+        tokens: Tokens | None,
+        workspace: Tensor | None,
+    ) -> Part | None:
+        pool, ids, counts, layout, sides, _, token_bias = pages
+        assert sides is not None
+        if token_bias is not None:
+            return None
+        return attend(queries, pool, ids, counts, layout, sides, scale, softcap)

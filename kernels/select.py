@@ -1,22 +1,32 @@
-"""What a selector computes before attention: estimates, shares, the largest, and pages of single tokens.
-
-Plain PyTorch is the specification; on the CPU the C kernel does the same, several times faster, and on a GPU Triton
-kernels compute estimates and make pages.
-"""
+"""What a selector computes before attention: estimates, shares, the largest, and pages of single tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import centre_of
-from kvcomp.pages import PageLayout, Summary
-from kvcomp.stages import Codec
+from kvcomp.layout import PageLayout, Summary
+from kvcomp.segments import centre_of
 
-from . import cpu
-from .dispatch import MOST_ROWS, on_gpu
+from . import backends
+from .contract import PageCodec
+from .reference import select as reference
+from .reference.select import by_unit, forced, scaled, vectors
+
+__all__ = [
+    "by_unit",
+    "choose",
+    "code_dots",
+    "forced",
+    "largest",
+    "regroup",
+    "scaled",
+    "shares",
+    "token_bias",
+    "vector_dots",
+    "vectors",
+]
 
 
 def vector_dots(
@@ -30,35 +40,10 @@ def vector_dots(
     Fields [S, n, D] or [S, n, u, D] are float16, or int8 codes of which each run of D / g shares a float16 number of
     the field `scale` [S, n, g] or [S, n, u, g].
     """
-    held = _on_gpu(queries, summary)
-    if held is None and isinstance(summary, Summary) and summary.pool.is_cpu and cpu.library() is not None:
-        return cpu.vector_dots(queries, summary, names, scale)
-    q = queries.float()
-    each = (q,) if len(names) == 1 else (q.clamp(max=0), q.clamp(min=0))
-    if held is not None:
-        from . import triton
-
-        return triton.vector_dots(dict(zip(names, each, strict=True)), *held, scale)
-    dots = [x @ vectors(summary, n, scale).flatten(1, -2).transpose(1, 2) for x, n in zip(each, names, strict=True)]
-    return dots[0] if len(dots) == 1 else dots[0] + dots[1]
-
-
-def _on_gpu(queries: Tensor, summary: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, PageLayout] | None:
-    """Pool, ids, counts and layout of pages whose summaries Triton reads where they lie, for few queries [S, R, D]."""
-    if isinstance(summary, Summary) and on_gpu(summary.pool) and queries.shape[1] <= MOST_ROWS:
-        return summary.pool, summary.ids, summary.counts, summary.layout
-    return None
-
-
-def vectors(summary: Mapping[str, Tensor], name: str, scale: str | None) -> Tensor:
-    """The vectors of a field, as `vector_dots` has them, float32."""
-    x = summary[name].float()
-    return scaled(x, summary[scale]) if scale is not None and scale in summary else x
-
-
-def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x [..., D] times the scale [..., g] of each run of D / g channels, float32."""
-    return (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)
+    if not isinstance(summary, Summary):
+        return reference.vector_dots(queries, summary, names, scale)
+    backend = backends.on("vector_dots", summary.pool.device, queries.shape[1])[0]
+    return backend.vector_dots(queries, summary, names, scale)
 
 
 def code_dots(queries: Tensor, summary: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
@@ -67,20 +52,10 @@ def code_dots(queries: Tensor, summary: Mapping[str, Tensor], name: str, bits: i
     The field's codes are uint8 [S, n, rows, P]: with 8 bits, r rows of a channel each; with 4, r / 2 rows, of which row
     c has channel c in the low bits and channel r / 2 + c in the high ones.
     """
-    if (held := _on_gpu(queries, summary)) is not None:
-        from . import triton
-
-        return triton.code_dots(queries, *held, name, bits)
-    queries = queries.float()
-    offset = queries.sum(-1, keepdim=True) * (0.5 - 2 ** (bits - 1))
-    if isinstance(summary, Summary) and summary.pool.is_cpu and cpu.library() is not None:
-        return cpu.code_dots(queries, offset, summary, name, bits)
-    codes = summary[name]
-    flat = codes.transpose(1, 2).flatten(2)  # [S, rows, n * P]
-    if bits == 8:
-        return torch.baddbmm(offset, queries, flat.float())
-    low, high = queries.chunk(2, -1)
-    return torch.baddbmm(torch.baddbmm(offset, low, (flat & 15).float()), high, (flat >> 4).float())
+    if not isinstance(summary, Summary):
+        return reference.code_dots(queries, summary, name, bits)
+    backend = backends.on("code_dots", summary.pool.device, queries.shape[1])[0]
+    return backend.code_dots(queries, summary, name, bits)
 
 
 def shares(logits: Tensor, counts: Tensor) -> Tensor:
@@ -88,12 +63,7 @@ def shares(logits: Tensor, counts: Tensor) -> Tensor:
 
     A head counts 0 where it has none, or logits that are not finite. The logits may be overwritten.
     """
-    if logits.is_cpu and cpu.library() is not None:
-        return cpu.shares(logits, counts)
-    exists = torch.arange(logits.shape[-1], device=logits.device) < counts[:, None]
-    right = (logits.isfinite() | ~exists[:, None]).all(-1, keepdim=True) & exists.any(-1)[:, None, None]
-    each = logits.masked_fill(~exists[:, None], -torch.inf).softmax(-1)
-    return torch.where(right, each, 0).mean(1)
+    return backends.on("shares", logits.device)[0].shares(logits, counts)
 
 
 def choose(
@@ -112,34 +82,13 @@ def choose(
     unit 1: pages, by the sum of their u shares; else u: each by itself. ends: so many first and last pages are among
     them. The logits may be overwritten.
     """
-    if logits.is_cpu and cpu.library() is not None:
-        return cpu.choose(logits, scale, counts, unit, wanted, width, pages, ends)
-    each = logits.shape[-1] // pages
-    share = by_unit(shares(logits * scale, counts * each), pages, unit)
-    return largest(forced(share, counts, unit, ends), wanted, width)
-
-
-def by_unit(share: Tensor, pages: int, unit: int) -> Tensor:
-    """Shares [S, pages * u] of what is chosen: with unit 1 pages [S, pages], by the sum of their u."""
-    each = share.shape[-1] // pages
-    return share if each == unit else share.unflatten(-1, (pages, each)).sum(-1)
-
-
-def forced(share: Tensor, counts: Tensor, unit: int, ends: tuple[int, int]) -> Tensor:
-    """Shares [S, n] with 2 added in the first and last pages of those that exist, and -1 where there are none."""
-    place, end = torch.arange(share.shape[1], device=share.device), counts[:, None] * unit
-    at_ends = (place < ends[0] * unit) | (place >= end - ends[1] * unit)
-    return (share + 2.0 * at_ends).masked_fill(place >= end, -1)
+    backend = backends.on("choose", logits.device)[0]
+    return backend.choose(logits, scale, counts, unit, wanted, width, pages, ends)
 
 
 def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
     """int64 [S, width]: where the wanted [S] <= width largest of x [S, n] are, ascending, and then n - 1."""
-    n = x.shape[1]
-    if x.is_cpu and cpu.library() is not None:
-        return cpu.largest(x, wanted, width)
-    top = x.topk(width, -1).indices
-    surplus = torch.arange(width, device=x.device) >= wanted[:, None]
-    return top.masked_fill(surplus, n).sort(-1).values.clamp_max(n - 1)
+    return backends.on("largest", x.device)[0].largest(x, wanted, width)
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
@@ -149,33 +98,15 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     ids [S, n]: pages of each stream; tokens [S, m * P]: which of their n * P tokens, in the order wanted. Nothing else
     of the pool is read.
     """
-    records = _regrouped(layout, pool, ids, tokens)
+    records = backends.on("regroup", pool.device)[0].regroup(layout, pool, ids, tokens)
     for field in layout.centres:
         at = layout.offsets[field.name]
         records[:, at : at + field.nbytes] = 0
     return records
 
 
-def _regrouped(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-    if on_gpu(pool):
-        from . import triton
-
-        return triton.regroup(layout, pool, ids, tokens)
-    size = layout.page_size
-    records = pool.new_empty(tokens.numel() // size, layout.body_bytes)
-    if pool.is_cpu and cpu.library() is not None:
-        cpu.regroup(layout, pool, ids, tokens, records)
-        return records
-    pages, places = ids.long().gather(1, tokens // size), tokens % size
-    made, held = layout.views(records), layout.views(pool)
-    for field in layout.token_fields:
-        rows = held[field.name][pages, places]
-        made[field.name].copy_(rows.view(len(records), size, *rows.shape[2:]))
-    return records
-
-
 def token_bias(
-    queries: Tensor, codec: Codec, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor
+    queries: Tensor, codec: PageCodec, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor
 ) -> Tensor | None:
     """float32 [S, R, t]: q . c of queries [S, R, Dk] and the centre c of the page that each of tokens int64 [S, t] of
     pages ids [S, n] lies in; None: pages have no centres."""

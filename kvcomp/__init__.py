@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvcomp.integrations.huggingface.cache import CompressedCache
     from kvcomp.integrations.huggingface.prefill import prefill
     from kvcomp.ledger import Memory, Traffic
-    from kvcomp.stack import Stack
+    from kvcomp.stages.stack import Stack
 
 _FOLDERS = ("policies", "quantizers", "sparse", "kernels", "integrations", "benchmarks")
 
@@ -67,9 +67,10 @@ __all__ = [
 _HOMES = {
     "CompressedCache": "kvcomp.integrations.huggingface",
     "Memory": "kvcomp.ledger",
-    "Stack": "kvcomp.stack",
+    "Stack": "kvcomp.stages.stack",
     "Traffic": "kvcomp.ledger",
     "prefill": "kvcomp.integrations.huggingface",
+    "roundtrip": "kvcomp.cache.layer",
 }
 
 

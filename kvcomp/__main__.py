@@ -1,5 +1,5 @@
 """`python -m kvcomp`: the command `kvcomp`, also in a checkout that is not installed."""
 
-from kvcomp.cli import app
+from kvcomp.cli.app import app
 
 app(prog_name="kvcomp")

@@ -28,6 +28,19 @@ class Part(NamedTuple):
     groups: Tensor | None = None
 
 
+class Tokens(NamedTuple):
+    """Tokens of S streams: of keys [S, N, Dk] and values [S, N, Dv] a stream's first counts [S] (on the host)."""
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots that attention reads: those up to the end of the longest stream."""
+        return int(self.counts.max()) * sum(x[:, 0].nbytes for x in (self.keys, self.values))
+
+
 def merge(parts: Sequence[Part]) -> Part:
     """Attention over the union of the parts. A row that no part saw gives zeros and lse -inf."""
     if len(parts) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def finite(x: Tensor, name: str) -> Tensor:
 
     One of them would spoil what many numbers share: a scale, a norm, a basis.
     """
-    if bool(x.sum(dtype=torch.float32).isfinite()) or bool(x.isfinite().all()):  # the sum alone is 20 times faster
+    if isfinite(x.sum(dtype=torch.float32).item()) or bool(x.isfinite().all()):  # the sum alone is 20 times faster
         return x
     warnings.warn(f"{name} are not finite everywhere: the quantizer takes 0 instead", KvcompWarning, stacklevel=2)
     return x.nan_to_num(0.0, 0.0, 0.0)

@@ -44,6 +44,39 @@ class Traffic:
         return self.dense / self.read if self.read else float("nan")
 
 
+class ReadPlan:
+    """What attention read: by part, how many things of how many bytes. Numbers that a device holds stay there until
+    somebody asks for `bytes`: a decode step does not wait for them."""
+
+    __slots__ = ("counted",)
+
+    def __init__(self) -> None:
+        self.counted: list[tuple[str, int, int | Tensor]] = []
+
+    def add(self, part: str, size: int, count: int | Tensor = 1) -> None:
+        """`count` more things of `size` bytes; a tensor stands for its sum, and must not change later."""
+        if not isinstance(count, int) and count.is_cpu:
+            count = sum(count.tolist())
+        self.counted.append((part, size, count))
+
+    def bytes(self) -> dict[str, int]:
+        """By part. Waits for the device where a number is there."""
+        return add_counts((part, size * int(n if isinstance(n, int) else n.sum())) for part, size, n in self.counted)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Numbers that are not known to the host."""
+        return [count for _, _, count in self.counted if isinstance(count, Tensor)]
+
+
+def add_counts(parts: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Sum by part, in the order in which parts come; empty parts stay."""
+    total: dict[str, int] = {}
+    for name, size in parts:
+        total[name] = total.get(name, 0) + size
+    return total
+
+
 def storage_bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
     """Bytes of the distinct storages behind `tensors`; those in `seen` (addresses) are skipped and new ones added."""
     seen = set() if seen is None else seen

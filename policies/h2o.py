@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvcomp.registry import register
+from kvcomp.kernels.received import received
 from kvcomp.stages import Chunk, arg
+from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
-from .votes import votes
 
 
 @register("h2o")
@@ -49,8 +49,8 @@ class H2O(ScoredPolicy):
 
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
-        received = votes(chunk.queries, chunk.keys, chunk.scale, chunk.alive)
-        return received.unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / chunk.queries.shape[2]
+        votes = received(chunk.queries, chunk.keys, chunk.scale, chunk.alive)
+        return votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / chunk.queries.shape[2]
 
 
 @register("tova")
@@ -78,5 +78,5 @@ class TOVA(ScoredPolicy):
 
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
-        received = votes(chunk.queries[:, :, -1:], chunk.keys, chunk.scale, chunk.alive)
-        return received.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+        votes = received(chunk.queries[:, :, -1:], chunk.keys, chunk.scale, chunk.alive)
+        return votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.registry import register
 from kvcomp.stages import Chunk, arg
+from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
 

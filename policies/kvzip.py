@@ -10,43 +10,22 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import UnsupportedError
-from kvcomp.kernels.dispatch import on_gpu
-from kvcomp.registry import register
+from kvcomp.kernels.received import received
 from kvcomp.stages import Chunk, Policy, arg
+from kvcomp.stages.registry import register
 
 from .budgets import keep_best_of_heads, keep_count
 
 LAYERS = ("adaptive", "uniform")
-BLOCK = 1 << 22  # elements of attention weights held at once: 16 MiB
 
 
 def most_received(queries: Tensor, keys: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """The largest attention weight that a key gets from any query and any head of its group: [b, Hkv, n] float32.
 
-    queries [b, Hq, w, D] of the last w tokens, keys [b, Hkv, n, D]; causal. Never more than `BLOCK` weights exist at
-    once, whatever w is; on a GPU, where a kernel looks for the largest, none do.
+    queries [b, Hq, w, D] of the last w tokens, keys [b, Hkv, n, D]; causal.
     """
-    b, hkv, n, _ = keys.shape
-    if on_gpu(queries):
-        from kvcomp.kernels import triton
-
-        return triton.most_attention_received(queries, keys, scale, softcap).unflatten(1, (hkv, -1)).amax(2)
-    grouped = queries.float().unflatten(1, (hkv, -1)).flatten(0, 1) * scale  # [s, G, w, D] of s = b * Hkv streams
-    keys = keys.float().flatten(0, 1)
-    most, w = keys.new_zeros(len(keys), n), queries.shape[2]
-    block = max(BLOCK // (b * queries.shape[1] * n), 1)
-    for at in range(0, w, block):
-        q = grouped[:, :, at : at + block]
-        rows = q.shape[2]
-        end = n - w + at + rows  # of the keys that the last of these queries sees
-        logits = torch.bmm(q.flatten(1, 2), keys[:, :end].mT)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        future = torch.ones(rows, rows, dtype=torch.bool, device=keys.device).triu(1)
-        logits.unflatten(1, q.shape[1:3])[..., end - rows :].masked_fill_(future, -torch.inf)
-        weights = (logits - logits.logsumexp(-1, keepdim=True)).amax(1).exp()  # [s, end]
-        torch.maximum(most[:, :end], weights, out=most[:, :end])
-    return most.view(b, hkv, n)
+    most = received(queries, keys, scale, softcap=softcap, reduce="max")
+    return most.unflatten(1, (keys.shape[1], -1)).amax(2)
 
 
 @register("kvzip")

@@ -85,18 +85,7 @@ class ScoredPolicy(Policy):
         raise NotImplementedError
 
     @property
-    def voters(self) -> int | None:
-        """How many of the last queries `scores` looks at: it needs no others. None: at all of them."""
-        return None if self.needs_queries else 0
-
-    @property
-    def averages(self) -> bool:
-        """Whether `scores` are means over the queries, so that an engine which cuts a prompt may add up its parts."""
-        return False
-
-    @property
     def uniform(self) -> bool:
-        """Whether every head of every layer keeps exactly `kept` tokens."""
         return self.threshold is None and self.layers == "uniform" and self.heads != "adaptive"
 
     @property
@@ -151,6 +140,10 @@ class ScoredPolicy(Policy):
         return self.hold and self.budget is not None
 
     @property
+    def limit(self) -> int | None:
+        return self.budget if self.watches else None
+
+    @property
     def expires(self) -> bool:
         return self.watches
 
@@ -179,11 +172,12 @@ class ScoredPolicy(Policy):
         excess = (over.clamp_min(0) // size).minimum(count)
         if not bool(excess.any()):
             return None
+        attention, queries = held.attention.cpu(), held.queries.cpu()  # only now, as that waits for a GPU
         paged = held.pages * size
         older = held.tokens - self.newest(limit) - held.sinks  # tokens of the pages that may go
         newest = (page + 1) * size > older.minimum(paged)[:, None]
-        youth = 2.0 * (size - held.queries).clamp_min(0)  # more than any attention for each query that is missing
-        worth = held.attention + youth + 2.0 * (size + 1) * newest
+        youth = 2.0 * (size - queries).clamp_min(0)  # more than any attention for each query that is missing
+        worth = attention + youth + 2.0 * (size + 1) * newest
         worth = worth.masked_fill(fixed | (page >= held.pages[:, None]), torch.inf)
         rows = worth.unflatten(0, (-1, held.heads))
         if self.heads == "common":

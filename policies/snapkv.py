@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.registry import register
+from kvcomp.kernels.received import received
 from kvcomp.stages import Chunk, arg
+from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
-from .votes import votes
 
 
 @register("snapkv")
@@ -54,8 +54,8 @@ class SnapKV(ScoredPolicy):
         """[b, Hkv, n] float32: pooled votes, averaged over the group."""
         assert chunk.queries is not None
         window = min(self.window, chunk.queries.shape[2])
-        received = votes(chunk.queries[:, :, -window:], chunk.keys, chunk.scale, chunk.alive)
-        prefix = received[..., : received.shape[-1] - window]
+        votes = received(chunk.queries[:, :, -window:], chunk.keys, chunk.scale, chunk.alive)
+        prefix = votes[..., : votes.shape[-1] - window]
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         pooled = pool(prefix, self.kernel, 1, self.kernel // 2) if prefix.shape[-1] else prefix
         return F.pad(pooled, (0, window)).unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / window

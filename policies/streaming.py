@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.registry import register
 from kvcomp.stages import Chunk, Held, Policy, arg
+from kvcomp.stages.registry import register
 
 
 @register("streaming")
@@ -48,6 +48,10 @@ class Streaming(Policy):
     @property
     def prefill_chunk(self) -> int | None:
         return self.chunk
+
+    @property
+    def keeps_newest(self) -> int:
+        return self.recent
 
     @property
     def same_tokens(self) -> tuple[str, ...]:

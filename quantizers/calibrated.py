@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import Blank, Calibrated, Tensors
+from kvcomp.calibration.stage import Blank, Calibrated, Tensors
+from kvcomp.calibration.statistics import Statistics
+from kvcomp.layout import Field
 from kvcomp.ledger import storage_bytes
-from kvcomp.pages import Field
 from kvcomp.stages import Codec, PageShape, Quantizer
 from kvcomp.state import State, described
-from kvcomp.statistics import Statistics
 
 from .basis import Basis
 from .codecs import GridCodec, Side

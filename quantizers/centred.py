@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.kernel_layout import Numbers, SideLayout
-from kvcomp.pages import CENTRE, Field
+from kvcomp.layout import CENTRE, Field
+from kvcomp.segments import Numbers, SideLayout
 from kvcomp.stages import PageShape
 
 from .codecs import Side

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.finite import saturated
-from kvcomp.kernel_layout import Numbers, SideLayout, Sides
-from kvcomp.pages import Field
+from kvcomp.layout import Field
+from kvcomp.segments import Numbers, SideLayout, Sides
 from kvcomp.stages import Codec, PageShape
 
 from .basis import IDENTITY, Basis
@@ -74,7 +74,7 @@ class GridCodec(Codec):
     k_basis: Basis = IDENTITY
     v_basis: Basis = IDENTITY
 
-    @property
+    @cached_property
     def rotates(self) -> bool:
         return not (self.k_basis.is_identity and self.v_basis.is_identity)
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from kvcomp.registry import register
 from kvcomp.stages import PageShape, Quantizer, arg
+from kvcomp.stages.registry import register
 
 from .centred import centred
 from .codecs import GridCodec

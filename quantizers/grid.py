@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import SpecError
-from kvcomp.kernel_layout import SideLayout, Uniform
-from kvcomp.pages import Field
+from kvcomp.layout import Field
+from kvcomp.segments import SideLayout, Uniform
 
 from .packing import code_fields, code_planes, pack_codes, unpack_codes
 

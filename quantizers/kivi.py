@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.stages.registry import register
 
 from .codecs import GridCodec
 from .grid import UniformSide, channel_group

@@ -5,261 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kvcomp.calibration import FILE, Tensors
-from kvcomp.errors import SpecError
-from kvcomp.fitting import QueryMoments
-from kvcomp.kernel_layout import Codebook, Gain, Plane, SideLayout, Sides
-from kvcomp.pages import Field
-from kvcomp.registry import register
+from kvcomp.calibration.fitting import QueryMoments
+from kvcomp.calibration.stage import FILE, Tensors
+from kvcomp.calibration.statistics import Statistics
+from kvcomp.layout import Field
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape, arg
-from kvcomp.state import DamagedError, State, described
-from kvcomp.statistics import Statistics, weighted_directions
+from kvcomp.stages.registry import register
+from kvcomp.state import State, described
 
-from .basis import Basis, rotation
 from .calibrated import CalibratedQuantizer
-from .grid import HUGE, SCALE, TINY
-from .lloyd import nearest, sphere_codebook
-from .packing import pack, planes, unpack
-from .per_stream import weights
+from .directions import scaled_directions, singular
+from .grid import SCALE
+from .transform import MEAN, KltSide
+from .waterfill import allocate
 from .widths import BITS, WidthQuantizer
-
-UNIT = 8  # channels that share a width: a bit each fills a byte
-WIDEST = 8
-MEAN = torch.float32
-# Lloyd-Max distortion of a unit Gaussian at 0 to 8 bits (Max 1960, continued at a quarter of the last step per bit)
-DISTORTION = (1.0, 0.36338, 0.11748, 0.03455, 0.0095, 0.0025, 0.00064, 0.000163, 0.0000413)
-LONGEST = 3.0  # a norm grows at most so many times to make up for short codes
-RIDGE = 1e-3  # of the mean variance: what is added to a second moment before it is inverted
-SETTLED = 16  # tokens per channel from which on a moment is taken as it is
-DOUBT = 1.0  # of the mean variance is added to the moment of as few tokens as channels
-DECAY = {True: 2.8, False: 1.6}  # of weighted variances: unit i of centred keys, or of values, has ~ (i + 1)^-DECAY
-LOUD = 4.0  # as in `weights`: at 2, the loud tokens that texts have by themselves cost 10 % of the divergence
-SHORT = 2.0  # the norm of a value is at most so many times that of its coordinates
-LARGEST = 1e30  # keys and values beyond saturate, which float16 norms do far earlier
-
-
-def allocate(variance: Tensor, total: int) -> tuple[int, ...]:
-    """Bits of each unit of channels, descending, for variances [n] of coordinates in descending order.
-
-    `total` bits times units go one by one to the unit whose summed distortion falls most: reverse water-filling.
-    """
-    power = variance.double().unflatten(0, (-1, UNIT)).sum(-1).tolist()
-    bits = [0] * len(power)
-    for _ in range(total):
-        gains = [
-            p * (DISTORTION[b] - DISTORTION[b + 1]) if b < WIDEST else -1.0 for p, b in zip(power, bits, strict=True)
-        ]
-        bits[gains.index(max(gains))] += 1
-    return tuple(sorted(bits, reverse=True))
-
-
-@cache
-def usual_widths(units: int, total: int, centred: bool) -> tuple[int, ...]:
-    """Bits of each unit for streams that are not known beforehand: those of a spectrum that models' keys or values have
-    on average, so that no stream depends on the others of its layer."""
-    power = torch.arange(1, units + 1, dtype=torch.float32, device="cpu") ** -DECAY[centred]
-    return allocate(power.repeat_interleave(UNIT), total)
-
-
-def runs(widths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(bits, channels) of neighbouring units of the same width; those of width 0 are not stored."""
-    return [(w, UNIT * widths.count(w)) for w in dict.fromkeys(widths) if w]
-
-
-class KltSide:
-    """K or V of a page: a norm per token, and Lloyd-Max codes of the rest in a basis per stream or per head.
-
-    Coordinates are sorted by weighted variance and scaled to variance 1; units of 8 channels have 0 to 8 bits, the same
-    for all streams of a layer, whatever those hold. Neighbours of one width are mixed by a random rotation, which costs
-    nothing at equal width and makes heavy-tailed coordinates Gaussian.
-
-    Keys are centred, and their norm is that of the coordinates. Values are not, and theirs is their own: many heads
-    rest on tokens of tiny values, which then have tiny errors too; but it is at most SHORT times that of the
-    coordinates. Values of a stream whose tokens are all alike use few coordinates, which would lie between the
-    innermost levels. Codes of few bits are short, and attention would lean to exact tokens: the norm that is stored
-    makes up for it, token by token, so that k . k^ = |k|^2 under the weight of the basis, and |v^| = |v| of what has
-    bits.
-
-    bits: code bits per element; the units' widths always sum to `bits` x units, so that the layout is known beforehand.
-    """
-
-    def __init__(self, name: str, page_size: int, dim: int, bits: float, device: torch.device, centred: bool) -> None:
-        units = bits * dim / UNIT
-        if dim % UNIT or units != int(units):
-            raise SpecError(
-                f"klt({name}={bits}): {dim} channels of {bits} bits do not fill units of {UNIT} channels with whole "
-                "bits: use whole bits, and head dimensions that are multiples of 8"
-            )
-        self.name, self.page_size, self.dim, self.total, self.device = name, page_size, dim, int(units), device
-        self.widths = usual_widths(dim // UNIT, self.total, centred)
-        # x ~ z D' + mean: D [n, d, d] and mean [n, d] of n streams, or of n heads that all rows share
-        self.dual = torch.zeros(0, dim, dim, dtype=SCALE, device=device)
-        self.mean = torch.zeros(0, dim, dtype=MEAN, device=device) if centred else None
-
-    @property
-    def fields(self) -> tuple[Field, ...]:
-        codes = Field(f"{self.name}.codes", (self.page_size, self.total), torch.uint8)
-        return codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE)
-
-    @property
-    def live(self) -> int:
-        """Coordinates that are stored."""
-        return sum(n for _, n in runs(self.widths))
-
-    def fit(self, streams: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d]."""
-        n, x = x.shape[1], x.double().clamp(-LARGEST, LARGEST)
-        if self.mean is None:
-            x = x / _rms(x).clamp_min(TINY)
-            mean, moment = x.mean(1), x.mT @ x / n
-            centred = moment - mean[:, :, None] * mean[:, None]
-        else:  # in which single loud tokens count for little
-            mean = _weighted(x)[0]
-            _, centred = _weighted(x - mean[:, None])
-            moment = centred
-        uncertain = shrinkage(centred, n) * _ladder(self.dim, x.device)
-        dual, _ = scaled_directions(moment + uncertain, weight.double())
-        self.take(streams, dual, mean)
-
-    def take(self, streams: Tensor, dual: Tensor, mean: Tensor) -> None:
-        """Use the basis `dual` [s, d, d] and mean [s, d] for `streams`, which have no pages yet."""
-        self.room(int(streams.max()) + 1)
-        dual = dual.clone()
-        if self.mean is not None:  # the norm of a token carries the size, whatever float16 can hold
-            dual = dual / dual.square().mean((1, 2), keepdim=True).sqrt().clamp_min(TINY)
-        dual[:, :, : self.live] = dual[:, :, : self.live] @ _mixing(self.widths, self.device)
-        self.dual = self.dual.index_put((streams,), dual.to(SCALE))  # forks share the old one
-        if self.mean is not None:
-            self.mean = self.mean.index_put((streams,), mean.to(MEAN))
-
-    def room(self, streams: int) -> None:
-        """Have matrices for so many streams; zero until they are taken."""
-        missing = streams - len(self.dual)
-        if missing > 0:
-            self.dual = F.pad(self.dual, (0, 0, 0, 0, 0, missing))
-            self.mean = None if self.mean is None else F.pad(self.mean, (0, 0, 0, missing))
-
-    def select(self, streams: Tensor) -> None:
-        """Keep `streams`, in this order."""
-        self.dual = self.dual[streams]
-        self.mean = None if self.mean is None else self.mean[streams]
-
-    def basis(self) -> Basis:
-        """What maps queries to coordinates, and coordinates back."""
-        return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
-
-    def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """x [M, P, D] of `streams` [M] -> coordinates [M, P, live] and norms [M, P, 1], before what makes up for short
-        codes; float32."""
-        x = x.float().clamp(-LARGEST, LARGEST)
-        used, which = (streams % len(self.dual)).unique(return_inverse=True)
-        write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
-        z = (x if self.mean is None else x - self.mean[used][which, None]) @ write[which]
-        size = _rms(z)
-        return z, size if self.mean is not None else _rms(x).minimum(SHORT * size)
-
-    def encode(self, x: Tensor, streams: Tensor) -> dict[str, Tensor]:
-        """x [M, P, D] of `streams` [M] -> fields."""
-        z, norm = self.coordinates(x, streams)
-        z = z / norm.clamp_min(TINY)
-        rows, own, shrunk = [], torch.zeros_like(norm), torch.zeros_like(norm)
-        at = 0
-        for bits, n in runs(self.widths):
-            part = z[..., at : at + n].contiguous()
-            at += n
-            book = codebook(self.live, bits, self.device)
-            codes = nearest(part, book)
-            weight = _weight(bits)
-            coded = book[codes.int()]
-            own += weight * part.square().sum(-1, keepdim=True)
-            shrunk += weight * (coded * (coded if self.mean is None else part)).sum(-1, keepdim=True)
-            left = bits
-            for width in planes(bits):
-                left -= width
-                rows.append(pack((codes >> left) & ((1 << width) - 1), width))
-        gain = (own / shrunk.clamp_min(TINY)).clamp_max(LONGEST)
-        norm = norm * (gain.sqrt() if self.mean is None else gain)
-        return {f"{self.name}.codes": torch.cat(rows, -1), f"{self.name}.norm": norm.clamp_max(HUGE).to(SCALE)}
-
-    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
-        """Fields [M, ...] -> coordinates [M, P, live] float32."""
-        rows, parts, at = page[f"{self.name}.codes"], [], 0
-        for bits, n in runs(self.widths):
-            codes = torch.zeros((), dtype=torch.int32, device=rows.device)
-            for width in planes(bits):
-                plane = unpack(rows[..., at : at + n * width // 8].contiguous(), width).int()
-                codes = (codes << width) | plane
-                at += n * width // 8
-            parts.append(codebook(self.live, bits, self.device)[codes])
-        return torch.cat(parts, -1) * page[f"{self.name}.norm"].float()
-
-    @property
-    def kernel_layout(self) -> SideLayout:
-        return _kernel_layout(self.name, self.widths, self.device, self.mean is not None)
-
-    def constants(self) -> list[Tensor]:
-        return [self.dual] if self.mean is None else [self.dual, self.mean]
-
-    def state(self) -> dict[str, Tensor]:
-        widths = torch.tensor(self.widths, dtype=torch.uint8, device="cpu")
-        state = {f"{self.name}.dual": self.dual, f"{self.name}.widths": widths}
-        return state if self.mean is None else state | {f"{self.name}.mean": self.mean}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.dual, self.mean = state[f"{self.name}.dual"], state.get(f"{self.name}.mean")
-        self.widths = tuple(state[f"{self.name}.widths"].tolist())
-        fits = len(self.widths) == self.dim // UNIT and sum(self.widths) == self.total and max(self.widths) <= WIDEST
-        if self.widths and not (fits and list(self.widths) == sorted(self.widths, reverse=True)):
-            raise DamagedError(
-                f"{self.name}.widths are {list(self.widths)}, which are not {self.total} bits, descending"
-            )
-
-    def lacks(self, paged: Tensor) -> str | None:
-        """As `Codec.lacks`, of bool [S] `paged`."""
-        if not bool(paged.any()) or self.dual.is_meta:
-            return None
-        if not self.widths:
-            return f"some streams have pages, but {self.name}.widths are not settled"
-        singular = _singular(self.dual[paged.nonzero().flatten().to(self.device)].float())
-        return f"{self.name}.dual is singular" if bool(singular.any()) else None
-
-
-@cache
-def codebook(dim: int, bits: int, device: torch.device) -> Tensor:
-    """float32 [2^bits]: centroids for coordinates of variance 1 whose vectors in R^dim have the norm dim^(1/2)."""
-    return sphere_codebook(dim, bits, device) * dim**0.5
-
-
-def _weight(bits: int) -> float:
-    """What water-filling gives so many bits has so much of the weighted variance."""
-    return 4.0**bits
-
-
-@cache
-def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device, centred: bool) -> SideLayout:
-    """A segment for each run of equal width; all streams of a layer have the same."""
-    live, at, segments = sum(n for _, n in runs(widths)), 0, []
-    for bits, n in runs(widths):
-        found = []
-        for width in planes(bits):
-            found.append(Plane(f"{name}.codes", width, at))
-            at += n * width // 8
-        segments.append(Codebook(n, tuple(found), f"{name}.norm", codebook(live, bits, device)))
-    weights = tuple(_weight(bits) for bits, _ in runs(widths))
-    return SideLayout(tuple(segments), Gain(weights, 1.0 if centred else 0.5, LONGEST))
-
-
-@cache
-def _mixing(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """float32 [live, live]: a random rotation of each run of equal width."""
-    return torch.block_diag(*(rotation(n, device).matrix for _, n in runs(widths)))
 
 
 class KltCodec(Codec):
@@ -361,59 +126,6 @@ class KltCodec(Codec):
         return why or self.k_side.lacks(paged) or self.v_side.lacks(paged)
 
 
-def _singular(matrices: Tensor) -> Tensor:
-    """bool [n]: which of float32 [n, d, d] have no inverse."""
-    inverse, info = torch.linalg.inv_ex(matrices)
-    return (info != 0) | ~inverse.isfinite().all(-1).all(-1)
-
-
-def _rms(x: Tensor) -> Tensor:
-    """Root mean square over the last dimension, kept: a norm that float16 can hold wherever it can hold x."""
-    largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return (x / largest).square().mean(-1, keepdim=True).sqrt() * largest
-
-
-def _weighted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [s, d] of x [s, n, d], and its second moment [s, d, d] up to a factor; see `weights`."""
-    weight, unit = weights(x, LOUD)
-    y = x * weight / unit
-    mean = y.sum(1) / weight.sum(1).clamp_min(1e-30) * unit[:, 0]
-    return mean, y.mT @ y / weight.square().sum(1, keepdim=True).clamp_min(1e-30)
-
-
-@cache
-def _ladder(dim: int, device: torch.device) -> Tensor:
-    """float64 [dim]: 0.75 to 1.25. Directions that no token has would be equal otherwise, and rounding would choose."""
-    return torch.linspace(0.75, 1.25, dim, dtype=torch.float64, device=device)
-
-
-def scaled_directions(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """D [s, d, d] with x ~ z D' + mean, z of variance 1 by falling weighted variance [s, d]; both float32.
-
-    Of all linear maps this one leaves the least E[(x - x^)' weight (x - x^)] at any number of coordinates kept.
-    """
-    dim = covariance.shape[-1]
-    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(TINY)
-    covariance = covariance + RIDGE * level * torch.diag(_ladder(dim, covariance.device))
-    write, read = weighted_directions(covariance, weight, RIDGE)
-    turned = (read * torch.arange(1, dim + 1, device=read.device)[:, None].cos()).sum(1, keepdim=True) < 0
-    write, read = (torch.where(turned, -x, x) for x in (write, read))  # which sign they have is a convention
-    variance = torch.einsum("sij,sik,skj->sj", write, covariance, write)
-    return (read * variance.sqrt()[:, None]).float(), variance.float()
-
-
-def shrinkage(covariance: Tensor, tokens: int) -> Tensor:
-    """What is added to a moment of few tokens whose covariance is [s, d, d]: the same in every direction.
-
-    A few hundred tokens of one passage hardly vary in directions that later tokens do use. Bits that are spread a
-    little more evenly cost them little, and save those.
-    """
-    dim = covariance.shape[-1]
-    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    identity = torch.eye(dim, device=covariance.device, dtype=torch.float32)
-    return max(dim / tokens - 1 / SETTLED, 0.0) * DOUBT * level * identity
-
-
 @register("klt")
 @dataclass(frozen=True)
 class Klt(WidthQuantizer, CalibratedQuantizer):
@@ -464,7 +176,7 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
             layer.require(basis.shape[1] == basis.shape[2], f"{name}.basis is {described(basis)}, no square matrices")
             size = basis.double().square().mean((1, 2), keepdim=True).sqrt()
             stored = (basis / (size if name == "k" else 1)).to(SCALE).float()
-            layer.require(not bool(_singular(stored).any()), f"{name}.basis has no inverse")
+            layer.require(not bool(singular(stored).any()), f"{name}.basis has no inverse")
         layer.finite("k.mean", layer["k.variance"].shape, torch.float32)
 
     def _sides(self, shape: PageShape) -> tuple[KltSide, KltSide]:

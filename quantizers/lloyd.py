@@ -9,8 +9,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, SideLayout
-from kvcomp.pages import Field
+from kvcomp.layout import Field
+from kvcomp.segments import Codebook, SideLayout
 
 from .grid import HUGE, SCALE, TINY
 from .packing import code_fields, code_planes, pack_codes, unpack_codes

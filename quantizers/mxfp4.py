@@ -1,13 +1,17 @@
-"""MXFP4: E2M1 codes, blocks of 32 with power-of-two scales (OCP Microscaling Formats 1.0, arXiv 2310.10537)."""
+"""MXFP4: E2M1 codes, blocks of 32 with power-of-two scales (OCP Microscaling Formats 1.0, arXiv 2310.10537).
+
+Rotations, which spread a block's outlier over it, help MXFP4 and not NVFP4 (MR-GPTQ, arXiv 2509.23202).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.registry import register
-from kvcomp.stages import PageShape, Quantizer
+from kvcomp.stages import PageShape, Quantizer, arg
+from kvcomp.stages.registry import register
 
+from .basis import BASES
 from .centred import centred
 from .codecs import GridCodec
 from .floats import MxSide, e2m1_values
@@ -22,11 +26,23 @@ class MxFp4(Quantizer):
     bits, 4.3 at D = 80.
     """
 
-    paper: ClassVar[str] = "arXiv:2310.10537"
+    paper: ClassVar[str] = "arXiv:2310.10537, arXiv:2509.23202"
+
+    basis: str = arg("identity", "identity, hadamard or random, as of `int`")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.basis in BASES, "basis", f"one of {', '.join(BASES)}")
+
+    @property
+    def implied(self) -> tuple[str, ...]:
+        return ("basis",) if self.basis == "identity" else ()  # hashes of stacks that knew no basis stay theirs
 
     def codec(self, shape: PageShape) -> GridCodec:
         book = e2m1_values(shape.device)
         return GridCodec(
             centred(MxSide("k", shape.page_size, shape.k_dim, book), shape),
             MxSide("v", shape.page_size, shape.v_dim, book),
+            BASES[self.basis](shape.k_dim, shape.device),
+            BASES[self.basis](shape.v_dim, shape.device),
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.registry import register
 from kvcomp.stages import PageShape, Quantizer
+from kvcomp.stages.registry import register
 
 from .centred import centred
 from .codecs import GridCodec

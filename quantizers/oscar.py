@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import FILE, Tensors
-from kvcomp.kernel_layout import SideLayout
-from kvcomp.pages import Field
-from kvcomp.registry import register
+from kvcomp.calibration.stage import FILE, Tensors
+from kvcomp.calibration.statistics import Statistics
+from kvcomp.layout import Field
+from kvcomp.segments import SideLayout
 from kvcomp.stages import PageShape, arg
+from kvcomp.stages.registry import register
 from kvcomp.state import State
-from kvcomp.statistics import Statistics
 
 from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer, check_inverse

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import SpecError
-from kvcomp.kernel_layout import Plane
-from kvcomp.pages import Field
+from kvcomp.layout import Field
+from kvcomp.segments import Plane
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as so many bytes
 

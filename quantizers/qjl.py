@@ -9,8 +9,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import SideLayout, joined
-from kvcomp.pages import Field
+from kvcomp.layout import Field
+from kvcomp.segments import SideLayout, joined
 
 from .basis import rotation
 from .codecs import Side

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import FILE, Tensors, own
+from kvcomp.calibration.stage import FILE, Tensors, own
+from kvcomp.calibration.statistics import Statistics, weighted_directions
 from kvcomp.errors import SpecError
-from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.stages.registry import register
 from kvcomp.state import State
-from kvcomp.statistics import Statistics, weighted_directions
 
 from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer, check_inverse

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.calibration import FILE, Tensors
-from kvcomp.registry import register
+from kvcomp.calibration.stage import FILE, Tensors
+from kvcomp.calibration.statistics import Statistics
 from kvcomp.stages import PageShape, arg
+from kvcomp.stages.registry import register
 from kvcomp.state import State
-from kvcomp.statistics import Statistics
 
 from .basis import IDENTITY, Basis
 from .calibrated import CalibratedQuantizer

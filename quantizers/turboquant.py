@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import SpecError
-from kvcomp.registry import register
 from kvcomp.stages import PageShape, arg
+from kvcomp.stages.registry import register
 
 from .basis import Basis, rotation
 from .centred import centred

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.kernels.select import code_dots
-from kvcomp.pages import SUMMARY, Field
+from kvcomp.layout import SUMMARY, Field
 from kvcomp.stages import PageShape, arg
 
 from .ranked import RankedSelector

@@ -10,11 +10,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.calibration import FILE, Calibrated
-from kvcomp.registry import register
+from kvcomp.calibration.stage import FILE, Calibrated
+from kvcomp.calibration.statistics import weighted_directions
 from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages.registry import register
 from kvcomp.state import State
-from kvcomp.statistics import weighted_directions
 
 from .codes import TokenSelector, encode, step
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kvcomp.attention import Part, attend
 from kvcomp.kernels.select import vector_dots, vectors
-from kvcomp.pages import SUMMARY, Field
-from kvcomp.registry import register
+from kvcomp.layout import SUMMARY, Field
 from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages.registry import register
 
 from .summaries import VectorSelector, encode, vector_fields
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvcomp.kernels.select import vector_dots
-from kvcomp.pages import SUMMARY, Field
-from kvcomp.registry import register
+from kvcomp.layout import SUMMARY, Field
 from kvcomp.stages import PageShape, arg
+from kvcomp.stages.registry import register
 
 from .summaries import SCALE, VectorSelector, encode, vector_fields
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcomp.kernels.dispatch import on_gpu
 from kvcomp.kernels.select import by_unit, choose, forced, largest, shares
 from kvcomp.stages import Choice, Selector, Summaries, arg
 
@@ -101,7 +100,7 @@ class RankedSelector(Selector):
 
     def _reads(self, counts: Tensor, most: int, page_size: int) -> Tensor:
         """int64 [S]: `reads` of counts [S] pages, of which `most` is the largest; nothing waits for a GPU."""
-        if counts.is_cpu and not on_gpu(counts):  # each operation on a tensor costs more than all of this
+        if counts.is_cpu:  # each operation on a tensor costs more than all of this
             each = [self.reads(count, page_size) for count in counts.tolist()]
             return torch.tensor(each, dtype=torch.int64, device="cpu")
         if self.keep is None:
@@ -136,7 +135,8 @@ class RankedSelector(Selector):
             valid = unit * self._reads(counts, most, held.page_size)
             return Choice(largest(ranks, valid, unit * most), valid)
         valid = unit * self._bounded((enough + unit - 1) // unit, counts)
-        return Choice(largest(ranks, valid, max(int(valid.max()), unit)), valid)
+        width = max(int(valid.max()), unit) if valid.is_cpu else unit * pages  # to read it would wait for a GPU
+        return Choice(largest(ranks, valid, width), valid)
 
 
 def _common(share: Tensor, counts: Tensor, heads: int) -> Tensor:

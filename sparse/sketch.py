@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.fitting import QueryMoments
-from kvcomp.registry import register
+from kvcomp.calibration.fitting import QueryMoments
+from kvcomp.calibration.statistics import weighted_directions
 from kvcomp.stages import Choice, Index, PageShape, Summaries
-from kvcomp.statistics import weighted_directions
+from kvcomp.stages.registry import register
 
 from .codes import TokenSelector, encode, step
 

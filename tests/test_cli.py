@@ -16,7 +16,7 @@ from command import refused, run
 from typer.testing import Result
 
 import kvcomp
-from kvcomp.registry import stages
+from kvcomp.stages.registry import stages
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import tiny_folder
 from command import refused, run
 from typer.testing import Result
 
-from kvcomp.calibration import load
+from kvcomp.calibration.file import load
 
 METHODS = ("oscar", "svd", "think")
 

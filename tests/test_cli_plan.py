@@ -13,10 +13,10 @@ import pytest
 import tiny_models as models
 from typer.testing import CliRunner, Result
 
-from kvcomp.cli import app
-from kvcomp.cli_plan import size
-from kvcomp.hardware import GPUS
-from kvcomp.integrations.shapes import builtin
+from kvcomp.cli.app import app
+from kvcomp.cli.plan import size
+from kvcomp.cost.hardware import GPUS
+from kvcomp.integrations.huggingface.shapes import builtin
 
 Run = Callable[..., Result]
 

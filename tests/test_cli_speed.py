@@ -11,10 +11,10 @@ import torch
 from command import refused, run
 
 from kvcomp.benchmarks import speed
+from kvcomp.cache.layer import LayerStore
 from kvcomp.errors import KvcompError
 from kvcomp.kernels import cpu, dispatch
-from kvcomp.layer import LayerStore
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 STACKS = ("--stack", "kivi(bits=4)", "--stack", "sketch(keep=0.2) + int8")
 

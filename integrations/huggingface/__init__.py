@@ -7,7 +7,8 @@ committed: score, evict, encode. A plain tensor instead of a handle (another cac
 model's own attention.
 """
 
-from .cache import CompressedCache, memory_of
+from .accounting import memory_of
+from .cache import CompressedCache
 from .prefill import Prefilled, prefill
 
 __all__ = ["CompressedCache", "Prefilled", "memory_of", "prefill"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy, deepcopy
 from functools import partial
 from typing import Any
@@ -15,31 +14,32 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcomp import saving
-from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import Shared
-from kvcomp.ledger import MIB, Memory, Traffic, add_parts, storage_bytes
+from kvcomp.architecture import obstacle
+from kvcomp.cache import saving
+from kvcomp.cache.layer import Shared
+from kvcomp.cache.saving import FilePath
+from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.ledger import Memory, Traffic
 from kvcomp.modes import normal_tensors, outside_inference
-from kvcomp.saving import FilePath
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
-from ..configs import cache_layers, caches_latents, decoder_config, field, library_layer, max_positions
+from ..configs import decoder_config, layer_kinds, max_positions
+from .accounting import compressed, library, memory_of, report, traffic
+from .build import layers_of
 from .compact import Compaction, compact
 from .contents import Contents
 from .fingerprint import fingerprint
 from .hook import base_name, hook
-from .indexed import IndexedLayer
+from .indexed import IndexerPositions
 from .interface import outside_interface
 from .layer import CompressedLayer
-from .preallocated import PreallocatedLayer, check_room
+from .preallocated import PreallocatedLayer
 from .saving import check_kinds, differences, digests, essentials, layer_state, restore_layers, usable_device
 from .turns import Turns
-from .watch import reuse, unwatch, watch
-
-OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
+from .watch import reuse, turns_of, unwatch, watch
 
 
-class CompressedCache(Cache):
+class CompressedCache(IndexerPositions, Cache):
     """A stack as the cache of any decoder model whose attention goes through transformers' attention interface.
 
     Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
@@ -75,38 +75,9 @@ class CompressedCache(Cache):
             stage.serves(partial(fingerprint, model_or_config))
         if max_tokens is None:
             max_tokens = max_positions(config)
-        types, kwargs = cache_layers(config)
-        if preallocate is not None:
-            check_room(config, types, preallocate, max_tokens)
-        full = [i for i, kind in enumerate(types) if kind in OURS]
-        choices: dict[int, Shared] = {}
-        layers: list[Any] = []
-        for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
-            if kind in OURS:
-                plan = self.stack.plan(i, len(types), full)
-                if preallocate is not None:
-                    layers.append(PreallocatedLayer(plan, preallocate, self.stack.prefill_chunk, choices))
-                else:
-                    layers.append(OURS[kind](plan, max_tokens, self.stack.prefill_chunk, choices))
-            else:
-                layers.append(library_layer(kind, options))
-        if not any(isinstance(layer, CompressedLayer) for layer in layers):
-            warnings.warn(
-                f"no layer of this {config.model_type} is full attention ({', '.join(sorted(set(types)))}): "
-                "nothing is compressed",
-                KvcompWarning,
-                stacklevel=2,
-            )
-        modes = field(config, "kv_sharing_modes") or ()
-        for layer, mode in zip(layers, modes, strict=False):
-            if isinstance(layer, CompressedLayer):
-                layer.lends = mode == "store"
-        first = next((layer for layer in layers if isinstance(layer, CompressedLayer)), None)
-        if first is not None:
-            flat = any(policy.expires for policy in self.stack.policies)  # memory that does not grow with the text
-            first.turns = Turns(record=not flat and preallocate is None)  # whose steps a graph may take
-            if isinstance(model_or_config, torch.nn.Module):
-                watch(model_or_config)
+        layers = layers_of(self.stack, config, max_tokens, preallocate)
+        if isinstance(model_or_config, torch.nn.Module) and any(isinstance(x, CompressedLayer) for x in layers):
+            watch(model_or_config)
         hook(config)
         self._config = weakref.ref(config)
         self._model, self._source = essentials(config), weakref.ref(model_or_config)
@@ -126,14 +97,8 @@ class CompressedCache(Cache):
                 f"{alone} does not go through transformers' attention interface, so {type(model_or_config).__name__} "
                 "cannot be hooked: use the model's own cache"
             )
-        own = "caches latents (MLA)" if caches_latents(decoder) else None
-        if own is None and "indexed_attention" in (field(decoder, "layer_types") or ()):
-            own = "chooses tokens by an indexer of its own"
-        if own is not None and (self.stack.policies or self.stack.selector):
-            names = " and ".join(s.name for s in (*self.stack.policies, self.stack.selector) if s is not None)
-            raise UnsupportedError(
-                f"{decoder.model_type} {own}, which {names} cannot score yet: use a stack of a quantizer alone"
-            )
+        if (why := obstacle(layer_kinds(decoder), self.stack)) is not None:
+            raise UnsupportedError(f"{decoder.model_type} {why}")
         return decoder
 
     def detach(self) -> None:
@@ -272,8 +237,7 @@ class CompressedCache(Cache):
         return super().get_seq_length(layer_idx)
 
     def _turns(self) -> Turns | None:
-        """The record of ids and positions, where there is one."""
-        return next((layer.turns for layer in self.layers if isinstance(layer, CompressedLayer)), None)
+        return turns_of(self)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""
@@ -308,12 +272,10 @@ class CompressedCache(Cache):
         )
 
     def _compressed(self) -> list[CompressedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+        return compressed(self)
 
     def _library(self) -> list[Tensor]:
-        """Tensors of the layers that are the library's own, and what ours hold as those would."""
-        own = [layer.library() if isinstance(layer, CompressedLayer) else vars(layer) for layer in self.layers]
-        return list(_tensors(own))
+        return library(self)
 
     def memory(self) -> Memory:
         """Bytes held, dense equivalent, effective bits and breakdown of the whole cache as it is now.
@@ -328,67 +290,12 @@ class CompressedCache(Cache):
         Raises:
             KvcompError: nothing was decoded from this cache yet.
         """
-        layers = self._compressed()
-        found = [layer.read() for layer in layers]
-        if not any(read for read, _ in found):
-            raise KvcompError("no decode step has read this cache yet: generate at least one token from it first")
-        library = storage_bytes(self._library())
-        parts = add_parts([*(read for read, _ in found), {"library": library}])
-        return Traffic(read=sum(parts.values()), dense=sum(dense for _, dense in found) + library, parts=parts)
+        return traffic(self)
 
     def report(self) -> str:
         """The figures of `memory` and `traffic` as a few lines of text."""
-        memory, ours = self.memory(), self._compressed()
-        lines = [
-            f"{self.stack}",
-            f"  tokens  {int(self.get_seq_length())} x {max(self.batch_size, 0)} rows, "
-            f"{len(ours)} of {len(self.layers)} layers compressed",
-            f"  held    {memory.held / MIB:9.2f} MiB  {memory.ratio:5.2f}x smaller than dense, "
-            f"{memory.effective_bits:.2f} effective bits",
-            "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in memory.parts.items()),
-        ]
-        limit = getattr(self._config(), "original_max_position_embeddings", None)
-        if limit is not None and 0 < int(self.get_seq_length()) <= limit:
-            lines.append(
-                f"  note    when a text grows past {limit} tokens, transformers drops this cache and goes on with one "
-                "of its own (longrope): these figures are from before"
-            )
-        if any(layer.read()[0] for layer in ours):
-            traffic = self.traffic()
-            lines += [
-                f"  read    {traffic.read / MIB:9.2f} MiB  {traffic.ratio:5.2f}x less than dense in the last step",
-                "          " + ", ".join(f"{name} {size / MIB:.2f}" for name, size in traffic.parts.items()),
-            ]
-        return "\n".join(lines)
+        return report(self, self.stack, self._config())
 
 
 class _NoAttribute(UnsupportedError, AttributeError):
     """An attribute that is missing for a reason."""
-
-
-def memory_of(caches: Sequence[CompressedCache]) -> Memory:
-    """What caches hold together: what forks share counts once, while dense is what they would hold without sharing."""
-    seen: set[int] = set()
-    layers = [layer for cache in caches for layer in cache._compressed()]
-    parts = [layer.held(seen) for layer in layers]
-    compressed = sum(sum(p.values()) for p in parts)
-    dense = [layer.dense_bytes for layer in layers]
-    elements = sum(n // x.dtype.itemsize for n, x in zip(dense, layers, strict=True) if x.is_initialized)
-    library = storage_bytes((tensor for cache in caches for tensor in cache._library()), seen)
-    return Memory(
-        held=compressed + library,
-        dense=sum(dense) + sum(storage_bytes(cache._library()) for cache in caches),
-        effective_bits=8 * compressed / elements if elements else 0.0,
-        parts=add_parts([*parts, {"library": library}]),
-    )
-
-
-def _tensors(thing: Any) -> Iterator[Tensor]:
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        for value in thing.values():
-            yield from _tensors(value)
-    elif isinstance(thing, list | tuple):
-        for value in thing:
-            yield from _tensors(value)

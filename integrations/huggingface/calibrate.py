@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcomp.calibration import Calibrated, Calibration, Seen
+from kvcomp.architecture import without
+from kvcomp.calibration.file import Calibration
+from kvcomp.calibration.stage import Calibrated, Seen
+from kvcomp.calibration.statistics import Moments
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.registry import find, stages
-from kvcomp.statistics import Moments
+from kvcomp.stages.registry import find, stages
 
-from ..configs import cache_layers, caches_latents, decoder_config, library_layer, max_positions
+from ..configs import cache_layers, decoder_config, layer_kinds, library_layer, max_positions
 from .attention_module import output_projection
 from .fingerprint import fingerprint
 from .forward import with_cache
@@ -195,17 +197,19 @@ def gather(
     """What `seen` makes of every full-attention layer, by its number, over contexts of token ids.
 
     Raises:
-        UnsupportedError: a model whose attention cannot be hooked, that caches latents (MLA), or has no full attention.
+        UnsupportedError: a model whose attention cannot be hooked, with layers that cannot be calibrated, such as
+            latent ones (MLA), or without full attention.
     """
     config = decoder_config(model.config)
-    if caches_latents(config):
-        raise UnsupportedError(f"{config.model_type} caches latents (MLA), which cannot be calibrated yet")
+    kinds = layer_kinds(config)
+    if (other := without(kinds, "calibrated")) is not None:
+        raise UnsupportedError(f"{config.model_type} {other.traits.does}, which cannot be calibrated yet")
     limit = max_positions(config)
     longest = max(map(len, contexts))
     if limit is not None and longest > limit:
         raise KvcompError(f"context: {longest} is more than the {limit} positions of {config.model_type}")
-    kinds, options = cache_layers(config)
-    ours = {i: ReadingLayer(seen()) for i, kind in enumerate(kinds) if kind == "full_attention"}
+    types, options = cache_layers(config)
+    ours = {i: ReadingLayer(seen()) for i, kind in enumerate(kinds) if kind.traits.calibrated}
     if not ours:
         raise UnsupportedError(f"no layer of this {config.model_type} is full attention: nothing to calibrate")
     implementation = config._attn_implementation
@@ -214,7 +218,7 @@ def gather(
         for ids in contexts:
             layers: list[Any] = [
                 ours[i] if i in ours else library_layer(kind, option)
-                for i, (kind, option) in enumerate(zip(kinds, options, strict=True))
+                for i, (kind, option) in enumerate(zip(types, options, strict=True))
             ]
             prompt = torch.tensor([ids], device=model.device, dtype=torch.int64)
             model(input_ids=prompt, **with_cache(model, Cache(layers=layers)), use_cache=True, logits_to_keep=1)

@@ -28,8 +28,6 @@ def given_dtypes(device: torch.device) -> AbstractContextManager[Any]:
 def as_called(function: Attention, device: torch.device) -> Attention:
     """The function, which runs under the autocast of now also where `given_dtypes` ended it."""
     kind = device.type
-    if not torch.is_autocast_enabled(kind):
-        return function
     dtype = torch.get_autocast_dtype(kind)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -120,8 +118,11 @@ class HandleLayer(CacheLayerMixin):
 
     def answer(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """`attention`, where graphs may have to break for it, without autocast but in the base's own."""
-        with given_dtypes(call.query.device):
-            return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
+        if torch.is_autocast_enabled(call.query.device.type):
+            call = call._replace(base=as_called(call.base, call.query.device))
+            with given_dtypes(call.query.device):
+                return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
+        return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
 
     @abstractmethod
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:

@@ -13,12 +13,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcomp.errors import UnsupportedError
 
-from .forward import refuse_misnamed
-from .handles import Attention, Call, Handle, as_called
+from .forward import NAMES, refuse_misnamed
+from .handles import Attention, Call, Handle
 from .keywords import CHOICES, HARMLESS, SERVED, VARLEN, choose, given, refuse
 from .masks import chunk_mask, mask_function
 
 PREFIX, SUFFIX = "kvcomp_", " (until cache.detach())"  # transformers' errors quote the name, so it tells the way out
+CACHES = frozenset(NAMES)
 MASKED = ("sdpa", "eager")  # attention that sees what its mask shows, and nothing else decides
 
 
@@ -71,8 +72,8 @@ def _attention_function(base: str) -> Attention:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        refuse_misnamed(module, kwargs)
-        attend = as_called(function, query.device)
+        if not CACHES.isdisjoint(kwargs):
+            refuse_misnamed(module, kwargs)
         if isinstance(key, Handle) and key.pairs(value):
             if not kwargs.keys() <= known and (unknown := given(kwargs, known)):
                 raise refuse(module, unknown)
@@ -82,8 +83,8 @@ def _attention_function(base: str) -> Attention:
                     f"{type(module).__name__} passes sliding_window={window} to {base} attention in a layer of full "
                     f"attention that holds {key.length} tokens: load the model with attn_implementation='sdpa'"
                 )
-            return key.layer.answer(Call(attend, module, query, attention_mask, scaling, kwargs, base))
-        return plain(attend, base, module, query, key, value, attention_mask, scaling, kwargs)
+            return key.layer.answer(Call(function, module, query, attention_mask, scaling, kwargs, base))
+        return plain(function, base, module, query, key, value, attention_mask, scaling, kwargs)
 
     return kvcomp_attention
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcomp.errors import UnsupportedError
+
 from .handles import Call
 from .layer import CompressedLayer
 
@@ -69,3 +71,28 @@ class IndexedLayer(CompressedLayer):
 
     def library(self) -> list[Tensor]:
         return [x for x in (self.index_keys, self.indexer_position_ids) if x is not None]
+
+
+class IndexerPositions:
+    """What a cache of such layers has beside them."""
+
+    layers: list[Any]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [dims, B, n]: positions of all tokens, which Qwen4 of transformers 5.19 keeps here if there are any
+        already, and later versions in the first indexed layer."""
+        held = next((x.indexer_position_ids for x in self.layers if isinstance(x, IndexedLayer)), None)
+        if held is None:
+            raise AttributeError("position_ids: no model has left any here")
+        return held
+
+    @position_ids.setter
+    def position_ids(self, positions: Tensor) -> None:
+        first = next((x for x in self.layers if isinstance(x, IndexedLayer)), None)
+        if first is None:
+            raise UnsupportedError(
+                "the model leaves position_ids on its cache, which follow crops and files only in layers with an "
+                "indexer: use the model's own cache"
+            )
+        first.indexer_position_ids = positions

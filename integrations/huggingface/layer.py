@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, causal, sink_logit
+from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import LayerStore, Shared
-from kvcomp.ledger import add_parts, storage_bytes
+from kvcomp.ledger import ReadPlan, storage_bytes
 from kvcomp.modes import normal_tensors, outside_inference, without_gradient
-from kvcomp.plan import LayerPlan
+from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
 
 from .adapters import adapters_of
@@ -126,8 +126,13 @@ class CompressedLayer(HandleLayer):
         new = self.as_held(key_states, value_states)
         if self.loaded:
             self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
-        with given_dtypes(key_states.device):
-            return apart(self._update, *new) if torch.compiler.is_compiling() else self._update(*new)
+        if torch.compiler.is_compiling():
+            with given_dtypes(key_states.device):
+                return apart(self._update, *new)
+        if torch.is_autocast_enabled(key_states.device.type):
+            with given_dtypes(key_states.device):
+                return self._update(*new)
+        return self._update(*new)
 
     def as_held(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """K and V in the one dtype of this layer: under autocast RoPE gives float32 K, and V is bfloat16."""
@@ -139,7 +144,7 @@ class CompressedLayer(HandleLayer):
         """`update`, outside of graphs."""
         n = key_states.shape[2]
         earlier = self.pending if self.waiting and (n > 1 or self.to_come is not None) else None
-        if earlier is None:
+        if earlier is None and (self.pending is not None or self.unsettled or self.ends):
             self.commit()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -171,9 +176,9 @@ class CompressedLayer(HandleLayer):
         new = key_states, value_states
         self.pending, self.attended = Pending(*new) if earlier is None else earlier.followed_by(*new), False
         self.waiting, self.earlier = False, earlier
-        self.store.read = {}  # of the step that begins
+        self._store.reads = []  # of the step that begins
         if self.turns is not None:
-            self.turns.take(self.store.rows, n)
+            self.turns.take(self._store.rows, n)
         return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
 
     def check_rows(self, new: Tensor) -> None:
@@ -188,11 +193,13 @@ class CompressedLayer(HandleLayer):
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
         tracked = torch.is_grad_enabled() and (call.query.requires_grad or self._tracked())
         try:
-            with normal_tensors():
-                if not tracked or self.store.history.length == 0:
+            if torch.is_inference_mode_enabled():
+                with normal_tensors():
                     return self._attention(call, tracked)
-                with torch.no_grad():
-                    out, weights = self._attention(call, tracked)
+            if not tracked or self.store.history.length == 0:
+                return self._attention(call, tracked)
+            with torch.no_grad():
+                out, weights = self._attention(call, tracked)
         except KvcompError:
             self._forget_newest()
             raise
@@ -282,15 +289,15 @@ class CompressedLayer(HandleLayer):
             visible = read_mask(call.mask, store.history.length, n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
-        read, dense = store.read, store.dense_read
+        reads, dense = store.reads, store.dense_read
         part = store.attend(query, scale, softcap, chunk)
-        store.read = add_parts([read, store.read])
+        store.reads = reads + store.reads
         store.dense_read += dense
         return answered(part, call), None
 
     def _follow(self, call: Call, seen: Seen | None, valid: Tensor | None, past: int) -> None:
         """Check that the mask and the positions of new tokens go on from the `past` columns that are held."""
-        store, turns, n = self.store, self.turns, call.query.shape[2]
+        store, turns, n = self._store, self.turns, call.query.shape[2]
         assert self.pending is not None
         counts: Tensor | None = None
         if past > store.history.length:  # chunks of the same prompt wait
@@ -301,7 +308,7 @@ class CompressedLayer(HandleLayer):
                     "the attention mask hides or shows other tokens of the prompt than those that were no padding when "
                     f"they came: {WAY_ON}"
                 )
-        elif past:
+        elif past and (seen is not None or not store.history.unpadded):
             compare = turns is not None and (turns.asked or call.query.device.type == "cpu")
             follow_mask(store, seen, compare)
         if turns is not None:
@@ -332,7 +339,7 @@ class CompressedLayer(HandleLayer):
         """Let the store settle after a step, where that waited for the layers that attend to the same tokens."""
         if self.unsettled:
             self.unsettled = False
-            self.store.settle()
+            self._store.settle()
 
     def finish(self) -> None:
         """Write what waits for nothing but other layers of a forward that is over."""
@@ -398,13 +405,14 @@ class CompressedLayer(HandleLayer):
                 stacklevel=2,
             )
             self.warned = True
-        past, read = self.store.padded()[which], self.store.read
+        store = self.store
+        past, plan = store.padded()[which], ReadPlan()
         if self.cut and torch.is_grad_enabled():
             past = without_gradient(past, torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
-        read["pages"] = read.get("pages", 0) + self.store.table.total * self.store.layout.body_bytes
-        read["window"] = read.get("window", 0) + int(self.store.exact.counts.sum()) * self.store.exact.token_bytes
-        read["dense copy"] = read.get("dense copy", 0) + past.nbytes
-        self.store.dense_read = self.store.dense_bytes
+        plan.add("pages", store.layout.body_bytes, store.table.total)
+        plan.add("window", store.exact.token_bytes, store.exact.counts)
+        plan.add("dense copy", past.nbytes)
+        store.reads, store.dense_read = [*store.reads, plan], store.dense_bytes
         return torch.cat([past, new], 2)
 
     @outside_inference
@@ -556,5 +564,6 @@ def answered(part: Part, call: Call) -> Tensor:
     return: [B, n, Hq, Dv] in the model's dtype."""
     sinks = call.kwargs.get("s_aux")
     out = (part if sinks is None else sink_logit(part, sinks.view(1, -1, 1).expand_as(part.lse))).out
-    out = out.transpose(1, 2) if out.shape[2] > 1 else out.view(out.shape[0], 1, out.shape[1], out.shape[3])
+    rows, heads, n, dim = out.shape
+    out = out.transpose(1, 2) if n > 1 else out.view(rows, 1, heads, dim)
     return out.to(call.query.dtype).contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.attention import causal
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.state import FLOATS, State
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,25 +11,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from kvcomp.architecture import LayerKind
 from kvcomp.attention import Part
+from kvcomp.cache.fixed import FixedStore, why_not
+from kvcomp.cache.operator import decode_step
+from kvcomp.cache.reader import Shared
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
-from kvcomp.layer import Shared
 from kvcomp.ledger import add_parts
 from kvcomp.modes import outside_inference, without_gradient
-from kvcomp.plan import LayerPlan
-from kvcomp.preallocated import PreallocatedStore, decode_step, why_not
+from kvcomp.stages.plan import LayerPlan
 
-from ..configs import caches_latents
+from ..configs import cache_layers, layer_kinds
 from .handles import Call, Handle, given_dtypes
 from .layer import CompressedLayer, Pending, answered
 from .masks import columns
 
 
-def check_room(config: PreTrainedConfig, types: Sequence[str], tokens: int, max_tokens: int | None) -> None:
-    """Raise an error unless a model with layers of these types can have a cache with room for so many tokens."""
-    others = sorted(set(types) - {"full_attention"})
-    if caches_latents(config):
-        others = ["latent attention (MLA)"]
+def check_room(config: PreTrainedConfig, tokens: int, max_tokens: int | None) -> None:
+    """Raise an error unless a model can have a cache with room for so many tokens."""
+    each = zip(cache_layers(config)[0], layer_kinds(config), strict=True)
+    latent = "latent attention (MLA)"
+    others = sorted({latent if kind is LayerKind.LATENT else of for of, kind in each if not kind.traits.fixed})
     if others:
         raise UnsupportedError(
             f"preallocate={tokens}: {config.model_type} has other layers than full attention ({', '.join(others)}), "
@@ -62,7 +64,7 @@ class PreallocatedLayer(CompressedLayer):
         why = why_not(plan)
         if why is not None:
             raise UnsupportedError(f"preallocate={tokens}: {why}; leave one of the two out")
-        self.preallocated = PreallocatedStore(plan, tokens)
+        self.preallocated = FixedStore(plan, tokens)
         super().__init__(plan, None, prefill_chunk, choices)
 
     def reset(self) -> None:
@@ -221,7 +223,7 @@ class PreallocatedLayer(CompressedLayer):
         with self._given() as given:
             twin = super().fork(choices)
             assert isinstance(twin, PreallocatedLayer)
-            twin.preallocated = PreallocatedStore(self.plan, self.preallocated.tokens)
+            twin.preallocated = FixedStore(self.plan, self.preallocated.tokens)
         if given:
             twin.preallocated.take(twin.store)
         return twin

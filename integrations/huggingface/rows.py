@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kvcomp.cache.history import History
+from kvcomp.cache.layer import LayerStore
 from kvcomp.errors import UnsupportedError
-from kvcomp.history import History
-from kvcomp.layer import LayerStore
 
 from .masks import Seen
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from kvcomp.cache.saving import Saved
 from kvcomp.errors import KvcompError
-from kvcomp.saving import Saved
 from kvcomp.state import FLOATS, DamagedError, State
 
 from ..configs import field

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcomp.errors import KvcompError, UnsupportedError
 
 from .layer import CompressedLayer
 from .rows import refuse_unmasked
-from .turns import common_prefix
-
-if TYPE_CHECKING:
-    from .cache import CompressedCache
+from .turns import Turns, common_prefix
 
 NAMES = ("past_key_values", "cache")  # of the cache among a forward's arguments
 
@@ -68,11 +65,16 @@ def _look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         turns.check(positions, torch.zeros(rows, dtype=torch.int64, device="cpu"), 0, valid, shown)
 
 
-def reuse(cache: CompressedCache, input_ids: Tensor, held: Tensor | None) -> int:
+def turns_of(cache: Cache) -> Turns | None:
+    """The record of ids and positions that a cache keeps, where it does."""
+    return next((layer.turns for layer in cache.layers if isinstance(layer, CompressedLayer)), None)
+
+
+def reuse(cache: Cache, input_ids: Tensor, held: Tensor | None) -> int:
     """See `CompressedCache.reuse`."""
     if input_ids.dim() != 2 or input_ids.shape[1] < 1:
         raise KvcompError(f"reuse(input_ids={tuple(input_ids.shape)}): expected [B, n] with at least one token")
-    turns, columns = cache._turns(), int(cache.get_seq_length())
+    turns, columns = turns_of(cache), int(cache.get_seq_length())
     if columns == 0:
         return 0
     if held is None and turns is not None:
@@ -97,7 +99,7 @@ def reuse(cache: CompressedCache, input_ids: Tensor, held: Tensor | None) -> int
     return keep
 
 
-def _crop(cache: CompressedCache, remove: int) -> bool:
+def _crop(cache: Cache, remove: int) -> bool:
     """Crop all layers; whether that could be done. The cache is good for nothing but `reset` where not."""
     layers = [x for x in cache.layers if isinstance(x, CacheLayerMixin)]
     lengths = {int(x.get_seq_length()) for x in layers}

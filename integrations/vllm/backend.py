@@ -16,13 +16,15 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
+from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
+from kvcomp.cache.blocks.pages import Pages
+from kvcomp.cache.blocks.setup import Setup
+from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import KvcompError, UnsupportedError
 
-from .decode import Decoder, DecodeStep, most_channels, obstacle
-from .pages import Pages
-from .setup import Setup
+from .checks import accepted
+from .config import report_prompt_lengths
 from .specs import EvictingSpec
-from .step import Step
 
 
 class PageBackend(AttentionBackend):
@@ -107,24 +109,24 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.setup = Setup.of(vllm_config)
+        self.setup = accepted(vllm_config)
         if self.setup != self.built_for:
             raise KvcompError(
                 f"{self.setup.stack}: this process has built an engine with {self.built_for.stack}, and vLLM keeps the "
                 "backend of the first: build the other engine in a process of its own"
             )
-        if self.setup.stack.policies:  # the runners tell prompt lengths where a window behind the prompt is set alone
-            model = vllm_config.model_config
-            model.model_arch_config.rswa_window = model.max_model_len  # one that leaves nothing out
+        if self.setup.stack.policies:
+            report_prompt_lengths(vllm_config.model_config)
         self.decoder: Decoder | None = None
         if self.get_cudagraph_support(vllm_config, kv_cache_spec) is not AttentionCGSupport.NEVER:
             layers = vllm_config.compilation_config.static_forward_context
             impls = {name: layers[name].impl for name in layer_names}
-            pages = [impl.bind(name, device) for name, impl in impls.items()]  # made before a graph is recorded
+            bound = [impl.bind(name, device) for name, impl in impls.items()]
+            codecs = [layer.pages.codec for layer in bound]  # made before a graph is recorded
             rows = max(impl.num_heads // impl.num_kv_heads for impl in impls.values())
             requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
-            sizes = self.setup.page_size, kv_cache_spec.num_kv_heads, rows, most_channels([p.codec for p in pages])
-            self.decoder = Decoder.on(device, requests, tokens, *sizes, pages[0].frequencies)
+            sizes = self.setup.page_size, kv_cache_spec.num_kv_heads, rows, most_channels(codecs)
+            self.decoder = Decoder.on(device, requests, tokens, *sizes, bound[0].pages.frequencies)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> DecodeStep:
         step = super().build_for_cudagraph_capture(common_attn_metadata)

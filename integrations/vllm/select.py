@@ -9,7 +9,8 @@ from typing import Any
 
 from kvcomp.errors import KvcompError
 
-from .setup import Setup, stack_of
+from .checks import accepted
+from .config import stack_of
 
 
 def __getattr__(name: str) -> Any:
@@ -24,7 +25,7 @@ def __getattr__(name: str) -> Any:
     if stack is not None:
         from .backend import backend_for
 
-        return backend_for(Setup.of(config))
+        return backend_for(accepted(config))
     own = AttentionBackendEnum[name].value
     if own is None:
         raise KvcompError(

@@ -14,7 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager, Ful
 from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-from .setup import Setup
+from kvcomp.cache.blocks.setup import Setup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,7 +64,7 @@ class WindowSpec(CircularBufferSpec):
 
 
 class EvictingManager(FullAttentionManager):
-    """Frees the blocks that `Setup.extent` leaves out."""
+    """Frees the blocks that `Extents.extent` leaves out."""
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -73,7 +73,7 @@ class EvictingManager(FullAttentionManager):
             return
         setup = self.kv_cache_spec.setup
         first, last = (
-            page * setup.page_size for page in setup.extent(processed_computed_tokens, num_prompt_tokens).gap
+            page * setup.page_size for page in setup.geometry.extent(processed_computed_tokens, num_prompt_tokens).gap
         )
         self._remove_blocks_in_range(request_id, -(-first // self.block_size), last // self.block_size)
 

@@ -6,40 +6,22 @@ With TRITON_INTERPRET=1 set before triton is first imported, tensors on the host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import SideLayout, Sides, alone
-from kvcomp.pages import PageLayout
+from kvcomp.kernels.placed import NOTHING
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Sides, alone, memo
 
 from . import chunks, ops, ops_records, ops_scores, pieces
-from .chunks import NOTHING
 from .memory import floats, integers, records, rows_of
 from .plan import MOST_ROWS, processors, split_pages
-
-T = TypeVar("T")
-_Made = WeakKeyDictionary[SideLayout, WeakKeyDictionary[SideLayout, dict[Any, T]]]  # by V, by K, by what else it is for
-
-
-def _made(known: _Made[T], sides: Sides, key: Any, make: Callable[[], T]) -> T:
-    """What was made for these sides, which it must not hold, and this key. Nothing is replaced: kernels that another
-    thread started may still read the tensors of what there is."""
-    of_v = known.get(sides[1])
-    if of_v is None:
-        of_v = known.setdefault(sides[1], WeakKeyDictionary())
-    of_both = of_v.get(sides[0])
-    if of_both is None:
-        of_both = of_v.setdefault(sides[0], {})
-    found = of_both.get(key)
-    return of_both.setdefault(key, make()) if found is None else found
 
 
 class Prepared(NamedTuple):
@@ -60,20 +42,17 @@ class Prepared(NamedTuple):
     v_dim: int
 
 
-_PREPARED: _Made[Prepared] = WeakKeyDictionary()
-
-
 def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
     """What kernels are told of pages of this layout whose K and V are to be read as `sides` say; made once."""
-
-    def make() -> Prepared:
+    known, key = memo(sides), (Prepared, layout, exact, device)
+    found: Prepared | None = known.get(key)
+    if found is None:
         dtypes = (torch.float32, torch.float32) if exact else (torch.float16, torch.bfloat16)
         k_book, v_book = (chunks.books(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True))
         described = chunks.described(sides, layout)
         sizes = processors(device), layout.body_bytes, described.v_dim
-        return Prepared(layout, exact, str(described), k_book, v_book, *sizes)
-
-    return _made(_PREPARED, sides, (layout, exact, device), make)
+        found = known.setdefault(key, Prepared(layout, exact, str(described), k_book, v_book, *sizes))
+    return found
 
 
 class Written(NamedTuple):
@@ -88,18 +67,15 @@ class Written(NamedTuple):
     v_middles: Tensor
 
 
-_WRITTEN: _Made[Written] = WeakKeyDictionary()
-
-
 def written(sides: Sides, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
     """What kernels are told of pages of this layout whose K and V are to be written as `sides` say, or of their single
     tokens; made once."""
-
-    def make() -> Written:
+    known, key = memo(sides), (Written, layout, device, single)
+    found: Written | None = known.get(key)
+    if found is None:
         text, inputs = str(pieces.described(sides, layout, single)), (sides[0].inputs, sides[1].inputs)
-        return Written(layout, alone(sides), inputs, text, *pieces.middles(sides, device))
-
-    return _made(_WRITTEN, sides, (layout, device, single), make)
+        found = known.setdefault(key, Written(layout, alone(sides), inputs, text, *pieces.middles(sides, device)))
+    return found
 
 
 def write_obstacle(sides: Sides) -> str | None:
@@ -296,17 +272,19 @@ def _pages(
     return ids, None if counts is None else integers("counts", counts, pool.device, (streams,)).contiguous()
 
 
-def attention_received(queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+def attention_received(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    visible: Tensor | None = None,
+    softcap: float | None = None,
+    most: bool = False,
+) -> Tensor:
     """float32 [B, Hq, n]: attention weights of the last w queries [B, Hq, w, D] over keys [B, Hkv, n, D], summed over
-    the queries; causal; visible bool [B, Hkv, n] hides keys. A query that sees none adds 0."""
+    the queries, or the `most` of any; causal; visible bool [B, Hkv, n] hides keys. A query that sees none gives 0."""
     visible = None if visible is None else visible.contiguous()
-    return ops_scores.attention_received(*_alike(queries, keys), visible, scale, 0.0, False, processors(queries.device))
-
-
-def most_attention_received(queries: Tensor, keys: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """float32 [B, Hq, n]: as `attention_received` with all keys visible, but the maximum over the queries."""
     on = processors(queries.device)
-    return ops_scores.attention_received(*_alike(queries, keys), None, scale, softcap or 0.0, True, on)
+    return ops_scores.attention_received(*_alike(queries, keys), visible, scale, softcap or 0.0, most, on)
 
 
 def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
-from kvcomp.pages import PageLayout
+from kvcomp.kernels.placed import CODEBOOK, FLOATS, NOTHING, NUMBERS, PlacedSegment, placed, reason
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
 
-NUMBERS, BOOK = "numbers", "book"  # x = number; x = book[code] * norm of the token
-FLOATS = "floats"  # x = number of a format * scale of some channels of a token
+BOOK = CODEBOOK  # x = book[code] * norm of the token; FLOATS: x = number of a format * scale; NUMBERS: x = number
 OF_TOKEN, OF_CHANNEL, OF_BLOCK = "token", "channel", "block"  # x = code * scale + zero, by what has a scale in a chunk
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NARROWEST, WIDEST = 16, 128  # columns: what tensor cores take, and what registers hold
@@ -28,7 +28,6 @@ IDLE = 1.75  # what tiles may have in channels, of those that there are
 FOLDED = 32  # columns with a common scale from which on it folds into a product of its own
 TILE = 64  # tokens at once, at most: half where books, floats or several chunks a side, a quarter where many tiles
 MANY = 16
-NOTHING = -1
 
 
 @dataclass(frozen=True)
@@ -99,60 +98,47 @@ def numbers(channels: int, dtype: torch.dtype, channel: int = 0, offset: int = 0
 def chunks(side: SideLayout, layout: PageLayout) -> Chunks:
     """A side of pages."""
     found: list[Chunk] = []
-    channel = book = 0
-    strides = {f.name: f.nbytes // layout.page_size for f in layout.fields}
-    for segment in side.segments:
-        if isinstance(segment, Numbers):
-            offset = layout.offsets[segment.field]
-            found += numbers(segment.channels, segment.dtype, channel, offset, strides[segment.field])
+    book = 0
+    for at in placed(side, layout):
+        if isinstance(at.segment, Numbers):
+            found += numbers(at.channels, at.segment.dtype, at.channel, *at.planes[0][:2])
         else:
-            found += _codes(segment, layout, strides, channel, book)
-        if isinstance(segment, Codebook):
-            book += len(segment.book)
-        channel += segment.channels
+            found += _codes(at, at.segment, book)
+        if isinstance(at.segment, Codebook):
+            book += len(at.segment.book)
     return tuple(found)
 
 
-def _codes(
-    segment: Uniform | Codebook | Floats, layout: PageLayout, strides: dict[str, int], channel: int, book: int
-) -> list[Chunk]:
-    offsets, lanes, columns = layout.offsets, lanes_of(segment), segment.channels // lanes_of(segment)
+def _codes(at: PlacedSegment, segment: Uniform | Codebook | Floats, book: int) -> list[Chunk]:
+    """The chunks of a segment of codes, whose book's first entry is `book` of the side's."""
+    lanes = lanes_of(segment)
+    columns = run = at.channels // lanes
+    shared: dict[str, Any] = {"scale": at.scale, "channel_group": at.channel_group}
     if isinstance(segment, Codebook):
-        kind, run = BOOK, columns
-        shared: dict[str, Any] = {"scale": offsets[segment.norm], "channel_group": segment.channels, "book": book}
+        kind = BOOK
+        shared |= {"book": book}
     elif isinstance(segment, Floats):
-        kind, run = FLOATS, columns
-        shared = {
-            "scale": offsets[segment.scale],
-            "channel_group": segment.channel_group,
-            "groups": -(-segment.channels // segment.channel_group),
-            "format": segment.format,
-            "scale_format": segment.scale_format,
-            "page_scale": NOTHING if segment.page_scale is None else offsets[segment.page_scale],
-        }
+        kind = FLOATS
+        formats = {"format": segment.format, "scale_format": segment.scale_format, "page_scale": at.page_scale}
+        shared |= {"groups": -(-at.channels // at.channel_group)} | formats
     else:
-        group = segment.channel_group // lanes
-        kind, run = (OF_CHANNEL if segment.token_group > 1 else OF_TOKEN), columns
+        group = at.channel_group // lanes
+        kind = OF_CHANNEL if at.token_group > 1 else OF_TOKEN
         if kind == OF_TOKEN and group < columns:
             kind, run = (OF_BLOCK, columns) if group < FOLDED and power_of_two(group) else (OF_TOKEN, group)
-        shared = {
-            "scale": offsets[segment.scale],
-            "zero": NOTHING if segment.zero is None else offsets[segment.zero],
-            "middle": segment.middle if segment.zero is None else 1 << sum(p.width for p in segment.planes) - 1,
-            "token_group": segment.token_group,
-            "channel_group": segment.channel_group,
-            "groups": segment.channels // segment.channel_group,
+        shared |= {
+            "zero": at.zero,
+            "middle": segment.middle if segment.zero is None else 1 << at.bits - 1,
+            "token_group": at.token_group,
+            "groups": at.channels // at.channel_group,
         }
-    name = centre_of(segment)
     found = []
     for first in range(0, columns, run):
-        for at, n, block in cut(run):
-            inner = (first + at) * lanes
-            planes = tuple(
-                (offsets[p.field] + p.start + inner * p.width // 8, strides[p.field], p.width) for p in segment.planes
-            )
-            centre = NOTHING if name is None else offsets[name] + 2 * inner
-            made = Chunk(kind, channel + inner, lanes, n, block, planes, inner=inner, centre=centre, **shared)
+        for start, n, block in cut(run):
+            inner = (first + start) * lanes
+            planes = tuple((offset + inner * width // 8, stride, width) for offset, stride, width in at.planes)
+            centre = NOTHING if at.centre == NOTHING else at.centre + 2 * inner
+            made = Chunk(kind, at.channel + inner, lanes, n, block, planes, inner=inner, centre=centre, **shared)
             found.append(made)
     return found
 
@@ -244,10 +230,10 @@ def books(side: SideLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def obstacle(sides: Sides) -> str | None:
     """Why the kernel cannot read pages; None: it can."""
-    return next((why for side in sides for s in side.segments if (why := _obstacle(s)) is not None), None)
+    return reason(sides, _unreadable)
 
 
-def _obstacle(segment: Segment) -> str | None:
+def _unreadable(segment: Segment, side: SideLayout) -> str | None:
     if isinstance(segment, Numbers):
         return None if segment.dtype in DTYPES else f"numbers of {segment.dtype}"
     if [p.width for p in segment.planes] != sorted((p.width for p in segment.planes), reverse=True):

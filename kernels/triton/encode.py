@@ -3,7 +3,8 @@
   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, without zero
   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
-  floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale
+  floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale; of
+            two powers of two (E8M0) the one under which the block's squared error is less
   centred   uniform, codebook or floats of x less c, a mean over the page's tokens in float16
 
 Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Divisions and square roots are
@@ -261,16 +262,40 @@ def of_format(name: str) -> tuple[int, int, float]:
     return {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0), "e2m1": (1, 0, 6.0)}[name]
 
 
+@triton.constexpr_function
+def halvings(n: int) -> int:
+    """log2 n."""
+    return n.bit_length() - 1
+
+
 @triton.jit
-def float_codes(x, FORMAT: tl.constexpr):
-    """Codes int32 of the nearest numbers of a format, ties to even, the largest beyond it."""
+def float_sizes(x, FORMAT: tl.constexpr):
+    """The nearest numbers of a format to |x|, ties to even, the largest beyond it."""
     BITS: tl.constexpr = of_format(FORMAT)[0]
     LEAST: tl.constexpr = of_format(FORMAT)[1]
     LARGEST: tl.constexpr = of_format(FORMAT)[2]
     size = tl.minimum(tl.abs(x), LARGEST)
     exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 127 + LEAST)
     rounding = ((exponent - BITS + 23) << 23 | 1 << 22).to(tl.float32, bitcast=True)  # its last bit is worth a step
-    size = (size + rounding) - rounding
+    return (size + rounding) - rounding
+
+
+@triton.jit
+def float_error(x, FORMAT: tl.constexpr):
+    """Squared error [T, G, 1] of x [T, G, R] in a format, summed by halves as in quantizers/floats.py."""
+    error = float_sizes(x, FORMAT) - tl.abs(x)
+    error = error * error
+    for i in tl.static_range(halvings(x.shape[2])):
+        error = tl.sum(tl.reshape(error, (x.shape[0], x.shape[1], 2, x.shape[2] >> i + 1)), 2)
+    return error
+
+
+@triton.jit
+def float_codes(x, FORMAT: tl.constexpr):
+    """Codes int32 of the nearest numbers of a format, ties to even, the largest beyond it."""
+    BITS: tl.constexpr = of_format(FORMAT)[0]
+    LEAST: tl.constexpr = of_format(FORMAT)[1]
+    size = float_sizes(x, FORMAT)
     unit = 2.0 ** (LEAST + 14)  # the format's numbers over this are those of float16 with the same bits
     bits = (size / unit).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) >> (10 - BITS)
     SIGN: tl.constexpr = 8 if FORMAT == "e2m1" else 128
@@ -299,6 +324,12 @@ def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def power(e8m0):
+    """2^(e8m0 - 127) of int32 codes."""
+    return tl.where(e8m0 > 0, e8m0 << 23, 1 << 22).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
     """Writes x float32 [T, G, R] as numbers of a format; most: the largest magnitude of the page, where it counts."""
     FORMAT: tl.constexpr = C.format
@@ -320,7 +351,10 @@ def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
     else:
         if SCALES == "e8m0":
             stored = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 2, 0), 252)
-            scale = tl.where(stored > 0, stored << 23, 1 << 22).to(tl.float32, bitcast=True)
+            y = tl.div_rn(x, power(stored))
+            stored += (float_error(y / 2, FORMAT) < float_error(y, FORMAT) / 4).to(tl.int32)
+            stored = tl.minimum(stored, 252)
+            scale = power(stored)
         else:
             page = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
             stored = tl.div_rn(tl.div_rn(largest, LARGEST), page)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
-from kvcomp.pages import ALIGN
+from kvcomp.layout import ALIGN
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
 
 from . import encode, pieces, tokens
 

@@ -8,8 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from kvcomp.kernels.placed import NOTHING
+
 from . import received, summaries, tokens
-from .chunks import NARROWEST, NOTHING
+from .chunks import NARROWEST
 from .plan import blocked, split_keys
 
 CHANNELS = 64  # of a product

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
-from kvcomp.pages import PageLayout
+from kvcomp.kernels.placed import PlacedSegment, placed, reason, unwritable
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Codebook, Floats, Segment, SideLayout, Sides, Uniform
 
-from .chunks import NOTHING
 from .chunks import obstacle as read_obstacle
 
-NUMBERS, UNIFORM, BOOK, FLOATS, JOINT = "numbers", "uniform", "book", "floats", "joint"
+JOINT = "joint"  # a kind of `Piece` besides those of `placed`
 ELEMENTS = 2048  # of a tile: 16 a thread
 COLUMNS = 128  # of a tile, at least where there are as many: tokens share their lines of memory then
 NARROWEST = 16
@@ -142,11 +142,10 @@ def described(sides: Sides, layout: PageLayout, single: bool = False) -> Descrip
     size = 1 if single else layout.page_size
     found: list[Piece | Joint] = []
     for i, side in enumerate(sides):
-        channel, middles, parts = 0, 0, []
-        for segment in side.segments:
-            parts.append(_piece_of(segment, layout, size, i, channel, middles))
-            channel += segment.channels
-            middles += len(_table(segment, side))
+        middles, parts = 0, []
+        for at in placed(side, layout):
+            parts.append(_piece_of(at, size, i, middles))
+            middles += len(_table(at.segment, side))
         found += parts if side.gain is None else [_joint(side, parts)]
     ends = {f.name: layout.offsets[f.name] + f.nbytes for f in layout.fields}
     gaps = () if single else tuple((end, -end % 16) for end in ends.values() if end % 16)
@@ -154,29 +153,11 @@ def described(sides: Sides, layout: PageLayout, single: bool = False) -> Descrip
     return Description(tuple(found), k, v, size, gaps)
 
 
-def _piece_of(segment: Segment, layout: PageLayout, size: int, side: int, channel: int, middles: int) -> Piece:
+def _piece_of(at: PlacedSegment, size: int, side: int, middles: int) -> Piece:
     """A segment, of which `size` tokens of a page are written at once."""
-    offsets, strides = layout.offsets, {f.name: f.nbytes // layout.page_size for f in layout.fields}
-    channels = segment.channels
-    kind, tokens, group, scale, zero, levels, clip = NUMBERS, 1, 1, NOTHING, NOTHING, 0, 1.0
-    formats: tuple[str, str, int] = ("", "", NOTHING)
-    name = centre_of(segment)
-    centre = NOTHING if name is None else offsets[name]
-    if isinstance(segment, Numbers):
-        planes: tuple[tuple[int, int, int], ...] = ((offsets[segment.field], strides[segment.field], 0),)
-    else:
-        planes = tuple((offsets[p.field] + p.start, strides[p.field], p.width) for p in segment.planes)
-        if isinstance(segment, Codebook):
-            kind, group, scale, levels = BOOK, channels, offsets[segment.norm], len(segment.book) - 1
-        elif isinstance(segment, Floats):
-            kind, group, scale = FLOATS, segment.channel_group, offsets[segment.scale]
-            page = NOTHING if segment.page_scale is None else offsets[segment.page_scale]
-            formats = segment.format, segment.scale_format, page
-        else:
-            kind, tokens, group, clip = UNIFORM, segment.token_group, segment.channel_group, segment.clip
-            scale, levels = offsets[segment.scale], 2 * segment.middle
-            if segment.zero is not None:
-                zero, levels = offsets[segment.zero], (1 << sum(p.width for p in segment.planes)) - 1
+    segment, channels, tokens, group = at.segment, at.channels, at.token_group, at.channel_group
+    clip = segment.clip if isinstance(segment, Uniform) else 1.0
+    formats = (segment.format, segment.scale_format) if isinstance(segment, Floats) else ("", "")
     room = _power(tokens) if tokens > 1 else min(_power(size), NARROWEST)
     if group == 1:
         run = width = max(min(_power(channels), max(ELEMENTS // room, NARROWEST), COLUMNS), NARROWEST)
@@ -190,8 +171,8 @@ def _piece_of(segment: Segment, layout: PageLayout, size: int, side: int, channe
     tiles = -(-size // step), -(-channels // (run * groups))
     shape = room, groups, width
     return Piece(
-        *(kind, side, channel, channels, planes, tokens, group, scale, zero, levels, clip, middles),
-        *(*formats, centre, step, run, shape, tiles),
+        *(at.kind, side, at.channel, channels, at.planes, tokens, group, at.scale, at.zero, at.levels, clip, middles),
+        *(*formats, at.page_scale, at.centre, step, run, shape, tiles),
     )
 
 
@@ -229,17 +210,13 @@ def _table(segment: Segment, side: SideLayout) -> Tensor:
 
 def obstacle(sides: Sides) -> str | None:
     """Why the kernel cannot write pages; None: it can."""
-    if (why := read_obstacle(sides)) is not None:
-        return why
-    return next((why for side in sides for s in side.segments if (why := _obstacle(s, side)) is not None), None)
+    return read_obstacle(sides) or reason(sides, _unwritable)
 
 
-def _obstacle(segment: Segment, side: SideLayout) -> str | None:
-    if isinstance(segment, Codebook) and segment.middles is None and side.gain is None:
-        return "codes that follow from more than their segment"
+def _unwritable(segment: Segment, side: SideLayout) -> str | None:
     if isinstance(segment, Uniform):
         if segment.token_group > MOST_TOKENS:
             return f"scales that {segment.token_group} tokens share, more than {MOST_TOKENS}"
         if 1 < segment.channel_group < segment.channels and segment.channel_group % (8 // segment.planes[-1].width):
             return f"scales that {segment.channel_group} channels share, which fill no whole bytes"
-    return None
+    return unwritable(segment, side)

@@ -14,12 +14,13 @@ import tiny_folder
 from rich.console import Console
 
 from kvcomp import CompressedCache, Stack
-from kvcomp.benchmarks.bench import Settings, answer, run
+from kvcomp.benchmarks.bench import answer, run
 from kvcomp.benchmarks.decoding import TIMED
 from kvcomp.benchmarks.results import Record, Results, RunError
 from kvcomp.benchmarks.ruler import TASKS, generate
+from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.summary import summarize
-from kvcomp.integrations.models import load_model
+from kvcomp.integrations.huggingface.models import load_model
 
 RECORD = Record(
     task="a",

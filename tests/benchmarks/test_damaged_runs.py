@@ -25,12 +25,12 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from kvcomp import KvcompError, KvcompWarning, console
-from kvcomp.benchmarks.bench import Settings
 from kvcomp.benchmarks.report import publish
 from kvcomp.benchmarks.results import Results, RunError, read_run
 from kvcomp.benchmarks.schema import SchemaError, parse_json
+from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.tabular import csv_text
-from kvcomp.integrations.models import on_disk
+from kvcomp.integrations.huggingface.models import on_disk
 
 DEEP = "[" * 5000 + "]" * 5000
 RECORDS = [

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kvcomp.benchmarks import data, longbench
-from kvcomp.benchmarks.bench import Settings, run
+from kvcomp.benchmarks.bench import run
 from kvcomp.benchmarks.data import DataError, check, load
 from kvcomp.benchmarks.longbench import E_TASKS, TASKS, V1_TASKS, cut_middle, items
 from kvcomp.benchmarks.longbench.datasets import DATASETS, EVEN, V2
 from kvcomp.benchmarks.samples import TaskError
+from kvcomp.benchmarks.settings import Settings
 
 CHAT = "{{ bos_token }}{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}{% endfor %} [assistant]"
 PLAIN = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}

@@ -12,7 +12,7 @@ from kvcomp import Stack
 from kvcomp.benchmarks import memory
 from kvcomp.benchmarks.bench import answer
 from kvcomp.benchmarks.ruler import generate
-from kvcomp.integrations.models import load_model
+from kvcomp.integrations.huggingface.models import load_model
 from kvcomp.ledger import MIB
 
 CPU = torch.device("cpu")

@@ -14,12 +14,13 @@ from rich.console import Console
 
 from kvcomp import Stack
 from kvcomp.benchmarks import data, decoding, likelihood
-from kvcomp.benchmarks.bench import Settings, answer, run
+from kvcomp.benchmarks.bench import answer, run
 from kvcomp.benchmarks.perplexity import TASKS
 from kvcomp.benchmarks.results import NLL, Record, Run, read_run
 from kvcomp.benchmarks.samples import TaskError
+from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.tasks import expand
-from kvcomp.integrations.models import load_model
+from kvcomp.integrations.huggingface.models import load_model
 
 CONTEXT = 400
 TEXT = TASKS["perplexity_text"]

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import MODEL, write
 
-import kvcomp.calibration as module
+import kvcomp.calibration.file as module
 from kvcomp import SpecError, Stack
-from kvcomp.calibration import CalibrationError, digest, load
+from kvcomp.calibration.file import CalibrationError, digest, load
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.stages import PageShape
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcomp import attention, compaction
+from kvcomp import attention
 from kvcomp.attention import attend, merge
-from kvcomp.compaction import LEAST, Compacted, deviation, match
+from kvcomp.cache import compaction
+from kvcomp.cache.compaction import LEAST, Compacted, deviation, match
 from kvcomp.errors import KvcompError
 
 SCALE = 0.3

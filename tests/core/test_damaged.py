@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcomp import KvcompError, Stack
-from kvcomp.layer import LayerStore
-from kvcomp.saving import Saved, read, write
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.saving import Saved, read, write
 from kvcomp.state import CHECKSUM, DamagedError, State, checksum
 
 CPU = torch.device("cpu")
@@ -283,7 +283,7 @@ def test_a_file_larger_than_memory(tmp_path: Path) -> None:
 SAVER = """
 import sys, torch
 from kvcomp import Stack
-from kvcomp.saving import Saved, write
+from kvcomp.cache.saving import Saved, write
 saved = Saved(Stack.parse("none"), "", {}, [torch.full((1 << 22,), float(sys.argv[2]))])
 print("ready", flush=True)
 while True: write(sys.argv[1], saved)

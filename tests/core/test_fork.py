@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import KvcompWarning, Stack, UnsupportedError
-from kvcomp.layer import LayerStore
-from kvcomp.pages import Field, PageLayout, PagePool, PageTable
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.pool import PagePool, PageTable
+from kvcomp.layout import Field, PageLayout
 
 CPU = torch.device("cpu")
 HEADS, DIM = 2, 32

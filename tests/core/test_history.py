@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomp.history import History
+from kvcomp.cache.history import History
 
 
 @given(st.data())

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, KvcompWarning, Stack, UnsupportedError
-from kvcomp import layer as layer_module
-from kvcomp.layer import LayerStore
+from kvcomp.cache import layer as layer_module
+from kvcomp.cache import reader
+from kvcomp.cache.layer import LayerStore
 from kvcomp.sparse.quest import Quest
 
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (64, 128), (192, 128), (96, 80)]
@@ -519,20 +520,20 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
     store.write(k, v, torch.arange(tokens) >= torch.tensor([[0], [tokens // 2]]), q, 0.125)
     handed: dict[str, int] = {"pages": 0, "summaries": 0, "exact": 0}
     pages, exact, exact_tokens, select = (
-        layer_module.attend_pages,
+        reader.attend_pages,
         layer_module.attend,
-        layer_module.attend_tokens,
+        reader.attend_tokens,
         Quest.select,
     )
 
-    def watched_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens):
+    def watched_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens, in_tokens):
         # every field of these stacks is a multiple of 16 bytes, so nothing is added for alignment
         page = sum(prod(f.shape) * f.dtype.itemsize for f in codec.fields)
         for row, count in zip(ids, counts.tolist(), strict=True):
             assert len(set(row[:count].tolist())) == count  # no page twice
             handed["pages"] += count * page
         handed["exact"] += 0 if tokens is None else tokens.nbytes
-        return pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens)
+        return pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens, in_tokens)
 
     def watched_exact(queries, keys, values, *rest):
         handed["exact"] += keys.nbytes + values.nbytes
@@ -547,9 +548,9 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
         handed["summaries"] += int(held.counts.sum()) * page
         return select(self, queries, scale, held)
 
-    monkeypatch.setattr(layer_module, "attend_pages", watched_pages)
+    monkeypatch.setattr(reader, "attend_pages", watched_pages)
     monkeypatch.setattr(layer_module, "attend", watched_exact)  # chunks that are not written yet
-    monkeypatch.setattr(layer_module, "attend_tokens", watched_tokens)
+    monkeypatch.setattr(reader, "attend_tokens", watched_tokens)
     monkeypatch.setattr(Quest, "select", watched_select)
     store.attend(torch.randn(rows, 2 * heads, 1, dim, dtype=torch.bfloat16), 0.125)
     read = store.read

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import isnan
 
+import pytest
 import torch
+from far_device import FAR
 
-from kvcomp.ledger import Memory, Traffic, add_parts, storage_bytes
+from kvcomp.ledger import Memory, ReadPlan, Traffic, add_parts, storage_bytes
 
 
 def test_a_storage_counts_once_and_in_full() -> None:
@@ -29,6 +31,20 @@ def test_what_was_seen_is_not_counted_again() -> None:
 
 def test_parts_add_up_without_empty_entries() -> None:
     assert add_parts([{"a": 1, "b": 2}, {"a": 3, "c": 0}, {}]) == {"a": 4, "b": 2}
+
+
+def test_what_was_read_is_summed_when_somebody_asks() -> None:
+    plan, count = ReadPlan(), torch.tensor([1, 2, 3])
+    plan.add("pages", 10, count)
+    plan.add("table", 7)
+    plan.add("pages", 2, 5)
+    count += 100  # the host's numbers are taken at once
+    assert plan.bytes() == {"pages": 70, "table": 7}
+    assert plan.tensors == []
+    plan.add("pages", 10, torch.zeros(3, dtype=torch.int64, device=FAR))
+    assert [x.device for x in plan.tensors] == [FAR]
+    with pytest.raises(RuntimeError, match="item"):
+        plan.bytes()
 
 
 def test_ratios() -> None:

@@ -19,7 +19,7 @@ from tiny_models import make
 
 from kvcomp import CompressedCache, SpecError, Stack
 from kvcomp.policies import expected
-from kvcomp.registry import find, stages
+from kvcomp.stages.registry import find, stages
 from kvcomp.text import QUOTED, quote
 
 LONGEST_MESSAGE = 3 * QUOTED

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomp.pages import Field, PageLayout, PagePool, PageTable
+from kvcomp.cache.pool import PagePool, PageTable
+from kvcomp.layout import Field, PageLayout
 
 SETTINGS = settings(deadline=None, max_examples=25)
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import Stack
-from kvcomp.layer import LayerStore
-from kvcomp.plan import held_by_stream
+from kvcomp.cache.layer import LayerStore
+from kvcomp.stages.plan import held_by_stream
 
 
 @given(sinks=st.integers(0, 20), recent=st.integers(0, 70), tokens=st.integers(1, 300), quest=st.booleans())

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import Stack, UnsupportedError
-from kvcomp.bill import Assumption, bill, bills
+from kvcomp.architecture import LayerKind, LayerShape, Matrices, ModelShape
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cost.bill import Assumption, bill, bills
+from kvcomp.cost.hardware import Gpu
+from kvcomp.cost.roofline import decode
 from kvcomp.errors import KvcompError
-from kvcomp.hardware import Gpu
-from kvcomp.layer import LayerStore
 from kvcomp.ledger import add_parts, storage_bytes
-from kvcomp.plan import held_by_stream, held_parts, read_by_stream, read_parts
-from kvcomp.roofline import LayerShape, Matrices, ModelShape, decode
+from kvcomp.stages.plan import held_by_stream, held_parts, read_by_stream, read_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*same redundancy")
 STACKS = (
@@ -178,7 +179,7 @@ def test_an_assumption_is_a_name_and_a_factor(text: str) -> None:
 
 
 def test_latents_take_a_quantizer_alone_as_the_cache_does() -> None:
-    shape = ModelShape("mla", (LayerShape(1, 512, 64, 16, 320, 1088),), Matrices(1000, 2000.0), latent=True)
+    shape = ModelShape("mla", (LayerShape(1, 512, 64, 16, 320, 1088, kind=LayerKind.LATENT),), Matrices(1000, 2000.0))
     assert bill(shape, Stack.parse("int(bits=8)"), 1000).held < bill(shape, None, 1000).held
     for spec in ("snapkv", "quest"):
         with pytest.raises(UnsupportedError, match="quantizer alone"):

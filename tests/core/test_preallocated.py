@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcomp import KvcompError, Stack, UnsupportedError
+from kvcomp.cache.fixed import FixedStore
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.operator import decode_step
 from kvcomp.errors import KvcompWarning
 from kvcomp.kernels.dispatch import reference_only
-from kvcomp.layer import LayerStore
-from kvcomp.preallocated import PreallocatedStore, decode_step
 
 WINDOW = "window(sinks=3, recent=5)"
 SETTLED = [  # by the prompt or before: every kind of grid and basis
@@ -63,22 +64,22 @@ def stepped(store: LayerStore, seed: int, dims: tuple[int, int] = (DIM, DIM)) ->
     return out
 
 
-def taken(spec: str, tokens: int = 120, host: bool = False, **given: Any) -> tuple[PreallocatedStore, LayerStore]:
+def taken(spec: str, tokens: int = 120, host: bool = False, **given: Any) -> tuple[FixedStore, LayerStore]:
     """A preallocated store that holds all of a filled one, which is empty."""
     store = filled(spec, **given)
-    ahead = PreallocatedStore(store.plan, tokens, host)
+    ahead = FixedStore(store.plan, tokens, host)
     ahead.take(store)
     return ahead, store
 
 
-def advance(ahead: PreallocatedStore, seed: int, dims: tuple[int, int] = (DIM, DIM)) -> Tensor:
+def advance(ahead: FixedStore, seed: int, dims: tuple[int, int] = (DIM, DIM)) -> Tensor:
     with nullcontext() if ahead.host else reference_only():  # C kernels would serve tensors on the host
         out = ahead.step(*token(seed, dims), None, ahead.length, 0.1).out
     ahead.length += 1
     return out
 
 
-def advance_by(ahead: PreallocatedStore, steps: int) -> None:
+def advance_by(ahead: FixedStore, steps: int) -> None:
     for seed in range(steps):
         advance(ahead, seed)
 
@@ -185,7 +186,7 @@ def test_there_is_room_for_pages_behind_a_short_window() -> None:
         each.start(k, k)
         each.write(k, k, None)
         each.crop(30)
-    ahead = PreallocatedStore(store.plan, 71, host=False)
+    ahead = FixedStore(store.plan, 71, host=False)
     ahead.take(store)
     torch.testing.assert_close(advance(ahead, 0), stepped(other, 0), atol=2e-5, rtol=0)
 
@@ -234,6 +235,90 @@ def test_tensors_are_used_again_where_they_fit() -> None:
     assert ahead.name != name
 
 
+class Allocated(TorchDispatchMode):
+    """The largest tensor that operations create."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in known:
+            self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("spec", ["none", "int(bits=4)"])
+def test_surgery_finds_tokens_where_they_are(spec: str) -> None:
+    """Pages and windows are lent: what is copied are counts."""
+    other = filled(spec, prompt=600)
+    ahead, store = taken(spec, 800, host=True, prompt=600)
+    places = ahead.pool.data.data_ptr(), ahead.k.data_ptr(), ahead.name
+    with Allocated() as most:
+        for crop in (0, 3):
+            ahead.give(store)
+            assert torch.equal(store.kept, other.kept)
+            for each in (store, other):
+                each.crop(crop)
+            ahead.take(store)
+    assert most.bytes < min(ahead.k.nbytes, ahead.pool.data.nbytes) / 4
+    assert places == (ahead.pool.data.data_ptr(), ahead.k.data_ptr(), ahead.name)
+    for seed in range(40):
+        torch.testing.assert_close(advance(ahead, seed), stepped(other, seed), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [[2, 1, 0], [0, 0, 2], [1, 2]])
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("spec", ["int(bits=4)", "turboquant(bits=2.5)"])
+def test_rows_that_are_selected_bring_their_pages(spec: str, host: bool, rows: list[int]) -> None:
+    other, (ahead, store) = filled(spec), taken(spec, host=host)
+    for seed in range(30):
+        stepped(other, seed)
+        advance(ahead, seed)
+    ahead.give(store)
+    for each in (store, other):
+        each.select_rows(torch.tensor(rows))
+    ahead.take(store)
+    for seed in range(40):
+        q, k, v = (x[rows] for x in token(seed))
+        other.append(k, v)
+        expected = other.attend(q, 0.1).out
+        other.settle()
+        with nullcontext() if host else reference_only():
+            found = ahead.step(q, k, v, None, ahead.length, 0.1).out
+        ahead.length += 1
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("spec", ["none", "kivi(bits=2, group=16)"])
+def test_a_fork_of_what_is_lent_goes_on_by_itself(spec: str) -> None:
+    """Also where neither of the two is taken back at once."""
+    other, (ahead, store) = filled(spec), taken(spec, host=True)
+    ahead.give(store)
+    fork, expected = store.fork(), other.fork()
+    for at, (ours, theirs) in enumerate(((store, other), (fork, expected)) * 2):
+        for seed in range(40):
+            torch.testing.assert_close(stepped(ours, 100 * at + seed), stepped(theirs, 100 * at + seed))
+    for ours, theirs in ((store, other), (fork, expected)):
+        for stream in range(ROWS * HEADS):
+            for found, wanted in zip(ours._tokens(stream), theirs._tokens(stream), strict=True):
+                assert torch.equal(found, wanted)
+
+
+def test_a_turn_is_written_where_the_first_one_lies() -> None:
+    spec = "kivi(bits=2, group=16)"
+    other, (ahead, store) = filled(spec), taken(spec, 300, host=True)
+    place = ahead.pool.data.data_ptr()
+    k, v = torch.randn(2, ROWS, HEADS, 90, DIM).unbind()
+    ahead.give(store)
+    for each in (store, other):
+        each.write(k, v, None)
+    ahead.take(store)
+    assert ahead.pool.data.data_ptr() == place
+    for seed in range(40):
+        torch.testing.assert_close(advance(ahead, seed), stepped(other, seed), atol=2e-5, rtol=0)
+
+
 def test_a_copy_has_tensors_of_its_own() -> None:
     ahead, _ = taken("int(bits=4)")
     twin = deepcopy(ahead)
@@ -263,7 +348,7 @@ def test_the_operator_keeps_its_promises() -> None:
 @pytest.mark.parametrize("spec", ["none", "kivi(bits=2, group=16)", "turboquant(bits=4)", "nvfp4"])
 def test_a_cuda_graph_replays_steps(spec: str) -> None:
     store, other = filled(spec), filled(spec)
-    ahead = PreallocatedStore(store.plan, 120)
+    ahead = FixedStore(store.plan, 120)
     on_gpu = LayerStore(store.plan)
     on_gpu.restore(store.state(), DEVICE)
     ahead.take(on_gpu)

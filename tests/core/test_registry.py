@@ -8,10 +8,10 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from kvcomp import KvcompWarning, SpecError
-from kvcomp import registry as reg
-from kvcomp.registry import find, register, stages
 from kvcomp.stages import Policy, Quantizer, Selector
-from kvcomp.window import Window
+from kvcomp.stages import registry as reg
+from kvcomp.stages.registry import find, register, stages
+from kvcomp.stages.window import Window
 
 
 def test_the_methods_that_ship_are_known() -> None:

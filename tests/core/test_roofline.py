@@ -6,18 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomp.errors import KvcompError
-from kvcomp.hardware import GPUS, Gpu, find_gpu
-from kvcomp.roofline import (
-    LayerShape,
-    Matrices,
-    ModelShape,
+from kvcomp.architecture import LayerShape, Matrices, ModelShape
+from kvcomp.cost.hardware import GPUS, Gpu, find_gpu
+from kvcomp.cost.roofline import (
     attention_intensity,
     decode,
     decode_limit,
     prefill,
     step,
 )
+from kvcomp.errors import KvcompError
 
 H100 = find_gpu("H100")
 PLAIN = LayerShape(kv_heads=8, k_dim=128, v_dim=128, heads=32, prefill_width=256, decode_width=256)

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvcomp import KvcompError, SpecError, Stack, UnsupportedError
-from kvcomp import registry as reg
-from kvcomp.layer import LayerStore
-from kvcomp.pages import Field
-from kvcomp.registry import register, stages
-from kvcomp.saving import Saved, read, write
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.saving import Saved, read, write
+from kvcomp.layout import Field
 from kvcomp.stages import Codec, PageShape, Quantizer
+from kvcomp.stages import registry as reg
+from kvcomp.stages.registry import register, stages
 
 CPU = torch.device("cpu")
 SPECS = [
@@ -501,7 +501,7 @@ def test_an_interrupted_save_leaves_the_old_file(file: Path, monkeypatch: pytest
         path.write_bytes(before[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvcomp.saving.save_file", interrupted)
+    monkeypatch.setattr("kvcomp.cache.saving.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(file, Saved(Stack.parse("none"), "", {}, []))
     assert file.read_bytes() == before

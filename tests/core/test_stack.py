@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import kvcomp
 from kvcomp import KvcompWarning, SpecError, Stack
-from kvcomp import registry as reg
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.stages import Quantizer, arg
+from kvcomp.stages import registry as reg
 
 SETTINGS = settings(deadline=None, max_examples=25)
 

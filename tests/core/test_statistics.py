@@ -7,7 +7,7 @@ import torch
 from synthetic import chunk, statistics
 from torch import Tensor
 
-from kvcomp.statistics import Moments, Statistics, weighted_directions
+from kvcomp.calibration.statistics import Moments, Statistics, weighted_directions
 
 
 def test_moments_are_those_of_the_tokens_of_each_head() -> None:

@@ -47,7 +47,7 @@ def _command(args: list[str], log: str) -> None:
             os.dup2(file.fileno(), stream)
     import torch
 
-    from kvcomp.cli import app
+    from kvcomp.cli.app import app
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background processes ignore it
     torch.set_num_threads(1)

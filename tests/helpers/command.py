@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner, Result
 
-from kvcomp.cli import app
+from kvcomp.cli.app import app
 
 WIDTH = {"COLUMNS": "200"}
 

@@ -6,7 +6,7 @@ import random
 import typing
 from dataclasses import fields
 
-from kvcomp.registry import stages
+from kvcomp.stages.registry import stages
 
 WORDS = ["none", "true", "False", "nan", "inf", "hadamard", "own", "common", "adaptive", "pyramid", "token", "channel"]
 NUMBERS = ["0", "1", "-1", "2", "4", "16", "32", "0.5", "0.25", "1.0", "1e-9", "1e-300", "1e999", "-5", "2.5"]

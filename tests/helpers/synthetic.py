@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvcomp.calibration import Calibration
+from kvcomp.calibration.file import Calibration
+from kvcomp.calibration.statistics import Moments, Statistics
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.integrations.huggingface.calibrate import method_of, settings_of
-from kvcomp.statistics import Moments, Statistics
 
 MODEL = Fingerprint("a synthetic model", "config", "weights")
 

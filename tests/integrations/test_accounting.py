@@ -12,11 +12,11 @@ from generation import greedy, left_padded, tokens
 from reachable import reachable_bytes
 from torch import Tensor
 
-import kvcomp.layer
+import kvcomp.cache.reader
 from kvcomp import CompressedCache, KvcompError, Stack
 from kvcomp.integrations.huggingface.masks import _read_masks
+from kvcomp.layout import SUMMARY, round_up
 from kvcomp.ledger import storage_bytes
-from kvcomp.pages import SUMMARY, round_up
 from kvcomp.stages import Summaries
 
 STACKS = (
@@ -86,10 +86,10 @@ def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.Monke
     with torch.no_grad():
         model(tokens(1, 700), past_key_values=cache)
     handed = {"pages": 0, "exact": 0, "summaries": 0}
-    real_pages, real_tokens = kvcomp.layer.attend_pages, kvcomp.layer.attend_tokens
+    real_pages, real_tokens = kvcomp.cache.reader.attend_pages, kvcomp.cache.reader.attend_tokens
 
     def pages(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: Any, *rest: Any) -> Any:
-        handed["exact"] += 0 if rest[-1] is None else rest[-1].nbytes
+        handed["exact"] += 0 if rest[4] is None else rest[4].nbytes
         body = sum(round_up(f.nbytes, 16) for f in layout.fields if not f.name.startswith(SUMMARY))
         handed["pages"] += int(counts.sum()) * body
         return real_pages(q, pool, ids, counts, layout, *rest)
@@ -98,8 +98,8 @@ def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.Monke
         handed["exact"] += tokens.nbytes
         return real_tokens(q, tokens, *rest)
 
-    monkeypatch.setattr(kvcomp.layer, "attend_pages", pages)
-    monkeypatch.setattr(kvcomp.layer, "attend_tokens", exact)
+    monkeypatch.setattr(kvcomp.cache.reader, "attend_pages", pages)
+    monkeypatch.setattr(kvcomp.cache.reader, "attend_tokens", exact)
     for layer in cache._compressed():
         selector = layer.plan.selector
         if selector is not None:

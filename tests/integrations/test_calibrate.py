@@ -19,11 +19,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import kvcomp
 from kvcomp import CompressedCache, KvcompError, Stack, UnsupportedError
-from kvcomp.bill import bill
-from kvcomp.calibration import CalibrationError, load
+from kvcomp.calibration.file import CalibrationError, load
+from kvcomp.cost.bill import bill
 from kvcomp.integrations.huggingface.calibrate import calibrate, gather, read_contexts
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
-from kvcomp.integrations.shapes import shape_of
+from kvcomp.integrations.huggingface.shapes import shape_of
 from kvcomp.ledger import storage_bytes
 
 METHODS = ("oscar", "svd", "think", "klt")

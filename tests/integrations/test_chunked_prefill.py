@@ -18,7 +18,7 @@ from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.layer import CompressedLayer
 from kvcomp.integrations.huggingface.masks import Seen, mask_function, read_mask
 from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.registry import find, stages
+from kvcomp.stages.registry import find, stages
 
 WINDOW = " + window(sinks=4, recent=32)"
 SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))

@@ -82,7 +82,7 @@ def test_spans_one_by_one_in_any_order() -> None:
         assert store.kept.tolist() == [700 - 192 + 13 + 26] * 2
         for stream in range(2):
             ids_ = store.table.ids()[stream]
-            page_k, page_v = store._decode(ids_, stream)
+            page_k, page_v = store.storage.decode(ids_, stream)
             torch.testing.assert_close(page_k, k[0, stream, left])
             torch.testing.assert_close(page_v, v[0, stream, left])
     with pytest.raises(KvcompError, match="68 to 132 are compacted already"):

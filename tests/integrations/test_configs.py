@@ -23,10 +23,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from kvcomp import CompressedCache, KvcompError, UnsupportedError
-from kvcomp.integrations.configs import cache_layers, caches_latents, field, max_positions
+from kvcomp.architecture import LayerKind
+from kvcomp.integrations.configs import cache_layers, field, layer_kinds, max_positions
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
 from kvcomp.integrations.huggingface.saving import essentials
-from kvcomp.integrations.shapes import shape_of
+from kvcomp.integrations.huggingface.shapes import shape_of
 
 SMALL = {k: v for k, v in models.COMMON.items() if k != "num_hidden_layers"}
 
@@ -104,14 +105,14 @@ def test_fields_that_differ_between_layers_are_read_per_layer(overrides: dict[in
 @pytest.mark.filterwarnings("ignore")
 def test_latents_of_some_layers() -> None:
     config = DeepseekV3Config(**{**models.COMMON, **models.LATENT})
-    assert caches_latents(config)
+    assert LayerKind.LATENT in layer_kinds(config)
     mixed = DeepseekV3Config(**{**models.COMMON, **models.LATENT}, per_layer_config={0: {"kv_lora_rank": 16}})
-    assert caches_latents(mixed)
+    assert LayerKind.LATENT in layer_kinds(mixed)
     with pytest.raises(UnsupportedError, match="caches latents"):
         CompressedCache("snapkv(keep=0.5)", mixed)
     with pytest.raises(UnsupportedError, match="latent attention"):
         CompressedCache("none", mixed, preallocate=100)
-    assert not caches_latents(_llama())
+    assert set(layer_kinds(_llama())) == {LayerKind.FULL}
 
 
 def test_gemma_4(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcomp import CompressedCache
-from kvcomp.calibration import Calibrated
+from kvcomp.calibration.stage import Calibrated
 from kvcomp.integrations.huggingface.calibrate import calibrate
-from kvcomp.registry import find, stages
 from kvcomp.stages import Quantizer
+from kvcomp.stages.registry import find, stages
 
 IDS = tokens(2, 150)
 WINDOW = "window(sinks=2, recent=8)"

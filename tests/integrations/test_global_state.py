@@ -17,10 +17,10 @@ from tiny_models import make
 from torch import Tensor
 
 from kvcomp import CompressedCache, prefill
-from kvcomp.calibration import Calibrated
+from kvcomp.calibration.stage import Calibrated
 from kvcomp.integrations.huggingface.calibrate import calibrate
-from kvcomp.registry import stages
 from kvcomp.stages import Policy, Quantizer, Selector
+from kvcomp.stages.registry import stages
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kvcomp", "kernels", "quantizers", "sparse", "policies", "integrations", "benchmarks")

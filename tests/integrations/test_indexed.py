@@ -97,9 +97,8 @@ def test_positions_that_an_indexer_holds_follow_the_cache(tmp_path: Path) -> Non
     cache = ours.past_key_values
     held = [layer for layer in cache.layers if hasattr(layer, "indexer_position_ids")]
     theirs = [x.indexer_position_ids for x in dense.past_key_values.layers if hasattr(x, "indexer_position_ids")]
+    theirs = theirs or [dense.past_key_values.position_ids]  # transformers 5.19 leaves them on the cache itself
     wide = torch.cat([mask, torch.ones(2, 4, dtype=mask.dtype)], 1)
-    if not theirs:  # transformers 5.19 holds no positions, and second turns are not served there
-        return
     assert held[0].indexer_position_ids.shape == theirs[0].shape == (3, 2, 93)
     memory = cache.memory()
     assert memory.parts["library"] >= sum(x.nbytes for layer in held for x in layer.library())
@@ -110,6 +109,25 @@ def test_positions_that_an_indexer_holds_follow_the_cache(tmp_path: Path) -> Non
     assert_same(steps[1], steps[2])
     with pytest.raises(UnsupportedError, match="chooses tokens by an indexer of its own, which snapkv and quest"):
         CompressedCache("snapkv(keep=0.5) + quest(pages=2)", model)
+
+
+def test_positions_that_a_model_leaves_on_the_cache_lie_in_its_first_indexed_layer(tmp_path: Path) -> None:
+    """As Qwen4 of transformers 5.19 does: they follow rows, forks, files and resets."""
+    model = _qwen4()
+    cache = CompressedCache("none", model)
+    assert not hasattr(cache, "position_ids")
+    greedy(model, tokens(2, 20), cache, new=3)
+    positions = torch.arange(22).expand(3, 2, 22) + torch.tensor([0, 100])[:, None]
+    cache.position_ids = positions
+    cache.save(tmp_path / "cache")
+    twin, loaded = cache.fork(), CompressedCache.load(tmp_path / "cache", model)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(cache.position_ids, positions[:, [1, 0]])
+    assert all(torch.equal(other.position_ids, positions) for other in (twin, loaded))
+    cache.reset()
+    assert not hasattr(cache, "position_ids")
+    with pytest.raises(UnsupportedError, match="leaves position_ids on its cache"):
+        CompressedCache("none", models.make("llama")).position_ids = positions
 
 
 def test_what_an_indexer_holds_follows_crops_rows_and_resets() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcomp.integrations import models
-from kvcomp.integrations.models import ALIASES, ModelError, converted, load_model
+from kvcomp.integrations.huggingface import models
+from kvcomp.integrations.huggingface.models import ALIASES, ModelError, converted, load_model
 
 
 def test_the_packaged_model_answers() -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcomp import CompressedCache, KvcompWarning, attention, prefill
-from kvcomp import registry as reg
 from kvcomp.integrations.huggingface import masks
 from kvcomp.integrations.huggingface.timing import Stopwatch
 from kvcomp.stages import Chunk, Policy
+from kvcomp.stages import registry as reg
 
 IDS = tokens(1, 80)
 PADDED, MASK = left_padded([65, 80, 9])

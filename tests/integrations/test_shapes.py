@@ -12,10 +12,11 @@ from generation import tokens
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 from kvcomp import CompressedCache, Stack, UnsupportedError
-from kvcomp.bill import bill
-from kvcomp.integrations.models import ModelError
-from kvcomp.integrations.shapes import builtin, model_shape, shape_of
-from kvcomp.roofline import ModelShape, decode
+from kvcomp.architecture import LayerKind, ModelShape
+from kvcomp.cost.bill import bill
+from kvcomp.cost.roofline import decode
+from kvcomp.integrations.huggingface.models import ModelError
+from kvcomp.integrations.huggingface.shapes import builtin, model_shape, shape_of
 
 # total parameters as the checkpoints have them, norms and biases included
 PUBLISHED = {
@@ -134,7 +135,7 @@ def test_latents_are_cached_as_foretold() -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens(1, 50), past_key_values=cache)
-    assert shape.latent
+    assert set(shape.kinds) == {LayerKind.LATENT}
     assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) == shape.cache_bytes(50)
     layer = shape.layers[0]
     assert (layer.k_dim, layer.v_dim) == (cache.layers[0].keys.shape[-1], cache.layers[0].values.shape[-1])

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.attention import Part, merge
+from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
+from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompWarning
-from kvcomp.exact import Tokens
-from kvcomp.kernels import cpu, dispatch, reference
+from kvcomp.kernels import backends, cpu, dispatch, reference
+from kvcomp.kernels.cpu import compiled as compiled_kernel
 from kvcomp.kernels.cpu import loading
-from kvcomp.pages import PageLayout, PagePool
+from kvcomp.kernels.cpu.backend import C
+from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec, PageShape
 
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")
@@ -47,7 +49,7 @@ QUANTIZERS = [
     "quest(dense_layers=0) + int(bits=4, group=16)",
 ]
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128), (64, 112)]
-BEST = cpu.level() if cpu.library() is not None else 0
+BEST = compiled_kernel.level() if compiled_kernel.library() is not None else 0
 BOUND = 1e-4  # of the largest number of the reference
 
 
@@ -144,7 +146,7 @@ def test_the_kernel_is_the_reference(
     before, had = pool.data.clone(), torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "new_empty", poisoned)
-        patch.setattr(cpu, "level", lambda: min(level, BEST))
+        patch.setattr(compiled_kernel, "level", lambda: min(level, BEST))
         torch.set_num_threads(threads)
         try:
             assert dispatch.obstacle(codec, layout, q.device, rows) is None
@@ -211,7 +213,7 @@ def test_pages_filled_in_part(
     had = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "new_empty", poisoned)
-        patch.setattr(cpu, "level", lambda: min(level, BEST))
+        patch.setattr(compiled_kernel, "level", lambda: min(level, BEST))
         torch.set_num_threads(threads)
         try:
             part = dispatch.attend_pages(q, *args, in_tokens=True)
@@ -276,7 +278,7 @@ def test_tokens_side_by_side_and_what_came_before(
     expected = expected if before is None else merge([before, expected])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "new_empty", poisoned)
-        patch.setattr(cpu, "level", lambda: min(level, BEST))
+        patch.setattr(compiled_kernel, "level", lambda: min(level, BEST))
         part = dispatch.attend_tokens(q, Tokens(k, v, held), 0.2, softcap, before)
     assert error(part.out, expected.out) < BOUND
     assert error(part.lse, expected.lse) < BOUND
@@ -334,8 +336,13 @@ def test_what_it_cannot_read_goes_to_the_reference(spec: str) -> None:
 
 
 def test_without_the_extension_it_warns_once_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    dispatch._warn.cache_clear()
+    monkeypatch.setattr(compiled_kernel, "library", lambda: None)
+    backends._warn.cache_clear()
+    with dispatch.using(C()):
+        is_right_without_it()
+
+
+def is_right_without_it() -> None:
     pool, layout, codec = filled("kivi", 3, (64, 64), torch.float32)
     args = (torch.randn(1, 2, 64), pool.data, torch.arange(3)[None], torch.tensor([3]), layout, codec, 0.1)
     with pytest.warns(KvcompWarning, match="C kernel is not installed"):
@@ -375,7 +382,7 @@ def test_numbers_that_are_none_or_extreme_stay_so(spec: str, level: int, odd: fl
     args = (pool.data, torch.arange(3, dtype=torch.int32)[None], torch.tensor([3]), layout, codec, 0.125)
     expected = reference.attend_pages(q, *args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "level", lambda: min(level, BEST))
+        patch.setattr(compiled_kernel, "level", lambda: min(level, BEST))
         part = dispatch.attend_pages(q, *args)
     assert torch.equal(part.out[0, 0].isfinite(), expected.out[0, 0].isfinite())
     assert error(part.out[0, 1], expected.out[0, 1]) < 2e-3

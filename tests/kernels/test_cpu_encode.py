@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompError
-from kvcomp.kernel_layout import Codebook, Floats, Numbers, Plane, Segment, SideLayout
 from kvcomp.kernels import cpu, dispatch
+from kvcomp.kernels.cpu import compiled as compiled_kernel
 from kvcomp.kernels.cpu import encode
-from kvcomp.layer import LayerStore
-from kvcomp.pages import PageLayout, PagePool
+from kvcomp.kernels.cpu.backend import C
+from kvcomp.layout import PageLayout
 from kvcomp.quantizers.codecs import GridCodec, RawSide
 from kvcomp.quantizers.grid import UniformSide
 from kvcomp.quantizers.segments import SegmentedSide
+from kvcomp.segments import Codebook, Floats, Numbers, Plane, Segment, SideLayout
 from kvcomp.stages import Codec, PageShape
 
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")
 
 HOST = torch.device("cpu")
-BEST = cpu.level() if cpu.library() is not None else 0
+BEST = compiled_kernel.level() if cpu.library() is not None else 0
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 DIMS = [64, 80, 96, 128, 256]
 ANY = [1, 7, 33, 64]  # tokens of a page
@@ -101,7 +104,7 @@ def compared(
     assert sides is not None
     assert x is not None
     assert encode.obstacle(sides) is None
-    monkeypatch.setattr(encode, "level", lambda: level)
+    monkeypatch.setattr(compiled_kernel, "level", lambda: level)
     encode.write(found, ids, *x, sides, layout)
     return pool.data, found
 
@@ -335,7 +338,12 @@ def test_a_store_writes_its_pages_so(spec: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_no_kernel_can_write_is_left_to_the_codec(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes that it does not know, and any without the library."""
     if "kivi" in spec:
-        monkeypatch.setattr(cpu, "library", lambda: None)
+        monkeypatch.setattr(compiled_kernel, "library", lambda: None)
+    with dispatch.using(C()):
+        is_left_to_the_codec(spec)
+
+
+def is_left_to_the_codec(spec: str) -> None:
     codec, layout = built(spec, 64, 32, torch.float32)
     k = torch.randn(2, 32, 64)
     streams = torch.zeros(2, dtype=torch.int64)
@@ -345,7 +353,7 @@ def test_what_no_kernel_can_write_is_left_to_the_codec(spec: str, monkeypatch: p
     pool.data.fill_(0xFF)
     assert not dispatch.encode_pages(pool.data, ids, layout, codec, k, k, streams)
     assert bool((pool.data == 0xFF).all())
-    dispatch.write_pages(pool, ids, codec, k, k, streams, {})
+    pool.encode(ids, codec, k, k, streams, {})
     other.write(ids, codec.encode(k, k, streams))
     assert torch.equal(pool.data, other.data)
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
+from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompError
-from kvcomp.exact import Tokens
 from kvcomp.kernels import cpu
-from kvcomp.kernels.cpu import encode
-from kvcomp.pages import SUMMARY, PageLayout, PagePool, Summary
+from kvcomp.kernels.contract import PagesView
+from kvcomp.kernels.cpu import encode, select
+from kvcomp.layout import SUMMARY, PageLayout, Summary
 from kvcomp.stages import Codec, PageShape
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")
@@ -72,9 +73,9 @@ def attend(spec: str) -> Door:
     }
 
     def call(x: Given) -> Any:
-        pages = cpu.Pages(x["pool"], x["ids"], x["counts"], layout, sides)
+        pages = PagesView(x["pool"], x["ids"], x["counts"], layout, sides, token_bias=x["token bias"])
         prior, tokens = Part(x["prior.out"], x["prior.lse"]), Tokens(x["keys"], x["values"], x["held"])
-        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, True, x["token bias"])
+        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, lse_of_pages=True)
 
     return Door(given, call)
 
@@ -114,7 +115,7 @@ def append() -> Door:
     def call(x: Given) -> Any:
         k, v, counts = (x[name].clone() for name in ("k", "v", "counts"))
         kept = {**x, "k": k, "v": v, "counts": counts}  # clones keep strides
-        if not cpu.append(*kept.values()):
+        if not select.append(*kept.values()):
             raise KvcompError("not done")
         return k, v, counts
 
@@ -133,7 +134,7 @@ def vector_dots(spec: str) -> Door:
     scale = next((f.name for f in layout.fields if f.name.startswith(SUMMARY) and "scale" in f.name), None)
 
     def call(x: Given, summary: Summary) -> Tensor:
-        dots = cpu.vector_dots(x["queries"], summary, names, scale)
+        dots = select.vector_dots(x["queries"], summary, names, scale)
         return dots.masked_fill(torch.arange(dots.shape[-1]) >= dots.shape[-1] // EACH * COUNTS[:, None, None], 0)
 
     return summaries(call, spec, {"queries": numbers(STREAMS, ROWS, DIM)})
@@ -145,7 +146,7 @@ def code_dots() -> Door:
     more = {"queries": numbers(STREAMS, ROWS, codes.shape[0] * 2), "offset": numbers(STREAMS, ROWS, 1, seed=1)}
 
     def call(x: Given, summary: Summary) -> Tensor:
-        dots = cpu.code_dots(x["queries"], x["offset"], summary, codes.name, 4)
+        dots = select.code_dots(x["queries"], x["offset"], summary, codes.name, 4)
         return dots.masked_fill(torch.arange(dots.shape[-1]) >= dots.shape[-1] // EACH * COUNTS[:, None, None], 0)
 
     return summaries(call, "sketch(pages=1, dense_layers=0) + int(bits=4)", more)
@@ -153,21 +154,21 @@ def code_dots() -> Door:
 
 def shares() -> Door:
     given = {"logits": numbers(STREAMS, ROWS, 12), "counts": torch.tensor([12, 3, 0])}
-    return Door(given, lambda x: cpu.shares(x["logits"].clone(), x["counts"]))
+    return Door(given, lambda x: select.shares(x["logits"].clone(), x["counts"]))
 
 
 def choose() -> Door:
     given = {"logits": numbers(STREAMS, ROWS, 12), "counts": torch.tensor([6, 3, 5]), "wanted": torch.tensor([2, 2, 3])}
 
     def call(x: Given) -> Tensor:
-        return cpu.choose(x["logits"].clone(), 0.5, x["counts"], 1, x["wanted"], 4, 6, (1, 1))
+        return select.choose(x["logits"].clone(), 0.5, x["counts"], 1, x["wanted"], 4, 6, (1, 1))
 
     return Door(given, call)
 
 
 def largest() -> Door:
     given = {"x": numbers(STREAMS, 12), "wanted": torch.tensor([2, 0, 4])}
-    return Door(given, lambda x: cpu.largest(x["x"], x["wanted"], 4))
+    return Door(given, lambda x: select.largest(x["x"], x["wanted"], 4))
 
 
 def regroup() -> Door:
@@ -177,7 +178,7 @@ def regroup() -> Door:
     made = torch.zeros(STREAMS, layout.body_bytes, dtype=torch.uint8)
 
     def call(x: Given) -> Tensor:
-        cpu.regroup(layout, x["pool"], x["ids"], x["tokens"], x["made"])
+        select.regroup(layout, x["pool"], x["ids"], x["tokens"], x["made"])
         return x["made"].clone()
 
     return Door({"pool": pool.data, "ids": IDS, "tokens": tokens, "made": made}, call)
@@ -185,7 +186,7 @@ def regroup() -> Door:
 
 def runs() -> Door:
     given = {"x": torch.arange(40), "starts": torch.tensor([[3, 0], [17, 30], [8, 9]])}
-    return Door(given, lambda x: cpu.runs(x["x"], x["starts"], 5))
+    return Door(given, lambda x: select.runs(x["x"], x["starts"], 5))
 
 
 DOORS: dict[str, Callable[[], Door]] = {

@@ -14,15 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcomp.attention import Part
+from kvcomp.attention import Part, Tokens
 from kvcomp.benchmarks import speed
+from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompWarning
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import Sides
-from kvcomp.kernels import dispatch, flashinfer, reference
-from kvcomp.pages import PageLayout, PagePool
-from kvcomp.stack import Stack
+from kvcomp.kernels import backends, dispatch, flashinfer, reference
+from kvcomp.kernels.cpu.backend import C
+from kvcomp.kernels.triton_backend import Triton
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape
+from kvcomp.stages.stack import Stack
 
 CUDA_CORE_GROUPS = (1, 2, 3, 4, 8)  # that both 0.5 and 0.7 compile
 HALF = torch.bfloat16
@@ -294,14 +296,24 @@ class OnGpu(Tensor):
     device = torch.device("cuda")  # type: ignore[assignment]
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_triton(*args: Any, token_bias: Tensor | None = None) -> Part:
-        return reference.attend_pages(*args[:6], *args[7:10])._replace(groups=torch.zeros(1))
+class ByTriton(Triton):
+    """The specification in the place of kernels that need a GPU; `groups` tell that it was asked."""
 
-    monkeypatch.setattr(dispatch, "_gpu_obstacle", lambda *_: None)
-    monkeypatch.setattr(dispatch, "by_triton", by_triton)
+    def obstacle(self, operation: str, case: Any) -> None:
+        return None
+
+    def joins(self, *_: Any) -> bool:
+        return False
+
+    def attend(self, *args: Any) -> Part:
+        return backends.REFERENCE.attend(*args)._replace(groups=torch.zeros(1))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
+    with dispatch.using(flashinfer.FlashInfer(), ByTriton(), C()):
+        yield
 
 
 def dispatched(case: Case, pool: Tensor, **how: Any) -> Part:

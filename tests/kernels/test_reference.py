@@ -12,9 +12,11 @@ from torch import Tensor
 
 from kvcomp import Stack, attention
 from kvcomp.attention import Part
-from kvcomp.kernels import dispatch, reference
+from kvcomp.cache.pool import PagePool
+from kvcomp.kernels import dispatch
 from kvcomp.kernels.reference import attend_pages
-from kvcomp.pages import PageLayout, PagePool
+from kvcomp.kernels.reference import pages as reference
+from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec, PageShape
 
 QUANTIZERS = [

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcomp.kernels import cpu, select
-from kvcomp.pages import SUMMARY, Field, PageLayout, Summary
+from kvcomp.kernels import cpu, dispatch, select
+from kvcomp.kernels.cpu import compiled
+from kvcomp.layout import SUMMARY, Field, PageLayout, Summary
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed")
-BEST = cpu.level() if cpu.library() is not None else 0
+BEST = compiled.level() if compiled.library() is not None else 0
 
 
 def specified(call: Callable[[], Tensor]) -> Tensor:
     """What PyTorch gives."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "library", lambda: None)
+    with dispatch.reference_only():
         return call()
 
 
@@ -67,7 +67,7 @@ def test_vector_dots(
     q = torch.randn(streams, heads, dim)
     parts = (q,) if fields == 1 else (q.clamp(max=0), q.clamp(min=0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "level", lambda: min(level, BEST))
+        patch.setattr(compiled, "level", lambda: min(level, BEST))
         got = select.vector_dots(q, summary, names, SCALE)
     expected = specified(lambda: select.vector_dots(q, summary, names, SCALE))
     exists = exists.repeat_interleave(blocks or 1, 1)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,8 +14,9 @@ from generation import greedy, tokens
 from tiny_models import make
 
 from kvcomp import CompressedCache, Stack, prefill
-from kvcomp.kernels import cpu, dispatch
+from kvcomp.kernels import backends, cpu, dispatch
 from kvcomp.kernels.cpu import encode
+from kvcomp.segments import memo
 from kvcomp.stages import PageShape
 
 THREADS = 4
@@ -68,24 +70,22 @@ def test_what_c_may_be_reading_is_never_replaced(described: Callable[..., object
     keys = torch.randn(1, 300, 64)
     for codec, _ in built:
         codec.fit(torch.zeros(1, dtype=torch.int64), keys, keys)
-    side = built[0][0].kernel_sides()[0]
-    first = described(side, built[0][1])
+    sides = built[0][0].kernel_sides()
+    first = described(sides, built[0][1])
     for _, layout in built:
-        described(side, layout)
-    assert described(side, built[0][1]) is first
+        described(sides, layout)
+    assert described(sides, built[0][1]) is first
 
 
 def test_what_is_known_of_a_side_goes_with_it() -> None:
     plan = Stack.parse("turboquant(bits=2) + window(recent=0)").plan(0, 1)
     codec, layout = plan.build(PageShape(plan.page_size, 64, 64, 1, torch.float32, torch.device("cpu"), 0))
     sides = tuple(type(side)(side.segments, side.gain) for side in codec.kernel_sides())
-    for side in sides:
-        cpu.described(side, layout)
-        encode.described(side, layout)
-    known = len(cpu._DESCRIBED), len(encode._DESCRIBED)
-    del side, sides
+    made = [weakref.ref(one) for side in (cpu, encode) for one in side.described(sides, layout)]
+    assert len(memo(sides)) == 2
+    del sides
     gc.collect()
-    assert (len(cpu._DESCRIBED), len(encode._DESCRIBED)) == (known[0] - 2, known[1] - 2)
+    assert [ref() for ref in made] == [None] * 4
 
 
 def test_a_thread_that_asks_for_the_reference_leaves_the_others_alone() -> None:
@@ -96,14 +96,14 @@ def test_a_thread_that_asks_for_the_reference_leaves_the_others_alone() -> None:
         with dispatch.reference_only():
             inside.set()
             done.wait(10)
-            seen.append(dispatch._reference.get())
+            seen.append(backends._order.get())
 
     other = threading.Thread(target=ask)
     other.start()
     inside.wait(10)
     with dispatch.reference_only():
         pass
-    seen.append(dispatch._reference.get())
+    seen.append(backends._order.get())
     done.set()
     other.join()
-    assert seen == [False, True]
+    assert seen == [backends.ALL, (backends.REFERENCE,)]

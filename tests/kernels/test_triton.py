@@ -13,7 +13,7 @@ import torch
 
 from kvcomp import Stack
 from kvcomp.errors import KvcompWarning
-from kvcomp.kernels import dispatch
+from kvcomp.kernels import backends, dispatch, triton_backend
 from kvcomp.stages import PageShape
 
 TESTS = [
@@ -63,9 +63,9 @@ def test_interpreted(file: str, which: str) -> None:
 def test_why_a_gpu_reads_pages_in_pytorch(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], spec: str, installed: bool, words: str
 ) -> None:
-    dispatch._warn.cache_clear()
+    backends._warn.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(dispatch, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(triton_backend, "find_spec", lambda _: object() if installed else None)
     stack = Stack.parse(spec).plan(0, 1)
     codec, layout = stack.build(PageShape(stack.page_size, 64, 64, 1, torch.float32, torch.device("cpu"), 0))
     if installed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend, merge
-from kvcomp.integrations.vllm.decode import Decoder, DecodeStep, most_channels, obstacle
-from kvcomp.integrations.vllm.key_centres import turned
-from kvcomp.integrations.vllm.pages import Pages
-from kvcomp.integrations.vllm.setup import Setup
+from kvcomp.cache.blocks.centres import turned
+from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
+from kvcomp.cache.blocks.pages import Pages
+from kvcomp.cache.blocks.setup import Setup
 from kvcomp.kernels import dispatch, reference
+from kvcomp.kernels.triton_backend import Triton
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -139,9 +141,9 @@ class Case:
 
 
 @pytest.fixture(autouse=True)
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "on_gpu", lambda _: not dispatch._reference.get())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+def by_triton() -> Iterator[None]:
+    with dispatch.using(Triton(anywhere=True)):
+        yield
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.attention import Part, merge
+from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import Sides
-from kvcomp.kernels import dispatch, reference, select
-from kvcomp.pages import PageLayout, PagePool, Summary
-from kvcomp.plan import LayerPlan
+from kvcomp.cache.pool import PagePool
+from kvcomp.kernels import dispatch, reference
+from kvcomp.kernels.triton_backend import Triton
+from kvcomp.layout import PageLayout, Summary
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape
+from kvcomp.stages.plan import LayerPlan
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -233,7 +234,8 @@ def test_dispatch_reads_pages_and_tokens(spec: str) -> None:
     ids, held = torch.tensor([[0, 1], [2, 3]], device=DEVICE), torch.tensor([2, 1], device=DEVICE)
     q, tokens = torch.randn(2, 4, 64).to(DEVICE, torch.bfloat16), exact([5, 9], (64, 64), torch.bfloat16)
     pages = reference.attend_pages(q, pool.data, ids, held, pool.layout, codec, 0.1, None, True)
-    found = dispatch.by_triton(q, pool.data, ids, held, pool.layout, codec, sides_of(codec), 0.1, None, True, tokens)
+    with dispatch.using(Triton(anywhere=True)):
+        found = dispatch.attend_pages(q, pool.data, ids, held, pool.layout, codec, 0.1, None, True, tokens)
     close(found, merge([pages, attended(q, tokens, 0.1, None)])._replace(groups=pages.groups), 2e-2)
 
 
@@ -290,8 +292,7 @@ def test_scores_are_the_selectors(selector: str, bits: int) -> None:
         data, own = pool.data.clone(), ids.clone()
         data[0] = 0xFF  # nobody's
         own[torch.arange(68, device=DEVICE) >= held[:, None]] = 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(select, "on_gpu", lambda _: True)
+        with dispatch.using(Triton(anywhere=True)):
             found = stack.selector.logits(q, Summary(pool.layout, data, own, held))
         assert error(found, expected) < (1e-5 if bits == 16 else 2e-3)
 

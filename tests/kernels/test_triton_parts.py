@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.attention import Part, merge
+from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
-from kvcomp.exact import Tokens
-from kvcomp.kernel_layout import Sides
 from kvcomp.kernels import dispatch, reference, select
-from kvcomp.pages import PageLayout
+from kvcomp.layout import PageLayout
+from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape
 
 if find_spec("triton") is None:

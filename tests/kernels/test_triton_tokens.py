@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.exact import Tokens
-from kvcomp.kernels import select
-from kvcomp.layer import LayerStore
-from kvcomp.pages import SUMMARY, Field, PageLayout
-from kvcomp.policies import kvzip, votes
-from kvcomp.sparse import ranked
+from kvcomp.attention import Tokens
+from kvcomp.cache.layer import LayerStore
+from kvcomp.kernels import dispatch, select
+from kvcomp.kernels.reference import received as reference
+from kvcomp.kernels.triton_backend import Triton
+from kvcomp.layout import SUMMARY, Field, PageLayout
+from kvcomp.policies import kvzip
 from kvcomp.sparse.ranked import RankedSelector
 from kvcomp.stages import PageShape, Summaries
 
@@ -31,6 +32,11 @@ if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from kvcomp.kernels import triton as kernels  # noqa: E402
 from kvcomp.kernels.triton import ops, ops_records, ops_scores, plan  # noqa: E402
+
+
+def by_triton() -> AbstractContextManager[None]:
+    """Inside, the Triton kernels serve what they can, on any device."""
+    return dispatch.using(Triton(anywhere=True))
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +150,7 @@ def test_attention_received(
     visible = (torch.rand(batch, heads, keys) < 0.5) if hidden else None
     if visible is not None:
         visible[0, 0, : keys - rows + 2] = rows == 1  # then the first queries of a head see none
-    expected = votes.votes(q, k, dim**-0.5, visible)
+    expected = reference.received(q, k, dim**-0.5, visible)
     on = None if visible is None else visible.to(DEVICE)
     found = kernels.attention_received(q.to(DEVICE), k.to(DEVICE), dim**-0.5, on)
     assert error(found, expected) < 2e-5
@@ -157,7 +163,7 @@ def test_far_apart_votes() -> None:
     q, k = torch.randn(1, 1, 3, 64), torch.randn(1, 1, 2200, 64)
     k[0, 0, 2000] = 90 * q[0, 0, 0]
     found = kernels.attention_received(q.to(DEVICE), k.to(DEVICE), 1.0)
-    assert error(found, votes.votes(q, k, 1.0)) < 2e-5
+    assert error(found, reference.received(q, k, 1.0)) < 2e-5
 
 
 @pytest.mark.parametrize(
@@ -191,14 +197,13 @@ def test_the_most_attention_received(
     future = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
     weights = logits.masked_fill(future, -torch.inf).softmax(-1).unflatten(1, (heads, group))
     expected = weights.amax((2, 3)).float()
-    monkeypatch.setattr(kvzip, "on_gpu", lambda _: False)
-    monkeypatch.setattr(kvzip, "BLOCK", batch * heads * group * keys * 7)
+    monkeypatch.setattr(reference, "BLOCK", batch * heads * group * keys * 7)
     assert error(kvzip.most_received(q, k, dim**-0.5, softcap), expected) < 1e-5
-    monkeypatch.setattr(kvzip, "on_gpu", lambda _: True)
     called = []
-    real = kernels.most_attention_received
-    monkeypatch.setattr(kernels, "most_attention_received", lambda *args: called.append(args) or real(*args))
-    assert error(kvzip.most_received(q.to(DEVICE), k.to(DEVICE), dim**-0.5, softcap), expected) < 2e-5
+    real = kernels.attention_received
+    monkeypatch.setattr(kernels, "attention_received", lambda *args: called.append(args) or real(*args))
+    with by_triton():
+        assert error(kvzip.most_received(q.to(DEVICE), k.to(DEVICE), dim**-0.5, softcap), expected) < 2e-5
     assert len(called) == 1
 
 
@@ -275,25 +280,29 @@ def test_a_step_reads_nothing_on_the_host(capacity: tuple[kernels.Pages, Tokens,
         kernels.code_dots(q[..., :16], pool, ids, pages.counts, of_codes, CODES, 4)
         kernels.regroup(layout, pages.pool, pages.ids, torch.arange(64, device=DEVICE).expand(3, -1))
         kernels.attention_received(q[None], q[None], 0.1, q[None, ..., 0] > 0)
-        kernels.most_attention_received(q[None], q[None], 0.1, 5.0)
+        kernels.attention_received(q[None], q[None], 0.1, None, 5.0, True)
         kernels.write(pages.pool, torch.tensor([7, 5], device=DEVICE), x, x, how)
+
+
+class NotOnHost(Tensor):
+    """A tensor that says it is not on the host; all that is made of it is plain."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    is_cpu = False
 
 
 @pytest.mark.parametrize("rule", ["pages=5, min_pages=2", "keep=0.5, min_pages=0", "keep=0.1, first=1", "tokens=64"])
 @pytest.mark.parametrize("heads", ["own", "common"])
 @pytest.mark.parametrize("by_tokens", [False, True])
-def test_a_choice_reads_nothing_on_the_host(
-    rule: str, heads: str, by_tokens: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_choice_reads_nothing_on_the_host(rule: str, heads: str, by_tokens: bool) -> None:
     """How many pages each stream reads follows from counts on the device."""
-    monkeypatch.setattr(select.cpu, "library", lambda: None)  # as on a GPU
-    monkeypatch.setattr(ranked, "on_gpu", lambda _: True)
     selector = Stack.parse(f"none + quest({rule}, heads={heads})").selector
     assert isinstance(selector, RankedSelector)
     counts, unit = [13, 0, 3, 5], 16 if by_tokens else 1  # 3 and 5 halves: rounded to even numbers
     logits = torch.randn(4, 2, 13 * unit, device=DEVICE)
-    held = Summaries({"x": torch.zeros(4, 13)}, torch.tensor(counts, device=DEVICE), 2, 16, by_tokens)
-    with nothing_read():
+    on_device = torch.Tensor._make_subclass(NotOnHost, torch.tensor(counts, device=DEVICE))
+    held = Summaries({"x": torch.zeros(4, 13)}, on_device, 2, 16, by_tokens)
+    with dispatch.reference_only(), nothing_read():  # C kernels would serve logits on the host
         choice = selector.best(logits, 0.1, held)
     wanted = [unit * selector.reads(count, 16) for count in counts]
     assert choice.valid.tolist() == wanted
@@ -353,9 +362,8 @@ def test_a_store_chooses_and_votes_so(stages: str, names: set[str], monkeypatch:
     def counted(name: str, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args: called.append(name) or real(*args)
 
-    for module in (select, votes):
-        monkeypatch.setattr(module, "on_gpu", lambda _: True)
     for name in ("code_dots", "vector_dots", "regroup", "attention_received"):
         monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
-    assert error(attended(), expected) < 1e-5
+    with by_triton():
+        assert error(attended(), expected) < 1e-5
     assert set(called) == names

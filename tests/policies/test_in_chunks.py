@@ -9,9 +9,9 @@ import torch
 from model_part import Rope
 
 from kvcomp import Stack
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.registry import find, stages
+from kvcomp.stages.registry import find, stages
 
 SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 EDGES = (0, 512, 1024, 1536, 1900)

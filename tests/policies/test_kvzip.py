@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import Stack
+from kvcomp.cache.layer import LayerStore
 from kvcomp.errors import UnsupportedError
-from kvcomp.layer import LayerStore
 from kvcomp.policies.kvzip import KVzip
 
 

@@ -14,12 +14,12 @@ from model_part import Rope
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.layer import LayerStore
-from kvcomp.plan import held_by_stream
+from kvcomp.cache.layer import LayerStore
 from kvcomp.policies.budgets import in_spans, pyramid
 from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.registry import find, stages
 from kvcomp.stages import Chunk
+from kvcomp.stages.plan import held_by_stream
+from kvcomp.stages.registry import find, stages
 
 SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 D = 8

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp import registry as reg
-from kvcomp.layer import LayerStore
-from kvcomp.policies import votes as votes_module
+from kvcomp.cache.layer import LayerStore
+from kvcomp.kernels.received import received
+from kvcomp.kernels.reference import received as reference
 from kvcomp.policies.snapkv import SnapKV
-from kvcomp.policies.votes import votes
 from kvcomp.stages import Chunk, Policy
+from kvcomp.stages import registry as reg
 
 
 def attention_matrix(q: Tensor, k: Tensor, scale: float, alive: Tensor) -> Tensor:
@@ -149,12 +149,12 @@ def test_votes_are_attention_weights_in_blocks_of_any_size(block: int, window: i
     alive[..., 0] = True
     whole = torch.cat([torch.zeros(2, 6, n - window, 8), q], 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(votes_module, "BLOCK", block)
-        received = votes(q, k, 0.3, alive)
+        patch.setattr(reference, "BLOCK", block)
+        votes = received(q, k, 0.3, alive)
     for b in range(2):
         expected = attention_matrix(whole[b], k[b], 0.3, alive[b])[:, n - window :].sum(1)
-        torch.testing.assert_close(received[b], expected.float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(received.sum(-1), torch.full((2, 6), float(window)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(votes[b], expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(votes.sum(-1), torch.full((2, 6), float(window)), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_a_padded_batch_choose_as_they_would_alone() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import SpecError, Stack
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.policies.streaming import Streaming
 from kvcomp.stages import Chunk
 

@@ -13,10 +13,10 @@ from model_part import Rope
 from torch import Tensor
 
 from kvcomp import CompressedCache, Stack
-from kvcomp.layer import LayerStore
-from kvcomp.plan import held_by_stream
+from kvcomp.cache.layer import LayerStore
 from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.registry import stages
+from kvcomp.stages.plan import held_by_stream
+from kvcomp.stages.registry import stages
 
 SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 PAGE, SINKS, RECENT = 16, 2, 8

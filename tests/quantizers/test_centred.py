@@ -13,11 +13,11 @@ from torch import Tensor
 
 from kvcomp import KvcompError, Stack
 from kvcomp.attention import attend
+from kvcomp.cache.fixed import FixedStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.kernels.dispatch import attend_pages, reference_only
 from kvcomp.kernels.select import regroup, token_bias
-from kvcomp.layer import LayerStore
 from kvcomp.ledger import storage_bytes
-from kvcomp.preallocated import PreallocatedStore
 from kvcomp.quantizers.centred import centre
 
 WINDOW = "window(sinks=4, recent=32)"
@@ -191,7 +191,7 @@ def test_nothing_is_held_but_pages(spec: str) -> None:
     twin = made.fork()
     other = LayerStore(made.plan)
     other.restore(made.state(), torch.device("cpu"))
-    ahead, source = PreallocatedStore(made.plan, 600), made.fork()
+    ahead, source = FixedStore(made.plan, 600), made.fork()
     ahead.take(source)
     ahead.give(source)
     for same in (twin, other, source):

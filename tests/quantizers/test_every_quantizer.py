@@ -13,16 +13,16 @@ from synthetic import chunk, save
 from torch import Tensor
 
 from kvcomp import KvcompWarning, SpecError, Stack
-from kvcomp.calibration import Calibrated
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
+from kvcomp.calibration.stage import Calibrated
+from kvcomp.calibration.statistics import Moments
 from kvcomp.ledger import storage_bytes
-from kvcomp.plan import held_parts
 from kvcomp.quantizers.int import Int
 from kvcomp.quantizers.widths import WidthQuantizer
-from kvcomp.registry import find, stages
 from kvcomp.stages import Quantizer
-from kvcomp.statistics import Moments
-from kvcomp.window import Window
+from kvcomp.stages.plan import held_parts
+from kvcomp.stages.registry import find, stages
+from kvcomp.stages.window import Window
 
 D, HEADS, TOKENS, LOUD = 32, 2, 128, 7
 DIMS = (64, 80, 96, 128, 256)
@@ -58,7 +58,7 @@ PRESETS = {
     "int8": ["int8"],
     "fp8": of("fp8", "format=e4m3", "format=e5m2"),
     "nvfp4": ["nvfp4"],
-    "mxfp4": ["mxfp4"],
+    "mxfp4": ["mxfp4", "mxfp4(basis=hadamard)", "mxfp4(basis=random)"],
     "turboquant": of(
         "turboquant", *(f"bits={n}, variant={v}" for n in (1, 2, 2.5, 3, 3.5, 4) for v in ("mse", "prod"))
     ),

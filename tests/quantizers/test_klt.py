@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.layer import LayerStore
-from kvcomp.plan import held_parts, read_by_stream
-from kvcomp.quantizers import klt
-from kvcomp.quantizers.klt import DISTORTION, UNIT, KltCodec, KltSide, allocate, runs, scaled_directions
+from kvcomp.cache.layer import LayerStore
+from kvcomp.quantizers import directions
+from kvcomp.quantizers.directions import scaled_directions
+from kvcomp.quantizers.klt import KltCodec
+from kvcomp.quantizers.transform import KltSide
+from kvcomp.quantizers.waterfill import DISTORTION, UNIT, allocate, runs
 from kvcomp.stages import PageShape
+from kvcomp.stages.plan import held_parts, read_by_stream
 
 CPU = torch.device("cpu")
 
@@ -221,8 +224,8 @@ def test_a_basis_of_few_tokens_serves_later_ones_that_vary_elsewhere(
     x = low_rank(2, tokens + 1024, 64, seed=8)
     x[:, tokens:] += low_rank(2, 1024, 64, seed=9) / 3
     errors = []
-    for doubt in (klt.DOUBT, 0.0):
-        monkeypatch.setattr(klt, "DOUBT", doubt)
+    for doubt in (directions.DOUBT, 0.0):
+        monkeypatch.setattr(directions, "DOUBT", doubt)
         side = KltSide("k", 64, 64, 3, CPU, centred=True)
         side.fit(torch.arange(2), x[:, :tokens], torch.eye(64).expand(2, -1, -1))
         pages = x[:, tokens:].unflatten(1, (16, 64)).flatten(0, 1)
@@ -234,8 +237,10 @@ def test_a_basis_of_few_tokens_serves_later_ones_that_vary_elsewhere(
 
 def test_a_moment_of_many_tokens_is_taken_as_it_is() -> None:
     covariance = torch.eye(64, dtype=torch.float64).expand(1, -1, -1)
-    assert not klt.shrinkage(covariance, klt.SETTLED * 64).any()
-    assert float(klt.shrinkage(covariance, 128)[0, 3, 3]) == pytest.approx(klt.DOUBT * (64 / 128 - 1 / klt.SETTLED))
+    assert not directions.shrinkage(covariance, directions.SETTLED * 64).any()
+    assert float(directions.shrinkage(covariance, 128)[0, 3, 3]) == pytest.approx(
+        directions.DOUBT * (64 / 128 - 1 / directions.SETTLED)
+    )
 
 
 def test_tokens_that_fill_no_page_come_back_as_they_are() -> None:

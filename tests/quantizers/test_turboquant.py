@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
+from kvcomp.cache.pool import PagePool
 from kvcomp.kernels.reference import attend_pages
-from kvcomp.pages import PagePool
 from kvcomp.quantizers.lloyd import sphere_codebook
 from kvcomp.stages import PageShape
 

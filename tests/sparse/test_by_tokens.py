@@ -11,13 +11,14 @@ from synthetic import save
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.calibration import CalibrationError
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.reader import choose
+from kvcomp.calibration.file import CalibrationError
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import code_dots, regroup
-from kvcomp.layer import LayerStore
-from kvcomp.plan import read_parts
 from kvcomp.sparse.codes import CODES, code_fields, encode, step
 from kvcomp.sparse.dsa import CONTEXTS, Dsa, Traces
+from kvcomp.stages.plan import read_parts
 
 TOKENWISE = ("none", "int(bits=4)", "int8", "fp8", "turboquant(bits=2.5)", "klt(bits=2)", "mxfp4")
 BY_PAGES = ("kivi(bits=2)", "nvfp4")
@@ -52,8 +53,8 @@ def shares(q: Tensor, tokens: int) -> Tensor:
 @pytest.mark.parametrize("quantizer", TOKENWISE + BY_PAGES)
 def test_single_tokens_are_read_where_no_two_share_anything(quantizer: str) -> None:
     store, _ = written(f"sketch(tokens=64) + {quantizer} + window(sinks=2, recent=8)")
-    assert store.by_tokens == store.layout.tokenwise == (quantizer in TOKENWISE)
-    if not store.by_tokens:
+    assert store.records.by_tokens == store.layout.tokenwise == (quantizer in TOKENWISE)
+    if not store.records.by_tokens:
         return
     ids, size = store.table.ids(), store.layout.page_size
     n = ids.shape[1] * size
@@ -71,7 +72,7 @@ def test_where_a_policy_watches_pages_they_are_read_whole() -> None:
     with pytest.warns(match="bet on the same redundancy"):
         store, q = written("h2o(budget=200) + sketch(tokens=64)")
     assert store.layout.tokenwise
-    assert not store.by_tokens
+    assert not store.records.by_tokens
     assert torch.isfinite(store.attend(q, 0.125).out).all()
     attention = store.table.attention()
     assert attention is not None
@@ -94,13 +95,13 @@ def test_codes_keep_products(bits: int) -> None:
 @pytest.mark.parametrize("quantizer", ["none", "turboquant(bits=4)"])
 def test_a_sketch_of_enough_directions_finds_the_tokens_that_draw_most(quantizer: str) -> None:
     store, q = written(f"sketch(tokens=32, rank=10, bits=8) + {quantizer} + window(sinks=0, recent=0)", 512)
-    choice, _ = store._choose(q.view(4, 2, 64), store.table.ids(), store.table.counts, 0.125)
+    choice, _ = choose(store.records, store.storage.view(), q.view(4, 2, 64), 0.125)
     assert choice is not None
     true = shares(q, 512)
     best, read = true.topk(32).values.sum(-1), true.gather(1, choice.positions).sum(-1)
     assert bool((read > 0.97 * best).all())
     coarse, _ = written("moba(tokens=32) + window(sinks=0, recent=0)", 512)
-    pages, _ = coarse._choose(q.view(4, 2, 64), coarse.table.ids(), coarse.table.counts, 0.125)
+    pages, _ = choose(coarse.records, coarse.storage.view(), q.view(4, 2, 64), 0.125)
     assert pages is not None
     by_page = true.unflatten(-1, (-1, coarse.layout.page_size)).sum(-1).gather(1, pages.positions).sum(-1)
     assert bool((read > by_page).all())
@@ -183,7 +184,7 @@ def test_the_indexer_of_a_layer_is_what_the_file_says(tmp_path: Path) -> None:
     found = Dsa.calibrate(traces())
     rows = [scores(found, q[b].view(2, 2, 1, 64), k[b, :, :512]).squeeze(1) for b in range(2)]
     expected = torch.cat(rows).topk(32).indices
-    choice, _ = store._choose(q.view(4, 2, 64), store.table.ids(), store.table.counts, 0.125)
+    choice, _ = choose(store.records, store.storage.view(), q.view(4, 2, 64), 0.125)
     assert choice is not None
     for right, chosen in zip(expected.tolist(), choice.positions.tolist(), strict=True):
         assert len(set(right) & set(chosen)) >= 28  # 8 bits exchange a few of the last ones

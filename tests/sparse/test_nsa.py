@@ -9,7 +9,8 @@ import torch
 
 from kvcomp import Stack
 from kvcomp.attention import attend
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.reader import choose
 
 
 @pytest.mark.parametrize("block", [8, 32, 64])
@@ -25,7 +26,7 @@ def test_blocks_of_pages_that_are_not_read_stand_for_their_tokens(block: int, bi
     store.write(k, v, torch.arange(700) >= 700 - lengths[:, None])
     q = torch.randn(2, 6, 1, 64)
     ours = store.attend(q, 0.3, softcap)
-    choice, _ = store._choose(q.view(4, 3, 64), store.table.ids(), store.table.counts, 0.3, softcap)
+    choice, _ = choose(store.records, store.storage.view(), q.view(4, 3, 64), 0.3, softcap)
     assert choice is not None
     for s in range(4):
         length, head = int(lengths[s // 2]), s % 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import Stack
-from kvcomp.layer import LayerStore
+from kvcomp.cache.layer import LayerStore
 from kvcomp.sparse.quest import MAX, MIN, Quest
 from kvcomp.stages import PageShape, Summaries
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cache.reader import choose
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import vectors
-from kvcomp.layer import LayerStore
-from kvcomp.plan import held_parts, read_parts
 from kvcomp.sparse.dsa import Dsa, Traces
 from kvcomp.sparse.moba import MEAN, MoBA
 from kvcomp.sparse.nsa import NSA
@@ -27,6 +27,7 @@ from kvcomp.sparse.ranked import RankedSelector
 from kvcomp.sparse.sketch import Sketch
 from kvcomp.sparse.summaries import SCALE
 from kvcomp.stages import PageShape, Summaries
+from kvcomp.stages.plan import held_parts, read_parts
 
 QUANTIZERS = (
     "none",
@@ -73,11 +74,11 @@ def store_of(spec: str, tokens: int = 333, seed: int = 0, lengths: tuple[int, ..
 def read_pages(store: LayerStore, q: Tensor) -> Tensor:
     """bool [S, longest], times the tokens of a page if single ones are read: what queries [B, Hq, 1, D] choose."""
     grouped = q.view(store.rows * store.heads, -1, q.shape[-1])
-    choice, _ = store._choose(grouped, store.table.ids(), store.table.counts, 0.125)
+    choice, _ = choose(store.records, store.storage.view(), grouped, 0.125)
     assert choice is not None
     positions, valid = choice
     places = torch.arange(positions.shape[1]) < valid[:, None]
-    each = store.layout.page_size if store.by_tokens else 1
+    each = store.layout.page_size if store.records.by_tokens else 1
     read = torch.zeros(len(positions), store.table.longest * each, dtype=torch.bool)
     read[torch.arange(len(positions))[:, None].expand_as(positions)[places], positions[places]] = True
     assert bool((read.sum(1) == valid).all())
@@ -297,12 +298,12 @@ def test_what_is_not_read_is_never_touched(name: str, quantizer: str, rule: str)
     store = store_of(f"{quantizer} + {name}({SELECTORS[name]}{rule}) + window(recent=16)")
     q = 2 * torch.randn(3, 8, 1, 64)
     before, read = store.attend(q, 0.125), read_pages(store, q)
-    each = store.layout.page_size if store.by_tokens else 1
-    assert store.by_tokens == (name in BY_TOKENS and "kivi" not in quantizer)
+    each = store.layout.page_size if store.records.by_tokens else 1
+    assert store.records.by_tokens == (name in BY_TOKENS and "kivi" not in quantizer)
     assert 0 < int(read.sum()) < store.table.total * each
     assert store.read["pages"] == int(read.sum()) // each * store.layout.body_bytes
     unread = (torch.arange(read.shape[1]) < store.table.counts[:, None] * each) & ~read
-    if store.by_tokens:
+    if store.records.by_tokens:
         stream, token = unread.nonzero().unbind(1)
         page = store.table.ids()[stream, token // each].long()
         for field in store.layout.fields:
@@ -358,7 +359,7 @@ def test_bytes_are_planned(name: str, arguments: str, tokens: int, dtype: torch.
     if name != "sketch":
         assert planned.pop("constants", 0) == adapted
     elif store.table.total:
-        fitted = store.index.queries.fitted.nbytes
+        fitted = store.records.index.queries.fitted.nbytes
         shared = sum(t.nbytes for t in store.codec.constants()) - adapted
         assert planned.pop("constants") == store.held(set())["constants"] - fitted - shared
     assert held == planned

@@ -13,15 +13,16 @@ from generation import assert_same, greedy, left_padded, tokens
 from reachable import reachable_bytes
 from torch import Tensor
 
-import kvcomp.layer
+import kvcomp.cache.reader
 from kvcomp import CompressedCache, KvcompWarning, Stack, prefill
-from kvcomp.bill import bill
+from kvcomp.architecture import LayerShape, Matrices, ModelShape
+from kvcomp.cache.layer import LayerStore
+from kvcomp.cost.bill import bill
 from kvcomp.errors import SpecError
 from kvcomp.integrations.huggingface.lockstep import lockstep
-from kvcomp.layer import Choice, LayerStore
 from kvcomp.ledger import add_parts
-from kvcomp.plan import held_parts, read_parts
-from kvcomp.roofline import LayerShape, Matrices, ModelShape
+from kvcomp.stages import Choice
+from kvcomp.stages.plan import held_parts, read_parts
 
 SPEC = "kivi(bits=4, group=16) + moba(pages=3, share=3) + window(sinks=2, recent=8)"
 ROWS, HEADS, DIM = 2, 2, 32
@@ -72,13 +73,13 @@ def test_plans_name_the_leader_among_the_layers_that_choose() -> None:
 def test_followers_read_the_pages_of_their_leader(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = stores_of(spec, 5)
     handed: list[Tensor] = []
-    attend_pages = kvcomp.layer.attend_pages
+    attend_pages = kvcomp.cache.reader.attend_pages
 
     def watched(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, *rest: object) -> object:
         handed.append(torch.cat([ids, counts[:, None]], 1))
         return attend_pages(q, pool, ids, counts, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kvcomp.layer.attend_pages", watched)
+    monkeypatch.setattr("kvcomp.cache.reader.attend_pages", watched)
     for i in range(40):  # over the ends of pages, which then begin or leave
         handed.clear()
         choices, tables = [], []

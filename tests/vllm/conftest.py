@@ -34,7 +34,7 @@ ENVIRONMENT = {
 @pytest.fixture(scope="session")
 def folder() -> str:
     """The folder of SmolLM2-135M's weights."""
-    from kvcomp.integrations.models import converted
+    from kvcomp.integrations.huggingface.models import converted
 
     return str(converted(MODEL))
 
@@ -170,8 +170,8 @@ def hugging_face() -> Callable[..., list[int]]:
     import torch
 
     from kvcomp import CompressedCache
-    from kvcomp.integrations.models import load_model
-    from kvcomp.plan import LayerPlan
+    from kvcomp.integrations.huggingface.models import load_model
+    from kvcomp.stages.plan import LayerPlan
 
     torch.set_num_threads(1)
     model, _ = load_model(MODEL)

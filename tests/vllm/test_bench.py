@@ -10,13 +10,14 @@ import pytest
 from rich.console import Console
 
 from kvcomp.benchmarks import bench
-from kvcomp.benchmarks.results import NLL, RunError, read_run
+from kvcomp.benchmarks.results import NLL, Record, RunError, read_run
+from kvcomp.benchmarks.settings import ENGINES, Settings
 
 STACK = "kivi(bits=4) + window(recent=64)"
 
 
-def measured(engine: str, out: Path) -> dict[str, bench.Record]:
-    settings = bench.Settings(
+def measured(engine: str, out: Path) -> dict[str, Record]:
+    settings = Settings(
         "smollm2-135m", ("niah_single_1", "perplexity_text"), (512,), 2, (STACK,), max_new_tokens=12, engine=engine
     )
     bench.run(settings, out, Console(file=io.StringIO()), "test")
@@ -24,7 +25,7 @@ def measured(engine: str, out: Path) -> dict[str, bench.Record]:
 
 
 def test_the_same_answers_and_bytes(tmp_path: Path) -> None:
-    ours, theirs = (measured(engine, tmp_path / engine) for engine in bench.ENGINES)
+    ours, theirs = (measured(engine, tmp_path / engine) for engine in ENGINES)
     assert ours.keys() == theirs.keys()
     for key, one in ours.items():
         two = theirs[key]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from kvcomp.cache.blocks.setup import Setup
 from kvcomp.integrations.vllm import plugin
-from kvcomp.integrations.vllm.setup import Setup
-from kvcomp.stack import Stack
+from kvcomp.stages.stack import Stack
 
 LAYERS, HEADS, DIM, LENGTH = 4, 2, 64, 1024
 STACKS = ["snapkv(budget=128, window=32) + int8", "streaming(sinks=4, recent=64) + int8"]
@@ -90,7 +90,7 @@ class Blocks:
         """The request's blocks behind its last step: those that the setup says, and no others."""
         pages, *window = self.manager.get_blocks(request.request_id).blocks
         settled, prompt, page = self.settled[request.request_id], request.num_prompt_tokens, self.setup.page_size
-        first, last = self.setup.extent(settled, prompt).gap
+        first, last = self.setup.geometry.extent(settled, prompt).gap
         free = range(ceil(first * page / self.size), last * page // self.size)
         assert len(pages) == ceil(request.num_computed_tokens / self.size)
         for column, block in enumerate(pages):  # what a step brings itself goes when the next one begins

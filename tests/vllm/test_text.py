@@ -67,7 +67,7 @@ def test_selected_pages(engine: ENGINE, hugging_face: Any, share: SHARE, text: T
 def test_calibrated(engine: ENGINE, hugging_face: Any, share: SHARE, text: TEXT, tmp_path: Path) -> None:
     """Bases out of a file, with bits where that says; prompts and decoding over the ends of pages."""
     from kvcomp.integrations.huggingface.calibrate import calibrate
-    from kvcomp.integrations.models import load_model
+    from kvcomp.integrations.huggingface.models import load_model
 
     file = tmp_path / "klt.safetensors"
     licence = Path(__file__).parents[2] / "LICENSE"

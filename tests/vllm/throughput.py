@@ -100,7 +100,7 @@ def label(stack: str) -> str:
 
 
 def main() -> None:
-    from kvcomp.integrations.models import converted
+    from kvcomp.integrations.huggingface.models import converted
 
     parser = ArgumentParser()
     parser.add_argument("-n", default="1,4,16")

@@ -1,0 +1,1 @@
+"""lm-eval over compressed caches: a model, and tasks."""

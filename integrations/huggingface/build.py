@@ -1,0 +1,55 @@
+"""The layers of a cache: ours where a stack compresses, the library's own elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from kvcomp.cache.layer import Shared
+from kvcomp.errors import KvcompWarning
+from kvcomp.stages.stack import Stack
+
+from ..configs import cache_layers, field, library_layer
+from .indexed import IndexedLayer
+from .layer import CompressedLayer
+from .preallocated import PreallocatedLayer, check_room
+from .turns import Turns
+
+OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
+
+
+def layers_of(stack: Stack, config: PreTrainedConfig, max_tokens: int | None, preallocate: int | None) -> list[Any]:
+    """A layer for each of a decoder's; arguments as of `CompressedCache`."""
+    types, kwargs = cache_layers(config)
+    if preallocate is not None:
+        check_room(config, preallocate, max_tokens)
+    full = [i for i, kind in enumerate(types) if kind in OURS]
+    choices: dict[int, Shared] = {}
+    layers: list[Any] = []
+    for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
+        if kind in OURS:
+            plan = stack.plan(i, len(types), full)
+            if preallocate is not None:
+                layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
+            else:
+                layers.append(OURS[kind](plan, max_tokens, stack.prefill_chunk, choices))
+        else:
+            layers.append(library_layer(kind, options))
+    if not any(isinstance(layer, CompressedLayer) for layer in layers):
+        warnings.warn(
+            f"no layer of this {config.model_type} is full attention ({', '.join(sorted(set(types)))}): "
+            "nothing is compressed",
+            KvcompWarning,
+            stacklevel=3,
+        )
+    modes = field(config, "kv_sharing_modes") or ()
+    for layer, mode in zip(layers, modes, strict=False):
+        if isinstance(layer, CompressedLayer):
+            layer.lends = mode == "store"
+    first = next((layer for layer in layers if isinstance(layer, CompressedLayer)), None)
+    if first is not None:
+        flat = any(policy.expires for policy in stack.policies)  # memory that does not grow with the text
+        first.turns = Turns(record=not flat and preallocate is None)  # whose steps a graph may take
+    return layers

@@ -1,0 +1,189 @@
+"""The shape of a model from its config alone, for `kvcomp plan`: no weight is loaded.
+
+Parameters are counted on the library's own model, built on the meta device; so every architecture that transformers
+knows is counted as it is, not as a formula imagines it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from kvcomp.architecture import LayerKind, LayerShape, Matrices, ModelShape
+from kvcomp.errors import UnsupportedError
+from kvcomp.integrations.configs import cache_layers, decoder_config, field, layer_kinds, max_positions
+from kvcomp.text import quote
+
+from .models import ModelError, explained, locate
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+CHOSEN = ("num_experts_per_tok", "experts_per_token", "top_k_experts")
+
+
+@cache
+def builtin() -> dict[str, dict[str, Any]]:
+    """Public configs that need no network: name -> {"hub": id, "config": the fields that matter}."""
+    table: dict[str, dict[str, Any]] = json.loads(files(__package__).joinpath("models.json").read_text("utf-8"))
+    return table
+
+
+def model_shape(name: str, weight_bits: float | None = None) -> ModelShape:
+    """The shape of a built-in model (by name or hub id), a local folder, a .gguf file or a hub model.
+
+    weight_bits: bits per parameter of every matrix, instead of what the config says.
+
+    Raises:
+        ModelError: no such model.
+        UnsupportedError: a model whose cache or weights cannot be told from its config.
+    """
+    for short, entry in builtin().items():
+        if name.lower() in (short, entry["hub"].lower()) and not os.path.exists(name):
+            fields = dict(entry["config"])
+            return shape_of(AutoConfig.for_model(fields.pop("model_type"), **fields), entry["hub"], weight_bits)
+    near = get_close_matches(name.lower(), builtin(), n=1, cutoff=0.8)
+    if near and "/" not in name and not os.path.exists(name):
+        raise ModelError(
+            f"model: {quote(name)} is not built in: did you mean {near[0]!r}? For a model of the hub give owner/name."
+        )
+    source, options = locate(name)
+    try:
+        with explained(name, source):
+            config = AutoConfig.from_pretrained(str(source), **options)
+    except ModelError as error:
+        raise ModelError(f"{error} Known without a network: {', '.join(builtin())}.") from error
+    return shape_of(config, Path(name).stem if os.path.exists(source) else name, weight_bits)
+
+
+def shape_of(outer: PreTrainedConfig, name: str, weight_bits: float | None = None) -> ModelShape:
+    """The shape of the decoder that a transformers config describes."""
+    config = decoder_config(outer)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedError(f"{name}: its decoder cannot be built from the config alone: {reason}") from error
+    quantization = getattr(outer, "quantization_config", None) or getattr(config, "quantization_config", None)
+    dtype = _dtype(config, outer)
+    bits = _Bits(name, dtype, quantization, weight_bits)
+    groups = {"dense": Matrices(), "experts": Matrices(), "lookup": Matrices()}
+    for group, key, parameter in _matrices(model):
+        groups[group] += Matrices(parameter.numel(), parameter.numel() * bits(key, group) / 8)
+    total, active = (_number(config, fields) for fields in (EXPERTS, CHOSEN))
+    if groups["experts"].parameters and not (total and active):
+        raise UnsupportedError(f"{name}: its config does not say how many of its experts a token uses")
+    return ModelShape(
+        name=name,
+        layers=tuple(_layers(config, dtype, model, name)),
+        **groups,
+        total_experts=total if groups["experts"].parameters else 0,
+        active_experts=active if groups["experts"].parameters else 0,
+        dtype=str(dtype).removeprefix("torch."),
+        itemsize=dtype.itemsize,
+        positions=max_positions(config),
+    )
+
+
+def _number(config: PreTrainedConfig, fields: tuple[str, ...]) -> int:
+    """The value of the first of these fields that the config sets, 0 without any.
+
+    Raises:
+        UnsupportedError: layers that differ in it.
+    """
+    for name in fields:
+        said = field(config, name)
+        values = {value for value in (said if isinstance(said, list) else [said]) if value}
+        if len(values) > 1:
+            raise UnsupportedError(f"{config.model_type}: its layers differ in {name}, which a plan does not know yet")
+        if values:
+            return int(values.pop())
+    return 0
+
+
+def _dtype(*configs: PreTrainedConfig) -> torch.dtype:
+    """What the model is kept in, bfloat16 where no config says."""
+    named = next((str(config.dtype) for config in configs if config.dtype), "bfloat16")
+    dtype: torch.dtype = getattr(torch, named.removeprefix("torch."))
+    return dtype
+
+
+def _matrices(model: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(group, name, parameter) of every matrix; tied ones once, as the output head that they also are."""
+    head = model.get_output_embeddings()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables -= {id(head.weight)} if head is not None else set()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name.endswith("bias"):
+            continue
+        group = "lookup" if id(parameter) in tables else "experts" if ".experts." in name else "dense"
+        yield group, name, parameter
+
+
+class _Bits:
+    """Bits per parameter of a matrix, as its checkpoint stores it."""
+
+    def __init__(self, model: str, dtype: torch.dtype, quantization: Any, given: float | None) -> None:
+        own = quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
+        self.plain, self.given = 8 * dtype.itemsize, given
+        self.method = str(getattr(own.get("quant_method"), "value", own.get("quant_method") or ""))
+        self.block = prod(own.get("weight_block_size") or (0,))
+        if self.method not in ("", "fp8", "mxfp4") and given is None:
+            raise UnsupportedError(
+                f"{model}: the size of {self.method!r} weights is not known here: give --weight-bits"
+            )
+
+    def __call__(self, name: str, group: str) -> float:
+        if self.given is not None:
+            return self.given
+        if self.method == "mxfp4" and group == "experts":
+            return 4 + 8 / 32  # an E8M0 scale for 32 elements
+        if self.method == "fp8" and ".layers." in name and not name.endswith((".gate.weight", ".router.weight")):
+            return 8 + (32 / self.block if self.block else 0)  # a float32 scale a block
+        return self.plain
+
+
+def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name: str) -> Iterator[LayerShape]:
+    """What each layer caches, and what its attention multiplies."""
+    widths = {key: parameter.shape[0] for key, parameter in model.named_parameters() if key.endswith("k_proj.weight")}
+    types, options = cache_layers(config)
+    each = zip(layer_kinds(config), types, options, config.per_layer_config, strict=True)
+    for i, (kind, of_type, option, own) in enumerate(each):
+        if kind is LayerKind.SHARED:  # caches nothing: an MLP, or it reads another layer's cache
+            yield LayerShape(kind=kind)
+        elif of_type == "linear_attention" and getattr(own, "linear_num_value_heads", None):
+            yield LayerShape(state=_state_bytes(own, dtype.itemsize), kind=kind)
+        elif kind is LayerKind.LATENT:
+            rank, rotary = own.kv_lora_rank, own.qk_rope_head_dim
+            expanded = own.qk_nope_head_dim + rotary + own.v_head_dim
+            yield LayerShape(1, rank, rotary, own.num_attention_heads, expanded, rank + rotary + rank, kind=kind)
+        elif kind in (LayerKind.FULL, LayerKind.SLIDING):
+            heads = own.num_attention_heads
+            kv_heads = getattr(own, "num_key_value_heads", None) or heads
+            dim = getattr(own, "head_dim", None) or own.hidden_size // heads
+            width = next((w for key, w in widths.items() if f".layers.{i}." in key), kv_heads * dim)
+            if width != kv_heads * dim:
+                raise UnsupportedError(
+                    f"{name}: layer {i} has keys of {width} channels, but its config says {kv_heads} heads of {dim}"
+                )
+            yield LayerShape(kv_heads, dim, dim, heads, 2 * dim, 2 * dim, option.get("sliding_window"), kind=kind)
+        else:
+            raise UnsupportedError(f"{name}: layer {i} is {of_type!r}, whose cache a plan does not know yet")
+
+
+def _state_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Bytes per sequence of a gated delta net: a float32 matrix per value head, and the convolution's last inputs."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    recurrent = values * config.linear_key_head_dim * 4
+    return recurrent + (2 * keys + values) * config.linear_conv_kernel_dim * itemsize

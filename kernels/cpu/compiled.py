@@ -1,0 +1,50 @@
+"""The compiled C kernel of this machine, and what its functions return."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+from kvcomp.errors import KvcompError
+
+from .loading import MISSING, load
+
+LEVELS = ("portable", "AVX2", "AVX-512")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where there is none; see `missing`. torch is imported by then: they share its
+    OpenMP."""
+    return _loaded()[0]
+
+
+def missing() -> str:
+    """Why there is no compiled kernel, and what to do."""
+    return _loaded()[1] or MISSING
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    return load()
+
+
+@cache
+def functions() -> ctypes.CDLL:
+    """The kernel's functions, where there is a `library`."""
+    found = library()
+    assert found is not None
+    return found
+
+
+@cache
+def level() -> int:
+    """The best of `LEVELS` on this machine."""
+    return int(functions().kvcomp_level())
+
+
+def error(code: int) -> Exception:
+    """What a number that a function returned stands for."""
+    if code == 1:
+        return MemoryError("no memory for a step of attention over compressed pages")
+    return KvcompError("counts, ids or places are below 0, or beyond what there is: the cache is damaged")

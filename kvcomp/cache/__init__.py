@@ -1,0 +1,1 @@
+"""The life of a token: window, pages, tables, and what attends over them."""

@@ -1,0 +1,121 @@
+"""Centres of pages that are written token by token, for models that add biases to their keys.
+
+Such a page is read before its keys are known, so that its centre cannot be their mean. It is what the model adds to all
+keys, a bias b, turned by the rotary embedding R as at the page's middle position p:
+
+    c(p) = R(p) b = sum_i f_i(p) W_i,    f = (cos(p w_1), .., sin(p w_1), .., 1)
+
+It depends on the position alone, as no block may depend on a request. A poor guess costs accuracy and nothing else:
+what is subtracted from keys is given back to their logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcomp.finite import saturated
+from kvcomp.layout import PageLayout
+from kvcomp.segments import centre_of
+from kvcomp.stages import Codec
+
+if TYPE_CHECKING:
+    from .pages import Cells
+
+DTYPE = torch.float16  # of centres
+
+
+class Turned(NamedTuple):
+    """The biases of a layer's H heads at any position: frequencies w float32 [w], weights W float32 [F, H, dim].
+
+    F = 2 w + 1; or 0 where the model has no biases, and centres are 0.
+    """
+
+    frequencies: Tensor
+    weights: Tensor
+
+    @classmethod
+    def nothing(cls, heads: int, dim: int, device: torch.device) -> Turned:
+        kind = {"dtype": torch.float32, "device": device}
+        return cls(torch.zeros(0, **kind), torch.zeros(0, heads, dim, **kind))
+
+    def of_rank(self, heads: int, rank: int, ranks: int) -> Turned:
+        """Of the `heads` heads that a rank has; heads are repeated where there are more ranks."""
+        held = self.weights.shape[1]
+        first = rank * heads if held >= ranks * heads else rank * held // ranks
+        return self._replace(weights=self.weights[:, first : first + heads])
+
+    def to(self, device: torch.device) -> Turned:
+        return Turned(*(x.to(device) for x in self))
+
+
+def turns(frequencies: Tensor, positions: Tensor) -> Tensor:
+    """f float32 [t, F] of positions [t]."""
+    if not len(frequencies):
+        return frequencies.new_zeros(len(positions), 0)
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin(), torch.ones_like(angles[:, :1])], -1)
+
+
+def turned(heads: Tensor, frequencies: Tensor, factor: float) -> Turned:
+    """Biases heads [H, dim], of which channels i and w + i turn with frequencies [w] and are multiplied by factor."""
+    half = len(frequencies)
+    cos, sin = (torch.zeros(half, *heads.shape, dtype=torch.float64, device="cpu") for _ in range(2))
+    for i in range(half):
+        a, b = heads[:, i] * factor, heads[:, half + i] * factor
+        cos[i, :, i], cos[i, :, half + i] = a, b
+        sin[i, :, i], sin[i, :, half + i] = -b, a
+    rest = heads.double().clone()
+    rest[:, : 2 * half] = 0
+    return Turned(frequencies.float(), torch.cat([cos, sin, rest[None]]).float())
+
+
+def middle(page: Tensor, page_size: int) -> Tensor:
+    """float32: the middle position of each page of `page_size` tokens."""
+    return page.to(torch.float32) * page_size + (page_size - 1) / 2
+
+
+class Centres:
+    """Writes and reads the centres of pages that come token by token.
+
+    weights float32 [F, H, D]: of the keys that centres are, as in `Turned`.
+    """
+
+    def __init__(self, codec: Codec, layout: PageLayout, weights: Tensor) -> None:
+        self.codec, self.parts = codec, []
+        sides, (count, heads, dim) = codec.kernel_sides(), weights.shape
+        if not layout.centres or sides is None:
+            return
+        self.channels, self.v_dim = sides[0].channels, sides[1].channels
+        streams, nothing = torch.arange(heads, device=weights.device).repeat(count), weights.flatten(0, 1)[:, None]
+        given = codec.kernel_input(nothing, nothing, streams)
+        assert given is not None
+        coordinates, first = given[0].unflatten(0, (count, heads))[:, :, 0], 0  # linear in keys
+        for segment in sides[0].segments:
+            last, name = first + segment.channels, centre_of(segment)
+            if name is not None:
+                at = layout.offsets[name]
+                place = slice(at, at + segment.channels * DTYPE.itemsize)
+                self.parts.append((place, slice(first, last), coordinates[..., first:last].flatten(1).float()))
+            first = last
+
+    def begin(self, pool: Tensor, cells: Cells) -> None:
+        """Write the centres of pages that begin."""
+        if not len(cells.begun):
+            return
+        for place, _, weights in self.parts:
+            held = pool[:, place].view(DTYPE)
+            made = saturated((cells.turns @ weights).view(len(cells.begun), -1), DTYPE)
+            held[cells.begun] = made if cells.begins is None else torch.where(cells.begins, made, held[cells.begun])
+
+    def of(self, pool: Tensor, cells: Cells) -> Tensor:
+        """Keys float32 [t * H, 1, D] that are the centres of the pages of tokens."""
+        records = cells.records.clamp_min(0)
+        if len(self.parts) == 1 and not self.codec.rotates:
+            return pool[:, self.parts[0][0]].view(DTYPE)[records, None].float()
+        found = torch.zeros(len(records), 1, self.channels, dtype=torch.float32, device=pool.device)
+        for place, channels, _ in self.parts:
+            found[:, 0, channels] = pool[:, place].view(DTYPE)[records].float()
+        return self.codec.inverse(found, found.new_zeros(len(found), 1, self.v_dim), cells.heads)[0]

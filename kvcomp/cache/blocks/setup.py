@@ -1,0 +1,99 @@
+"""What a stack asks of an engine's blocks, in a model of so many layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from kvcomp.stages import PageShape, Policy
+from kvcomp.stages.plan import RECEIVED, LayerPlan
+from kvcomp.stages.stack import Stack
+
+from ..geometry import Extents
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A stack in an engine of `layers` layers, with heads of `dim` channels in `dtype`.
+
+    Where every field of a page has a row per token, and nothing is asked of the newest tokens, a token is written into
+    its page at once: `by_token`. Otherwise each request has a window in full precision (sinks, recent tokens, a page
+    that is not full yet and `drafts` that may be rejected), out of which whole pages are encoded.
+    """
+
+    stack: Stack
+    layers: int
+    dim: int
+    dtype: torch.dtype
+    drafts: int = 0
+
+    @cached_property
+    def geometry(self) -> Extents:
+        """Counts of tokens and pages of a request."""
+        window = self.stack.window
+        sizes = self.page_size, window.sinks, window.recent, self.drafts
+        return Extents(*sizes, policies=self.stack.policies, layers=self.layers)
+
+    @property
+    def page_size(self) -> int:
+        return self.stack.page_size
+
+    @property
+    def policy(self) -> Policy | None:
+        """What chooses, once a prompt is in, which of its tokens stay; None: nothing does."""
+        return self.geometry.policy
+
+    @property
+    def stack_window(self) -> str:
+        """The exact tokens that the stack asks for, in words; empty where it asks for none."""
+        window = self.stack.window
+        parts = [f"{n} {what}" for n, what in ((window.sinks, "sinks"), (window.recent, "recent tokens")) if n]
+        return " and ".join(parts)
+
+    @property
+    def voters(self) -> int:
+        """Of how many of a prompt's last tokens the policy needs the queries."""
+        return 0 if self.policy is None else self.policy.voters or 0
+
+    @property
+    def sums(self) -> bool:
+        """Whether scores of a prompt that is cut are added up over its parts."""
+        return self.policy is not None and self.policy.voters is None
+
+    @cached_property
+    def by_token(self) -> bool:
+        """Whether a token can be written into its page by itself."""
+        window = self.stack.window
+        asks = window.sinks or window.recent or self.stack.selector or self.stack.policies
+        return not asks and self.plan(0).layout(self.shape(1, 0)).tokenwise
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the window of a request has room for; 0 where it needs none."""
+        return 0 if self.by_token else self.geometry.slots
+
+    def plan(self, layer: int) -> LayerPlan:
+        return self.stack.plan(layer, self.layers)
+
+    def shape(self, heads: int, layer: int) -> PageShape:
+        """What the codec of a layer is made for, where `heads` KV heads of it are on this rank; on the host: `Pages`
+        has it on the device of the pool."""
+        return PageShape(self.page_size, self.dim, self.dim, heads, self.dtype, HOST, layer)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes at the end of a cell for a float32 per token, where `sums`, and then the attention that a page received
+        and of how many queries, where pages leave."""
+        scores = self.page_size * torch.float32.itemsize if self.sums else 0
+        return max(scores, 0 if self.geometry.limit is None else RECEIVED)
+
+    def record_bytes(self, heads: int) -> int:
+        """Bytes of a (block, head) cell: the largest page of any layer and a tail, filled up to a whole number a
+        token."""
+        layouts = (self.plan(i).layout(self.shape(heads, i)) for i in range(self.layers))
+        most = max(layout.bytes_per_page for layout in layouts) + self.tail_bytes
+        return -(-most // self.page_size) * self.page_size

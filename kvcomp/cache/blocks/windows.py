@@ -1,0 +1,99 @@
+"""The exact windows of all requests in one layer: sinks, recent tokens and a page that is not full yet.
+
+They lie in blocks of the same pool as the pages do, so that an engine has one kind of memory to hand out.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import UnsupportedError
+from kvcomp.kernels.dispatch import runs
+
+from .setup import Setup
+
+
+class Windows:
+    """`setup.slots` slots per request, each K and V [H, D] in the model's dtype. `at` binds them to the pool.
+
+    Where a policy has voters, as many slots for their queries [Hq, D] come after those, in blocks of their own, which
+    are free once the prompt is in.
+    """
+
+    def __init__(self, setup: Setup, heads: int, query_heads: int) -> None:
+        self.setup = setup
+        self.token, self.query = (heads, 2 * setup.dim), (query_heads, setup.dim)  # what slots hold
+        self.pool = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def blocks(self, block_bytes: int) -> tuple[int, int]:
+        """How many blocks of so many bytes a request needs for its tokens, and for the queries of its prompt.
+
+        Raises:
+            UnsupportedError: a block has no room for one token.
+        """
+        most = max(self.token, self.query, key=prod) if self.setup.voters else self.token
+        if block_bytes < self._bytes(most):
+            raise UnsupportedError(
+                f"{self.setup.stack}: a block of {block_bytes} bytes is smaller than one token in full precision, "
+                f"{self._bytes(most)} bytes: use larger blocks"
+            )
+        kept, more = (
+            -(-slots // (block_bytes // self._bytes(slot)))
+            for slots, slot in ((self.setup.slots, self.token), (self.setup.voters, self.query))
+        )
+        return kept, more
+
+    def at(self, pool: Tensor) -> Windows:
+        """Bound to blocks uint8 [blocks, ...], contiguous."""
+        self.pool = pool
+        return self
+
+    def starts(self, blocks: Tensor, slots: Tensor) -> Tensor:
+        """int64 [R, n]: where slots [R, n] of requests whose blocks are [R, m] begin, in every layer alike."""
+        return self._starts(self.token, blocks, slots)
+
+    def read(self, starts: Tensor) -> Tensor:
+        """Keys and values [R, H, n, 2 * D], side by side, of slots that begin at starts [R, n]."""
+        heads, width = self.token
+        head = torch.arange(0, heads * width, width, device=starts.device)
+        return runs(self._flat, starts[:, None] + head[:, None], width)
+
+    def write(self, starts: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values [w, H, D] in slots that begin at starts [w]."""
+        self._put(starts, torch.cat([keys, values], -1))
+
+    def read_queries(self, blocks: Tensor, slots: Tensor) -> Tensor:
+        """Queries [n, Hq, D] in slots [n] of a request whose blocks are [m]."""
+        starts = self._starts(self.query, self._behind(blocks[None]), slots[None])[0]
+        return runs(self._flat, starts, prod(self.query)).unflatten(1, self.query)
+
+    def write_queries(self, blocks: Tensor, slots: Tensor, queries: Tensor) -> None:
+        """Keep queries [w, Hq, D] in slots [w] of requests whose blocks are [w, m]."""
+        self._put(self._starts(self.query, self._behind(blocks), slots[:, None])[:, 0], queries)
+
+    def _put(self, starts: Tensor, slots: Tensor) -> None:
+        slots = slots.flatten(1)
+        self._flat[starts[:, None] + torch.arange(slots.shape[1], device=starts.device)] = slots
+
+    def _behind(self, blocks: Tensor) -> Tensor:
+        """Those of a request's blocks [R, m] that are for queries."""
+        return blocks[:, -(-self.setup.slots // self._room(self.token)) :]
+
+    def _bytes(self, slot: tuple[int, int]) -> int:
+        return prod(slot) * self.setup.dtype.itemsize
+
+    @property
+    def _flat(self) -> Tensor:
+        """The pool's elements in the model's dtype."""
+        return self.pool.view(-1).view(self.setup.dtype)
+
+    def _room(self, slot: tuple[int, int]) -> int:
+        """Slots in a block."""
+        return self.pool[0].nbytes // self._bytes(slot)
+
+    def _starts(self, slot: tuple[int, int], blocks: Tensor, slots: Tensor) -> Tensor:
+        room, block = self._room(slot), self.pool[0].nbytes // self.setup.dtype.itemsize
+        return blocks.gather(1, slots // room) * block + slots % room * prod(slot)

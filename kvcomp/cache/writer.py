@@ -1,0 +1,174 @@
+"""From tokens to pages: policies select what is kept, full windows give their oldest page away, old pages expire."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvcomp.errors import UnsupportedError
+from kvcomp.stages import Chunk, Held
+
+from .content import LayerContent
+from .storage import Storage
+
+
+def settle(storage: Storage) -> None:
+    """Turn the oldest page of tokens of each full window into a page."""
+    found = storage.full()
+    if found is None:
+        return
+    streams, due = found
+    k, v = storage.window(streams, due)
+    ids = storage.new_pages(streams, 1, due)
+    storage.records.encode(ids, k, v, streams, due, fit=storage.fresh(streams))
+    storage.paged(streams, ids, due)
+    storage.shift(streams, k, v, due)
+
+
+def expire(content: LayerContent) -> None:
+    """Let the policies expire old pages."""
+    plan, table = content.plan, content.table
+    for policy in plan.policies:
+        before = None
+        if content.prompt is not None and policy.trims and not policy.watches:
+            before = torch.tensor(content.prompt[1], dtype=torch.int64, device="cpu")
+        watched = table.attention() if policy.watches or before is not None else None
+        attention, queries = (None, None) if watched is None else watched
+        own = attention, queries, before, plan.layer, plan.layers
+        held = Held(content.kept, table.counts, plan.page_size, plan.sinks, content.heads, *own)
+        gone = policy.expired(held) if table.longest else None
+        if gone is not None and bool(gone.any()):
+            places = torch.arange(1, gone.shape[1] + 1, device="cpu")
+            last = (gone * places).amax(1)  # pages up to the newest that goes
+            newest = (table.counts - last) * plan.page_size + content.exact.counts - plan.sinks
+            content.limit_tail(int(newest[last > 0].min()))
+            table.drop(gone)
+            content.pool.reclaim()
+
+
+def write(
+    content: LayerContent,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    queries: Tensor | None = None,
+    scale: float = 1.0,
+    chosen: Tensor | None = None,
+) -> None:
+    """Add a chunk: keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; `valid` bool [B, n] marks tokens that are no
+    padding.
+
+    The policies choose what is kept, with queries [B, Hq, n, Dk] where they need them; chosen bool [B, Hkv, n] is
+    what one that `reconstructs` did choose. Only that is encoded.
+    """
+    n = keys.shape[2]
+    if valid is not None and bool(valid.all()):
+        valid = None
+    past = content.history.counts.clone()
+    if content.prompt is None:
+        content.prompt = past.tolist(), content.kept.tolist()
+    elif content.plan.trims:
+        content.table.begin_watch()
+    seen = torch.stack(
+        [past, past - torch.tensor(content.prompt[0], dtype=torch.int64, device="cpu")], 1
+    )  # in all, and of this prompt
+    content.history.append(n, valid)
+    if valid is None and bool((seen == seen[0]).all()):
+        rows = torch.arange(content.rows, device="cpu")
+        tails = [_write_rows(content, rows, keys, values, queries, chosen, seen[0].tolist(), scale)]
+    else:
+        tails = []
+        for b in range(content.rows):
+            tokens = slice(None) if valid is None else valid[b].nonzero().flatten()
+            row = (slice(b, b + 1), slice(None), tokens)
+            q, c = (None if x is None else x[row] for x in (queries, chosen))
+            at, row_alone = seen[b].tolist(), torch.tensor([b], dtype=torch.int64, device="cpu")
+            tails.append(_write_rows(content, row_alone, keys[row], values[row], q, c, at, scale))
+    content.tail = min((t for t in tails if t is not None), default=None)
+    expire(content)
+
+
+def _write_rows(
+    content: LayerContent,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor | None,
+    chosen: Tensor | None,
+    seen: list[int],
+    scale: float,
+) -> int | None:
+    """Write a chunk of rows with the same past and without padding: k [b, H, n, Dk], v [b, H, n, Dv].
+
+    seen: how many tokens came before, and how many of them belong to the same prompt.
+    Returns how many of the newest tokens these rows surely hold (None: all).
+    """
+    n = k.shape[2]
+    streams = (rows[:, None] * content.heads + torch.arange(content.heads, device="cpu")).flatten()
+    tail = None if content.tail is None else content.tail + n
+    if q is not None and n:
+        content.records.observe(streams, rearrange(q, "b (h g) n d -> (b h) (g n) d", h=content.heads))
+    if not content.plan.policies or n == 0:
+        if n:
+            _extend(content, streams, k.flatten(0, 1), v.flatten(0, 1))
+        return tail
+    kept = _select(content, k, v, q, chosen, seen, scale).flatten(0, 1)  # [s, n]
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    lost = (~kept).any(0).nonzero().flatten()
+    if len(lost):
+        tail = n - 1 - int(lost[-1])
+    counts = kept.sum(-1).cpu()
+    for count in counts.unique().tolist():
+        same = (counts == count).nonzero().flatten()
+        on = same.to(k.device)
+        index = kept[on].nonzero()[:, 1].view(len(same), count, 1)
+        _extend(content, streams[same], k[on].take_along_dim(index, 1), v[on].take_along_dim(index, 1))
+    return tail
+
+
+def _select(
+    content: LayerContent, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, seen: list[int], scale: float
+) -> Tensor:
+    """bool [b, H, n]: what the policies keep of a chunk; seen: as in `_write_rows`."""
+    plan, n, (past, before) = content.plan, k.shape[2], seen
+    alive = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+    sinks = min(max(plan.sinks - past, 0), n)
+    recent = min(plan.recent, n - sinks)
+    for policy in plan.policies:
+        if policy.needs_queries and q is None:
+            raise UnsupportedError(
+                f"{policy.name} scores tokens with the prompt's queries, which are not at hand here: "
+                "pass queries=, or use a policy that needs none (streaming)"
+            )
+        if policy.needs_model and content.model is None:
+            raise UnsupportedError(f"{policy.name} needs the model's weights, which are not at hand here")
+        where = plan.layer, plan.layers, content.model, chosen
+        chunk = Chunk(q, k, v, alive, past, sinks, recent, scale, *where, before=before)
+        alive = policy.select(chunk)
+    return alive
+
+
+def _extend(content: LayerContent, streams: Tensor, k: Tensor, v: Tensor) -> None:
+    """Add kept tokens k [s, n, Dk], v [s, n, Dv] to `streams`: to the sinks, then pages, then the window."""
+    held = content.exact.counts[streams]
+    if not bool((held == held[0]).all()):
+        for amount in held.unique().tolist():
+            same = (held == amount).nonzero().flatten()
+            on = same.to(k.device)
+            _extend(content, streams[same], k[on], v[on])
+        return
+    plan, count = content.plan, int(held[0])
+    taken = min(max(plan.sinks - count, 0), k.shape[1])
+    if taken:
+        content.exact.put(streams, count, k[:, :taken], v[:, :taken])
+        k, v, count = k[:, taken:], v[:, taken:], count + taken
+    if count > plan.sinks:  # less than the window and a page comes back out of the buffer
+        old_k, old_v = content.exact.window(streams, count)
+        k, v, count = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), plan.sinks
+    paged = max(k.shape[1] - plan.recent, 0) // plan.page_size * plan.page_size
+    if paged:
+        ids = content.storage.new_pages(streams, paged // plan.page_size)
+        content.records.encode(ids, k, v, streams, look=True)
+        content.storage.paged(streams, ids)
+    content.exact.put(streams, count, k[:, paged:], v[:, paged:])

@@ -1,0 +1,1 @@
+"""The `kvcomp` command."""

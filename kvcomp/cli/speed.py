@@ -1,0 +1,173 @@
+"""`kvcomp speed`: how fast a decode step is, beside the uncompressed cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import track
+from rich.table import Table
+
+from kvcomp.console import Plain
+from kvcomp.console import notes as console_of_notes
+from kvcomp.errors import KvcompError
+from kvcomp.text import quote
+
+from .options import whole_numbers
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvcomp.benchmarks.speed import Timing
+
+EXAMPLES = """Examples:
+
+  kvcomp speed --stack "kivi(bits=4)" --stack "kivi(bits=4) + quest(keep=0.1)" --context 512,8000
+
+  kvcomp speed --attention --geometry qwen3-8b --batch 1,8 --context 4096,32768 --stack "int(bits=4)"
+
+  kvcomp speed --stack "turboquant(bits=4)" --threads 1 --out speed"""
+
+WHOLE = ("attention", "model")
+
+
+def speed(
+    stack: Annotated[list[str], typer.Option(help="A stack to time; repeat it.")],
+    model: Annotated[str, typer.Option(help="The model whose decode steps are timed; as for `kvcomp generate`.")] = (
+        "smollm2-135m"
+    ),
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Only the attention of one layer, over random keys and values.")
+    ] = False,
+    geometry: Annotated[
+        str | None, typer.Option(help="Heads and channels of that layer, of a model as for `kvcomp plan`: no weights.")
+    ] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(help="Tokens held: repeat it or separate by commas.  \\[default: 4096]")
+    ] = None,
+    batch: Annotated[
+        list[str] | None, typer.Option(help="Sequences decoded together, likewise.  \\[default: 1]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Steps of each, in turns; figures are medians.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.  \\[default: torch's]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of keys and values: float32 (a CPU's default), bfloat16 or float16.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for speed.json and speed.svg.")] = None,
+) -> None:
+    """Time decode steps of every stack beside an uncompressed cache, in one run and in turns.
+
+    First the attention of one layer alone, checked against the reference before it is timed, then whole steps of the
+    model. GB/s are the cache's bytes that a step reads, over its time; beside them their share of what a copy of a
+    large tensor moves on this machine. "faster" compares with torch's attention over an uncompressed cache. On NVIDIA
+    GPUs FlashInfer and flash-attention are timed, too, where they are installed.
+    """
+    import torch
+
+    from kvcomp.benchmarks import speed as bench
+    from kvcomp.integrations.huggingface.models import load_model
+    from kvcomp.integrations.huggingface.shapes import model_shape
+
+    contexts = whole_numbers("context", context or ["4096"], "tokens")
+    batches = whole_numbers("batch", batch or ["1"], "sequences")
+    if geometry is not None and not attention:
+        raise KvcompError("geometry: give --attention too: whole steps need the weights of --model")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
+    if held not in (torch.float32, torch.bfloat16, torch.float16):
+        raise KvcompError(f"dtype: {quote(dtype)} is not float32, bfloat16 or float16")
+    notes = console_of_notes()
+    shape = next((layer for layer in model_shape(geometry or model).layers if layer.full), None)
+    if shape is None:
+        raise KvcompError(f"geometry: {geometry or model} has no layer of full attention")
+    heads = bench.Geometry(shape.heads, shape.kv_heads, shape.k_dim, shape.v_dim)
+    token = heads.heads * (heads.k_dim + heads.v_dim) * held.itemsize
+    _require_memory(max(contexts), max(batches), token, device)
+    rate = bench.bandwidth(device)
+    found: list[Timing] = []
+    absent: list[str] = []
+    jobs = [(length, rows) for length in contexts for rows in batches]
+    for length, rows in track(jobs, "attention of one layer", console=notes, transient=True):
+        found += bench.attention(heads, stack, length, rows, steps, held, device, 8, absent.append)
+    for line in dict.fromkeys(absent):
+        notes.print(line)
+    if not attention:
+        network, tokenizer = load_model(model, dtype=held, device=device)
+        for length, rows in track(jobs, "steps of the model", console=notes, transient=True):
+            found += bench.model(network, tokenizer, stack, length, rows, steps, bench.peers())
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    title = f"{geometry or model}, {str(held).removeprefix('torch.')}, {where}, a copy moves {rate:.1f} GB/s"
+    for what in WHOLE:
+        mine = [timing for timing in found if timing.what == what]
+        if mine:
+            _print(mine, f"{'Attention of one layer' if what == 'attention' else 'Decode step'}: {title}", rate)
+    if out is not None:
+        _write(out, found, {"title": title, "copy_gbps": rate, **_versions()})
+
+
+def _require_memory(context: int, batch: int, token: int, device: torch.device) -> None:
+    """Raise KvcompError where K and V of one layer, of `token` bytes a token, are more than the device's memory."""
+    import torch
+
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows does not say
+        return
+    needed = context * batch * token
+    if needed > memory:
+        raise KvcompError(
+            f"context: {context} tokens of {batch} sequences take {needed / 1e9:,.0f} GB of K and V in a layer, more "
+            f"than the {memory / 1e9:,.0f} GB of this machine."
+        )
+
+
+def _print(timings: list[Timing], title: str, rate: float) -> None:
+    table = Table(title=title)
+    for column in ("", "context", "batch", "ms", "quartiles", "GB/s", "of a copy", "faster"):
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    for timing in timings:
+        known = timing.read > 0
+        table.add_row(
+            timing.label,
+            f"{timing.context:,}",
+            str(timing.batch),
+            f"{timing.ms:.2f}",
+            f"{timing.low:.2f}-{timing.high:.2f}",
+            f"{timing.gbps:.1f}" if known else "",
+            f"{100 * timing.gbps / rate:.0f}%" if known else "",
+            f"{timing.ratio:.2f}x",
+        )
+    Plain(width=130).print(table)
+
+
+def _write(out: Path, timings: list[Timing], about: dict[str, Any]) -> None:
+    from kvcomp.benchmarks.charts import Point, lines
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(timing) for timing in timings]
+        (out / "speed.json").write_text(json.dumps({**about, "timings": rows}, indent=1) + "\n", "utf-8")
+        labels = list(dict.fromkeys((t.what, t.label, t.batch) for t in timings))
+        points = [
+            Point(labels.index((t.what, t.label, t.batch)) + 1, t.context, t.ratio, t.ratio, t.ratio) for t in timings
+        ]
+        (out / "speed.svg").write_text(
+            lines(points, "tokens held", "times as fast as uncompressed", scale=None), "utf-8"
+        )
+    except OSError as error:
+        raise KvcompError(f"out: {str(out)!r} cannot be written: {error.strerror}.") from error
+    key = "\n".join(f"{i}: {what}, {label}, batch {rows}" for i, (what, label, rows) in enumerate(labels, 1))
+    console_of_notes().print(f"{out}/speed.json, and {out}/speed.svg with the lines\n{key}")
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("kvcomp", "torch", "transformers")}

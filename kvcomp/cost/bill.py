@@ -1,0 +1,190 @@
+"""The bill of materials: what a model's cache holds and a decode step reads, for any stack, context and batch.
+
+Predicted by the code that the stack itself uses (`kvcomp.plan`), for a prompt of `context` tokens and the decode step
+after it. Full-attention layers are the stack's; sliding windows and recurrent states stay the library's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvcomp.architecture import ModelShape, obstacle
+from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.stages.plan import held_parts, read_parts, shared_bytes
+from kvcomp.stages.stack import Stack
+from kvcomp.text import quote
+
+from .hardware import Gpu
+from .roofline import Work, step
+
+READS = "reads"
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A factor that nothing here implements or measures, such as a latent an eighth of the size: `latent/8`.
+
+    It divides what is held and what is read; one called `reads` divides only what is read.
+    """
+
+    name: str
+    factor: float
+
+    @classmethod
+    def parse(cls, text: str) -> Assumption:
+        """The assumption that `NAME/FACTOR` describes.
+
+        Raises:
+            KvcompError: any other text.
+        """
+        name, _, number = text.partition("/")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = 0.0
+        if not name.strip().isidentifier() or not 1e-9 <= factor <= 1e9:
+            raise KvcompError(
+                f"assume: {quote(text)} is not NAME/FACTOR with a positive factor, as in latent/8 or reads/10"
+            )
+        return cls(name.strip(), factor)
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.factor:g}"
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one cache costs: bytes held and read by part, for the whole batch, and the step's work.
+
+    stack: None for the library's own uncompressed cache. dense: what that holds and reads. elements: cached elements of
+    K and V in the full-attention layers. weights: bytes of all weights. assumed: what was divided by, beyond the stack.
+    """
+
+    stack: Stack | None
+    context: int
+    batch: int
+    held_parts: dict[str, float]
+    read_parts: dict[str, float]
+    dense: tuple[int, int]
+    elements: int
+    work: Work
+    weights: float
+    assumed: tuple[Assumption, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return "dense" if self.stack is None else str(self.stack)
+
+    @property
+    def held(self) -> float:
+        return sum(self.held_parts.values())
+
+    @property
+    def read(self) -> float:
+        return sum(self.read_parts.values())
+
+    @property
+    def held_ratio(self) -> float:
+        """How many times less than dense."""
+        return self.dense[0] / self.held
+
+    @property
+    def read_ratio(self) -> float:
+        """How many times less than dense."""
+        return self.dense[1] / self.read
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits held per element of K and V in the layers that a stack compresses, as `Stack.effective_bits`."""
+        compressed = self.held - self.held_parts.get("library", 0)
+        return 8 * compressed / self.elements if self.elements else 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes of weights and cache in memory. Activations and the runtime come on top."""
+        return self.weights + self.held
+
+    def fits(self, gpu: Gpu) -> bool | None:
+        """Whether weights and cache fit; None where the device's memory is not known."""
+        return None if gpu.memory is None else self.total <= gpu.memory * 1e9
+
+    def tokens_per_second(self, gpu: Gpu) -> float:
+        """The most tokens that a second can give, over all sequences."""
+        return self.batch / self.work.seconds(gpu)
+
+    def under(self, assumption: Assumption) -> Bill:
+        """This bill, with what it holds and reads divided."""
+        reads_only = assumption.name == READS
+        held = self.held_parts if reads_only else _divided(self.held_parts, assumption.factor)
+        read = _divided(self.read_parts, assumption.factor)
+        work = replace(self.work, cache=self.work.cache / assumption.factor)
+        return replace(self, held_parts=held, read_parts=read, work=work, assumed=(*self.assumed, assumption))
+
+
+def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -> Bill:
+    """What `batch` sequences hold after a prompt of `context` tokens each, and what the next decode step reads.
+
+    Raises:
+        SpecError: a stack that cannot serve the model's head dimensions.
+        UnsupportedError: a stack that cannot serve its layers.
+    """
+    if stack is not None and (why := obstacle(shape.kinds, stack)) is not None:
+        raise UnsupportedError(f"{shape.name} {why}")
+    held: Counter[str] = Counter()
+    read: Counter[str] = Counter()
+    flops = shared = 0
+    dtype = getattr(torch, shape.dtype)
+    full = [i for i, layer in enumerate(shape.layers) if layer.full]
+    for i, layer in enumerate(shape.layers):
+        seen = layer.seen(context + 1)
+        if layer.full and stack is not None:
+            plan = stack.plan(i, len(shape.layers), full)
+            shared += shared_bytes(plan, layer.k_dim, layer.v_dim, layer.kv_heads, dtype)
+            for total, parts in ((held, held_parts), (read, read_parts)):
+                part = parts(plan, layer.k_dim, layer.v_dim, context, dtype)
+                total.update({name: size * layer.kv_heads for name, size in part.items()})
+            seen = plan.attended(context)
+        elif layer.full:
+            held["dense"] += layer.elements * shape.itemsize * context
+            read["dense"] += layer.elements * shape.itemsize * (context + 1)
+        flops += 2 * layer.heads * layer.decode_width * seen
+    for total, tokens in ((held, context), (read, context + 1)):
+        total["library"] += shape.fixed_bytes(tokens)
+    together = _times(held, batch)
+    if shared:
+        together["constants"] = together.get("constants", 0.0) + shared
+    return Bill(
+        stack,
+        context,
+        batch,
+        together,
+        _times(read, batch),
+        (batch * shape.cache_bytes(context), batch * shape.cache_bytes(context + 1)),
+        batch * context * shape.token_bytes // shape.itemsize,
+        step(shape, batch, sum(read.values()), flops),
+        shape.weights.nbytes,
+    )
+
+
+def bills(
+    shape: ModelShape, stacks: Iterable[Stack], context: int, batch: int, assumptions: Iterable[Assumption] = ()
+) -> list[Bill]:
+    """The uncompressed cache and each stack, every one followed by itself under the assumptions, one more at a time."""
+    rows = []
+    for stack in (None, *stacks):
+        rows.append(bill(shape, stack, context, batch))
+        for assumption in assumptions:
+            rows.append(rows[-1].under(assumption))
+    return rows
+
+
+def _times(parts: Counter[str], batch: int) -> dict[str, float]:
+    return {name: float(size * batch) for name, size in parts.items() if size}
+
+
+def _divided(parts: dict[str, float], factor: float) -> dict[str, float]:
+    return {name: size / factor for name, size in parts.items()}

@@ -1,0 +1,191 @@
+"""What a layer will do and hold, known before any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from kvcomp.geometry import Geometry
+from kvcomp.layout import Field, PageLayout
+
+from .one_sided import filled, make_codec, page_fields
+from .policy import Policy
+from .quantizer import Codec, PageShape, Quantizer
+from .selector import Selector
+
+COUNTER = torch.int64
+TABLE_ENTRY = torch.int32
+RECEIVED = 2 * torch.float32.itemsize  # of a page whose attention a policy watches
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The stages of one layer."""
+
+    quantizer: Quantizer
+    policies: tuple[Policy, ...]
+    selector: Selector | None
+    sinks: int
+    recent: int
+    page_size: int
+    layer: int
+    layers: int
+    leader: int | None = None  # the layer whose choice of pages this one reads
+
+    @cached_property
+    def needs_queries(self) -> bool:
+        stages = (self.quantizer, self.chooser, *self.policies)
+        return any(stage.needs_queries for stage in stages if stage is not None)
+
+    def within(self, tokens: int) -> LayerPlan:
+        """This plan for streams of at most so many tokens: a window of more than all of them needs no room for more."""
+        return replace(self, sinks=min(self.sinks, tokens), recent=min(self.recent, tokens))
+
+    @cached_property
+    def needs_model(self) -> bool:
+        return any(policy.needs_model for policy in self.policies)
+
+    @cached_property
+    def reconstructs(self) -> bool:
+        return any(policy.reconstructs is not None for policy in self.policies)
+
+    @cached_property
+    def watched(self) -> bool:
+        """Whether some policy needs the attention that pages receive."""
+        return any(policy.watches for policy in self.policies)
+
+    @cached_property
+    def trims(self) -> bool:
+        """Whether pages of a prompt that comes in chunks may leave before its end."""
+        return any(policy.trims for policy in self.policies)
+
+    @cached_property
+    def gathers(self) -> int:
+        """From how many tokens of a prompt the policies choose at least."""
+        return max((policy.gathers(self.sinks, self.recent) for policy in self.policies), default=0)
+
+    @cached_property
+    def chooser(self) -> Selector | None:
+        """The selector, where this layer chooses for itself: only then its pages have summaries."""
+        return self.selector if self.leader is None else None
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return Geometry(self.page_size, self.sinks, self.recent)
+
+    @cached_property
+    def slots(self) -> int:
+        """Tokens that the exact buffer of a stream has room for."""
+        return self.geometry.slots
+
+    def room(self, tokens: int) -> int:
+        """Slots that a stream's exact buffer has once it held `tokens` tokens: a power of two until it is whole."""
+        return min(self.slots, max(16, 1 << (tokens - 1).bit_length())) if tokens else 0
+
+    def pages_of(self, tokens: int) -> int:
+        """Full pages of a stream that keeps `tokens` tokens after a prefill."""
+        return self.geometry.pages(tokens)
+
+    def stored(self, tokens: int) -> tuple[int, int]:
+        """(pages, tokens in the exact buffer) of a stream after prefilling `tokens` tokens."""
+        # every policy counts from the prompt, not from what the one before left: the strictest decides
+        given = (tokens, self.sinks, self.recent, self.layer, self.layers)
+        kept = min([tokens, *(policy.kept(*given) for policy in self.policies)])
+        return self.geometry.pages(kept), self.geometry.exact(kept)
+
+    def chosen(self, pages: int) -> int:
+        """How many of a stream's pages a decode query reads, or the most where the selector's rule gives no number."""
+        return pages if self.selector is None else self.selector.reads(pages, self.page_size)
+
+    def by_tokens(self, layout: PageLayout) -> bool:
+        """Whether decode queries read single tokens. Attention that a policy watches is that of pages."""
+        return self.selector is not None and self.selector.by_tokens and layout.tokenwise and not self.watched
+
+    def attended(self, tokens: int) -> int:
+        """Tokens that the query of a decode step after prefilling `tokens` tokens attends to, its own included."""
+        pages, exact = self.stored(tokens)
+        return self.chosen(pages) * self.page_size + exact + 1
+
+    def build(self, shape: PageShape) -> tuple[Codec, PageLayout]:
+        codec = make_codec(self.quantizer, shape)
+        return codec, self._layout(codec.fields, shape)
+
+    def layout(self, shape: PageShape) -> PageLayout:
+        """The layout that `build` gives, without a codec: nothing has to be loaded."""
+        return self._layout(page_fields(self.quantizer, shape), shape)
+
+    def _layout(self, fields: tuple[Field, ...], shape: PageShape) -> PageLayout:
+        summary = self.chooser.summary_fields(shape) if self.chooser is not None else ()
+        return PageLayout(self.page_size, fields + summary)
+
+
+def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that one stream of the layer holds after prefilling `tokens` tokens, by part as in `LayerStore.held`.
+
+    Constants that streams share (a Hadamard matrix, a calibrated basis: `shared_bytes`) and the log of padding are left
+    out.
+    """
+    layout, (adapted, _) = _layout(plan, k_dim, v_dim, dtype)
+    pages, exact = plan.stored(tokens)
+    slots = plan.room(exact)
+    token = (k_dim + v_dim) * dtype.itemsize
+    sinks = min(plan.sinks, slots) * token
+    return _present(
+        pages=pages * layout.body_bytes,
+        summaries=pages * layout.summary_bytes,
+        sinks=sinks,
+        window=slots * token - sinks,
+        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + 2 * COUNTER.itemsize,
+        constants=adapted if pages else 0,
+    )
+
+
+def shared_bytes(plan: LayerPlan, k_dim: int, v_dim: int, heads: int, dtype: torch.dtype) -> int:
+    """Bytes that the layer holds for all of its streams, whatever the context and the batch."""
+    shape = PageShape(plan.page_size, k_dim, v_dim, heads, dtype, torch.device("cpu"), plan.layer)
+    return plan.quantizer.shared_bytes(filled(shape))
+
+
+def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of one stream that a decode step after prefilling `tokens` tokens loads, by part as in `LayerStore.read`.
+
+    The step's own token is in the window by then. A step reads the stream's whole table, all its summaries where it
+    selects, the pages chosen, and the exact buffer.
+    """
+    layout, (_, adapted) = _layout(plan, k_dim, v_dim, dtype)
+    pages, exact = plan.stored(tokens)
+    token = (k_dim + v_dim) * dtype.itemsize
+    sinks = min(plan.sinks, exact + 1)
+    centres = pages * layout.centre_bytes if plan.by_tokens(layout) else 0  # of all that single tokens may lie in
+    return _present(
+        pages=plan.chosen(pages) * layout.body_bytes + centres,
+        summaries=pages * layout.summary_bytes,
+        sinks=sinks * token,
+        window=(exact + 1 - sinks) * token,
+        table=pages * TABLE_ENTRY.itemsize,
+        constants=adapted if pages else 0,
+    )
+
+
+def held_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that one stream of the layer holds after prefilling `tokens` tokens: the sum of `held_parts`."""
+    return sum(held_parts(plan, k_dim, v_dim, tokens, dtype).values())
+
+
+def read_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one stream that a decode step after prefilling `tokens` tokens loads: the sum of `read_parts`."""
+    return sum(read_parts(plan, k_dim, v_dim, tokens, dtype).values())
+
+
+def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[PageLayout, tuple[int, int]]:
+    """A page's layout, and the bytes of constants made for a stream: those it holds, and those that a step reads."""
+    shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
+    codec = plan.quantizer.adapted_bytes(filled(shape))
+    held, read = (0, 0) if plan.chooser is None else plan.chooser.index_bytes(shape)
+    return plan.layout(shape), (codec + held, codec + read)
+
+
+def _present(**parts: int) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size}

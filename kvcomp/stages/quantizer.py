@@ -1,0 +1,164 @@
+"""Quantizers and their codecs: the bytes of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcomp.layout import Field
+from kvcomp.segments import Sides
+
+from .stage import Stage
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """What a codec is made for: one layer's pages. `heads` is the number of KV heads.
+
+    centred: whether pages may have a centre, as those of caches lack that were saved before there were any.
+    """
+
+    page_size: int
+    k_dim: int
+    v_dim: int
+    heads: int
+    dtype: torch.dtype
+    device: torch.device
+    layer: int
+    centred: bool = True
+
+
+class Codec:
+    """One layer's quantizer: from K and V to the fields of a page and back. A stream is row * heads + head.
+
+    `encode` gets post-RoPE keys `[M, P, Dk]` and values `[M, P, Dv]` of M pages and the stream of each; `decode` gives
+    them back *in basis coordinates*, float32. `read_query` and `read_output` are the basis on the read side, so that
+    `decode`d keys never need mapping back: q . k = read_query(q) . decode(k) + bias, and the attention output over
+    decoded values is mapped once by `read_output`. `inverse` gives decoded K and V in the original coordinates; only
+    round trips and dense reconstruction use it.
+
+    What `observe`, `fit` and `encode` get is finite, unless the codec is lossless: the store puts 0 in place of nan and
+    infinities, and warns. What is not overridden here is the identity.
+    """
+
+    lossless: bool = False
+    hosted: bool = False  # whether `fit` or `encode` look at tensors on the host, which no recorded graph can
+
+    @property
+    def rotates(self) -> bool:
+        """Whether pages have other coordinates than K and V: `read_output` is not the identity, or `read_query` changes
+        queries."""
+        return True
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """Fields of a page; the layout of a layer is made from them once."""
+        raise NotImplementedError
+
+    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        """Fields [M, *shape] of M pages; streams int64 [M]."""
+        raise NotImplementedError
+
+    def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_sides` at a time, what
+        `encode` gives; behind them each token's norm where a side has a gain. None: they cannot."""
+        return None
+
+    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys [M, P, Rk] and values [M, P, Rv] in basis coordinates, float32."""
+        raise NotImplementedError
+
+    def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries [S, R, Dk] of all streams -> [S, R, Rk] and what to add to every q . k, [S, R] (None: nothing)."""
+        return queries, None
+
+    def read_output(self, output: Tensor) -> Tensor:
+        """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
+        return output
+
+    def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
+        return keys, values
+
+    def kernel_sides(self) -> Sides | None:
+        """How kernels can read K and V of a page; None: they cannot, and `decode` is used. The same objects every time,
+        as long as pages are read the same way."""
+        return None
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that the layer holds besides pages."""
+        return []
+
+    def adapted(self) -> list[Tensor]:
+        """Those of `constants` that were made for the streams at hand, and that a decode step loads."""
+        return []
+
+    def observe(self, streams: Tensor, queries: Tensor) -> None:
+        """See queries [s, R, Dk] of `streams` (int64 [s]) before tokens of the same chunk are encoded.
+
+        Called for chunks, not for single decode steps, and only where the quantizer `needs_queries`.
+        """
+
+    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
+        """See keys [s, n, Dk] and values [s, n, Dv] of `streams`: those that `encode` is given next, and the newer ones
+        still in the window. What adapts to its data does so the first time.
+
+        due bool [s]: those of `streams` that this is true of; None: all. Only for codecs that are not `hosted`, after
+        `room`, and without a look at any tensor on the host."""
+
+    def room(self, streams: int) -> None:
+        """Have room for what so many streams adapt to; tensors stay where they are from then on, until `select`."""
+
+    def select(self, streams: Tensor) -> None:
+        """Keep, repeat and order streams (beams): int64 [S']."""
+
+    def fork(self) -> Codec:
+        """A codec that goes on by itself from here. Tensors may be shared as long as none is changed in place."""
+        return copy(self)
+
+    def state(self) -> dict[str, Tensor]:
+        """Those of `constants` that the stack alone does not determine, by name: what a saved cache has to hold."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` of a codec for the same layer gave.
+
+        From a file it is a `State`: numbers are finite, and tensors with the names of a new codec's `state` have its
+        dtypes and sizes, where those are not 0. A DamagedError says what else is wrong.
+        """
+
+    def lacks(self, paged: Tensor) -> str | None:
+        """What `restore` should have given for the streams of which bool [S] `paged` have pages; None: nothing."""
+        return None
+
+
+@dataclass(frozen=True)
+class Quantizer(Stage):
+    """Decides the bytes of a page."""
+
+    family: ClassVar[str] = "quantizer"
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether `Codec.observe` has to be called."""
+        return False
+
+    def codec(self, shape: PageShape) -> Codec:
+        raise NotImplementedError
+
+    def adapted_bytes(self, shape: PageShape) -> int:
+        """Bytes per stream of `Codec.adapted`, once the stream has pages."""
+        return 0
+
+    def shared_bytes(self, shape: PageShape) -> int:
+        """Bytes that a layer holds for all of its `shape.heads` heads and rows, whatever the context."""
+        return 0
+
+    def fields(self, shape: PageShape) -> tuple[Field, ...]:
+        """Fields of a page, which a plan needs before there is anything to load."""
+        return self.codec(shape).fields

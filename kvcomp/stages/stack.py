@@ -1,0 +1,193 @@
+"""A stack: independent stages composed in one line, `name(arg=value, ...) + name(...)`."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from kvcomp.errors import KvcompWarning, SpecError
+
+from .plan import LayerPlan, held_by_stream
+from .policy import Policy
+from .quantizer import Quantizer
+from .registry import find
+from .selector import Selector
+from .spec import parse, text_of
+from .stage import Stage
+from .window import Window
+
+FREE_PAGE = 64  # page size where no stage cares
+PAGE_UNIT = 16
+MOST_PAGE = 1 << 16
+MOST_STAGES = 32
+
+
+@dataclass(frozen=True)
+class Stack:
+    """At most one quantizer, one selector and one window, and any number of eviction policies applied in order.
+
+    Build it with `Stack.parse`. `str(stack)` gives a spec that parses back to an equal stack.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise SpecError("a stack needs at least one stage: Stack.parse('none') is the dense one")
+        if len(self.stages) > MOST_STAGES:
+            raise SpecError(f"a stack takes at most {MOST_STAGES} stages, got {len(self.stages)}: leave some out")
+        for kind in (Quantizer, Selector, Window):
+            same = [s for s in self.stages if isinstance(s, kind)]
+            if len(same) > 1:
+                names = " and ".join(text_of(s, full=False) for s in same)
+                raise SpecError(f"a stack takes at most one {same[0].family}, got {names}: remove one")
+        if self.page_size > MOST_PAGE:
+            wide = max(self.stages, key=lambda s: s.page_multiple)
+            raise SpecError(
+                f"{text_of(wide, full=False)} asks for pages of {self.page_size} tokens, which no prompt fills: "
+                f"expected at most {MOST_PAGE}, so choose a smaller group"
+            )
+        chosen = next((s for s in self.stages if isinstance(s, Window)), None)
+        for stage in self.stages:
+            if chosen is not None and chosen.sinks < stage.required_sinks:
+                raise SpecError(
+                    f"window(sinks={chosen.sinks}) contradicts {stage.name}, which keeps {stage.required_sinks} sinks: "
+                    f"use window(sinks={stage.required_sinks}, recent={chosen.recent})"
+                )
+        if self.policies and self.selector:
+            for what, argument in self.selector.same_pages.items():
+                for policy in self.policies:
+                    if what not in policy.same_tokens:
+                        raise SpecError(
+                            f"{self.selector.name}({argument}) lets {what} read the same pages, but {policy.name} "
+                            f"keeps other tokens in each of them: leave out {argument}, or {policy.name}"
+                        )
+            warnings.warn(
+                f"{self.policies[0].name} drops tokens and {self.selector.name} reads fewer of them: both bet on the "
+                "same redundancy, so measure the accuracy of the two together",
+                KvcompWarning,
+                stacklevel=3,
+            )
+
+    @classmethod
+    def parse(cls, spec: str | Stack) -> Stack:
+        """The stack that `spec` describes; a Stack is returned as it is.
+
+        Raises:
+            SpecError: bad syntax, unknown stage or argument (with the nearest valid names), a value of the wrong type
+                or range, or a combination that cannot work.
+        """
+        if isinstance(spec, Stack):
+            return spec
+        return cls(parse(spec))
+
+    def __str__(self) -> str:
+        return " + ".join(text_of(s, full=False) for s in self.stages)
+
+    @cached_property
+    def hash(self) -> str:
+        """Twelve hex digits that identify the stack with every argument spelled out, files by their content."""
+        full = " + ".join(text_of(s, full=True) for s in self.stages)
+        return hashlib.sha256(full.encode()).hexdigest()[:12]
+
+    @cached_property
+    def quantizer(self) -> Quantizer:
+        """The quantizer, `none` where the stack names none."""
+        own: Stage = next((s for s in self.stages if isinstance(s, Quantizer)), None) or find("none")()
+        assert isinstance(own, Quantizer)
+        return own
+
+    @cached_property
+    def policies(self) -> tuple[Policy, ...]:
+        return tuple(s for s in self.stages if isinstance(s, Policy))
+
+    @cached_property
+    def selector(self) -> Selector | None:
+        return next((s for s in self.stages if isinstance(s, Selector)), None)
+
+    @cached_property
+    def window(self) -> Window:
+        """The stack's own `window(...)`, or the largest one that its methods publish."""
+        own = next((s for s in self.stages if isinstance(s, Window)), None)
+        if own is not None:
+            return own
+        published = [s.default_window for s in self.stages]
+        return Window(sinks=max(w[0] for w in published), recent=max(w[1] for w in published))
+
+    @cached_property
+    def page_size(self) -> int:
+        """Tokens per page: the smallest size that all stages accept, 64 where none cares, a multiple of 16 always."""
+        wanted = [s.page_multiple for s in self.stages if s.page_multiple > 1]
+        return lcm(PAGE_UNIT, *wanted) if wanted else FREE_PAGE
+
+    @cached_property
+    def prefill_chunk(self) -> int | None:
+        """Tokens per chunk of the prompt: the smallest that a stage asks for; None where it enters at once."""
+        return min((s.prefill_chunk for s in self.stages if s.prefill_chunk is not None), default=None)
+
+    def plan(self, layer: int, layers: int, full: Sequence[int] | None = None) -> LayerPlan:
+        """What one of `layers` layers does, of which those in `full` go through the stack; None: all."""
+        selector, leader = self.selector, None
+        if selector is not None and selector.active(layer):
+            choosers = [i for i in (range(layers) if full is None else full) if selector.active(i)]
+            at = choosers.index(layer)
+            leader = choosers[at - at % selector.share] if at % selector.share else None
+        else:
+            selector = None
+        return LayerPlan(
+            self.quantizer,
+            self.policies,
+            selector,
+            self.window.sinks,
+            self.window.recent,
+            self.page_size,
+            layer,
+            layers,
+            leader,
+        )
+
+    def effective_bits(
+        self, head_dim: int, tokens: int, dtype: torch.dtype = torch.bfloat16, layers: int = 32
+    ) -> float:
+        """Bits held per element of K and V after prefilling `tokens` tokens, everything included.
+
+        Codes, scales, zeros, summaries, the exact window in `dtype`, page tables and the tokens that were dropped; the
+        mean over `layers` layers, for K and V of `head_dim` channels. Constants that all layers share (a Hadamard
+        matrix) are left out. A cache reports the same figure for what it really holds, `memory().effective_bits`.
+
+        Raises:
+            SpecError: tokens or head_dim not positive.
+        """
+        for name, value in (("head_dim", head_dim), ("tokens", tokens), ("layers", layers)):
+            if not isinstance(value, int) or value < 1:
+                raise SpecError(f"effective_bits({name}={value!r}): expected a positive integer")
+        held = sum(held_by_stream(self.plan(i, layers), head_dim, head_dim, tokens, dtype) for i in range(layers))
+        return 8 * held / (layers * 2 * head_dim * tokens)
+
+    def roundtrip(
+        self, keys: Tensor, values: Tensor, queries: Tensor | None = None, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What attention would see of keys [B, Hkv, N, Dk] and values [B, Hkv, N, Dv] once they went through the stack.
+
+        Evicted tokens are missing, [B, Hkv, N', D]; tokens of the exact window come back unchanged, the others as
+        their pages decode, in the original coordinates and dtype. queries [B, Hq, N, Dk] (post-RoPE) are needed by
+        policies that score with them; scale is the softmax scale, Dk^-0.5 by default.
+
+        Raises:
+            SpecError: shapes that do not match, or a policy that needs queries and gets none.
+        """
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise SpecError(
+                f"roundtrip: keys {tuple(keys.shape)} and values {tuple(values.shape)} must be [B, Hkv, N, D] "
+                "with equal B, Hkv and N"
+            )
+        from kvcomp import roundtrip  # by the package's door: a store is made of a stack, not a stack of stores
+
+        return roundtrip(self.plan(layer=0, layers=1), keys, values, queries, scale)

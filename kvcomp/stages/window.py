@@ -1,0 +1,30 @@
+"""The exact window: the first and the most recent tokens of every stream, kept in the model's dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvcomp.stages import Stage, arg
+
+from .registry import register
+
+
+@register("window")
+@dataclass(frozen=True)
+class Window(Stage):
+    """Tokens kept exactly: the first `sinks` and the last `recent` (up to one page more until the page is full).
+
+    Without this stage a stack takes the window its methods publish (KIVI: 128 recent tokens).
+    """
+
+    family: ClassVar[str] = "window"
+    paper: ClassVar[str] = "arXiv:2309.17453, arXiv:2402.02750"
+
+    sinks: int = arg(0, "first tokens kept in full precision")
+    recent: int = arg(0, "last tokens kept in full precision")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.sinks >= 0, "sinks", "zero or positive")
+        self.check(self.recent >= 0, "recent", "zero or positive")

@@ -1,0 +1,98 @@
+"""What vLLM cannot do with a stack is refused before an engine takes memory, with the stage and what to do; vLLM itself
+need not be installed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
+from kvcomp.integrations.vllm import plugin
+from kvcomp.integrations.vllm.checks import accepted
+from kvcomp.integrations.vllm.config import VARIABLE, stack_of
+
+
+def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
+    """As much of a VllmConfig as a setup reads."""
+    model = {
+        "use_mla": False,
+        "dtype": torch.bfloat16,
+        "get_total_num_hidden_layers": lambda: 4,
+        "get_head_size": lambda: 64,
+    }
+    cache = {
+        "cache_dtype": "auto",
+        "enable_prefix_caching": caching,
+        "user_specified_block_size": False,
+        "block_size": 128,
+    }
+    parallel = {
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "tensor_parallel_size": 1,
+    }
+    parts = [{name: changes.get(name, value) for name, value in part.items()} for part in (model, cache, parallel)]
+    model_config, cache_config, parallel_config = (SimpleNamespace(**part) for part in parts)
+    return SimpleNamespace(
+        additional_config={} if stack is None else {"kvcomp": {"stack": stack}},
+        model_config=model_config,
+        cache_config=cache_config,
+        parallel_config=parallel_config,
+        speculative_config=SimpleNamespace(num_speculative_tokens=changes["drafts"]) if "drafts" in changes else None,
+        kv_transfer_config=changes.get("kv_transfer_config"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("stack", "changes", "said"),
+    [
+        ("pyramidkv(keep=0.25) + int8", {}, "pyramidkv keeps other numbers of tokens .* use snapkv"),
+        ("adakv(budget=256) + int8", {}, "adakv keeps other numbers of tokens .* use snapkv"),
+        ("knorm(threshold=-9.0) + int8", {}, "knorm keeps other numbers of tokens .* use snapkv"),
+        ("expected_attention + int8", {}, "expected_attention needs the model .* use snapkv"),
+        ("criticalkv + int8", {}, "criticalkv needs the model"),
+        ("kvzip + int8", {}, "kvzip needs the model"),
+        ("h2o(budget=256) + int8", {"drafts": 3}, "h2o lets pages go while generating, .* set hold=false"),
+        ("h2o(budget=256, heads=adaptive) + int8", {}, "h2o keeps other numbers of tokens .* use snapkv"),
+        ("snapkv + streaming + int8", {}, "snapkv has to be the only policy"),
+        ("tova(keep=0.3) + int8", {"tensor_parallel_size": 2}, "tova keeps the same tokens in all heads, .* one rank"),
+        ("snapkv + int8", {"caching": True}, "snapkv rewrites the pages .* --no-enable-prefix-caching"),
+        ("streaming(chunk=64) + int8", {}, "streaming.chunk=64.*leave chunk out"),
+        ("klt(bits=4)", {}, "klt fits itself to each request"),
+        ("kivi(bits=2)", {"caching": True}, "128 recent tokens .* --no-enable-prefix-caching, or add window"),
+        ("int8", {"use_mla": True}, "latent .MLA."),
+        ("int8", {"cache_dtype": "fp8"}, "--kv-cache-dtype fp8 .* leave it out"),
+        ("int8", {"user_specified_block_size": True, "block_size": 16}, "use --block-size 64"),
+        ("int8", {"decode_context_parallel_size": 2}, "context parallelism"),
+        ("kivi(bits=2)", {"kv_transfer_config": object()}, "leave out --kv-transfer-config, or use a stack .* int"),
+    ],
+)
+def test_refused(stack: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        accepted(config(stack, **changes))
+
+
+def test_where_the_stack_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert stack_of(config()) is None
+    monkeypatch.setenv(VARIABLE, "int8")
+    assert str(stack_of(config())) == "int8"
+    assert str(stack_of(config("kivi(bits=2)"))) == "kivi(bits=2)"
+    wrong = config()
+    wrong.additional_config = {"kvcomp": "int8"}
+    with pytest.raises(KvcompError, match="expected"):
+        stack_of(wrong)
+
+
+def test_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message: an error where a stack is asked for, a warning where none is."""
+    monkeypatch.setattr(plugin, "installed", lambda: "0.99.1")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.warns(KvcompWarning, match=r"knows vLLM 0\.32 and 0\.33, and this is 0\.99\.1"):
+        plugin.register()
+    monkeypatch.setenv(VARIABLE, "int8")
+    with pytest.raises(UnsupportedError, match=r"this is 0\.99\.1: install one of those, or unset KVCOMP_STACK"):
+        plugin.register()
