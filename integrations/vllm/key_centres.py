@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvcomp.cache.blocks.centres import Turned
+from kvcomp.cache.blocks.centres import Turned, turned
 
 BIAS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.k_proj\.bias$")
 NORM = re.compile(r"\.self_attn\.k_(?:layer)?norm\.weight$")
@@ -30,19 +30,6 @@ def turned_biases(model: str, config: Any, layer: int, dim: int) -> Turned | Non
     some = next(iter(biases.values()))
     heads = biases.get(layer, torch.zeros_like(some)).view(-1, dim)
     return turned(heads, *_rotary(config, dim))
-
-
-def turned(heads: Tensor, frequencies: Tensor, factor: float) -> Turned:
-    """Biases heads [H, dim], of which channels i and w + i turn with frequencies [w] and are multiplied by factor."""
-    half = len(frequencies)
-    cos, sin = (torch.zeros(half, *heads.shape, dtype=torch.float64, device="cpu") for _ in range(2))
-    for i in range(half):
-        a, b = heads[:, i] * factor, heads[:, half + i] * factor
-        cos[i, :, i], cos[i, :, half + i] = a, b
-        sin[i, :, i], sin[i, :, half + i] = -b, a
-    rest = heads.double().clone()
-    rest[:, : 2 * half] = 0
-    return Turned(frequencies.float(), torch.cat([cos, sin, rest[None]]).float())
 
 
 @cache

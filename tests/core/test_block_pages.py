@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcomp.cache.blocks.centres import Turned, middle, turns
+from kvcomp.cache.blocks.centres import Turned, middle, turned, turns
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import KvcompWarning
-from kvcomp.integrations.vllm.key_centres import turned
 from kvcomp.stages.stack import Stack
 
 HEADS, DIM, BLOCKS = 3, 64, 7

@@ -10,9 +10,9 @@ import torch
 from block_engine import COLUMNS, DIM, GROUP, HEADS, REQUESTS, BlockEngine
 from far_device import FAR, FarDevice
 
+from kvcomp.cache.blocks.centres import turned
 from kvcomp.cache.blocks.decode import Decoder
 from kvcomp.cache.blocks.step import Step
-from kvcomp.integrations.vllm.key_centres import turned
 from kvcomp.kernels import dispatch
 
 HOST = torch.device("cpu")

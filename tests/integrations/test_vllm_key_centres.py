@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from kvcomp.cache.blocks.centres import Turned, middle, turns
+from kvcomp.cache.blocks.centres import Turned, middle, turned, turns
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
-from kvcomp.integrations.vllm.key_centres import turned, turned_biases
+from kvcomp.integrations.vllm.key_centres import turned_biases
 from kvcomp.stages.stack import Stack
 
 HEADS, DIM, POSITIONS = 3, 64, 2048

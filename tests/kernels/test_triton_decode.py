@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend, merge
+from kvcomp.cache.blocks.centres import turned
 from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
-from kvcomp.integrations.vllm.key_centres import turned
 from kvcomp.kernels import dispatch, reference
 from kvcomp.kernels.triton_backend import Triton
 

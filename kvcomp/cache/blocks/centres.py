@@ -45,6 +45,19 @@ class Turned(NamedTuple):
         return Turned(*(x.to(device) for x in self))
 
 
+def turned(heads: Tensor, frequencies: Tensor, factor: float) -> Turned:
+    """Biases heads [H, dim], of which channels i and w + i turn with frequencies [w] and are multiplied by factor."""
+    half = len(frequencies)
+    cos, sin = (torch.zeros(half, *heads.shape, dtype=torch.float64, device="cpu") for _ in range(2))
+    for i in range(half):
+        a, b = heads[:, i] * factor, heads[:, half + i] * factor
+        cos[i, :, i], cos[i, :, half + i] = a, b
+        sin[i, :, i], sin[i, :, half + i] = -b, a
+    rest = heads.double().clone()
+    rest[:, : 2 * half] = 0
+    return Turned(frequencies.float(), torch.cat([cos, sin, rest[None]]).float())
+
+
 def turns(frequencies: Tensor, positions: Tensor) -> Tensor:
     """f float32 [t, F] of positions [t]."""
     if not len(frequencies):
