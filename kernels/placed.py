@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
 
@@ -44,10 +41,6 @@ class PlacedSegment(NamedTuple):
         """Of a code."""
         return sum(width for _, _, width in self.planes)
 
-    def centres(self, records: Tensor) -> Tensor:
-        """float16 [n, channels]: the centres in page records uint8 [n, bytes], in place."""
-        return records[:, self.centre : self.centre + 2 * self.channels].view(torch.float16)
-
 
 def placed(side: SideLayout, layout: PageLayout) -> tuple[PlacedSegment, ...]:
     """The segments of K or V in pages of this layout, in the order of their channels."""
@@ -60,11 +53,6 @@ def placed(side: SideLayout, layout: PageLayout) -> tuple[PlacedSegment, ...]:
         found.append(_placed(segment, layout.offsets, strides, channel)._replace(weight=weight, centre=centre))
         channel += segment.channels
     return tuple(found)
-
-
-def centred(side: SideLayout, layout: PageLayout) -> tuple[PlacedSegment, ...]:
-    """Those of `placed` that have a centre."""
-    return tuple(at for at in placed(side, layout) if at.centre != NOTHING)
 
 
 def _placed(segment: Segment, offsets: dict[str, int], strides: dict[str, int], channel: int) -> PlacedSegment:

@@ -148,9 +148,20 @@ def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:
 Sides = tuple[SideLayout, SideLayout]
 
 
+def centres(side: SideLayout) -> dict[str, slice]:
+    """By the field of each centre, the channels of the side that it is added to."""
+    found, channel = {}, 0
+    for segment in side.segments:
+        name = centre_of(segment)
+        if name is not None:
+            found[name] = slice(channel, channel + segment.channels)
+        channel += segment.channels
+    return found
+
+
 def alone(sides: Sides) -> bool:
     """Whether a token can be written without the others of its page, as far as centres go."""
-    return all(centre_of(segment) is None for side in sides for segment in side.segments)
+    return not any(centres(side) for side in sides)
 
 
 def memo(sides: Sides) -> dict[Any, Any]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.finite import saturated
-from kvcomp.kernels.placed import PlacedSegment, centred
-from kvcomp.layout import PageLayout
+from kvcomp.layout import Field, PageLayout
+from kvcomp.segments import centres
 from kvcomp.stages import Codec
 
 
@@ -78,8 +78,8 @@ class Centres:
     """
 
     def __init__(self, codec: Codec, layout: PageLayout, weights: Tensor) -> None:
-        self.codec = codec
-        self.parts: list[tuple[PlacedSegment, Tensor]] = []  # with weights of the coordinates [F, H * channels]
+        self.codec, self.layout = codec, layout
+        self.parts: list[tuple[Field, slice, Tensor]] = []  # channels, weights of their coordinates [F, H * channels]
         sides, (count, heads, _) = codec.kernel_sides(), weights.shape
         if not layout.centres or sides is None:
             return
@@ -88,25 +88,26 @@ class Centres:
         given = codec.kernel_input(keys, keys, streams)
         assert given is not None
         coordinates = given[0].unflatten(0, (count, heads))[:, :, 0]  # linear in keys
-        for at in centred(sides[0], layout):
-            of_segment = coordinates[..., at.channel : at.channel + at.channels]
-            self.parts.append((at, of_segment.flatten(1).float()))
+        where = centres(sides[0])
+        for field in layout.centres:
+            channels = where[field.name]
+            self.parts.append((field, channels, coordinates[..., channels].flatten(1).float()))
 
-    def begin(self, pool: Tensor, records: Tensor, turned: Tensor, begins: Tensor | None) -> None:
+    def begin(self, pool: Tensor, records: Tensor, factors: Tensor, begins: Tensor | None) -> None:
         """Write the centres of pages that begin: `records` int64 [b * H] of the pool, of positions whose `turns` are
-        `turned` [b, F]; of them those that bool [b * H, 1] `begins`, None: all."""
+        `factors` [b, F]; of them those that bool [b * H, 1] `begins`, None: all."""
         if not len(records):
             return
-        for at, weights in self.parts:
-            held = at.centres(pool)
-            made = saturated((turned @ weights).view(len(records), -1), held.dtype)
+        for field, _, weights in self.parts:
+            held = self.layout.view(pool, field)[:, 0]
+            made = saturated((factors @ weights).view(len(records), -1), held.dtype)
             held[records] = made if begins is None else torch.where(begins, made, held[records])
 
     def of(self, pool: Tensor, records: Tensor, heads: Tensor) -> Tensor:
         """Keys float32 [m, 1, D] that are the centres of `records` int64 [m] of the pool, of these heads [m]."""
         if len(self.parts) == 1 and not self.codec.rotates:
-            return self.parts[0][0].centres(pool)[records, None].float()
+            return self.layout.view(pool, self.parts[0][0])[records].float()
         found = torch.zeros(len(records), 1, self.channels, dtype=torch.float32, device=pool.device)
-        for at, _ in self.parts:
-            found[:, 0, at.channel : at.channel + at.channels] = at.centres(pool)[records].float()
+        for field, channels, _ in self.parts:
+            found[..., channels] = self.layout.view(pool, field)[records].float()
         return self.codec.inverse(found, found.new_zeros(len(found), 1, self.v_dim), heads)[0]
