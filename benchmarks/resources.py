@@ -62,7 +62,7 @@ POINTERS = {
     "k_middles": "*fp32",
     "v_middles": "*fp32",
 }
-FLOATS = ("bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
+FLOATS = ("bias", "token_bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
 SCALARS = ("scale", "softcap")
 ALIGNED = ("k_dim", "v_dim", "keys_stride", "values_stride")  # multiples of 16, for all usual dimensions
 
@@ -115,10 +115,11 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def built(spec: str, dim: int) -> tuple[Codec, PageLayout]:
+def built(spec: str, dim: int, centred: bool = True) -> tuple[Codec, PageLayout]:
     """The codec and pages of a stack; one that fits its basis has seen keys whose channels differ in size."""
     stack = Stack.parse(spec).plan(0, 1)
-    codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0))
+    shape = PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0, centred)
+    codec, layout = stack.build(shape)
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(1, 512, dim, generator=generator, dtype=torch.float32, device="cpu")
     seen = seen * torch.linspace(2, -2, dim, dtype=torch.float32, device="cpu").exp()
@@ -132,16 +133,17 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
     codec, layout = built(spec, dim)
     sides = codec.kernel_sides()
     assert sides is not None
-    one = chunks.numbers(dim, torch.bfloat16)
+    one, described = chunks.numbers(dim, torch.bfloat16), chunks.described(sides, layout)
     constants = ops.attention_constants(
-        chunks.described(sides, layout),
+        described,
         layout.bytes_per_page,
-        (one, one) if plan.together(codec.rotates, codec.biased, rows) else ((), ()),
+        (one, one) if plan.together(codec.rotates, bool(layout.centres), rows) else ((), ()),
         plan.tokens_tile(dim * torch.bfloat16.itemsize),
-        rows,
+        plan.blocked(rows, described.centred),
         exact=False,
     )
-    constants |= {"BIAS": codec.biased, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
+    biased = codec.read_query(torch.zeros(1, 1, dim, dtype=torch.float32, device="cpu"))[1] is not None
+    constants |= {"BIAS": biased, "TOKEN_BIAS": False, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
     queries = "*fp32" if codec.rotates else "*bf16"
     name = spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows"
     name = name if dim == 128 else f"{name}, {dim} channels"
@@ -165,7 +167,7 @@ def score(capability: int, bits: int, dim: int = 128) -> Resources:
 
 def write(spec: str, capability: int, dim: int = 128, single: bool = False) -> Resources:
     """Of pages written, or `single` tokens of them."""
-    codec, layout = built(spec, dim)
+    codec, layout = built(spec, dim, centred=not single)
     sides = codec.kernel_sides()
     assert sides is not None
     constants = ops_records.encode_constants(pieces.described(sides, layout, single), layout.bytes_per_page, single)

@@ -21,8 +21,6 @@ class PageCodec(Protocol):
 
     @property
     def rotates(self) -> bool: ...
-    @property
-    def biased(self) -> bool: ...
     def kernel_sides(self) -> Sides | None: ...
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None: ...
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
@@ -34,7 +32,7 @@ class PagesView(NamedTuple):
     """Pages of a pool uint8 [pages, bytes_per_page]: of ids [S, n] a stream's first counts [S], read as `sides` say.
 
     in_tokens: counts are of tokens, of a layout that is `tokenwise`, and the last page may be filled in part. sides is
-    None where the codec alone can read its pages.
+    None where the codec alone can read its pages. token_bias float32 [S, R, n * P]: what is added to each q . k.
     """
 
     pool: Tensor
@@ -43,6 +41,7 @@ class PagesView(NamedTuple):
     layout: PageLayout
     sides: Sides | None
     in_tokens: bool = False
+    token_bias: Tensor | None = None
 
 
 class Case(NamedTuple):

@@ -41,12 +41,13 @@ def attend_pages(
     tokens: Tokens | None = None,
     in_tokens: bool = False,
     workspace: Tensor | None = None,
+    token_bias: Tensor | None = None,
 ) -> Part:
     """As `reference.attend_pages`, and over exact `tokens` too.
 
     workspace: float32 that Triton kernels use instead of allocating it, as in a CUDA graph; see `triton.attend`.
     """
-    pages = PagesView(pool, ids, counts, layout, codec.kernel_sides(), in_tokens)
+    pages = PagesView(pool, ids, counts, layout, codec.kernel_sides(), in_tokens, token_bias)
     asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens
     case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):

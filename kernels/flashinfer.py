@@ -206,6 +206,8 @@ class FlashInfer(Backend):
         softcap: float | None,
         *_: object,
     ) -> Part | None:
-        pool, ids, counts, layout, sides = pages[:5]
+        pool, ids, counts, layout, sides, _, token_bias = pages
         assert sides is not None
+        if token_bias is not None:
+            return None
         return attend(queries, pool, ids, counts, layout, sides, scale, softcap)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
 
 NUMBERS, UNIFORM, CODEBOOK, FLOATS = "numbers", "uniform", "book", "floats"
 KINDS = {Numbers: NUMBERS, Uniform: UNIFORM, Codebook: CODEBOOK, Floats: FLOATS}
@@ -18,7 +18,8 @@ class PlacedSegment(NamedTuple):
 
     channel: its first among the side's. planes: (offset, bytes from a token to the next, width) of each, the highest
     bits first; numbers are one of width 0. levels: the highest code, of 2 * middle + 1 symmetric ones without a zero.
-    A scale is shared by `token_group` tokens and `channel_group` channels; weight: of its side's `Gain`.
+    A scale is shared by `token_group` tokens and `channel_group` channels; weight: of its side's `Gain`. centre: of
+    float16 [channels], which is added to all tokens of the page.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class PlacedSegment(NamedTuple):
     page_scale: int = NOTHING
     levels: int = 0
     weight: float = 0.0
+    centre: int = NOTHING
 
     @property
     def bits(self) -> int:
@@ -46,7 +48,9 @@ def placed(side: SideLayout, layout: PageLayout) -> tuple[PlacedSegment, ...]:
     weights = [0.0] * len(side.segments) if side.gain is None else side.gain.weights
     found, channel = [], 0
     for segment, weight in zip(side.segments, weights, strict=True):
-        found.append(_placed(segment, layout.offsets, strides, channel)._replace(weight=weight))
+        name = centre_of(segment)
+        centre = NOTHING if name is None else layout.offsets[name]
+        found.append(_placed(segment, layout.offsets, strides, channel)._replace(weight=weight, centre=centre))
         channel += segment.channels
     return tuple(found)
 

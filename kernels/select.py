@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kvcomp.layout import PageLayout, Summary
+from kvcomp.segments import centres
 
 from . import backends
+from .contract import PageCodec
 from .reference import select as reference
 from .reference.select import by_unit, forced, scaled, vectors
 
@@ -21,6 +23,7 @@ __all__ = [
     "regroup",
     "scaled",
     "shares",
+    "token_bias",
     "vector_dots",
     "vectors",
 ]
@@ -89,9 +92,30 @@ def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-    """Pages made of single tokens, where the layout is `tokenwise`: records [S * m, body_bytes] uint8.
+    """Pages made of single tokens, where the layout is `tokenwise`: records [S * m, body_bytes] uint8, with centres 0:
+    attention over them needs the `token_bias`.
 
     ids [S, n]: pages of each stream; tokens [S, m * P]: which of their n * P tokens, in the order wanted. Nothing else
     of the pool is read.
     """
-    return backends.on("regroup", pool.device)[0].regroup(layout, pool, ids, tokens)
+    records = backends.on("regroup", pool.device)[0].regroup(layout, pool, ids, tokens)
+    for field in layout.centres:
+        layout.view(records, field)[:] = 0
+    return records
+
+
+def token_bias(
+    queries: Tensor, codec: PageCodec, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor
+) -> Tensor | None:
+    """float32 [S, R, t]: q . c of queries [S, R, Dk] and the centre c of the page that each of tokens int64 [S, t] of
+    pages ids [S, n] lies in; None: pages have no centres."""
+    if not layout.centres:
+        return None
+    sides, (rotated, _) = codec.kernel_sides(), codec.read_query(queries.float())
+    assert sides is not None
+    bias, channels = rotated.new_zeros(*rotated.shape[:2], ids.shape[1]), centres(sides[0])
+    for field in layout.centres:
+        held = layout.view(pool, field)[ids.long(), 0].float()  # [S, n, channels]
+        bias += rotated[..., channels[field.name]] @ held.mT
+    page = (tokens // layout.page_size)[:, None].expand(-1, rotated.shape[1], -1)
+    return bias.gather(2, page)

@@ -53,7 +53,8 @@ class Triton(Backend):
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
         from .triton import plan
 
-        return plan.together(case.rotates, codec.biased, case.rows)
+        centred = case.layout is not None and bool(case.layout.centres)
+        return plan.together(case.rotates, centred, case.rows)
 
     def attend(
         self,
@@ -69,7 +70,7 @@ class Triton(Backend):
         """Exact where queries are float32. workspace: see `triton.attend`."""
         from . import triton
 
-        pool, ids, counts, layout, sides, in_tokens = pages
+        pool, ids, counts, layout, sides, in_tokens, token_bias = pages
         assert sides is not None
         held = triton.Pages(
             pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device)
@@ -77,13 +78,12 @@ class Triton(Backend):
         rotated, bias = queries, None
         if case.rotates:
             rotated, bias = codec.read_query(queries.float())
-        elif codec.biased:
-            bias = codec.read_query(queries)[1]
         part = triton.attend(
             *(rotated, held, tokens, scale, softcap, bias),
             lse_of_pages=case.lse_of_pages,
             workspace=workspace,
             in_tokens=in_tokens,
+            token_bias=token_bias,
         )
         return part._replace(out=codec.read_output(part.out)) if case.rotates else part
 

@@ -72,9 +72,9 @@ def attend(
 ) -> Part:
     """Attention of queries [S, R, Dk] over keys [S, N, Dk], values [S, N, Dv], computed in float32.
 
-    `visible` is bool, broadcastable to [S, R, N]. `bias` [S, R] is added to every q . k before it is scaled. Logits are
-    capped as softcap * tanh(logit / softcap) where asked. `key_bias` [S, N] is added to every logit after that: a key
-    with bias log(w) counts as w keys, and one with bias -inf is not seen.
+    `visible` is bool, broadcastable to [S, R, N]. `bias` [S, R] or [S, R, N] is added to every q . k before it is
+    scaled. Logits are capped as softcap * tanh(logit / softcap) where asked. `key_bias` [S, N] is added to every logit
+    after that: a key with bias log(w) counts as w keys, and one with bias -inf is not seen.
     Runs over blocks of keys, so that no more than `MAX_LOGITS` logits exist at once. With `group`, which divides N, the
     lse of each run of so many tokens is returned as well.
     """
@@ -98,11 +98,12 @@ def attend(
             piece = slice(at, at + block)
             seen = visible if visible is None or visible.shape[-1] == 1 else visible[..., piece]
             extra = None if key_bias is None else key_bias[:, piece]
-            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap, bias, group, extra))
+            own = bias if bias is None or bias.dim() == 2 else bias[..., piece]
+            parts.append(attend(queries, keys[:, piece], values[:, piece], scale, seen, softcap, own, group, extra))
         return joined(parts)
     logits = torch.bmm(queries.float(), keys.float().transpose(1, 2))  # [S, R, N]
     if bias is not None:
-        logits = logits + bias[..., None]
+        logits = logits + (bias if bias.dim() == 3 else bias[..., None])
     logits = logits * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 ALIGN = 16
-
-
 SUMMARY = "summary."
+CENTRE = ".centre"  # what names of fields end with that hold one row for all tokens of a page: see `quantizers.centred`
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -76,9 +75,29 @@ class PageLayout:
 
     @cached_property
     def tokenwise(self) -> bool:
-        """Whether attention can read single tokens: no two of a page share anything. Each field that attention reads
-        begins with a dimension of tokens, or of groups of them."""
-        return all(f.shape[0] == self.page_size for f in self.fields if not f.name.startswith(SUMMARY))
+        """Whether attention can read single tokens: no two of a page share anything but a centre. Each other field that
+        attention reads begins with a dimension of tokens, or of groups of them."""
+        return all(f.shape[0] == self.page_size for f in self.token_fields)
+
+    @cached_property
+    def centres(self) -> tuple[Field, ...]:
+        """Fields float16 [1, n] of numbers that are added to some coordinates of all keys of a page."""
+        return tuple(f for f in self.fields if f.name.endswith(CENTRE))
+
+    @cached_property
+    def centre_bytes(self) -> int:
+        """Bytes of a page's centres."""
+        return sum(f.nbytes for f in self.centres)
+
+    @cached_property
+    def token_fields(self) -> tuple[Field, ...]:
+        """Fields that attention reads, without centres."""
+        return tuple(f for f in self.fields if not f.name.startswith(SUMMARY) and not f.name.endswith(CENTRE))
+
+    def view(self, records: Tensor, field: Field, start: int = 0) -> Tensor:
+        """A field of page records [..., bytes] uint8 as a strided view [..., *shape]; start: as of `views`."""
+        at = self.offsets[field.name] - start
+        return records[..., at : at + field.nbytes].view(field.dtype).unflatten(-1, field.shape)
 
     def views(self, records: Tensor, summary: bool = False, start: int = 0) -> dict[str, Tensor]:
         """Fields of page records [..., bytes] uint8 as strided views [..., *shape], without a copy.
@@ -86,12 +105,8 @@ class PageLayout:
         Gives the fields that attention reads, or those that selectors read where `summary` is set; `start` is the
         offset of the records' first byte in a page.
         """
-        out = {}
-        for f in self.fields:
-            if f.name.startswith(SUMMARY) is summary:
-                at = self.offsets[f.name] - start
-                out[f.name] = records[..., at : at + f.nbytes].view(f.dtype).unflatten(-1, f.shape)
-        return out
+        wanted = (f for f in self.fields if f.name.startswith(SUMMARY) is summary)
+        return {f.name: self.view(records, f, start) for f in wanted}
 
     def gather(self, pool: Tensor, ids: Tensor, summary: bool = False) -> dict[str, Tensor]:
         """Copies of the fields [..., *shape] of pages ids [...] out of a pool [pages, bytes_per_page]; nothing else

@@ -1,7 +1,9 @@
 """How a codec's pages are to be read, for kernels that know nothing of codecs: where channels lie and what they mean.
 
 A side (K or V) is a list of segments of neighbouring channels, in basis coordinates. Fields are named as in the page's
-layout, which has their offsets. Descriptions are equal only if they are the same object: a codec makes its own once.
+layout, which has their offsets. Where a segment has a `centre`, a float16 field [1, channels], the page's numbers there
+are added to x; kernels that write find them as `quantizers.centred.centre` does, and subtract them first. Descriptions
+are equal only if they are the same object: a codec makes its own once.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Uniform:
     zero: str | None
     middle: int = 0
     clip: float = 1.0
+    centre: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Codebook:
     norm: str
     book: Tensor = field(repr=False)
     middles: Tensor | None = field(default=None, repr=False)
+    centre: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,15 @@ class Floats:
     scale: str
     scale_format: str
     page_scale: str | None = None
+    centre: str | None = None
 
 
 Segment = Numbers | Uniform | Codebook | Floats
+
+
+def centre_of(segment: Segment) -> str | None:
+    """The field of a segment's centre; None: it has none."""
+    return None if isinstance(segment, Numbers) else segment.centre
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,22 @@ def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:
 
 
 Sides = tuple[SideLayout, SideLayout]
+
+
+def centres(side: SideLayout) -> dict[str, slice]:
+    """By the field of each centre, the channels of the side that it is added to."""
+    found, channel = {}, 0
+    for segment in side.segments:
+        name = centre_of(segment)
+        if name is not None:
+            found[name] = slice(channel, channel + segment.channels)
+        channel += segment.channels
+    return found
+
+
+def alone(sides: Sides) -> bool:
+    """Whether a token can be written without the others of its page, as far as centres go."""
+    return not any(centres(side) for side in sides)
 
 
 def memo(sides: Sides) -> dict[Any, Any]:

@@ -1,171 +1,120 @@
-"""Centred keys: each stream's mean key is subtracted before coding, and comes back as a bias on the logits of pages."""
+"""Centred keys: a page's tokens less what they have in common, which the page holds beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kvcomp.layout import Field
-from kvcomp.segments import Sides
-from kvcomp.stages import Codec, PageShape
+from kvcomp.layout import CENTRE, Field
+from kvcomp.segments import Numbers, SideLayout
+from kvcomp.stages import PageShape
 
-from .per_stream import TINY, PerStream, weights
+from .codecs import Side
 
-MEAN = torch.float32
-STATE = "k.centre"  # in saved caches
-NOTABLE = 1 / 8
-LARGEST = 1e30  # of a mean: a finite key minus it is finite
+DTYPE = torch.float16
+HUGE = torch.finfo(DTYPE).max
+PART = 4  # tokens that are added in pairs
 
 
-def centre(keys: Tensor) -> Tensor:
-    """Mean key m [s, D] of keys [s, n, D], float32, in which single loud tokens count for little (`weights`).
+def centre(x: Tensor) -> Tensor:
+    """float16 [M, 1, D]: the mean of x [M, P, D] over the tokens of each page, rounded within +-65504.
 
-    0 where |m|^2 is less than NOTABLE of the variance, summed over channels: there is little to gain, and keys that are
-    centred are coded as they are.
+    It is taken of the sums of four tokens each, without the least and the greatest one of each channel where there are
+    three or more: a loud token does not move it. The order of all sums is part of the definition, for kernels give the
+    same bits: four tokens in pairs, then one such sum after another; of each with the least and the greatest before it,
+    the middle one counts. Where P is no multiple of 4, zeros follow, and nothing is left out.
     """
-    weight, unit = weights(keys := keys.float())
-    y = keys * weight / unit  # in units of a stream's median token: no square overflows
-    mean = y.sum(1) / weight.sum(1).clamp_min(TINY)
-    variance = (y - weight * mean[:, None]).square().sum((1, 2)) / weight.square().sum((1, 2)).clamp_min(TINY)
-    notable = mean.square().sum(-1) > NOTABLE * variance
-    return (mean * unit[:, 0] * notable[:, None]).clamp(-LARGEST, LARGEST)
+    x = x.float()
+    tokens = x.shape[1]
+    parts = F.pad(x, (0, 0, 0, -tokens % PART)).unflatten(1, (-1, PART))
+    while parts.shape[2] > 1:
+        parts = parts[:, :, ::2] + parts[:, :, 1::2]
+    first, *rest = parts[:, :, 0].nan_to_num(0.0, torch.inf, -torch.inf).unbind(1)
+    total = torch.zeros_like(first)
+    if tokens % PART or len(rest) < 2:
+        for part in (first, *rest):
+            total = total + part
+    else:
+        low, high = torch.minimum(first, rest[0]), torch.maximum(first, rest[0])
+        for part in rest[1:]:
+            total = total + torch.minimum(torch.maximum(part, low), high)
+            low, high = torch.minimum(part, low), torch.maximum(part, high)
+        tokens -= 2 * PART
+    return (total * (1 / tokens)).nan_to_num(0.0).clamp(-HUGE, HUGE).to(DTYPE)[:, None]
 
 
-class CentredCodec(Codec):
-    """A codec of keys minus a mean m of their stream: q . k ~ q . decode(encode(k - m)) + q . m.
+def without_centres(x: Tensor, page_size: int) -> Tensor:
+    """x [s, n, D] less the centre of each run of `page_size` tokens, the last perhaps shorter; float32."""
+    return torch.cat([run.float() - centre(run).float() for run in x.split(page_size, 1)], 1)
 
-    Some models (Qwen2 and others with large key biases) have keys that are nearly constant over a text. A grid that
-    spans a token, or a norm, then resolves the constant and not what differs. Softmax does not see what all tokens
-    share; as exact tokens keep their full logits, q . m is added to those of pages.
 
-    m is settled by the first tokens that a stream encodes and never changes, so that a row depends on nothing but
-    itself; or it is fixed, given or none at all.
+class Grid(Side, Protocol):
+    """A side that is one segment of `dim` channels."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class CentredSide:
+    """Coordinates of K in a page on a grid, less the page's `centre` c: x ~ c + decode(encode(x - c)).
+
+    Some models (Qwen2 and others with large key biases) have keys that are nearly constant over neighbouring tokens. A
+    grid that spans a token, or a norm, then resolves the constant and not what differs. The rotary embedding turns such
+    a constant with the position, so that it is one of a page rather than of a text. c takes 16 bits a channel and page.
     """
 
-    def __init__(self, inner: Codec, dim: int, device: torch.device) -> None:
-        self.inner = inner
-        self.means: PerStream | None = PerStream(dim, MEAN, device)
-
-    # -- the mean -------------------------------------------------------------------------------------------------
-
-    def fix(self, mean: Tensor | None) -> None:
-        self.inner.fix(None)
-        if mean is None:
-            self.means = None
-        elif self.means is not None:
-            mean = mean.to(self.means.values)
-            self.means.share(mean, mean.new_ones(len(mean), dtype=torch.bool))
-
-    def room(self, streams: int) -> None:
-        if self.means is not None:
-            self.means.room(streams)
-        self.inner.room(streams)
-
-    def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
-        if self.means is not None and (new := self.means.new(streams, due)) is not None:
-            self.means.settle(streams, new, centre(keys))
-        if type(self.inner).fit is not Codec.fit:
-            self.inner.fit(streams, self._minus(keys, streams), values, due)
-
-    def _minus(self, keys: Tensor, streams: Tensor) -> Tensor:
-        return keys if self.means is None else keys.float() - self.means.of(streams)[:, None]
-
-    # -- the codec ------------------------------------------------------------------------------------------------
+    grid: Grid
 
     @property
-    def lossless(self) -> bool:  # type: ignore[override]
-        return self.inner.lossless
+    def name(self) -> str:
+        return self.grid.name
 
     @property
-    def hosted(self) -> bool:  # type: ignore[override]
-        return self.inner.hosted
+    def dim(self) -> int:
+        return self.grid.dim
 
     @property
-    def rotates(self) -> bool:
-        return self.inner.rotates
-
-    @property
-    def biased(self) -> bool:
-        return self.means is not None or self.inner.biased
+    def field(self) -> str:
+        return f"{self.name}{CENTRE}"
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        return self.inner.fields
+        return (*self.grid.fields, Field(self.field, (1, self.dim), DTYPE))
 
-    def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
-        return self.inner.encode(self._minus(keys, streams), values, streams)
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """x [M, P, D] -> fields."""
+        c = centre(x)
+        return self.grid.encode(x.float() - c.float()) | {self.field: c}
 
-    def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.inner.kernel_input(self._minus(keys, streams), values, streams)
+    def kernel_input(self, x: Tensor) -> Tensor | None:
+        return self.grid.kernel_input(x)
 
-    def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.inner.decode(page)
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        """Fields [M, ...] -> x [M, P, D] float32."""
+        return self.grid.decode(page) + page[self.field].float()
 
-    def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
-        rotated, bias = self.inner.read_query(queries)
-        if self.means is None or not len(self.means.settled):
-            return rotated, bias
-        shift = torch.bmm(queries.float(), self.means.all(len(queries))[..., None]).squeeze(-1)
-        return rotated, shift if bias is None else bias + shift
-
-    def read_output(self, output: Tensor) -> Tensor:
-        return self.inner.read_output(output)
-
-    def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.inner.inverse(keys, values, streams)
-        return (k if self.means is None else k + self.means.of(streams)[:, None]), v
-
-    def kernel_sides(self) -> Sides | None:
-        return self.inner.kernel_sides()
-
-    def observe(self, streams: Tensor, queries: Tensor) -> None:
-        self.inner.observe(streams, queries)
-
-    # -- what it holds --------------------------------------------------------------------------------------------
-
-    @property
-    def _settles(self) -> PerStream | None:
-        """The means, where streams have their own."""
-        return None if self.means is None or self.means.shared else self.means
+    @cached_property
+    def kernel_layout(self) -> SideLayout | None:
+        side = self.grid.kernel_layout
+        if side is None:
+            return None
+        (segment,) = side.segments
+        assert not isinstance(segment, Numbers)
+        return SideLayout((replace(segment, centre=self.field),))
 
     def constants(self) -> list[Tensor]:
-        return [*self.inner.constants(), *(() if self.means is None else self.means.tensors)]
-
-    def adapted(self) -> list[Tensor]:
-        return [*self.inner.adapted(), *(() if self._settles is None else self._settles.tensors)]
-
-    def select(self, streams: Tensor) -> None:
-        self.inner.select(streams)
-        if self._settles is not None:
-            self._settles.select(streams)
-
-    def fork(self) -> CentredCodec:
-        twin = copy(self)
-        twin.inner, twin.means = self.inner.fork(), None if self.means is None else self.means.fork()
-        return twin
-
-    def state(self) -> dict[str, Tensor]:
-        return self.inner.state() | ({} if self._settles is None else self._settles.state(STATE))
-
-    def lacks(self, paged: Tensor) -> str | None:
-        return self.inner.lacks(paged)
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.inner.restore(state)
-        if f"{STATE}.values" not in state:  # saved before keys were centred: its pages have no mean
-            self.means = None
-        elif self.means is not None:
-            self.means.restore(STATE, state)
+        return self.grid.constants()
 
 
-def centred(codec: Codec, shape: PageShape) -> CentredCodec:
-    """The codec, of keys without their stream's mean."""
-    return CentredCodec(codec, shape.k_dim, shape.device)
-
-
-def centre_bytes(shape: PageShape) -> int:
-    """Bytes per stream of what `centred` adds, as in `Quantizer.adapted_bytes`."""
-    return shape.k_dim * MEAN.itemsize + torch.bool.itemsize
+def centred(grid: Grid, shape: PageShape) -> Grid:
+    """The grid, of keys less their page's centre where pages of this shape have one."""
+    return CentredSide(grid) if shape.centred else grid

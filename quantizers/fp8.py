@@ -10,7 +10,7 @@ import torch
 from kvcomp.stages import PageShape, Quantizer, arg
 from kvcomp.stages.registry import register
 
-from .centred import CentredCodec, centre_bytes, centred
+from .centred import centred
 from .codecs import GridCodec
 from .floats import FloatSide, float8_values
 
@@ -34,14 +34,10 @@ class Fp8(Quantizer):
         super().__post_init__()
         self.check(self.format in FORMATS, "format", " or ".join(FORMATS))
 
-    def codec(self, shape: PageShape) -> CentredCodec:
+    def codec(self, shape: PageShape) -> GridCodec:
         dtype = FORMATS[self.format]
         book = float8_values(dtype, shape.device)
-        codec = GridCodec(
-            FloatSide("k", shape.page_size, shape.k_dim, dtype, book),
+        return GridCodec(
+            centred(FloatSide("k", shape.page_size, shape.k_dim, dtype, book), shape),
             FloatSide("v", shape.page_size, shape.v_dim, dtype, book),
         )
-        return centred(codec, shape)
-
-    def adapted_bytes(self, shape: PageShape) -> int:
-        return centre_bytes(shape)

@@ -9,7 +9,7 @@ from kvcomp.stages import Codec, PageShape, arg
 from kvcomp.stages.registry import register
 
 from .basis import BASES
-from .centred import centre_bytes, centred
+from .centred import centred
 from .codecs import GridCodec
 from .grid import UniformSide, channel_group
 from .widths import BITS, WidthQuantizer
@@ -63,17 +63,14 @@ class Int(WidthQuantizer):
 
     @property
     def _centres(self) -> bool:
-        """Whether a mean key is worth subtracting: not where each channel has a zero of its own."""
+        """Whether a page's keys are worth centring: not where each channel has a zero of its own."""
         return self.symmetric or self.per == TOKEN
 
-    def adapted_bytes(self, shape: PageShape) -> int:
-        return centre_bytes(shape) if self._centres else 0
-
     def codec(self, shape: PageShape) -> Codec:
-        codec = GridCodec(
-            self._side("k", shape, shape.k_dim, self.k_bits),
+        k_side = self._side("k", shape, shape.k_dim, self.k_bits)
+        return GridCodec(
+            centred(k_side, shape) if self._centres else k_side,
             self._side("v", shape, shape.v_dim, self.v_bits),
             BASES[self.basis](shape.k_dim, shape.device),
             BASES[self.basis](shape.v_dim, shape.device),
         )
-        return centred(codec, shape) if self._centres else codec

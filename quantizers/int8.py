@@ -8,7 +8,6 @@ from typing import ClassVar
 from kvcomp.stages import Codec, PageShape, Quantizer
 from kvcomp.stages.registry import register
 
-from .centred import centre_bytes
 from .int import Int
 
 
@@ -24,6 +23,3 @@ class Int8(Quantizer):
 
     def codec(self, shape: PageShape) -> Codec:
         return Int(bits=8, symmetric=True).codec(shape)
-
-    def adapted_bytes(self, shape: PageShape) -> int:
-        return centre_bytes(shape)

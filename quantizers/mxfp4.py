@@ -12,7 +12,7 @@ from kvcomp.stages import PageShape, Quantizer, arg
 from kvcomp.stages.registry import register
 
 from .basis import BASES
-from .centred import CentredCodec, centre_bytes, centred
+from .centred import centred
 from .codecs import GridCodec
 from .floats import MxSide, e2m1_values
 
@@ -38,15 +38,11 @@ class MxFp4(Quantizer):
     def implied(self) -> tuple[str, ...]:
         return ("basis",) if self.basis == "identity" else ()  # hashes of stacks that knew no basis stay theirs
 
-    def codec(self, shape: PageShape) -> CentredCodec:
+    def codec(self, shape: PageShape) -> GridCodec:
         book = e2m1_values(shape.device)
-        codec = GridCodec(
-            MxSide("k", shape.page_size, shape.k_dim, book),
+        return GridCodec(
+            centred(MxSide("k", shape.page_size, shape.k_dim, book), shape),
             MxSide("v", shape.page_size, shape.v_dim, book),
             BASES[self.basis](shape.k_dim, shape.device),
             BASES[self.basis](shape.v_dim, shape.device),
         )
-        return centred(codec, shape)
-
-    def adapted_bytes(self, shape: PageShape) -> int:
-        return centre_bytes(shape)

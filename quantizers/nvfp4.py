@@ -8,7 +8,7 @@ from typing import ClassVar
 from kvcomp.stages import PageShape, Quantizer
 from kvcomp.stages.registry import register
 
-from .centred import CentredCodec, centre_bytes, centred
+from .centred import centred
 from .codecs import GridCodec
 from .floats import NvSide, e2m1_values
 
@@ -26,12 +26,9 @@ class NvFp4(Quantizer):
 
     paper: ClassVar[str] = "arXiv:2509.25149"
 
-    def codec(self, shape: PageShape) -> CentredCodec:
+    def codec(self, shape: PageShape) -> GridCodec:
         book = e2m1_values(shape.device)
-        codec = GridCodec(
-            NvSide("k", shape.page_size, shape.k_dim, book), NvSide("v", shape.page_size, shape.v_dim, book)
+        return GridCodec(
+            centred(NvSide("k", shape.page_size, shape.k_dim, book), shape),
+            NvSide("v", shape.page_size, shape.v_dim, book),
         )
-        return centred(codec, shape)
-
-    def adapted_bytes(self, shape: PageShape) -> int:
-        return centre_bytes(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,36 +11,59 @@ from torch import Tensor
 
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
+from kvcomp.layout import Field
+from kvcomp.segments import SideLayout
 from kvcomp.stages import PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
 from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer, check_inverse
-from .centred import CentredCodec, centre_bytes, centred
+from .centred import CentredSide, Grid, centre, centred
+from .codecs import Side
 from .grid import UniformSide, channel_group
 from .int import LEAST_CLIP
 from .widths import BITS, WidthQuantizer
 
 
 @dataclass(frozen=True)
-class ClippedSide(UniformSide):
-    """A uniform grid behind a clip: coordinates beyond a quantile of their token's magnitudes saturate.
+class ClippedSide:
+    """A grid behind a clip: coordinates beyond a quantile of their token's magnitudes saturate.
 
     The limit is the magnitude of rank floor(quantile * D), counted from 0 and upwards, among the D of a token: at 0.96
-    and D = 128 the five largest come down to the sixth.
+    and D = 128 the five largest come down to the sixth. Where the grid is centred, magnitudes are about the centre.
     """
 
+    grid: Grid
     quantile: float = 1.0
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return self.grid.fields
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
-        return super().encode(self.kernel_input(x))
+        return self.grid.encode(self._clipped(x))
 
-    def kernel_input(self, x: Tensor) -> Tensor:
-        rank = min(int(self.quantile * self.dim), self.dim - 1)
-        limit = x.abs().kthvalue(rank + 1, dim=-1, keepdim=True).values
-        return x.clamp(-limit, limit)
+    def kernel_input(self, x: Tensor) -> Tensor | None:
+        return self.grid.kernel_input(self._clipped(x))
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        about = centre(x).float() if isinstance(self.grid, CentredSide) else x.new_zeros(())
+        y = x - about
+        rank = min(int(self.quantile * self.grid.dim), self.grid.dim - 1)
+        limit = y.abs().kthvalue(rank + 1, dim=-1, keepdim=True).values
+        return y.clamp(-limit, limit) + about
+
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        return self.grid.decode(page)
+
+    @property
+    def kernel_layout(self) -> SideLayout | None:
+        return self.grid.kernel_layout
+
+    def constants(self) -> list[Tensor]:
+        return self.grid.constants()
 
 
 @register("oscar")
@@ -84,21 +108,13 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
         for name in ("k", "v"):
             check_inverse(layer, name, name)
 
-    def sides(self, shape: PageShape) -> tuple[ClippedSide, ClippedSide]:
-        return (
-            self._side("k", shape, shape.k_dim, self.k_bits, self.k_clip),
-            self._side("v", shape, shape.v_dim, self.v_bits, self.v_clip),
-        )
+    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+        k = self._grid("k", shape, shape.k_dim, self.k_bits)
+        v = self._grid("v", shape, shape.v_dim, self.v_bits)
+        return ClippedSide(centred(k, shape), self.k_clip), ClippedSide(v, self.v_clip)
 
-    def _side(self, name: str, shape: PageShape, dim: int, bits: float, clip: float) -> ClippedSide:
-        group = channel_group(self.name, self.group, dim, 8)
-        return ClippedSide(name, shape.page_size, dim, int(bits), 1, group, quantile=clip)
-
-    def adapted_bytes(self, shape: PageShape) -> int:
-        return centre_bytes(shape)
-
-    def codec(self, shape: PageShape) -> CentredCodec:
-        return centred(super().codec(shape), shape)
+    def _grid(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformSide:
+        return UniformSide(name, shape.page_size, dim, int(bits), 1, channel_group(self.name, self.group, dim, 8))
 
     def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         return (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .basis import Basis
+from .centred import without_centres
 from .codecs import GridCodec
 from .per_stream import PerStream, weights
 
@@ -23,21 +24,23 @@ class OutlierBasis(Basis):
     settled once, by the energy of each channel in the first tokens that it encodes, and kept. It depends on that stream
     alone: rows of a batch do not change each other.
 
-    orders: int16 [S, D].
+    orders: int16 [S, D]. centred: tokens of a page, where those are coded without their centre; None: they are not.
     """
 
     orders: PerStream
+    centred: int | None = None
 
     @classmethod
-    def unsettled(cls, matrix: Tensor, dual: Tensor | None = None) -> OutlierBasis:
+    def unsettled(cls, matrix: Tensor, dual: Tensor | None = None, centred: int | None = None) -> OutlierBasis:
         """A basis with W [D, R] and its dual, that has seen nothing yet."""
-        return cls(matrix, dual, orders=PerStream(len(matrix), ORDER, matrix.device, counted=True))
+        return cls(matrix, dual, orders=PerStream(len(matrix), ORDER, matrix.device, counted=True), centred=centred)
 
     def fit(self, streams: Tensor, x: Tensor, due: Tensor | None) -> None:
         """Settle the order of new streams by the energy of their channels in x [s, n, D]."""
         new = self.orders.new(streams, due)
         if new is not None:
-            weight, unit = weights(x := x.float())
+            x = x.float() if self.centred is None else without_centres(x, self.centred)
+            weight, unit = weights(x)
             energy = (x * weight / unit).square().sum(1)
             self.orders.settle(streams, new, energy.argsort(dim=-1, descending=True, stable=True))
 

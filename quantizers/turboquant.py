@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from kvcomp.stages import PageShape, arg
 from kvcomp.stages.registry import register
 
 from .basis import Basis, rotation
-from .centred import CentredCodec, centre_bytes, centred
+from .centred import centred
 from .codecs import Side
 from .lloyd import LloydSide, sphere_codebook
 from .outliers import ORDER, OutlierBasis, OutlierCodec
@@ -57,17 +57,16 @@ class TurboQuant(WidthQuantizer):
         self.check(self.variant in (MSE, PROD), "variant", f"{MSE} or {PROD}")
 
     def adapted_bytes(self, shape: PageShape) -> int:
-        orders = [dim * ORDER.itemsize + 1 for dim, bits in self._sides(shape) if bits != int(bits)]
-        return centre_bytes(shape) + sum(orders)
+        return sum(dim * ORDER.itemsize + 1 for dim, bits in self._sides(shape) if bits != int(bits))
 
     def _sides(self, shape: PageShape) -> tuple[tuple[int, float], tuple[int, float]]:
         """Channels and bits of K and of V."""
         return (shape.k_dim, self.k_bits), (shape.v_dim, self.v_bits)
 
-    def codec(self, shape: PageShape) -> CentredCodec:
+    def codec(self, shape: PageShape) -> OutlierCodec:
         k_side, k_basis = self._part("k", shape, shape.k_dim, self.k_bits, self.variant == PROD)
-        v_side, v_basis = self._part("v", shape, shape.v_dim, self.v_bits, False)
-        return centred(OutlierCodec(k_side, v_side, k_basis, v_basis), shape)
+        v_side, v_basis = self._part("v", replace(shape, centred=False), shape.v_dim, self.v_bits, False)
+        return OutlierCodec(k_side, v_side, k_basis, v_basis)
 
     def _part(self, name: str, shape: PageShape, dim: int, bits: float, unbiased: bool) -> tuple[Side, Basis]:
         """The grid and the basis of K or of V."""
@@ -76,7 +75,8 @@ class TurboQuant(WidthQuantizer):
             side, sizes = self._grid(name, shape, dim, bits)
             return side, _basis(sizes, shape)
         if bits == 1:
-            return LloydSide(name, shape.page_size, dim, 1, sign_codebook(dim, device)), rotation(dim, device)
+            signs = LloydSide(name, shape.page_size, dim, 1, sign_codebook(dim, device))
+            return centred(signs, shape), rotation(dim, device)
         side, sizes = self._grid(name, shape, dim, bits - 1)
         signs = LloydSide(f"{name}.residual", shape.page_size, dim, 1, sign_codebook(dim, device))
         return ResidualSide(side, signs, projection(dim, device)), _basis(sizes, shape, _with_residual(sizes, device))
@@ -96,14 +96,16 @@ class TurboQuant(WidthQuantizer):
         parts = zip(("outliers", "rest"), sizes, widths, strict=True)
         return SegmentedSide(tuple(self._lloyd(f"{name}.{what}", shape, n, w) for what, n, w in parts), sizes), sizes
 
-    def _lloyd(self, name: str, shape: PageShape, dim: int, bits: int) -> LloydSide:
-        return LloydSide(name, shape.page_size, dim, bits, sphere_codebook(dim, bits, shape.device))
+    def _lloyd(self, name: str, shape: PageShape, dim: int, bits: int) -> Side:
+        return centred(LloydSide(name, shape.page_size, dim, bits, sphere_codebook(dim, bits, shape.device)), shape)
 
 
 def _basis(sizes: tuple[int, ...], shape: PageShape, dual: Tensor | None = None) -> Basis:
     """A rotation of all channels, or one of each run, with the loudest channels in the first."""
     matrix = _rotations(sizes, shape.device)
-    return Basis(matrix, dual) if len(sizes) == 1 else OutlierBasis.unsettled(matrix, dual)
+    if len(sizes) == 1:
+        return Basis(matrix, dual)
+    return OutlierBasis.unsettled(matrix, dual, shape.page_size if shape.centred else None)
 
 
 @cache

@@ -19,7 +19,7 @@ from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import UnsupportedError
 
 from .checks import accepted
-from .key_means import mean_keys, of_rank
+from .key_centres import turned_biases
 from .window import Window
 
 
@@ -69,12 +69,14 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         """The layer, for a pool on `device`."""
         if self.layer is None:
             layer = extract_layer_index(layer_name)
-            means = mean_keys(self.model.model, self.model.hf_text_config, layer, self.head_size)
-            if means is not None:
+            biases = None
+            if self.setup.by_token:
+                biases = turned_biases(self.model.model, self.model.hf_text_config, layer, self.head_size)
+            if biases is not None:
                 ranks = self.ranks.tensor_parallel_size
                 rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
-                means = of_rank(means, self.num_kv_heads, rank, ranks)
-            pages = Pages(self.setup, layer, self.num_kv_heads, device, means)
+                biases = biases.of_rank(self.num_kv_heads, rank, ranks)
+            pages = Pages(self.setup, layer, self.num_kv_heads, device, biases)
             windows = None if self.window is None else self.window.windows
             self.layer = BlockLayer(pages, windows, self.num_heads, self.scale, self.softcap)
         return self.layer

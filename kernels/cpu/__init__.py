@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.contract import PagesView
-from kvcomp.kernels.placed import CODEBOOK, UNIFORM, PlacedSegment, placed, reason
+from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, placed, reason
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, memo
 
@@ -44,13 +44,14 @@ class _Segment(Structure):
         ("book", c_void_p),
         ("bits", c_int32),
         ("plane", _Plane * 4),
+        ("centre", c_int64),
     ]
 
 
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
 _SOURCE = 15  # as the C structure of that name has it: two sides of 4, ids, counts, 5 sizes
 _NO_SOURCE = (0,) * _SOURCE
-_PROBLEM = Struct(f"{2 * _SOURCE + 13}q2fi4x")
+_PROBLEM = Struct(f"{2 * _SOURCE + 14}q2fi4x")
 
 
 class Described:
@@ -73,7 +74,8 @@ class Described:
             self.books.append(segment.book.float().repeat(room // len(segment.book)))
             book = self.books[-1].data_ptr()
         groups = at.token_group, at.channel_group, middle
-        return _Segment(KINDS[at.kind], at.channels, len(planes), *groups, at.scale, at.zero, book, at.bits, planes)
+        places = at.scale, at.zero, book, at.bits, planes, at.centre
+        return _Segment(KINDS[at.kind], at.channels, len(planes), *groups, *places)
 
 
 def described(sides: Sides, layout: PageLayout) -> tuple[Described, Described]:
@@ -125,7 +127,7 @@ def attend(
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
-    sources, groups, v_dim = _NO_SOURCE, None, 0
+    sources, groups, v_dim, token_bias = _NO_SOURCE, None, 0, None
     if pages is not None:
         base, stride, named = records("pool", pages.pool, pages.layout.body_bytes)
         ids, many, width = table(pages.ids, streams)
@@ -138,6 +140,9 @@ def attend(
         sides = k.address, base, stride, k.count, v.address, base, stride, v.count
         sizes = width, pages.layout.page_size, pages.in_tokens, many, named
         sources = *sides, ids.data_ptr(), counts.data_ptr(), *sizes
+        if pages.token_bias is not None:
+            every = streams, rows, many * pages.layout.page_size
+            token_bias = given("bias of tokens", pages.token_bias, torch.float32, every)
         if lse_of_pages:
             groups = queries.new_full((streams, rows, many), -torch.inf)
     if tokens is not None:
@@ -167,6 +172,7 @@ def attend(
         v_dim,
         queries.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        0 if token_bias is None else token_bias.data_ptr(),
         0 if prior_out is None else prior_out.data_ptr(),
         0 if prior_lse is None else prior_lse.data_ptr(),
         out.data_ptr(),
@@ -207,4 +213,4 @@ def _row_segment(dim: int, dtype: torch.dtype, stride: int) -> ctypes.Array[_Seg
 
 
 def _numbers(channels: int, dtype: torch.dtype, offset: int, stride: int) -> _Segment:
-    return _Segment(KINDS[dtype], channels, 1, 1, channels, plane=(_Plane(offset, stride, 0),))
+    return _Segment(KINDS[dtype], channels, 1, 1, channels, plane=(_Plane(offset, stride, 0),), centre=NOTHING)

@@ -1,7 +1,8 @@
 /* Decode attention over compressed pages on CPUs; `reference.attend_pages` is its specification.
  *
- *   logit[r, t] = softcap(scale * (q[r] . k[t] + bias[r])),  out[r] = sum_t softmax_t(logit[r, t]) v[t]
+ *   logit[r, t] = softcap(scale * (q[r] . k[t] + bias[r, t])),  out[r] = sum_t softmax_t(logit[r, t]) v[t]
  *
+ * bias: of a row, and of a row and token. Where keys of a page have a centre c, q . c is added to their logits, too.
  * k and v are read as they are stored. With k = code * s + z, q . k = (q s) . code + q . z: scales and zeros that tokens
  * share fold into q, those of one token into its logit; on the V side into the outputs and the probabilities. So an
  * element costs its unpacking, shared by all rows of a stream, and one multiplication and addition a row.
@@ -46,6 +47,7 @@ typedef struct {
     const float *book;                  /* float32 [16], or [256] from 5 bits on */
     int32_t bits;
     Plane plane[4];
+    int64_t centre;                     /* byte offset of float16 [channels], which all tokens gain; or NOTHING */
 } Segment;
 
 typedef struct {
@@ -68,6 +70,7 @@ typedef struct {
     Source source[2];
     int64_t sources, streams, rows, k_dim, v_dim;
     const float *q, *bias;              /* [streams, rows, k_dim], [streams, rows] or NULL */
+    const float *token_bias;            /* [streams, rows, listed * page_tokens] of pages, or NULL */
     const float *prior_out, *prior_lse; /* NULL, or attention over other tokens, to be merged with */
     float *out, *lse, *lse_of_pages;    /* [streams, rows, v_dim], [streams, rows], [streams, rows, pages] or NULL */
     int64_t pages;

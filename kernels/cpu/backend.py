@@ -58,11 +58,11 @@ class C(Backend):
         tokens: Tokens | None,
         workspace: Tensor | None,
     ) -> Part:
-        if not (case.rotates or codec.biased):
+        if not case.rotates:
             return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=case.lse_of_pages)
         rotated, bias = codec.read_query(queries.float())
         part = cpu.attend(rotated, pages, tokens, scale, softcap, bias, lse_of_pages=case.lse_of_pages)
-        return part._replace(out=codec.read_output(part.out)) if case.rotates else part
+        return part._replace(out=codec.read_output(part.out))
 
     def attend_tokens(
         self, queries: Tensor, tokens: Tokens, scale: float, softcap: float | None, prior: Part | None, *_: object

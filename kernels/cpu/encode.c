@@ -2,7 +2,8 @@
  *
  *   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, no zero
  *   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
- *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
+ *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
+ *   centred   either of the first two of x less c, a mean over the page's tokens in float16
  *
  * Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Two things are not determined
  * by the specification: the sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another
@@ -50,6 +51,7 @@ typedef struct {
     float cut;                          /* the share of a block's range that is cut off at each end */
     float root;                         /* channels^1/2 */
     float weight;                       /* of these channels, where there is a gain */
+    int64_t centre;                     /* byte offset of float16 [channels]; or NOTHING */
     Plane plane[4];
 } Piece;
 
@@ -97,23 +99,37 @@ INLINE float from_half(uint16_t x) {
     return size.f;
 }
 
-/* `channels` neighbours in each of `tokens` rows of x, as float32: *stride numbers from row to row; where they lie, or
- * in `room`. */
-INLINE const float *floats(const uint8_t *x, int64_t dtype, int64_t dim, int64_t channels, int64_t tokens, float *room,
-                           int64_t *stride) {
-    if (dtype == FLOAT32) {
+/* Number i of x, of a dtype that the compiler knows. */
+INLINE float number(const uint8_t *x, int64_t i, const int dtype) {
+    if (dtype == FLOAT32) return ((const float *)x)[i];
+    if (dtype == FLOAT16) return from_half(((const uint16_t *)x)[i]);
+    return ((Word){.u = (uint32_t)((const uint16_t *)x)[i] << 16}).f;
+}
+
+/* `channels` neighbours in each of `tokens` rows of x, of a dtype that the compiler knows, less c, to `to`. */
+INLINE void rows_less(const uint8_t *x, int64_t dim, int64_t channels, int64_t tokens, const float *restrict c,
+                      float *restrict to, const int dtype) {
+    for (int64_t t = 0; t < tokens; t++, to += channels)
+        if (c)
+            for (int64_t i = 0; i < channels; i++) to[i] = number(x, t * dim + i, dtype) - c[i];
+        else
+            for (int64_t i = 0; i < channels; i++) to[i] = number(x, t * dim + i, dtype);
+}
+
+/* The same as float32: *stride numbers from row to row; where they lie, or in `room`. c: their centre, or NULL. */
+INLINE const float *floats(const uint8_t *x, int64_t dtype, int64_t dim, int64_t channels, int64_t tokens,
+                           const float *c, float *room, int64_t *stride) {
+    *stride = channels;
+    if (dtype == FLOAT16) {
+        rows_less(x, dim, channels, tokens, c, room, FLOAT16);
+    } else if (dtype == BFLOAT16) {
+        rows_less(x, dim, channels, tokens, c, room, BFLOAT16);
+    } else if (c) {
+        rows_less(x, dim, channels, tokens, c, room, FLOAT32);
+    } else {
         *stride = dim;
         return (const float *)x;
     }
-    const uint16_t *from = (const uint16_t *)x;
-    for (int64_t t = 0; t < tokens; t++) {
-        if (dtype == FLOAT16)
-            for (int64_t c = 0; c < channels; c++) room[t * channels + c] = from_half(from[t * dim + c]);
-        else
-            for (int64_t c = 0; c < channels; c++)
-                room[t * channels + c] = ((Word){.u = (uint32_t)from[t * dim + c] << 16}).f;
-    }
-    *stride = channels;
     return room;
 }
 
@@ -342,6 +358,63 @@ INLINE void put_joint(const Side *side, const float *x, int64_t stride, int64_t 
     put_halves(record + side->pieces->scale + 2 * first, norms, tokens);
 }
 
+/* The sum of four rows of channel c; 0 where it is no number. */
+INLINE float four(const uint8_t *x, int64_t dim, int64_t c, const int dtype) {
+    float sum = (number(x, c, dtype) + number(x, dim + c, dtype)) +
+                (number(x, 2 * dim + c, dtype) + number(x, 3 * dim + c, dtype));
+    return sum == sum ? sum : 0;
+}
+
+/* The sum of four rows of x, or of twice as many, to `sum`: of each with the least and the greatest before it, the middle one. */
+INLINE void add_middle(const uint8_t *x, int64_t dim, int64_t channels, float *restrict sum, float *restrict low,
+                       float *restrict high, const int dtype, const int twice) {
+    const uint8_t *next = x + 4 * dim * (dtype == FLOAT32 ? 4 : 2);
+#pragma omp simd
+    for (int64_t c = 0; c < channels; c++) {
+        float least = low[c], most = high[c], part = four(x, dim, c, dtype), total = sum[c];
+        total += smaller(larger(part, least), most);
+        least = smaller(part, least), most = larger(part, most);
+        if (twice) {
+            part = four(next, dim, c, dtype);
+            total += smaller(larger(part, least), most);
+            least = smaller(part, least), most = larger(part, most);
+        }
+        sum[c] = total, low[c] = least, high[c] = most;
+    }
+}
+
+/* The centre c of `tokens` rows of x, as `quantizers.centred.centre`, to the record. room: 6 numbers of each channel. */
+INLINE void put_centre(const Piece *g, const uint8_t *x, int64_t dim, int64_t tokens, uint8_t *record, float *c,
+                       float *room, const int dtype) {
+    int64_t n = g->channels, row = dim * (dtype == FLOAT32 ? 4 : 2), t = 0, rest = tokens % 4, used = tokens;
+    float *low = room, *high = low + n, *rows = high + n;
+    memset(c, 0, n * sizeof(float));
+    if (!rest && tokens > 8) {
+        for (int64_t i = 0; i < n; i++) {
+            float a = four(x, dim, i, dtype), b = four(x + 4 * row, dim, i, dtype);
+            low[i] = smaller(a, b), high[i] = larger(a, b);
+        }
+        for (t = 8; t + 8 <= tokens; t += 8) add_middle(x + t * row, dim, n, c, low, high, dtype, 1);
+        if (t < tokens) add_middle(x + t * row, dim, n, c, low, high, dtype, 0);
+        used = tokens - 8;
+    } else {
+        for (; t + 4 <= tokens; t += 4)
+            for (int64_t i = 0; i < n; i++) c[i] += four(x + t * row, dim, i, dtype);
+        if (rest) { /* as if rows of zeros followed */
+            memset(rows, 0, 4 * n * sizeof(float));
+            rows_less(x + t * row, dim, n, rest, 0, rows, dtype);
+            for (int64_t i = 0; i < n; i++) c[i] += four((const uint8_t *)rows, n, i, FLOAT32);
+        }
+    }
+    float share = 1.0f / (float)used;
+    uint16_t *halves = (uint16_t *)(record + g->centre);
+    for (int64_t i = 0; i < n; i++) {
+        float mean = c[i] * share;
+        halves[i] = to_half(smaller(larger(mean == mean ? mean : 0, -HUGEST), HUGEST));
+        c[i] = from_half(halves[i]);
+    }
+}
+
 INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_t tokens, int64_t first,
                         uint8_t *record) {
     for (int64_t t = 0; t < tokens; t++)
@@ -350,12 +423,13 @@ INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_
 
 INLINE int64_t itemsize(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* A page of a side, or some of its tokens. codes [page_tokens, channels], and room for 3 * page_tokens + 2 numbers of each channel. */
+/* A page of a side, or some of its tokens. codes [page_tokens, channels], and room for 3 * page_tokens + 9 numbers of
+ * each channel. */
 INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int64_t first, uint8_t *record,
                         uint8_t *codes, float *room) {
     int64_t size = itemsize(side->dtype), stride;
     if (side->most > 0) {
-        const float *from = floats(x, side->dtype, side->dim, side->dim, tokens, room, &stride);
+        const float *from = floats(x, side->dtype, side->dim, side->dim, tokens, 0, room, &stride);
         put_joint(side, from, stride, tokens, first, record, codes, from == room ? room + tokens * side->dim : room);
         return;
     }
@@ -364,8 +438,18 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
             put_numbers(g, x, side->dim * size, tokens, first, record);
             continue;
         }
-        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, room, &stride);
-        float *rest = from == room ? room + tokens * g->channels : room;
+        float *c = 0, *rest = room;
+        if (g->centre != NOTHING) {
+            c = room, rest = room + g->channels;
+            if (side->dtype == FLOAT32)
+                put_centre(g, x, side->dim, tokens, record, c, rest, FLOAT32);
+            else if (side->dtype == FLOAT16)
+                put_centre(g, x, side->dim, tokens, record, c, rest, FLOAT16);
+            else
+                put_centre(g, x, side->dim, tokens, record, c, rest, BFLOAT16);
+        }
+        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, c, rest, &stride);
+        rest = from == rest ? rest + tokens * g->channels : rest;
         if (g->kind == UNIFORM)
             put_uniform(g, from, stride, tokens, first, record, codes, rest);
         else
@@ -413,7 +497,7 @@ int kvcomp_encode(const Pages *p) {
     int64_t widest = 0, threads = 1;
     for (int i = 0; i < 2; i++) widest = p->side[i].dim > widest ? p->side[i].dim : widest;
     widest = (widest + 63) / 64 * 64;
-    int64_t codes = p->page_tokens * widest, floats = (3 * p->page_tokens + 2) * widest;
+    int64_t codes = p->page_tokens * widest, floats = (3 * p->page_tokens + 9) * widest;
     int64_t each = codes + floats * sizeof(float);
 #ifdef _OPENMP
     int64_t work = p->pages * p->page_tokens * (p->side[0].dim + p->side[1].dim);

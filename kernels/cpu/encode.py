@@ -12,13 +12,13 @@ from torch import Tensor
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, placed, reason, unwritable
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Numbers, SideLayout, Sides, Uniform, memo
+from kvcomp.segments import Codebook, Numbers, SideLayout, Sides, Uniform, alone, memo
 
 from . import KINDS, compiled, unknown
 from .memory import given, records
 
 # Structures of the C kernel, as one row of numbers each.
-_PIECE = Struct("10q3f12q")
+_PIECE = Struct("10q3f4xq12q")
 _SIDE = "5q2f"
 _PAGES = Struct(2 * _SIDE + "10q")
 
@@ -39,12 +39,14 @@ class _Piece(NamedTuple):
     book: Tensor | None = None
     cut: float = 0.0
     weight: float = 0.0
+    centre: int = NOTHING
 
     def packed(self) -> bytes:
         planes = [number for plane in self.planes for number in plane] + [0] * (12 - 3 * len(self.planes))
         tables = (0 if table is None else table.data_ptr() for table in (self.middles, self.book))
         factors = self.cut, self.channels**0.5, self.weight
-        return _PIECE.pack(self.kind, self.channels, len(self.planes), *self[3:8], *tables, *factors, *planes)
+        sizes = self.kind, self.channels, len(self.planes), *self[3:8]
+        return _PIECE.pack(*sizes, *tables, *factors, self.centre, *planes)
 
 
 def _piece(at: PlacedSegment) -> _Piece:
@@ -53,11 +55,11 @@ def _piece(at: PlacedSegment) -> _Piece:
         return _Piece(KINDS[segment.dtype], *shape)
     shared = *shape, at.scale, at.zero, at.levels
     if isinstance(segment, Uniform):
-        return _Piece(KINDS[UNIFORM], *shared, cut=(1 - segment.clip) / 2)
+        return _Piece(KINDS[UNIFORM], *shared, cut=(1 - segment.clip) / 2, centre=at.centre)
     assert isinstance(segment, Codebook)
     book = segment.book.float().contiguous()
     middles = (book[1:] + book[:-1]) / 2 if segment.middles is None else segment.middles.float().contiguous()
-    return _Piece(KINDS[CODEBOOK], *shared, middles, book, weight=at.weight)
+    return _Piece(KINDS[CODEBOOK], *shared, middles, book, weight=at.weight, centre=at.centre)
 
 
 class Described:
@@ -98,12 +100,12 @@ def write(
     pool uint8 [records, bytes_per_page or more], as `sides` say; ids below 0: nowhere. Summaries become 0.
 
     rows int64 [M]: keys [M, 1, Rk] and values [M, 1, Rv] are single tokens, written where these tokens of a page lie,
-    of a layout that is `tokenwise`; all else of the records stays. What is stored without a grid is converted to the
-    dtype of its field.
+    of a layout that is `tokenwise` and sides without centres; all else of the records stays. What is stored without a
+    grid is converted to the dtype of its field.
     """
     base, stride, n = records("pool", pool, layout.bytes_per_page)
-    if rows is not None and not layout.tokenwise:
-        raise KvcompError("single tokens cannot be written into pages whose tokens share scales")
+    if rows is not None and not (layout.tokenwise and alone(sides)):
+        raise KvcompError("single tokens cannot be written into pages whose tokens share scales or a centre")
     tokens = layout.page_size if rows is None else 1
     ids = given("ids", ids, torch.int64, 1)
     rows = None if rows is None else given("rows", rows, torch.int64, ids.shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.placed import NOTHING
-from kvcomp.layout import SUMMARY, PageLayout, Summary
+from kvcomp.layout import PageLayout, Summary
 
 from . import compiled
 from .memory import given, records, table
@@ -146,7 +146,7 @@ def choose(
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor, made: Tensor) -> None:
-    """As `select.regroup`, into `made`."""
+    """As `select.regroup`, into `made`, but for centres."""
     tokens = given("tokens", tokens, torch.int64, 2)
     streams, many = tokens.shape
     ids, listed, width = table(ids, streams)
@@ -185,7 +185,7 @@ def _summaries(summary: Summary, streams: int) -> tuple[tuple[int, int, int], tu
 
 @cache
 def _rows_of(layout: PageLayout) -> tuple[ctypes.Array[c_int64], ctypes.Array[c_int64]]:
-    """Where each field that attention reads begins in a page, and its bytes a token."""
-    body = [f for f in layout.fields if not f.name.startswith(SUMMARY)]
-    offsets, rows = [layout.offsets[f.name] for f in body], [f.nbytes // layout.page_size for f in body]
-    return (c_int64 * len(body))(*offsets), (c_int64 * len(body))(*rows)
+    """Where each field with a row per token begins in a page, and its bytes a token."""
+    fields = layout.token_fields
+    offsets, rows = [layout.offsets[f.name] for f in fields], [f.nbytes // layout.page_size for f in fields]
+    return (c_int64 * len(fields))(*offsets), (c_int64 * len(fields))(*rows)

@@ -1025,11 +1025,32 @@ INLINE void NAME(fetch)(const Side *side, const Item *item, int64_t i, int tile)
             for (int64_t at = 0; at < next.n * g->plane[n].stride; at += 64) __builtin_prefetch(from + at);
         }
         if (g->kind >= FLOAT32) continue;
+        if (g->centre != NOTHING && !next.token)
+            for (int64_t at = 0; at < 2 * g->channels; at += 64) __builtin_prefetch(next.page + g->centre + at);
         int64_t first = next.token / g->token_group, last = (next.token + tile - 1) / g->token_group;
         int64_t row = 2 * g->channels / g->channel_group;
         for (int64_t at = first * row; at < (last + 1) * row; at += 64) {
             __builtin_prefetch(next.page + g->scale + at);
             if (g->zero != NOTHING) __builtin_prefetch(next.page + g->zero + at);
+        }
+    }
+}
+
+/* What the keys of a page share of their logits [rows]: bias, and q . c where they have a centre. */
+INLINE void NAME(shifts)(const Side *k, const uint8_t *page, const float *q, int64_t q_room, const float *bias,
+                         float *shift, int rows, Scratch *s) {
+    for (int r = 0; r < rows; r++) shift[r] = bias[r];
+    for (int j = 0; j < k->count; q += round_up(k->segments[j++].channels, 16)) {
+        const Segment *g = &k->segments[j];
+        if (g->centre == NOTHING) continue;
+        NAME(halves)(s->x, page + g->centre, g->channels);
+        for (int r = 0; r < rows; r++) {
+            vf sums = all(0);
+            const float *row = q + r * q_room;
+            int d = 0;
+            for (; d + VL <= g->channels; d += VL) sums += load(row + d) * load(s->x + d);
+            for (; d < g->channels; d++) shift[r] += row[d] * s->x[d];
+            shift[r] += NAME(sum)(sums);
         }
     }
 }
@@ -1042,7 +1063,8 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
     const Side *k = &item->source->k, *v = &item->source->v;
     memset(s.q, 0, rows * k_width * sizeof(float));
     memset(s.out, 0, rows * out_width * sizeof(float));
-    float bias[ROWS], m[ROWS], sum[ROWS];
+    float bias[ROWS], shift[ROWS], m[ROWS], sum[ROWS];
+    const uint8_t *centred = 0; /* the page that shift is of */
     for (int r = 0; r < rows; r++) {
         const float *q = p->q + (at + r) * p->k_dim;
         int64_t to = r * k_width;
@@ -1069,8 +1091,19 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
             Place here = NAME(place)(k, item, i, tile);
             NAME(fetch)(i + 1 < last ? k : v, item, i + 1 < last ? i + 1 : first, tile);
             float *logits = s.logits + (i - first) * tile;
+            if (here.page != centred) {
+                NAME(shifts)(k, here.page, s.q, k_width, bias, shift, rows, &s);
+                centred = here.page;
+            }
             for (int r = 0; r < rows; r++)
-                for (int t = 0; t < tile; t += VL) store(logits + r * TOKENS + t, all(bias[r]));
+                for (int t = 0; t < tile; t += VL) store(logits + r * TOKENS + t, all(shift[r]));
+            if (p->token_bias && item->source->ids) {
+                int64_t every = item->source->listed * item->source->page_tokens;
+                for (int r = 0; r < rows; r++) {
+                    const float *from = p->token_bias + (at + r) * every + i * tile;
+                    for (int t = 0; t < here.n; t++) logits[r * TOKENS + t] += from[t] * p->scale;
+                }
+            }
             int64_t offset = 0;
             for (int j = 0; j < k->count; j++) {
                 const Segment *g = &k->segments[j];

@@ -27,6 +27,7 @@ def attend_pages(
     lse_of_pages: bool = False,
     ragged: bool | None = None,
     in_tokens: bool = False,
+    token_bias: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over each stream's pages, in original coordinates.
 
@@ -34,11 +35,13 @@ def attend_pages(
     entries are never decoded into the result: what they point at may be anything. With `lse_of_pages` the part's groups
     are the lse of each page, -inf where there is none. `ragged`: whether some count may be less than n; None: they are
     looked at, on the host. `in_tokens`: counts are of tokens, and a stream's last page may be filled in part; what lies
-    behind is not read either.
+    behind is not read either. token_bias [S, R, n * P]: what is added to each q . k, too.
     """
     streams, n = ids.shape
     size = layout.page_size
     rotated, bias = codec.read_query(queries.float())
+    if token_bias is not None:
+        bias = token_bias if bias is None else token_bias + bias[..., None]
     block = max(MAX_DECODED // (streams * size * max(queries.shape[-1], 1)), 1)
     held, longest = counts if in_tokens else counts * size, n * size
     if ragged is None:
@@ -60,6 +63,7 @@ def attend_pages(
             keys, values = (x.masked_fill(~exists[..., None], 0) for x in (keys, values))
             visible = exists[:, None]
         group = size if lse_of_pages else None
-        parts.append(attend(rotated, keys, values, scale, visible, softcap, bias, group))
+        own = bias if bias is None or bias.dim() == 2 else bias[..., at * size : at * size + keys.shape[1]]
+        parts.append(attend(rotated, keys, values, scale, visible, softcap, own, group))
     part = joined(parts)
     return part._replace(out=codec.read_output(part.out))

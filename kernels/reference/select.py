@@ -87,11 +87,12 @@ def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-    """As `select.regroup`."""
+    """As `select.regroup`, but for centres."""
     size = layout.page_size
     records = pool.new_empty(tokens.numel() // size, layout.body_bytes)
     pages, places = ids.long().gather(1, tokens // size), tokens % size
-    made = layout.views(records)
-    for name, field in layout.views(pool).items():
-        made[name].copy_(field[pages, places].view(len(records), size, *field.shape[2:]))
+    made, held = layout.views(records), layout.views(pool)
+    for field in layout.token_fields:
+        rows = held[field.name][pages, places]
+        made[field.name].copy_(rows.view(len(records), size, *rows.shape[2:]))
     return records

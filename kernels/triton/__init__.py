@@ -17,7 +17,7 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.placed import NOTHING
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides, memo
+from kvcomp.segments import Sides, alone, memo
 
 from . import chunks, ops, ops_records, ops_scores, pieces
 from .memory import floats, integers, records, rows_of
@@ -57,9 +57,10 @@ def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device
 
 class Written(NamedTuple):
     """What kernels are told of pages that they write, for one device: description and middles, see `pieces`; inputs:
-    numbers of a token of K and of V."""
+    numbers of a token of K and of V; alone: as `segments.alone`."""
 
     layout: PageLayout
+    alone: bool
     inputs: tuple[int, int]
     description: str
     k_middles: Tensor
@@ -73,7 +74,7 @@ def written(sides: Sides, layout: PageLayout, device: torch.device, single: bool
     found: Written | None = known.get(key)
     if found is None:
         text, inputs = str(pieces.described(sides, layout, single)), (sides[0].inputs, sides[1].inputs)
-        found = known.setdefault(key, Written(layout, inputs, text, *pieces.middles(sides, device)))
+        found = known.setdefault(key, Written(layout, alone(sides), inputs, text, *pieces.middles(sides, device)))
     return found
 
 
@@ -92,8 +93,8 @@ def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written,
     """
     layout, on = how.layout, pool.device
     records(pool, layout.bytes_per_page)
-    if rows is not None and not layout.tokenwise:
-        raise KvcompError("single tokens cannot be written into pages whose tokens share scales")
+    if rows is not None and not (layout.tokenwise and how.alone):
+        raise KvcompError("single tokens cannot be written into pages whose tokens share scales or a centre")
     tokens = layout.page_size if rows is None else 1
     ids = integers("ids", ids.to(on), on, 1)
     rows = None if rows is None else integers("rows", rows, on, (len(ids),)).to(torch.int64)
@@ -130,10 +131,12 @@ def attend(
     pages_of_split: int | None = None,
     workspace: Tensor | None = None,
     in_tokens: bool = False,
+    token_bias: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; pages or tokens at least.
 
-    All are in the coordinates of the queries, and so is the output. bias [S, R] as in `attention.attend`, for pages.
+    All are in the coordinates of the queries, and so is the output. bias [S, R] and token_bias [S, R, n * P] as in
+    `attention.attend`, for pages.
     The groups are the lse of each page, as in the reference, where asked for.
 
     What is launched follows from shapes: ids may be wider than any count, for counts that change on the device, as in a
@@ -169,6 +172,9 @@ def attend(
         )
         held = integers("counts of tokens", tokens.counts.to(on, non_blocking=True), on, (streams,)).contiguous()
     bias = None if bias is None else floats("bias", bias, on, (streams, rows), exact=True)
+    if token_bias is not None and pages is not None:
+        every = (streams, rows, pages.ids.shape[1] * pages.prepared.layout.page_size)
+        token_bias = floats("bias of tokens", token_bias, on, every, exact=True)
     prior_out = prior_lse = None
     if prior is not None and v_dim is not None:
         prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
@@ -194,6 +200,7 @@ def attend(
         lse_of_pages,
         exact,
         in_tokens,
+        token_bias,
     )
     return Part(out, lse, groups if lse_of_pages else None)
 

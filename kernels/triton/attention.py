@@ -1,10 +1,11 @@
 """Decode attention over compressed pages; `reference.attend_pages` is its specification.
 
-  logit[r, t] = softcap(scale * (q[r] . k[t] + bias[r])),  out[r] = sum_t softmax_t(logit[r, t]) v[t]
+  logit[r, t] = softcap(scale * (q[r] . k[t] + bias[r, t])),  out[r] = sum_t softmax_t(logit[r, t]) v[t]
 
 k and v are read as they are stored. With k = code * s + z, q . k = (q s) . code + q . z: scales and zeros that tokens
 share fold into q, those of one token into its logit; on the V side into the outputs and the probabilities. Where a tile
-has neither in common (several scales a token), its elements are scaled.
+has neither in common (several scales a token), its elements are scaled. Where keys of a page have a centre c, q . c is
+added to their logits, in float32. bias: of a row, and of a row and token.
 
 Grid: (stream * blocks of rows, split). A program has all query rows of a stream, up to 64, and a run of its pages; the
 last split is the stream's exact tokens. Splits merge by log-sum-exp in a second kernel. Moved: each listed page once,
@@ -27,7 +28,8 @@ from . import plan
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(plan.LEAST)
-CHANGING = ["ids_stride", "tiles", "split_pages", "splits"]  # with a stream's length: one kernel for all of them
+# With a stream's length: one kernel for all of them.
+CHANGING = ["ids_stride", "bias_stride", "tiles", "split_pages", "splits"]
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there, bfloat16 is multiplied as if it were integers
 
 
@@ -315,7 +317,31 @@ def total(lanes):
 
 
 @triton.jit
-def key_logits(logits, q, base, first, token, seen, book, C: tl.constexpr, EXACT: tl.constexpr):
+def centre_logits(logits, q, base, seen, C: tl.constexpr, WITHIN: tl.constexpr):
+    """Adds q . c [R, T] over a chunk's channels; WITHIN: the tile lies within one page."""
+    CENTRE: tl.constexpr = C.centre
+    LANES: tl.constexpr = C.lanes
+    BLOCK: tl.constexpr = C.block
+    COLUMNS: tl.constexpr = C.columns
+    column = tl.arange(0, BLOCK)
+    if WITHIN:
+        offset = tl.zeros_like(tl.sum(logits, 1))
+        for i in tl.static_range(LANES):
+            centre = halves(base, CENTRE + (column * LANES + i) * 2, column < COLUMNS)
+            offset += tl.sum(q[i] * centre[None, :], 1)
+        logits += offset[:, None]
+    else:
+        for i in tl.static_range(LANES):
+            at = (CENTRE + (column * LANES + i) * 2)[None, :]
+            centre = halves(base[:, None], at, visible(seen, column, C))
+            logits = dot(q[i], centre.trans(), logits, tl.float32)
+    return logits
+
+
+@triton.jit
+def key_logits(
+    logits, q, base, first, token, seen, book, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr
+):  # fmt: skip
     """Adds q . k [R, T] over a chunk's channels; q: its lanes."""
     KIND: tl.constexpr = C.kind
     LANES: tl.constexpr = C.lanes
@@ -356,6 +382,8 @@ def key_logits(logits, q, base, first, token, seen, book, C: tl.constexpr, EXACT
             logits += part * scale[None, :]
             if C.adds:
                 logits += total(q)[:, None] * zero[None, :]
+    if C.centre >= 0:
+        logits = centre_logits(logits, q, base, seen, C, WITHIN)
     return logits
 
 
@@ -451,6 +479,7 @@ def tokens_of_split(held, splits, split_pages, PAGE: tl.constexpr):
 def run(
     q,
     bias,
+    token_bias,
     k_base,
     v_base,
     ids,
@@ -465,6 +494,7 @@ def run(
     rows,
     k_dim,
     v_dim,
+    bias_stride,
     tiles,
     scale,
     softcap,
@@ -476,6 +506,7 @@ def run(
     ROWS: tl.constexpr,
     EXACT: tl.constexpr,
     BIAS: tl.constexpr,
+    TOKEN_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LSE_OF_TILES: tl.constexpr,
     IN_TOKENS: tl.constexpr,
@@ -521,8 +552,13 @@ def run(
             k_page, v_page = k_base + page, v_base + page
         logits = tl.zeros((ROWS, TILE), tl.float32)
         for i in tl.static_range(len(K)):
-            logits = key_logits(logits, queries[i], k_page, inner, token, seen, k_book, chunk(K, i), EXACT)
+            logits = key_logits(
+                logits, queries[i], k_page, inner, token, seen, k_book, chunk(K, i), EXACT, PAGE % TILE == 0
+            )  # fmt: skip
         logits = logits * factor[:, None] + shift[:, None]
+        if TOKEN_BIAS:
+            place = row[:, None] * bias_stride + (at + tl.arange(0, TILE))[None, :]
+            logits += tl.load(token_bias + place, mask=(row < rows)[:, None] & seen[None, :], other=0) * scale
         if SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
             logits = (tl.sigmoid(logits * (2 / softcap)) * 2 - 1) * softcap
         logits = tl.where(seen[None, :], logits * LOG2E, float("-inf"))
@@ -551,6 +587,7 @@ def run(
 def attend_kernel(
     q,
     bias,
+    token_bias,
     pool,
     ids,
     counts,
@@ -568,6 +605,7 @@ def attend_kernel(
     ids_stride,
     keys_stride,
     values_stride,
+    bias_stride,
     tiles,
     split_pages,
     scale,
@@ -583,14 +621,15 @@ def attend_kernel(
     ROWS: tl.constexpr,
     EXACT: tl.constexpr,
     BIAS: tl.constexpr,
+    TOKEN_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LSE_OF_TILES: tl.constexpr,
     IN_TOKENS: tl.constexpr,
 ):
-    """One split of one stream. q [S, R, Dk], bias [S, R], pool uint8 in records of BYTES, ids [S, n], counts [S] of
-    pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in bytes; out float32 [S,
-    splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has no tokens for a split,
-    nothing is written."""
+    """One split of one stream. q [S, R, Dk], bias [S, R], token_bias [S, R, n * P], pool uint8 in records of BYTES,
+    ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in
+    bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has
+    no tokens for a split, nothing is written."""
     blocks = tl.cdiv(rows, ROWS)
     stream = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -600,6 +639,7 @@ def attend_kernel(
         splits -= 1
     q += stream * rows * k_dim
     bias += stream * rows
+    token_bias += stream * rows * bias_stride
     out += (stream * tl.num_programs(1) + split) * rows * v_dim
     lse += (stream * tl.num_programs(1) + split) * rows
     lse_of_tiles += stream * rows * tiles
@@ -610,16 +650,16 @@ def attend_kernel(
             first = split * each
             if first < held:
                 run(
-                    q, bias, pool, pool, ids + stream * ids_stride, first, tl.minimum(first + each, held), k_book,
-                    v_book, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, tiles, scale, softcap,
-                    K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
+                    q, bias, token_bias, pool, pool, ids + stream * ids_stride, first, tl.minimum(first + each, held),
+                    k_book, v_book, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap,
+                    K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
                 )  # fmt: skip
     elif len(TOKENS_K) > 0:
         run(
-            q, bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
+            q, bias, token_bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
             tl.load(token_counts + stream).to(tl.int32), k_book, v_book, out, lse,
-            lse_of_tiles, row, rows, k_dim, v_dim, tiles, scale, softcap,
-            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, SOFTCAP, False, False,
+            lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap,
+            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, SOFTCAP, False, False,
         )  # fmt: skip
 
 

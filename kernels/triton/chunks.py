@@ -38,7 +38,8 @@ class Chunk:
     the highest bits first. scale, zero: of the segment, float16 in rows of `groups`, a row for each `token_group`
     tokens; `inner` is the chunk's first channel in the segment. middle: the code that is read as 0, for codes about 0
     lose less in 16 bits; the zeros that are stored are those of code 0. book: its first entry among the side's.
-    Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them.
+    Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them. centre: offset of the
+    float16 numbers that the chunk's channels gain in all tokens of a page.
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Chunk:
     format: str = ""
     scale_format: str = ""
     page_scale: int = NOTHING
+    centre: int = NOTHING
 
     @property
     def adds(self) -> bool:
@@ -135,7 +137,9 @@ def _codes(at: PlacedSegment, segment: Uniform | Codebook | Floats, book: int) -
         for start, n, block in cut(run):
             inner = (first + start) * lanes
             planes = tuple((offset + inner * width // 8, stride, width) for offset, stride, width in at.planes)
-            found.append(Chunk(kind, at.channel + inner, lanes, n, block, planes, inner=inner, **shared))
+            centre = NOTHING if at.centre == NOTHING else at.centre + 2 * inner
+            made = Chunk(kind, at.channel + inner, lanes, n, block, planes, inner=inner, centre=centre, **shared)
+            found.append(made)
     return found
 
 
@@ -174,6 +178,11 @@ class Description:
         """Whether registers are short: several tiles a side, or more than `WIDEST` channels in one, or many in all."""
         wide = any(len(side) > 1 or any(c.block * c.lanes > WIDEST for c in side) for side in (self.k, self.v))
         return wide or self.lanes >= MANY
+
+    @property
+    def centred(self) -> bool:
+        """Whether pages have centres."""
+        return any(chunk.centre != NOTHING for chunk in self.k)
 
     @property
     def v_dim(self) -> int:

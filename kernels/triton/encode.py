@@ -2,15 +2,17 @@
 
   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, without zero
   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
-  joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
+  joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
   floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale; of
             two powers of two (E8M0) the one under which the block's squared error is less
+  centred   uniform, codebook or floats of x less c, a mean over the page's tokens in float16
 
 Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Divisions and square roots are
 those of IEEE 754, and nothing is fused, so that codes are the specification's. Two things are not determined by it: the
 sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another order.
 
-Grid: (page, tile of one of its segments). Moved: K and V once, the record once. A single token is a page of one that
+Grid: (page, tile of one of its segments). Moved: K and V once, the record once; where they are centred, each program
+reads its channels of the whole page first, from caches. A single token is a page of one that
 is written to its row of a record.
 """
 
@@ -62,6 +64,40 @@ def load(x, page, token, channel, there, DIM: tl.constexpr, PAGE: tl.constexpr, 
     """Elements [T, G, R] of x [M, P, D]."""
     CHANNEL: tl.constexpr = C.channel
     return tl.load(x + ((page * PAGE + token) * DIM + CHANNEL + channel), mask=there, other=0)
+
+
+@triton.jit
+def sum_of_four(x, page, first, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """Of tokens from `first` on, float32 [1, G, R]; 0 where it is no number."""
+    a = load(x, page, first, channel, live, DIM, PAGE, C).to(tl.float32)
+    b = load(x, page, first + 1, channel, live & (first + 1 < PAGE), DIM, PAGE, C).to(tl.float32)
+    c = load(x, page, first + 2, channel, live & (first + 2 < PAGE), DIM, PAGE, C).to(tl.float32)
+    d = load(x, page, first + 3, channel, live & (first + 3 < PAGE), DIM, PAGE, C).to(tl.float32)
+    found = (a + b) + (c + d)
+    return tl.where(found == found, found, 0.0)
+
+
+@triton.jit
+def page_centre(x, page, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """The centre float16 [1, G, R] of channels in a page, as `quantizers.centred.centre`."""
+    PARTS: tl.constexpr = (PAGE + 3) // 4
+    TRIM: tl.constexpr = PAGE % 4 == 0 and PARTS > 2
+    SHARE: tl.constexpr = 1.0 / (PAGE - 8 if TRIM else PAGE)
+    total = tl.zeros_like(channel).to(tl.float32)
+    if TRIM:
+        a = sum_of_four(x, page, 0, channel, live, DIM, PAGE, C)
+        b = sum_of_four(x, page, 4, channel, live, DIM, PAGE, C)
+        low, high = tl.minimum(a, b), tl.maximum(a, b)
+        for part in range(2, PARTS):
+            found = sum_of_four(x, page, part * 4, channel, live, DIM, PAGE, C)
+            total += tl.minimum(tl.maximum(found, low), high)
+            low, high = tl.minimum(low, found), tl.maximum(high, found)
+    else:
+        for part in range(PARTS):
+            total += sum_of_four(x, page, part * 4, channel, live, DIM, PAGE, C)
+    mean = total * SHARE
+    mean = tl.where(mean == mean, mean, 0.0)
+    return tl.minimum(tl.maximum(mean, -HUGE), HUGE).to(tl.float16)
 
 
 @triton.jit
@@ -268,14 +304,22 @@ def float_codes(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """The largest magnitude of a piece in a page."""
+    """The largest magnitude of a piece in a page, less its centre where it has one."""
     T: tl.constexpr = C.shape[0]
     G: tl.constexpr = C.shape[1]
     R: tl.constexpr = C.shape[2]
+    DOWN: tl.constexpr = C.tiles[0]
+    ACROSS: tl.constexpr = C.tiles[1]
     most = tl.zeros((T, G, R), tl.float32)
-    for tile in range(C.programs):
-        token, _, channel, seen, live = place(page, tile, PAGE, C)
-        most = tl.maximum(most, tl.abs(load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32)))
+    for across in range(ACROSS):
+        token, _run, channel, seen, live = place(page, across, PAGE, C)
+        shift = tl.zeros_like(channel).to(tl.float32)
+        if C.centre >= 0:
+            shift = page_centre(x, page, channel, live, DIM, PAGE, C).to(tl.float32)
+        for down in range(DOWN):
+            token, _run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)
+            found = load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32) - shift
+            most = tl.maximum(most, tl.where(seen & live, tl.abs(found), 0))
     return tl.max(tl.max(tl.max(most, 2), 1), 0)
 
 
@@ -358,6 +402,12 @@ def put(
         token, run, channel, seen, live = place(page, tile, PAGE, C)
         there = seen & live
         x = load(source, page, token, channel, there, DIM, PAGE, C)
+        if C.centre >= 0:
+            CENTRE: tl.constexpr = C.centre
+            ACROSS: tl.constexpr = C.tiles[1]
+            centre = page_centre(source, page, channel, live, DIM, PAGE, C)
+            put_halves(record, CENTRE + channel * 2, centre, live & (tile < ACROSS))
+            x = tl.where(there, x.to(tl.float32) - centre.to(tl.float32), 0)
         token += shift
         if KIND == "numbers":
             put_numbers(record, x, token, channel, there, C)

@@ -71,22 +71,24 @@ def attend_pages(
     lse_of_pages: bool,
     exact: bool,
     in_tokens: bool = False,
+    token_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [S, R, Dv], lse [S, R] and the lse of each page [S, R, n], all float32, of attention over pages (pool uint8
     [pages, bytes], ids [S, n], counts [S]), exact tokens (keys [S, N, Dk], values [S, N, Dv], token_counts [S]) and
     what came before (prior).
 
-    queries [S, R, Dk], bias float32 [S, R]; description: of `chunks.Description`; k_book, v_book: as of `chunks.books`;
-    split_pages: pages that a split has room for; workspace: float32 of `workspace_size`; softcap 0: none; n is 0 unless
-    `lse_of_pages`; in_tokens: counts are of tokens.
+    queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
+    k_book, v_book: as of `chunks.books`; split_pages: pages that a split has room for; workspace: float32 of
+    `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
     """
     streams, rows, k_dim = queries.shape
     out, lse, groups = _results(queries, ids, values, description, lse_of_pages)
-    v_dim, block = out.shape[2], blocked(rows)
+    v_dim = out.shape[2]
     layout, pages, splits = chunks.Description((), (), 0, chunks.TILE), 0, 0
     if ids is not None and ids.shape[1]:
         layout, pages = chunks.parsed(description), ids.shape[1]
         splits = triton.cdiv(pages, split_pages)
+    block = blocked(rows, layout.centred)
     tokens: Exact = (), ()
     strides, window = [0, 0], chunks.NARROWEST
     if keys is not None and values is not None:
@@ -109,7 +111,8 @@ def attend_pages(
     with torch.cuda.device_of(queries):
         attention.attend_kernel[(streams * triton.cdiv(rows, block), splits)](
             queries,
-            *(idle if x is None else x for x in (bias, pool, ids, counts, k_book, v_book, keys, values, token_counts)),
+            *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_book, v_book)),
+            *(idle if x is None else x for x in (keys, values, token_counts)),
             workspace,
             partial_lse,
             lse_of_tiles,
@@ -118,12 +121,14 @@ def attend_pages(
             v_dim,
             0 if ids is None else ids.stride(0),
             *strides,
+            0 if token_bias is None else token_bias.shape[2],
             tiles,
             split_pages,
             scale,
             softcap,
             **attention_constants(layout, 0 if pool is None else pool.stride(0), tokens, window, block, exact),
             BIAS=bias is not None,
+            TOKEN_BIAS=token_bias is not None,
             SOFTCAP=softcap > 0,
             LSE_OF_TILES=lse_of_pages,
             IN_TOKENS=in_tokens,
@@ -175,6 +180,7 @@ def _(
     lse_of_pages: bool,
     exact: bool,
     in_tokens: bool = False,
+    token_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(queries, ids, values, description, lse_of_pages)
 

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcomp.layout import SUMMARY, PageLayout
+from kvcomp.layout import PageLayout
 
 from . import encode, pieces, tokens
 
@@ -74,10 +74,9 @@ def _(
 
 
 def regrouped(layout: PageLayout) -> tuple[tuple[tuple[int, int], ...], int, int, int]:
-    """What `regroup_kernel` is told of a layout: (offset, bytes a token) of each field that attention reads, tokens and
+    """What `regroup_kernel` is told of a layout: (offset, bytes a token) of each of its `token_fields`, tokens and
     bytes of a page, and those bytes of it that attention reads."""
-    body = [f for f in layout.fields if not f.name.startswith(SUMMARY)]
-    fields = tuple((layout.offsets[f.name], f.nbytes // layout.page_size) for f in body)
+    fields = tuple((layout.offsets[f.name], f.nbytes // layout.page_size) for f in layout.token_fields)
     return fields, layout.page_size, layout.bytes_per_page, layout.body_bytes
 
 

@@ -35,7 +35,7 @@ class Piece:
 
     planes: (offset, bytes from a token to the next, width) of each, the highest bits first. scale, zero: offsets.
     levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; middles: its first in the side's table.
-    format, scale_format, page_scale: as in `chunks.Chunk`.
+    format, scale_format, page_scale, centre: as in `chunks.Chunk`.
     step: tokens of a tile, of which it has room for T; tiles: of a page, along tokens and along channels.
     """
 
@@ -54,6 +54,7 @@ class Piece:
     format: str
     scale_format: str
     page_scale: int
+    centre: int
     step: int
     run: int
     shape: tuple[int, int, int]
@@ -171,7 +172,7 @@ def _piece_of(at: PlacedSegment, size: int, side: int, middles: int) -> Piece:
     shape = room, groups, width
     return Piece(
         *(at.kind, side, at.channel, channels, at.planes, tokens, group, at.scale, at.zero, at.levels, clip, middles),
-        *(*formats, at.page_scale, step, run, shape, tiles),
+        *(*formats, at.page_scale, at.centre, step, run, shape, tiles),
     )
 
 

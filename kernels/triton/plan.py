@@ -13,15 +13,15 @@ LEAST = 256  # tokens of a split: fewer cost more to merge than they save
 FULL = 8192  # bytes of a tile of exact keys
 
 
-def blocked(rows: int) -> int:
-    """Rows of a program for so many query rows of a stream."""
-    return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), MOST_ROWS)
+def blocked(rows: int, centred: bool = False) -> int:
+    """Rows of a program for so many query rows of a stream; half as many at most where centres take registers."""
+    return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), MOST_ROWS // 2 if centred else MOST_ROWS)
 
 
-def together(rotates: bool, biased: bool, rows: int) -> bool:
+def together(rotates: bool, centred: bool, rows: int) -> bool:
     """Whether one launch attends to pages and to exact tokens: both are in the coordinates of the queries, and the
-    registers suffice. With many rows a bias for pages alone would spill some."""
-    return not rotates and not (biased and blocked(rows) > FEWEST_ROWS)
+    registers suffice. With many rows, centres of pages would spill some."""
+    return not rotates and not (centred and blocked(rows) > FEWEST_ROWS)
 
 
 def split_pages(streams: int, rows: int, pages: int, page_size: int, processors: int) -> int:

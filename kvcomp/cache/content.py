@@ -37,13 +37,17 @@ class LayerContent:
         self.prompt: tuple[list[int], list[int]] | None = None
         self.model: ModelPart | None = None
 
-    def start(self, keys: Tensor, values: Tensor) -> None:
-        """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv]."""
+    def start(self, keys: Tensor, values: Tensor, centred: bool = True) -> None:
+        """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv].
+
+        centred: as in `PageShape`.
+        """
         plan = self.plan
         self.rows, self.heads, _, self.k_dim = keys.shape
         self.v_dim = values.shape[-1]
         self.dtype, self.device = keys.dtype, keys.device
-        shape = PageShape(plan.page_size, self.k_dim, self.v_dim, self.heads, self.dtype, self.device, plan.layer)
+        dims = self.k_dim, self.v_dim, self.heads
+        shape = PageShape(plan.page_size, *dims, self.dtype, self.device, plan.layer, centred)
         self.storage = Growing.empty(Records(plan, shape), keys, values)
         self.history.start(self.rows)
         self.compacted: CompactSpans | None = None

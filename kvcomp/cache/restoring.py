@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from reprlib import repr as short
 
 import torch
 
 from kvcomp.errors import KvcompError
+from kvcomp.layout import CENTRE
 from kvcomp.state import FLOATS, State, described, learned
 
 from .compaction import CompactSpans
@@ -16,6 +18,7 @@ NAMES = (
     *("rows", "heads", "fields", "pages", "table", "counts", "received"),
     *("exact", "history", "codec", "index", "compacted", "tail", "prompt"),
 )
+OLD_CENTRE = "k.centre."  # of names of a codec's state
 WIDEST = 2048  # channels of a head that a file may have: bases are square matrices of so many
 
 
@@ -30,11 +33,17 @@ def restore(store: LayerContent, state: State, device: torch.device) -> None:
     dims = keys.shape[2], values.shape[2]
     state.require(0 < max(dims) <= WIDEST, f"heads have {dims[0]} and {dims[1]} channels")
     keys, values = (x[:, :0].unflatten(0, (rows, heads)).to(device) for x in (keys, values))
-    store.start(keys, values)
-    fields = [[f.name, *f.shape, str(f.dtype)] for f in store.layout.fields]
     for field in state.sequence("fields"):
         plain = isinstance(field, list) and all(type(part) in (str, int) for part in field)
-        state.require(plain, f"fields have {described(field)}")
+        state.require(plain and len(field) > 0, f"fields have {described(field)}")
+    codec = state.get("codec")
+    if isinstance(codec, Mapping) and any(str(name).startswith(OLD_CENTRE) for name in codec):
+        raise KvcompError(
+            f"layer {plan.layer} was saved with one mean key a stream, which is no longer read: save the cache anew"
+        )
+    # Caches that were saved before pages had centres go on without.
+    store.start(keys, values, any(str(field[0]).endswith(CENTRE) for field in state["fields"]))
+    fields = [[f.name, *f.shape, str(f.dtype)] for f in store.layout.fields]
     if state["fields"] != fields:
         held = short(state["fields"])
         raise KvcompError(f"layer {plan.layer} holds pages of {held}, but the stack makes {short(fields)}")

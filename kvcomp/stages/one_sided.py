@@ -87,9 +87,6 @@ class OneSidedCodec(Codec):
     def room(self, streams: int) -> None:
         self.codec.room(streams)
 
-    def fix(self, mean: Tensor | None) -> None:
-        self.codec.fix(mean if self.shape.k_dim else None)
-
     def select(self, streams: Tensor) -> None:
         self.codec.select(streams)
 

@@ -18,7 +18,10 @@ from .stage import Stage
 
 @dataclass(frozen=True)
 class PageShape:
-    """What a codec is made for: one layer's pages. `heads` is the number of KV heads."""
+    """What a codec is made for: one layer's pages. `heads` is the number of KV heads.
+
+    centred: whether pages may have a centre, as those of caches lack that were saved before there were any.
+    """
 
     page_size: int
     k_dim: int
@@ -27,6 +30,7 @@ class PageShape:
     dtype: torch.dtype
     device: torch.device
     layer: int
+    centred: bool = True
 
 
 class Codec:
@@ -50,11 +54,6 @@ class Codec:
         """Whether pages have other coordinates than K and V: `read_output` is not the identity, or `read_query` changes
         queries."""
         return True
-
-    @property
-    def biased(self) -> bool:
-        """Whether `read_query` may give a bias."""
-        return self.rotates
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -114,10 +113,6 @@ class Codec:
 
     def room(self, streams: int) -> None:
         """Have room for what so many streams adapt to; tensors stay where they are from then on, until `select`."""
-
-    def fix(self, mean: Tensor | None) -> None:
-        """Adapt to no data from now on, where the codec can do without. mean [n, Dk]: a mean key of each of n heads,
-        for codecs that subtract one; None: none is subtracted."""
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams (beams): int64 [S']."""

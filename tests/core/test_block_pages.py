@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcomp.cache.blocks.centres import Turned, middle, turned, turns
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.cache.blocks.step import Step
@@ -14,42 +15,59 @@ from kvcomp.stages.stack import Stack
 HEADS, DIM, BLOCKS = 3, 64, 7
 
 
+def begun(positions: torch.Tensor, size: int) -> torch.Tensor:
+    """As `Step.begun`, of tokens at these positions."""
+    rows = (positions % size == 0).nonzero().flatten()
+    return torch.stack([rows, positions[rows] // size])
+
+
 def setup_of(stack: str, drafts: int = 0) -> Setup:
     return Setup(Stack.parse(stack), layers=4, dim=DIM, dtype=torch.float32, drafts=drafts)
 
 
-def bound(setup: Setup) -> Pages:
+def bound(setup: Setup, biases: Turned | None = None) -> Pages:
     """Pages of layer 3 in a pool that holds nothing but NaN, whatever its bytes are read as."""
     cell = setup.record_bytes(HEADS) // setup.page_size
     pool = torch.full((BLOCKS, HEADS, setup.page_size, cell), 255, dtype=torch.uint8)
-    return Pages(setup, 3, HEADS).at(pool)
+    return Pages(setup, 3, HEADS, biases=biases).at(pool)
 
 
 @pytest.mark.parametrize(
     "stack",
     ["none", "int8", "int(bits=3)", "int(bits=4, basis=hadamard, group=32)", "fp8", "mxfp4", "turboquant(bits=4)"],
 )
-def test_token_by_token_makes_the_page_that_is_encoded_whole(stack: str) -> None:
-    """In any order and in any company, and padding is written nowhere."""
+@pytest.mark.parametrize("biased", [False, True])
+def test_token_by_token_makes_the_same_pages(stack: str, biased: bool) -> None:
+    """In any order behind those that begin pages, and in any company; padding is written nowhere."""
     setup = setup_of(stack)
     assert setup.by_token
     size = setup.page_size
+    bias, frequencies = 50 * torch.randn(HEADS, DIM), torch.linspace(1, 0.001, DIM // 2)
+    biases = turned(bias, frequencies, 1.0) if biased else None
     k, v = torch.randn(2, 2 * size, HEADS, DIM)
+    if biased:
+        middles = middle(torch.arange(2), size).repeat_interleave(size)
+        k += torch.einsum("tf,fhd->thd", turns(frequencies, middles), turned(bias, frequencies, 1.0).weights)
     slots = torch.cat([5 * size + torch.arange(size), 2 * size + torch.arange(size)])  # blocks 5 and 2
-    single, whole = bound(setup), bound(setup)
-    for run in torch.randperm(2 * size).split(37):
+    one_by_one, together = bound(setup, biases), bound(setup, biases)
+    order = torch.cat([torch.tensor([0, size]), torch.randperm(2 * size)])
+    for run in order.split(37):
         padded = torch.nn.functional.pad(slots[run], (0, 2), value=-1)
         new = (torch.nn.functional.pad(x[run], (0, 0, 0, 0, 0, 2)) for x in (k, v))
-        single.write_tokens(*new, single.cells(padded))
+        one_by_one.write_tokens(*new, one_by_one.cells(padded, begun(run, size)))
+    together.write_tokens(k, v, together.cells(slots, begun(torch.arange(2 * size), size)))
+    assert torch.equal(one_by_one.pool, together.pool)
+    assert (one_by_one.pool.view(BLOCKS, -1)[[0, 1, 3, 4, 6]] == 255).all()
     records = torch.tensor([5, 2]) * HEADS + torch.arange(HEADS)[:, None]
-    whole.write_pages(k.transpose(0, 1), v.transpose(0, 1), records)
-    assert torch.equal(single.pool, whole.pool)
-    assert (single.pool.view(BLOCKS, -1)[[0, 1, 3, 4, 6]] == 255).all()
+    for found, x, ours in zip(together.tokens(records), (k, v), (biased, False), strict=True):
+        x = x.transpose(0, 1)
+        error = (found - x).norm() / (x.numel() ** 0.5 if ours else x.norm())
+        assert error < {"int(bits=3)": 0.25, "none": 1e-6}.get(stack, 0.15)
 
 
 @pytest.mark.parametrize("stack", ["turboquant(bits=3)", "int(bits=2)", "kivi(bits=4, group=32)", "none"])
 def test_tokens_that_come_from_pages(stack: str) -> None:
-    """Rewritten in other places of the same pages they are the same where nothing is shared; others are encoded."""
+    """Rewritten in other places of the same pages they stay the same where nothing is shared; others are encoded."""
     torch.manual_seed(0)
     setup = setup_of(stack)
     size = setup.page_size
@@ -65,7 +83,7 @@ def test_tokens_that_come_from_pages(stack: str) -> None:
         was = was[:, : 2 * size]
         from_page = origin[:, : 2 * size] < 3 * size
         assert not from_page.all()
-        if pages.layout.tokenwise:
+        if pages.layout.tokenwise and not pages.layout.centres:
             assert torch.equal(now[from_page], was[from_page])
         wrong = (now - was).square().sum((1, 2)) / was.square().sum((1, 2))
         assert wrong.max() < (0.3 if stack == "int(bits=2)" else 0.05)
@@ -83,8 +101,9 @@ def test_numbers_that_are_not_finite(stack: str, spoilt: float) -> None:
     def written(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         pages = bound(setup)
         if setup.by_token:
-            slots = 2 * setup.page_size + torch.arange(setup.page_size)
-            pages.write_tokens(k.transpose(0, 1), v.transpose(0, 1), pages.cells(slots))
+            places = torch.arange(setup.page_size)
+            cells = pages.cells(2 * setup.page_size + places, begun(places, setup.page_size))
+            pages.write_tokens(k.transpose(0, 1), v.transpose(0, 1), cells)
         else:
             pages.write_pages(k, v, records)
         return pages.pool

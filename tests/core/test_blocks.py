@@ -10,6 +10,7 @@ import torch
 from block_engine import COLUMNS, DIM, GROUP, HEADS, REQUESTS, BlockEngine
 from far_device import FAR, FarDevice
 
+from kvcomp.cache.blocks.centres import turned
 from kvcomp.cache.blocks.decode import Decoder
 from kvcomp.cache.blocks.step import Step
 from kvcomp.kernels import dispatch
@@ -40,7 +41,7 @@ def test_a_step_does_not_wait(stack: str) -> None:
         tokens = engine.random(sum(new))
         with FarDevice() as seen:
             step = engine.planned(starts, past)
-            assert seen.moved <= 2 + len(step.groups) + 2  # table and slots, groups, writes and votes
+            assert seen.moved <= 2 + len(step.groups) + 3  # table and slots, groups, writes, votes, pages that begin
             before = seen.moved
             out = engine.attend(step, *tokens)
             assert seen.moved == before
@@ -120,19 +121,21 @@ def test_what_waits_is_seen() -> None:
 
 
 @pytest.mark.parametrize("stack", ["none", "int(bits=4)", "int(bits=2, basis=hadamard)", "turboquant(bits=3)", "mxfp4"])
-def test_a_decode_step_is_a_step(stack: str) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_decode_step_is_a_step(stack: str, biased: bool) -> None:
     """Planned on the device, with padding behind the requests, or on the host: the same attention, the same pool."""
-    engine = BlockEngine(stack, HOST)
+    of_keys = turned(30 * torch.randn(HEADS, DIM), torch.linspace(1, 0.001, DIM // 2), 1.0) if biased else None
+    engine = BlockEngine(stack, HOST, biases=of_keys)
     lengths = [1, 63, 64, 65, 200]
     pages, past = engine.pages, [n - 1 for n in lengths]
-    before_them = engine.slots([0, *torch.tensor(past).cumsum(0).tolist()], past)
-    pages.write_tokens(*engine.random(sum(past))[1:], pages.cells(before_them))
+    first = engine.planned([0, *torch.tensor(past).cumsum(0).tolist()], past)
+    pages.write_tokens(*engine.random(sum(past))[1:], pages.cells(first.slot_mapping, first.begun))
     starts = list(range(len(lengths) + 1))
     new, before = engine.random(REQUESTS), engine.pool.clone()
     expected = engine.attend(engine.planned(starts, lengths), *(x[: len(lengths)] for x in new))
     written = engine.pool.clone()
     engine.pool.copy_(before)
-    decoder = Decoder(REQUESTS, COLUMNS - 1, engine.setup.page_size, HEADS, torch.zeros(1))
+    decoder = Decoder(REQUESTS, COLUMNS - 1, engine.setup.page_size, HEADS, torch.zeros(1), pages.frequencies)
     slots = torch.cat([engine.slots(starts, lengths), torch.tensor([-1])])
     with dispatch.reference_only():
         found = engine.attend(decoder.plan(engine.table, torch.tensor([*lengths, 0]), slots), *new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcomp.cache.blocks.centres import Turned
 from kvcomp.cache.blocks.decode import DecodeStep
 from kvcomp.cache.blocks.layer import BlockLayer
 from kvcomp.cache.blocks.pages import Pages
@@ -26,7 +27,7 @@ def filled(setup: Setup, blocks: int, device: torch.device) -> Tensor:
 class BlockEngine:
     """A layer of 4, of a stack, for requests that each have all their blocks."""
 
-    def __init__(self, stack: str, device: torch.device, layer: int = 2) -> None:
+    def __init__(self, stack: str, device: torch.device, layer: int = 2, biases: Turned | None = None) -> None:
         self.setup = setup = Setup(Stack.parse(stack), layers=4, dim=DIM, dtype=torch.float32)
         self.device = device
         self.pool = filled(setup, 1 + REQUESTS * COLUMNS, device)
@@ -37,7 +38,7 @@ class BlockEngine:
             blocks = sum(self.windows.blocks(self.pool[0].nbytes))
             self.windows.at(filled(setup, 1 + REQUESTS * blocks, device).zero_())
             self.blocks = (1 + torch.arange(REQUESTS * blocks).view(REQUESTS, blocks)).to(device)
-        self.pages = Pages(setup, layer, HEADS, device).at(self.pool)
+        self.pages = Pages(setup, layer, HEADS, device, biases).at(self.pool)
         self.layer = BlockLayer(self.pages, self.windows, HEADS * GROUP, DIM**-0.5)
 
     def slots(self, starts: list[int], lengths: list[int]) -> Tensor:

@@ -200,9 +200,9 @@ def test_received_is_its_definition(reduce: Any, softcap: float | None, hidden: 
 DOORS = {"backends", "contract", "dispatch", "received", "reference", "select"}
 INSIDE = {  # what needs more than an operation: room for a graph's kernels, and a peer to be timed against
     ("decode.py", "triton"),
+    ("peers.py", "flashinfer"),
     ("resources.py", "placed"),
     ("resources.py", "triton"),
-    ("peers.py", "flashinfer"),
 }
 
 

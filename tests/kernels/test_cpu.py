@@ -203,7 +203,7 @@ def test_pages_filled_in_part(
     whole = reference.attend_pages(q, pool.data, ids, held.new_full((len(counts),), n), *args[3:])
     expected = reference.attend_pages(q, *args, in_tokens=True)
     unseen = ~seen.unflatten(1, (n, size))
-    for field in layout.fields:
+    for field in layout.token_fields:
         at = layout.offsets[field.name]
         of_tokens = pool.data[:, at : at + field.nbytes].unflatten(1, (size, -1))
         of_tokens[ids.long()[unseen.any(-1)]] = of_tokens[ids.long()[unseen.any(-1)]].masked_fill(

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.pool import PagePool
+from kvcomp.errors import KvcompError
 from kvcomp.kernels import cpu, dispatch
 from kvcomp.kernels.cpu import compiled as compiled_kernel
 from kvcomp.kernels.cpu import encode
@@ -70,9 +71,9 @@ def cases(specs: Specs) -> list[Case]:
     return found
 
 
-def built(spec: str, dim: int, size: int, dtype: torch.dtype) -> tuple[Codec, PageLayout]:
+def built(spec: str, dim: int, size: int, dtype: torch.dtype, centred: bool = True) -> tuple[Codec, PageLayout]:
     quantizer = Stack.parse(spec).plan(0, 1).quantizer
-    codec = quantizer.codec(PageShape(size, dim, dim, 1, dtype, HOST, 0))
+    codec = quantizer.codec(PageShape(size, dim, dim, 1, dtype, HOST, 0, centred))
     return codec, PageLayout(size, codec.fields)
 
 
@@ -214,7 +215,7 @@ def test_tokens_written_one_by_one_make_the_same_pages(
     """In any order; what lies between fields and tokens that are not written stay as they were."""
     torch.manual_seed(1)
     size, pages = 16, 3
-    codec, layout = built(spec, 64, size, dtype)
+    codec, layout = built(spec, 64, size, dtype, centred=False)
     k, v = (difficult(pages, size, 64, dtype, 1e4) for _ in range(2))
     _, whole = compared(codec, layout, k, v, level, monkeypatch)
     x, sides = codec.kernel_input(k, v, torch.zeros(pages, dtype=torch.int64)), codec.kernel_sides()
@@ -231,6 +232,33 @@ def test_tokens_written_one_by_one_make_the_same_pages(
         assert torch.equal(a[ids].view(torch.uint8), b[ids].view(torch.uint8)), name
     filled = sum(f.nbytes for f in layout.fields)
     assert int((found[ids] == 0xFF).sum()) >= pages * (layout.bytes_per_page - filled)
+
+
+@compiled
+@pytest.mark.parametrize("spec", [spec for spec in SINGLE if spec != "none" and "klt" not in spec])
+def test_single_tokens_have_no_centre_of_their_own(spec: str) -> None:
+    codec, layout = built(spec, 64, 16, torch.float32)
+    sides, pool = codec.kernel_sides(), torch.zeros(1, layout.bytes_per_page, dtype=torch.uint8)
+    x, at = torch.randn(1, 1, 64), torch.zeros(1, dtype=torch.int64)
+    assert sides is not None
+    with pytest.raises(KvcompError, match="share scales or a centre"):
+        encode.write(pool, at, x, x, sides, layout, at)
+
+
+@compiled
+@pytest.mark.parametrize("level", range(BEST + 1))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "dim"), [(16, 64), (24, 80), (64, 128), (80, 96), (128, 256), (33, 576)])
+@pytest.mark.parametrize("spec", ["int(bits=4)", "int(bits=4, symmetric=true, per=channel)", "int8"])
+def test_keys_with_a_large_mean(
+    spec: str, size: int, dim: int, dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Centres and codes are the codec's to the last bit, whatever is subtracted."""
+    torch.manual_seed(size)
+    codec, layout = built(spec, dim, size, dtype)
+    k = (torch.randn(3, size, dim) + torch.randn(3, 1, dim) * torch.tensor([0.1, 10, 1000])[:, None, None]).to(dtype)
+    expected, found = compared(codec, layout, k, k.flip(0), level, monkeypatch)
+    assert torch.equal(found, expected)
 
 
 @compiled

@@ -37,9 +37,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pool_of(spec: str) -> tuple[PagePool, PageLayout, Codec]:
+def pool_of(spec: str, centred: bool = True) -> tuple[PagePool, PageLayout, Codec]:
     plan = Stack.parse(f"{spec} + window(recent=0)").plan(0, 1)
-    codec, layout = plan.build(PageShape(plan.page_size, DIM, DIM, 1, torch.float32, torch.device("cpu"), 0))
+    shape = PageShape(plan.page_size, DIM, DIM, 1, torch.float32, torch.device("cpu"), 0, centred)
+    codec, layout = plan.build(shape)
     pool, streams = PagePool(layout, torch.device("cpu")), torch.zeros(PAGES, dtype=torch.int64)
     k, v = (numbers(PAGES, plan.page_size, DIM, seed=seed) for seed in (1, 2))
     codec.fit(streams[:1], k.flatten(0, 1)[None], v.flatten(0, 1)[None])
@@ -66,20 +67,21 @@ def attend(spec: str) -> Door:
         "values": numbers(STREAMS, 5, DIM, seed=4),
         "held": torch.tensor([5, 2, 4]),
         "bias": numbers(STREAMS, ROWS, seed=5),
+        "token bias": numbers(STREAMS, ROWS, IDS.shape[1] * layout.page_size, seed=8),
         "prior.out": numbers(STREAMS, ROWS, DIM, seed=6),
         "prior.lse": numbers(STREAMS, ROWS, seed=7),
     }
 
     def call(x: Given) -> Any:
-        pages = PagesView(x["pool"], x["ids"], x["counts"], layout, sides)
+        pages = PagesView(x["pool"], x["ids"], x["counts"], layout, sides, False, x["token bias"])
         prior, tokens = Part(x["prior.out"], x["prior.lse"]), Tokens(x["keys"], x["values"], x["held"])
-        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, lse_of_pages=True)
+        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, True)
 
     return Door(given, call)
 
 
 def write(spec: str, single: bool = False) -> Door:
-    pool, layout, codec = pool_of(spec)
+    pool, layout, codec = pool_of(spec, centred=not single)
     sides = codec.kernel_sides()
     assert sides is not None
     tokens = 1 if single else layout.page_size
@@ -275,5 +277,6 @@ def test_counts_of_more_than_there_is_are_refused(door: str, name: str, count: i
 
 def test_counts_of_ids_that_were_not_handed_are_refused() -> None:
     given, call = attend("int(bits=4)")
+    few = {"token bias": given["token bias"][..., : given["token bias"].shape[2] // 2]}
     with pytest.raises(KvcompError, match="counts, ids or places are below 0"):
-        call({**given, "ids": torch.zeros(STREAMS, 9, dtype=torch.int32)[:, :1]})
+        call({**given, **few, "ids": torch.zeros(STREAMS, 9, dtype=torch.int32)[:, :1]})

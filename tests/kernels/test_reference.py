@@ -129,7 +129,8 @@ def test_pages_filled_in_part(
         dense(q[s : s + 1], *(x[s : s + 1, :n] for x in flat), [[0] * (n > 0)], 0.2, None) for s, n in enumerate(counts)
     ]
     if layout.tokenwise:
-        for name, field in layout.views(pool.data).items():
+        for name in (f.name for f in layout.token_fields):
+            field = layout.views(pool.data)[name]
             poisoned = field[ids].flatten(1, 2)
             for tokens, n in zip(poisoned, counts, strict=True):
                 tokens[n:] = torch.nan if field.dtype.is_floating_point else 255

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.attention import attend, merge
+from kvcomp.cache.blocks.centres import turned
 from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
@@ -46,10 +47,17 @@ CASES = [
 ]
 
 
+def begun(lengths: list[int], size: int) -> Tensor:
+    """As `Step.begun`, of the last tokens of so many, one a request."""
+    positions = torch.tensor(lengths, dtype=torch.int64) - 1
+    rows = (positions % size == 0).nonzero().flatten()
+    return torch.stack([rows, positions[rows] // size]).to(DEVICE)
+
+
 class Case:
     """A layer of a stack, in a pool of records that are wider than pages, full of 0xFF where nobody has written."""
 
-    def __init__(self, stack: str, heads: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, stack: str, heads: int, group: int, dim: int, dtype: torch.dtype, biased: bool = False) -> None:
         torch.manual_seed(dim)
         self.setup = Setup(Stack.parse(stack), layers=4, dim=dim, dtype=dtype, drafts=0)
         assert self.setup.by_token
@@ -57,13 +65,14 @@ class Case:
         size = self.setup.page_size
         cell = self.setup.record_bytes(heads) // size + 3
         pool = torch.full((BLOCKS, heads, size, cell), 0xFF, dtype=torch.uint8, device=DEVICE)
-        self.pages = Pages(self.setup, 3, heads, DEVICE).at(pool)
+        biases = turned(20 * torch.randn(heads, dim), torch.linspace(1, 0.001, dim // 2), 1.0) if biased else None
+        self.pages = Pages(self.setup, 3, heads, DEVICE, biases).at(pool)
         self.decoder = self.made(DEVICE)
         assert obstacle(self.pages, group, torch.device("cuda")) is None
 
     def made(self, device: torch.device) -> Decoder:
         sizes = self.setup.page_size, self.heads, self.group, most_channels([self.pages.codec])
-        return Decoder.on(device, len(LENGTHS), LONGEST, *sizes)
+        return Decoder.on(device, len(LENGTHS), LONGEST, *sizes, self.pages.frequencies)
 
     def random(self, tokens: int, heads: int) -> Tensor:
         return torch.randn(tokens, heads, self.setup.dim, device=DEVICE).to(self.dtype)
@@ -83,7 +92,8 @@ class Case:
                 slots[r] = at[-1]
                 with dispatch.reference_only():
                     new = self.random(2 * (length - 1), self.heads).chunk(2)
-                    self.pages.write_tokens(*new, self.pages.cells(at[:-1].to(DEVICE)))
+                    first = begun(list(range(1, length)), size)
+                    self.pages.write_tokens(*new, self.pages.cells(at[:-1].to(DEVICE), first))
         return table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE), slots.to(DEVICE)
 
     def check(self, step: DecodeStep, table: Tensor, lengths: Tensor, slots: Tensor) -> None:
@@ -98,8 +108,11 @@ class Case:
         assert not out.isnan().any()
         worst = (out[:requests] - expected).abs().max() / expected.abs().max()
         assert float(worst) < BOUNDS[self.dtype]
-        if "turboquant" not in str(self.setup.stack):  # whose norms may differ in the last bit
-            assert torch.equal(pages.pool, written)
+        off = float((pages.pool != written).float().mean())
+        if "turboquant" in str(self.setup.stack):  # whose norms may differ in the last bit
+            assert off < 1e-3
+        else:  # what is subtracted is the product of a matrix, which batches of other sizes round otherwise
+            assert off < (1e-4 if len(pages.frequencies) and pages.codec.rotates else 1e-9)
         changed = (pages.pool != self.before).any(1).nonzero().flatten().tolist()
         at = slots[slots >= 0].div(self.setup.page_size, rounding_mode="floor")
         assert changed == sorted(int(block) * self.heads + h for block in at for h in range(self.heads))
@@ -120,7 +133,8 @@ class Case:
         with dispatch.reference_only():
             real = slots >= 0
             new = (y[: len(lengths)][real] for y in x[1:])
-            pages.write_tokens(*new, pages.cells(slots[real]))
+            first = begun([n for n in lengths.tolist() if n], pages.setup.page_size)
+            pages.write_tokens(*new, pages.cells(slots[real], first))
         written = pages.pool.clone()
         pages.pool.copy_(self.before)
         return out, written
@@ -132,10 +146,14 @@ def by_triton() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:4])))
-def test_decoding_is_the_specification(case: tuple[str, int, int, int, torch.dtype]) -> None:
+@pytest.mark.parametrize(
+    ("case", "biased"),
+    [*((case, False) for case in CASES), *((case, True) for case in CASES[1:5] + CASES[6:7])],
+    ids=lambda x: "biased" * x if isinstance(x, bool) else "-".join(map(str, x[:4])),
+)
+def test_decoding_is_the_specification(case: tuple[str, int, int, int, torch.dtype], biased: bool) -> None:
     """At ends of pages and besides, for padding, in pages that are filled in part; again in the same buffers."""
-    layer = Case(*case)
+    layer = Case(*case, biased)
     batch = layer.batch(LENGTHS)
     first = layer.decoder.plan(*batch)
     layer.check(first, *batch)
@@ -188,7 +206,7 @@ def test_room_for_as_many_splits_as_there_are(requests: int, monkeypatch: pytest
     for module in (plan, kernels):
         monkeypatch.setattr(module, "processors", lambda _: 132)
     layer = Case("int(bits=4)", 1, 4, 64, torch.float32)
-    decoder = Decoder.on(DEVICE, requests, 128 * 64, 64, 1, 4, 64)
+    decoder = Decoder.on(DEVICE, requests, 128 * 64, 64, 1, 4, 64, layer.pages.frequencies)
     decoder.workspace.fill_(torch.nan)
     batch = [x[:requests] for x in layer.batch(LENGTHS)]
     layer.check(decoder.plan(*batch), *batch)

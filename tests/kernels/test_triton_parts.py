@@ -16,7 +16,7 @@ from kvcomp import Stack
 from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
 from kvcomp.kernels import dispatch, reference, select
-from kvcomp.layout import SUMMARY, PageLayout
+from kvcomp.layout import PageLayout
 from kvcomp.segments import Sides
 from kvcomp.stages import Codec, PageShape
 
@@ -52,10 +52,12 @@ COUNTS = [[130, 0, 64, 1], [63, 65], [1], [0, 0], [200, 17, 128]]
 PAGES, WIDER = 12, 48  # of the pool, and bytes of a record that belong to nothing
 
 
-def built(spec: str, dim: int, dtype: torch.dtype, page_size: int | None = None) -> tuple[Codec, PageLayout]:
+def built(
+    spec: str, dim: int, dtype: torch.dtype, page_size: int | None = None, centred: bool = True
+) -> tuple[Codec, PageLayout]:
     stack = Stack.parse(f"{spec} + window(recent=0)").plan(0, 1)
     stack = replace(stack, page_size=page_size or stack.page_size)
-    codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, dtype, DEVICE, 0))
+    codec, layout = stack.build(PageShape(stack.page_size, dim, dim, 1, dtype, DEVICE, 0, centred))
     seen = torch.randn(1, 512, dim, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, -1, dim).exp()
     codec.fit(torch.zeros(1, dtype=torch.int64, device=DEVICE), seen.to(DEVICE), seen.to(DEVICE))
     return codec, layout
@@ -69,8 +71,8 @@ def sides_of(codec: Codec) -> Sides:
 
 def rows_of(layout: PageLayout, pool: Tensor) -> list[Tensor]:
     """Bytes of each token, uint8 [pages, P, bytes], of fields that have a row per token."""
-    size, body = layout.page_size, [f for f in layout.fields if not f.name.startswith(SUMMARY)]
-    return [pool[:, layout.offsets[f.name] : layout.offsets[f.name] + f.nbytes].unflatten(1, (size, -1)) for f in body]
+    rows = [pool[:, layout.offsets[f.name] : layout.offsets[f.name] + f.nbytes] for f in layout.token_fields]
+    return [x.unflatten(1, (layout.page_size, -1)) for x in rows]
 
 
 def held(layout: PageLayout, codec: Codec, dim: int, dtype: torch.dtype) -> Tensor:
@@ -180,8 +182,9 @@ def test_tokens_are_written_one_by_one(spec: str, dim: int) -> None:
     """In any order: pages as the codec encodes them whole; tokens that go nowhere, and all else of the pool, stay."""
     torch.manual_seed(dim)
     dtype = torch.bfloat16 if dim == 80 else torch.float32
-    codec, layout = built(spec, dim, dtype)
-    single, size = built(spec, dim, dtype, page_size=1)[0], layout.page_size
+    (_, layout), (codec, plain) = built(spec, dim, dtype), built(spec, dim, dtype, centred=False)  # centres are given
+    assert layout.token_fields == plain.token_fields
+    single, size = built(spec, dim, dtype, 1, centred=False)[0], layout.page_size
     k, v = (torch.randn(2, size, dim, device=DEVICE).to(dtype) for _ in range(2))
     room = torch.full((7, layout.bytes_per_page + WIDER), 0xFF, dtype=torch.uint8, device=DEVICE)
     pool, streams = room[2:], torch.zeros(2, dtype=torch.int64, device=DEVICE)
@@ -189,7 +192,8 @@ def test_tokens_are_written_one_by_one(spec: str, dim: int) -> None:
     fields = codec.encode(k, v, streams)
     for name, view in layout.views(expected).items():
         for i, page in enumerate([3, 1]):
-            view[page] = fields[name][i]
+            if name in fields:
+                view[page] = fields[name][i]
     places = torch.cat([torch.randperm(2 * size), torch.full((3,), -1)]).to(DEVICE)  # the last go nowhere
     ids = torch.where(places < 0, -2, torch.where(places < size, 3, 1))
     x = [y.flatten(0, 1)[places][:, None] for y in (k, v)]
@@ -243,8 +247,11 @@ def test_chosen_tokens_of_wider_records_are_read() -> None:
     with dispatch.reference_only():
         expected = select.regroup(layout, pool, ids, chosen)
     records = kernels.regroup(layout, pool, ids, chosen)
-    for a, b in zip(layout.views(records).values(), layout.views(expected).values(), strict=True):
-        assert torch.equal(a, b)
+    for field in layout.token_fields:
+        assert torch.equal(*(layout.views(x)[field.name] for x in (records, expected)))
+    for field in layout.centres:
+        layout.views(records)[field.name].zero_()
+    assert torch.equal(layout.views(expected)["k.centre"], torch.zeros(4, 1, 64, dtype=torch.float16, device=DEVICE))
     q, counts = torch.randn(2, 3, 64, device=DEVICE), torch.tensor([2, 1], device=DEVICE)
     ids = torch.arange(4, device=DEVICE).view(2, 2)
     given = kernels.Pages(records, ids, counts, kernels.prepared(sides_of(codec), layout, True, DEVICE))

@@ -22,8 +22,8 @@ from kvcomp.stages import Codec, PageShape, Quantizer
 DIMS = [64, 80, 96, 128, 256]
 
 
-def shape(k_dim: int, v_dim: int | None = None, dtype: torch.dtype = torch.float32) -> PageShape:
-    return PageShape(16, k_dim, v_dim or k_dim, 1, dtype, torch.device("cpu"), 0)
+def shape(k_dim: int, v_dim: int | None = None, dtype: torch.dtype = torch.float32, centred: bool = True) -> PageShape:
+    return PageShape(16, k_dim, v_dim or k_dim, 1, dtype, torch.device("cpu"), 0, centred)
 
 
 def encode(codec: Codec, k: Tensor, v: Tensor) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def encode(codec: Codec, k: Tensor, v: Tensor) -> dict[str, Tensor]:
 def test_codes_are_min_max_per_token(seed: int, bits: int, dim: int, group: int | None, offset: float) -> None:
     torch.manual_seed(seed)
     k, v = torch.randn(1, 16, dim) + offset, torch.randn(1, 16, dim)
-    codec = Int(bits=bits, group=group).codec(shape(dim))
+    codec = Int(bits=bits, group=group).codec(shape(dim, centred=False))
     page = encode(codec, k, v)
     levels, width = 2**bits - 1, group or dim
     for x, back, name in ((k, codec.decode(page)[0], "k"), (v, codec.decode(page)[1], "v")):
@@ -66,7 +66,7 @@ def test_codes_are_min_max_per_token(seed: int, bits: int, dim: int, group: int 
 def test_bytes_are_codes_and_a_scale_and_zero_per_group(dim: int, bits: int, group: int | None, basis: str) -> None:
     stack = Stack.parse(f"int(bits={bits}, group={group}, basis={basis})")
     _, layout = stack.plan(0, 1).build(PageShape(64, dim, dim, 1, torch.float32, torch.device("cpu"), 0))
-    assert 8 * layout.bytes_per_page == 64 * 2 * dim * (bits + 32 / (group or dim))
+    assert 8 * layout.bytes_per_page == 64 * 2 * dim * (bits + 32 / (group or dim)) + 16 * dim  # K's centre
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from synthetic import chunk, statistics, write
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.quantizers.centred import CentredCodec
+from kvcomp.quantizers.centred import CentredSide
 from kvcomp.quantizers.codecs import GridCodec
 from kvcomp.quantizers.grid import UniformSide
 from kvcomp.quantizers.oscar import ClippedSide, Oscar, bit_reversed, spread_rotation
@@ -70,8 +70,8 @@ def test_the_largest_magnitudes_come_down_to_the_quantile(dim: int, quantile: fl
     x = torch.randn(2, 64, dim, generator=torch.Generator().manual_seed(dim))
     limit = x.abs().sort(-1).values[..., min(int(quantile * dim), dim - 1)]
     expected = torch.maximum(torch.minimum(x, limit[..., None]), -limit[..., None])
-    clipped = ClippedSide("k", 64, dim, 2, 1, group or dim, quantile=quantile)
     plain = UniformSide("k", 64, dim, 2, 1, group or dim)
+    clipped = ClippedSide(plain, quantile)
     ours, theirs = clipped.encode(x), plain.encode(expected)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert clipped.fields == plain.fields
@@ -81,12 +81,26 @@ def test_the_largest_magnitudes_come_down_to_the_quantile(dim: int, quantile: fl
         assert bool(((x != expected).sum(-1) == 5).all())
 
 
+@pytest.mark.parametrize("shift", [0.0, 20.0])
+def test_centred_keys_are_clipped_about_their_centre(shift: float) -> None:
+    """A constant does not change what saturates, and kernels get what the codec encodes."""
+    x = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    side = ClippedSide(CentredSide(UniformSide("k", 64, 128, 4, 1, 128)), 0.96)
+    y = x + shift * torch.randn(2, 1, 128, generator=torch.Generator().manual_seed(1)).half().float()
+    errors = [float((side.decode(side.encode(z)) - z).square().mean()) for z in (x, y)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    given = side.kernel_input(y)
+    assert given is not None
+    for name, field in side.grid.encode(given).items():
+        assert torch.equal(field, side.encode(y)[name])
+
+
 def test_clipping_helps_at_two_bits() -> None:
     x = torch.randn(1, 4096, 128, generator=torch.Generator().manual_seed(0))
     errors = [
         float((side.decode(side.encode(x)) - x).square().mean())
         for q in (1.0, 0.96)
-        for side in [ClippedSide("k", 4096, 128, 2, 1, 128, quantile=q)]
+        for side in [ClippedSide(UniformSide("k", 4096, 128, 2, 1, 128), q)]
     ]
     assert errors[1] < 0.8 * errors[0]
 
@@ -95,7 +109,7 @@ def test_clipping_helps_at_two_bits() -> None:
 @pytest.mark.parametrize(("k", "v"), [(2, 2), (3, 3), (4, 4), (4, 2)])
 def test_bytes_are_codes_and_a_scale_and_zero_per_group(dim: int, k: int, v: int) -> None:
     layout = Stack.parse(f"oscar(k={k}, v={v})").plan(0, 1).layout(shape(1, dim))
-    assert 8 * layout.bytes_per_page == 64 * (dim * (k + v) + 2 * 32 * max(dim // 128, 1))
+    assert 8 * layout.bytes_per_page == 64 * (dim * (k + v) + 2 * 32 * max(dim // 128, 1)) + 16 * dim  # K's centre
 
 
 def test_defaults_are_the_authors() -> None:
@@ -113,9 +127,8 @@ def test_every_row_uses_its_heads_matrix_and_nothing_is_rotated_back_to_attend(
     codec, _ = Stack.parse(f"oscar(bits=4, calibration={str(path)!r})").plan(0, 1).build(shape(3, *dims))
     expected = Oscar.calibrate(statistics(3, *dims))
     k, v = (torch.randn(6, 64, dim, generator=torch.Generator().manual_seed(dim)) for dim in dims)
-    assert isinstance(codec, CentredCodec)
-    assert isinstance(codec.inner, GridCodec)
-    coordinates = codec.inner.k_basis.write(k, torch.arange(6))
+    assert isinstance(codec, GridCodec)
+    coordinates = codec.k_basis.write(k, torch.arange(6))
     for stream in range(6):  # two rows of three heads
         torch.testing.assert_close(coordinates[stream], k[stream] @ expected["k"][stream % 3].float())
     decoded = codec.decode(codec.encode(k, v, torch.arange(6)))

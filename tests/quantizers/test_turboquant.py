@@ -87,8 +87,11 @@ def test_error_is_the_published_one_whatever_the_data(dim: int, bits: int, data:
     stack = Stack.parse(f"turboquant(bits={bits})")
     for back, original in zip(stack.roundtrip(x, 2 * x), (x, 2 * x), strict=True):
         error = (back - original).square().sum(-1) / original.square().sum(-1)
-        # with outliers all directions are nearly the same one, whose error is what the rotation happens to give it
-        assert float(error.mean()) == pytest.approx(expected, rel=0.01 if data != "outliers" else 0.25)
+        # with outliers all directions are nearly the same one, whose error is what the rotation happens to give it; K
+        # is coded less the mean of 56 tokens, each its own sixty-fourth among them
+        lowest = 0.99 if original is not x else 0.97
+        low, high = (lowest, 1.01) if data != "outliers" else (0.75, 1.25)
+        assert low * expected < float(error.mean()) < high * expected
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -100,7 +103,7 @@ def test_half_a_bit_is_the_mean_of_two_quantizers(dim: int, bits: float) -> None
     expected = 0.25 * error_of(dim // 4, loud) + 0.75 * error_of(dim - dim // 4, rest)
     assert expected == pytest.approx(0.25 * GAUSSIAN[loud] + 0.75 * GAUSSIAN[rest], rel=64 / dim * 0.06)
     for back in Stack.parse(f"turboquant(bits={bits})").roundtrip(x, x):
-        assert float((back - x).square().sum() / x.square().sum()) == pytest.approx(expected, rel=0.02)
+        assert float((back - x).square().sum() / x.square().sum()) == pytest.approx(expected, rel=0.035)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -210,7 +213,9 @@ def test_bits_are_codes_and_norms(dim: int, bits: float, variant: str) -> None:
     _, layout = stack.plan(0, 1).build(_shape(dim))
     norms = 2 if bits in FRACTIONS else 1
     residual = variant == "prod" and bits > 1
-    assert 8 * layout.bytes_per_page == 64 * (2 * (bits * dim + 16 * norms) + 16 * residual)
+    assert 8 * sum(f.nbytes for f in layout.token_fields) == 64 * (2 * (bits * dim + 16 * norms) + 16 * residual)
+    assert layout.centre_bytes == 2 * dim
+    assert layout.bytes_per_page - sum(f.nbytes for f in layout.fields) <= 16 * (dim == 80)  # what alignment takes
 
 
 SPECS = [
@@ -283,7 +288,7 @@ def test_inner_product_error_of_prod(dim: int, bits: int) -> None:
     error = dim * float(off.square().mean())
     left = error_of(dim, bits - 1) if bits > 1 else 1.0
     assert error < PUBLISHED[bits]
-    assert error == pytest.approx((pi / 2 - 1) * left, rel=0.04)
+    assert error == pytest.approx((pi / 2 - 1) * left, rel=0.06)  # less a page's centre it is a little smaller
     assert error == pytest.approx((1 - 2 / pi) * PUBLISHED[bits], rel=0.2)
 
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def engine(folder: str, engines: Engines) -> Callable[..., dict[str, Any]]:
 def hugging_face() -> Callable[..., list[int]]:
     """hugging_face(stack, prompt, tokens, chunk): what the Hugging Face integration says, the prompt in chunks.
 
-    Keys are coded as in vLLM: without the mean of a request's own first tokens, on which no block may depend.
+    Keys are coded as in vLLM: where it writes pages token by token, they have no centre.
     """
     import torch
 
@@ -176,15 +177,15 @@ def hugging_face() -> Callable[..., list[int]]:
     model, _ = load_model(MODEL)
     build = LayerPlan.build
 
-    def without_means(self: LayerPlan, shape: Any) -> Any:
-        codec, layout = build(self, shape)
-        codec.fix(None)
-        return codec, layout
+    def as_in_vllm(self: LayerPlan, shape: Any) -> Any:
+        asks = self.sinks or self.recent or self.selector or self.policies
+        tokenwise = not asks and self.layout(shape).tokenwise
+        return build(self, replace(shape, centred=not tokenwise))
 
     def said(stack: str, prompt: list[int], tokens: int, chunk: int | None = None) -> list[int]:
         ids = torch.tensor([prompt])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LayerPlan, "build", without_means)
+            patch.setattr(LayerPlan, "build", as_in_vllm)
             return generated(stack, ids, tokens, chunk)
 
     def generated(stack: str, ids: Any, tokens: int, chunk: int | None) -> list[int]:

@@ -84,7 +84,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engine, Step
         engine = Engine(stack, FAR, monkeypatch)
         monkeypatch.setattr(backend, "obstacle", lambda *_: why)
         sizes = REQUESTS, COLUMNS, engine.setup.page_size, HEADS
-        monkeypatch.setattr(Decoder, "on", lambda *_: Decoder(*sizes, torch.zeros(1, device=FAR)))
+        monkeypatch.setattr(Decoder, "on", lambda *given: Decoder(*sizes, torch.zeros(1, device=FAR), given[-1]))
         kind = type("Builder", (StepBuilder,), {"built_for": engine.setup})
         spec = SimpleNamespace(num_kv_heads=HEADS)
         return engine, kind(spec, [LAYER.layer_name], configured(engine, device_type), FAR)

@@ -18,6 +18,7 @@ from kvcomp.kernels import dispatch
 from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec
 
+from .centres import middle, turns
 from .pages import Cells, Pages
 
 
@@ -104,23 +105,39 @@ class Decoder:
     """Plans steps into buffers that are allocated once, on the device of the workspace: for up to `requests` requests
     of up to `pages` pages of `page_size` tokens, with `heads` KV heads."""
 
-    def __init__(self, requests: int, pages: int, page_size: int, heads: int, workspace: Tensor) -> None:
+    def __init__(
+        self, requests: int, pages: int, page_size: int, heads: int, workspace: Tensor, frequencies: Tensor
+    ) -> None:
         self.requests, self.page_size, self.heads, self.workspace = requests, page_size, heads, workspace
         streams, device = requests * heads, workspace.device
         self.ids = torch.zeros(streams, pages, dtype=torch.int32, device=device)
         self.counts, self.own, self.records, self.rows = torch.zeros(4, streams, dtype=torch.int64, device=device)
         self.head = torch.arange(heads, device=device).repeat(requests)
+        self.begun = torch.zeros_like(self.records)
+        self.begins = torch.zeros(streams, 1, dtype=torch.bool, device=device)
+        self.frequencies = frequencies.to(device)
+        self.turns = turns(self.frequencies, self.counts[:requests])
 
     @classmethod
     def on(
-        cls, device: torch.device, requests: int, tokens: int, page_size: int, heads: int, rows: int, v_dim: int
+        cls,
+        device: torch.device,
+        requests: int,
+        tokens: int,
+        page_size: int,
+        heads: int,
+        rows: int,
+        v_dim: int,
+        frequencies: Tensor,
     ) -> Decoder:
-        """For requests of up to `tokens` tokens, with `rows` queries a KV head, values of `v_dim` channels in pages."""
+        """For requests of up to `tokens` tokens, with `rows` queries a KV head, values of `v_dim` channels in pages;
+        frequencies: as of `Pages`."""
         from kvcomp.kernels.triton import plan
 
         pages = -(-tokens // page_size)
         size = workspace_size(requests * heads, heads, rows, pages, page_size, v_dim, plan.processors(device))
-        return cls(requests, pages, page_size, heads, torch.empty(size, device=device, dtype=torch.float32))
+        workspace = torch.empty(size, device=device, dtype=torch.float32)
+        return cls(requests, pages, page_size, heads, workspace, frequencies)
 
     def plan(self, table: Tensor, lengths: Tensor, slots: Tensor) -> DecodeStep:
         """The step of R requests with lengths [R] tokens, the new one among them; 0: padding. table int32 [R, m]: their
@@ -137,4 +154,9 @@ class Decoder:
         own.view(requests, heads)[:] = (lengths > 0)[:, None]
         records.view(requests, heads)[:] = (slots // size)[:, None] * heads + every  # // rounds down
         rows.view(requests, heads)[:] = (slots % size)[:, None]
-        return DecodeStep(ids, counts, own, Cells(slice(requests), records, rows, head), self.workspace)
+        begun, begins, turned = self.begun[: len(ids)], self.begins[: len(ids)], self.turns[:requests]
+        begun[:] = records.clamp_min(0)  # block 0 is nobody's
+        begins[:, 0] = (rows == 0) & (records >= 0)
+        turned[:] = turns(self.frequencies, middle((lengths - 1).clamp_min(0) // size, size))
+        cells = Cells(slice(requests), records, rows, head, begun, turned, begins)
+        return DecodeStep(ids, counts, own, cells, self.workspace)

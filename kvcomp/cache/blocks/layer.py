@@ -105,7 +105,7 @@ class BlockLayer:
         """Write the step's tokens, or the pages that they make full."""
         pages = self.pages
         if self.setup.by_token:
-            step.cells = step.cells or pages.cells(step.slot_mapping)
+            step.cells = step.cells or pages.cells(step.slot_mapping, step.begun)
             pages.write_tokens(key, value, step.cells)
             return
         for fill in step.fills:

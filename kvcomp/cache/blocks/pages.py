@@ -12,33 +12,41 @@ from torch.nn import functional as F
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.kernels.dispatch import encode_pages
-from kvcomp.layout import SUMMARY, Field, PageLayout
+from kvcomp.layout import Field, PageLayout
 from kvcomp.stages import Codec
 from kvcomp.stages.plan import LayerPlan
 
 from ..records import Records
+from .centres import Centres, Turned, middle, turns
 from .setup import HOST, Setup
 
 
 class Cells(NamedTuple):
     """Where single tokens go: tokens int64 [t] of a step's, or the first t; and int64 [t * H] the record, the row in it
-    and the head of each. On a GPU those that go nowhere are among them, with records below 0."""
+    and the head of each. On a GPU those that go nowhere are among them, with records below 0.
+
+    begun: records int64 [b * H] that get their centre; turns: what that follows from, float32 [b, F], see
+    `centres.turns`; begins bool [b * H, 1]: which of them do, where not all.
+    """
 
     tokens: Tensor | slice
     records: Tensor
     rows: Tensor
     heads: Tensor
+    begun: Tensor
+    turns: Tensor
+    begins: Tensor | None = None
 
 
 class Pages:
     """Writes and decodes page records, as the layer's codec has them. `at` binds it to the pool."""
 
     def __init__(
-        self, setup: Setup, layer: int, heads: int, device: torch.device = HOST, means: Tensor | None = None
+        self, setup: Setup, layer: int, heads: int, device: torch.device = HOST, biases: Turned | None = None
     ) -> None:
         """For a layer of which `heads` KV heads are on this rank, on the `device` that the pool is on.
 
-        means [heads, D]: a mean key of each head, the same for every request; see `key_means`.
+        biases: those of the heads' keys, from which centres of pages follow that are written token by token.
 
         Raises:
             UnsupportedError: the codec settles something by the first data it sees, which no block can hold.
@@ -46,15 +54,16 @@ class Pages:
         self.setup, self.heads = setup, heads
         plan, shape = setup.plan(layer), replace(setup.shape(heads, layer), device=device)
         self.records = Records(plan, shape)
-        self.records.codec.fix(means)  # what a block holds depends on its tokens alone
         if self.records.codec.state():
             raise UnsupportedError(
                 f"{setup.stack}: {plan.quantizer.name} settles on channels by the first text it sees, and an "
                 "engine's workers and restarts would settle differently: use whole bits"
             )
-        self.token_codec = plan.quantizer.codec(replace(shape, page_size=1)) if setup.by_token else None
-        if self.token_codec is not None:
-            self.token_codec.fix(means)
+        by_token = setup.by_token
+        self.token_codec = plan.quantizer.codec(replace(shape, page_size=1, centred=False)) if by_token else None
+        biases = Turned.nothing(heads, setup.dim, device) if biases is None else biases.to(device)
+        self.frequencies = biases.frequencies
+        self.centres = Centres(self.codec, self.layout, biases.weights) if by_token else None
         self.head = torch.arange(heads, device=device)
 
     @property
@@ -79,22 +88,34 @@ class Pages:
         self.records.memory.data = kv_cache.view(kv_cache.shape[0] * kv_cache.shape[1], -1)
         return self
 
-    def cells(self, slots: Tensor) -> Cells:
-        """Where tokens go whose slots int64 [T] of the pool are given, in every layer alike; -1: nowhere."""
+    def cells(self, slots: Tensor, begun: Tensor) -> Cells:
+        """Where tokens go whose slots int64 [T] of the pool are given, in every layer alike; -1: nowhere.
+
+        begun int64 [2, b]: as `Step.begun`. The rest of a page comes later than what begins it, or with it.
+        """
         size, every = self.setup.page_size, torch.arange(self.heads, device=slots.device)
+        first, page = begun
+        records = (slots[first] // size)[:, None] * self.heads + every
+        begins = records.flatten().clamp_min(0), turns(self.frequencies, middle(page, size))  # block 0 is nobody's
         tokens: Tensor | slice = slice(len(slots))
         if slots.is_cpu:  # elsewhere, to count those that go somewhere would be to wait
             there = (slots >= 0).nonzero().flatten()
             if len(there) < len(slots):
                 tokens, slots = there, slots[there]
         records = (slots // size)[:, None] * self.heads + every  # // rounds down
-        return Cells(tokens, records.flatten(), (slots % size).repeat_interleave(self.heads), every.repeat(len(slots)))
+        rows, heads = (slots % size).repeat_interleave(self.heads), every.repeat(len(slots))
+        return Cells(tokens, records.flatten(), rows, heads, *begins)
 
     def write_tokens(self, keys: Tensor, values: Tensor, cells: Cells) -> None:
         """Write tokens of keys and values [T, H, D] one by one."""
         assert self.token_codec is not None
+        assert self.centres is not None
         k, v = self.records.clean(keys[cells.tokens], values[cells.tokens])
         k, v = (x.flatten(0, 1)[:, None] for x in (k, v))  # [t * H, 1, D]
+        if self.layout.centres:
+            self.centres.begin(self.pool, cells.begun, cells.turns, cells.begins)
+            if len(self.frequencies):  # they are 0 otherwise
+                k = k - self.centres.of(self.pool, cells.records.clamp_min(0), cells.heads)
         if encode_pages(self.pool, cells.records, self.layout, self.token_codec, k, v, cells.heads, cells.rows):
             return
         encoded, records = self.token_codec.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
@@ -110,11 +131,11 @@ class Pages:
         """As `write_pages`, of tokens that partly come from pages themselves: keys and values as those decode.
 
         origin int64 [H, n]: which of the tokens in records `old` [H, o] each is; beyond o * P: it comes from elsewhere.
-        A page that holds its tokens singly gets them as they were: nothing is rounded twice.
+        A page that holds its tokens singly, without a centre, gets them as they were: nothing is rounded twice.
         """
-        size = self.setup.page_size
+        size, singly = self.setup.page_size, self.layout.tokenwise and not self.layout.centres
         origin = origin[:, : records.shape[1] * size]
-        head, to = ((origin < old.shape[1] * size) & self.layout.tokenwise).nonzero(as_tuple=True)
+        head, to = ((origin < old.shape[1] * size) & singly).nonzero(as_tuple=True)
         at = origin[head, to]
         moved = [rows[old[head, at // size], at % size] for _, rows in self._rows()] if len(head) else []
         self.write_pages(keys, values, records)
@@ -155,11 +176,10 @@ class Pages:
         return self.pool[:, -numbers * torch.float32.itemsize :].view(torch.float32)
 
     def _rows(self) -> Iterator[tuple[Field, Tensor]]:
-        """Fields that attention reads, where the layout is `tokenwise`, and their tokens uint8 [records, P, bytes]."""
-        for field in self.layout.fields:
-            if not field.name.startswith(SUMMARY):
-                at = self.layout.offsets[field.name]
-                yield field, self.pool[:, at : at + field.nbytes].unflatten(1, (self.setup.page_size, -1))
+        """Fields with a row per token, where the layout is `tokenwise`, and their tokens uint8 [records, P, bytes]."""
+        for field in self.layout.token_fields:
+            at = self.layout.offsets[field.name]
+            yield field, self.pool[:, at : at + field.nbytes].unflatten(1, (self.setup.page_size, -1))
 
     def tokens(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [H, n * P, D] of records [H, n] in the model's dtype."""

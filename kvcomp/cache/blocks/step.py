@@ -21,7 +21,8 @@ from .setup import Setup
 class Step:
     """One step's batch: planned on the host out of lengths alone, all tensors on the device of the pool.
 
-    slot_mapping int64 [T]: a token's place in the pool, in tokens; -1 where it has none.
+    slot_mapping int64 [T]: a token's place in the pool, in tokens; -1 where it has none. begun int64 [2, b]: where
+    tokens are written singly, those that begin a page, and which page of their request.
     fills: pages that become full; keeps: prompts that are in and lose tokens; scores: prompts that are not, whose
     queries score their tokens; leaves: pages that leave. fresh int64 [f]: records that nothing was received by yet.
     writes and votes int64 [3, w]: (row of the step, request, slot of its window) of new tokens that the window keeps,
@@ -41,6 +42,7 @@ class Step:
     writes: Tensor
     votes: Tensor
     slot_mapping: Tensor
+    begun: Tensor
     then: Step | None = None
     cells: Cells | None = None
     starts: list[Tensor] = field(default_factory=list)
@@ -65,6 +67,7 @@ class Step:
         kept of the prompt, and later of them, as before preemption.
         """
         table, geometry = table.long(), setup.geometry
+        begun = _begun(setup, starts, lengths).to(table.device, non_blocking=True)
         levels: list[list[Run]] = [[]]
         for r, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
             past = length - (starts[r + 1] - starts[r])
@@ -74,7 +77,7 @@ class Step:
                 level.append(Run(r, starts[r] + begin - past, begin, end, prompt))
         step = None
         for runs in reversed(levels):
-            step = cls._made(setup, heads, runs, table, slot_mapping, step)
+            step = cls._made(setup, heads, runs, table, slot_mapping, begun, step)
         assert step is not None
         return step
 
@@ -86,6 +89,7 @@ class Step:
         runs: Sequence[Run],
         table: Tensor,
         slot_mapping: Tensor,
+        begun: Tensor,
         then: Step | None,
     ) -> Step:
         by_length: dict[int, list[Run]] = defaultdict(list)
@@ -130,7 +134,18 @@ class Step:
                 votes.append(_votes(setup, run))
             groups.append(_group(setup, heads, same, befores, table))
         moved, voting = (torch.cat(runs, 1).to(table.device, non_blocking=True) for runs in (writes, votes))
-        return cls(groups, fills, keeps, scores, leaves, torch.cat(fresh), moved, voting, slot_mapping, then)
+        return cls(groups, fills, keeps, scores, leaves, torch.cat(fresh), moved, voting, slot_mapping, begun, then)
+
+
+def _begun(setup: Setup, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """As `Step.begun`, on the host."""
+    if not setup.by_token:
+        return _nowhere()[:2]
+    first, length = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (starts, lengths))
+    before = (length - first[1:]).repeat_interleave(first.diff())  # position less row, of each token
+    position = torch.arange(int(first[-1]), device="cpu") + before
+    rows = (position % setup.page_size == 0).nonzero().flatten()
+    return torch.stack([rows, position[rows] // setup.page_size])
 
 
 def _nowhere() -> Tensor:

@@ -1,12 +1,4 @@
-"""Mean keys that follow from a model's weights, for engines whose blocks must depend on their tokens alone.
-
-Where a model adds a bias b to its keys, its rotary embedding turns it by the position p. Its mean over positions,
-
-    m = 1/n sum_p R(p) b
-
-is most of what keys have in common wherever b is large, and is known before there is a request. What is subtracted from
-keys is given back in full to the logits of pages, so that a poor guess costs accuracy and nothing else.
-"""
+"""Biases of a model's keys, as its weights have them: the centres of pages that are written token by token."""
 
 from __future__ import annotations
 
@@ -19,34 +11,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-POSITIONS = 2048  # n
+from kvcomp.cache.blocks.centres import Turned, turned
+
 BIAS = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.k_proj\.bias$")
 NORM = re.compile(r"\.self_attn\.k_(?:layer)?norm\.weight$")
 
 
-def mean_keys(model: str, config: Any, layer: int, dim: int) -> Tensor | None:
-    """Mean keys [H, dim] float32 of a layer's H heads; None where the model has no biases of keys, or keys are
-    normalized after them, or its weights are not at hand as safetensors.
+def turned_biases(model: str, config: Any, layer: int, dim: int) -> Turned | None:
+    """The biases of a layer's keys; None where the model has none, or keys are normalized after them, or its weights
+    are not at hand as safetensors.
 
     model: a folder, or a hub id whose files are in the local cache. config: the text model's, with its rotary
     embedding.
     """
-    bias = _biases(model).get(layer)
-    if bias is None or len(bias) % dim:
+    biases = _biases(model)
+    if not biases or any(len(bias) % dim for bias in biases.values()):
         return None
-    heads = bias.view(-1, dim)
-    frequencies, factor = _rotary(config, dim)
-    angles = torch.arange(POSITIONS, dtype=torch.float64, device="cpu")[:, None] * frequencies
-    cos, sin = (x.mean(0) * factor for x in (angles.cos(), angles.sin()))
-    half = len(frequencies)
-    a, b, rest = heads[:, :half], heads[:, half : 2 * half], heads[:, 2 * half :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1).float()
-
-
-def of_rank(means: Tensor, heads: int, rank: int, ranks: int) -> Tensor:
-    """Those of the `heads` heads that a rank has of means [H, D]; heads are repeated where there are more ranks."""
-    first = rank * heads if len(means) >= ranks * heads else rank * len(means) // ranks
-    return means[first : first + heads]
+    some = next(iter(biases.values()))
+    heads = biases.get(layer, torch.zeros_like(some)).view(-1, dim)
+    return turned(heads, *_rotary(config, dim))
 
 
 @cache
