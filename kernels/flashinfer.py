@@ -206,7 +206,7 @@ class FlashInfer(Backend):
         softcap: float | None,
         *_: object,
     ) -> Part | None:
-        pool, ids, counts, layout, sides, _, token_bias = pages
+        pool, ids, counts, layout, sides, _in_tokens, token_bias = pages
         assert sides is not None
         if token_bias is not None:
             return None
