@@ -72,9 +72,9 @@ def attend(
 ) -> Part:
     """Attention of queries [S, R, Dk] over keys [S, N, Dk], values [S, N, Dv], computed in float32.
 
-    `visible` is bool, broadcastable to [S, R, N]. `bias` [S, R] or [S, R, N] is added to every q . k before it is scaled.
-    Logits are capped as softcap * tanh(logit / softcap) where asked. `key_bias` [S, N] is added to every logit after that: a key
-    with bias log(w) counts as w keys, and one with bias -inf is not seen.
+    `visible` is bool, broadcastable to [S, R, N]. `bias` [S, R] or [S, R, N] is added to every q . k before it is
+    scaled. Logits are capped as softcap * tanh(logit / softcap) where asked. `key_bias` [S, N] is added to every logit
+    after that: a key with bias log(w) counts as w keys, and one with bias -inf is not seen.
     Runs over blocks of keys, so that no more than `MAX_LOGITS` logits exist at once. With `group`, which divides N, the
     lse of each run of so many tokens is returned as well.
     """

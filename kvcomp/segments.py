@@ -1,8 +1,9 @@
 """How a codec's pages are to be read, for kernels that know nothing of codecs: where channels lie and what they mean.
 
 A side (K or V) is a list of segments of neighbouring channels, in basis coordinates. Fields are named as in the page's
-layout, which has their offsets. Where a segment has a `centre`, a float16 field [1, channels], the page's numbers there
-are added to x; kernels that write find them as `quantizers.centred.centre` does, and subtract them first. Descriptions are equal only if they are the same object: a codec makes its own once.
+layout, which has their offsets. Where a segment has a `centre`, a float16 field [1, channels], its numbers are added to
+x in all tokens of the page; kernels that write find them as `quantizers.centred.centre` does, and subtract them first.
+Descriptions are equal only if they are the same object: a codec makes its own once.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ class _Piece(NamedTuple):
     cut: float = 0.0
     weight: float = 0.0
     centre: int = NOTHING
-    centre: int = NOTHING
 
     def packed(self) -> bytes:
         planes = [number for plane in self.planes for number in plane] + [0] * (12 - 3 * len(self.planes))
@@ -101,8 +100,8 @@ def write(
     pool uint8 [records, bytes_per_page or more], as `sides` say; ids below 0: nowhere. Summaries become 0.
 
     rows int64 [M]: keys [M, 1, Rk] and values [M, 1, Rv] are single tokens, written where these tokens of a page lie,
-    of a layout that is `tokenwise` and sides without centres; all else of the records stays. What is stored without a grid is converted to the
-    dtype of its field.
+    of a layout that is `tokenwise` and sides without centres; all else of the records stays. What is stored without a
+    grid is converted to the dtype of its field.
     """
     base, stride, n = records("pool", pool, layout.bytes_per_page)
     if rows is not None and not (layout.tokenwise and alone(sides)):

@@ -72,7 +72,7 @@ def sum_of_four(x, page, first, channel, live, DIM: tl.constexpr, PAGE: tl.const
     rows = ()
     for i in tl.static_range(4):
         there = live & (first + i < PAGE)
-        rows = rows + (load(x, page, first + i, channel, there, DIM, PAGE, C).to(tl.float32),)
+        rows = rows + (load(x, page, first + i, channel, there, DIM, PAGE, C).to(tl.float32),)  # noqa: RUF005
     found = (rows[0] + rows[1]) + (rows[2] + rows[3])
     return tl.where(found == found, found, 0.0)
 
@@ -317,7 +317,7 @@ def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
         if C.centre >= 0:
             shift = page_centre(x, page, channel, live, DIM, PAGE, C).to(tl.float32)
         for down in range(DOWN):
-            token, run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)
+            token, run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)  # noqa: RUF059
             found = load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32) - shift
             most = tl.maximum(most, tl.where(seen & live, tl.abs(found), 0))
     return tl.max(tl.max(tl.max(most, 2), 1), 0)

@@ -77,9 +77,9 @@ def attend_pages(
     [pages, bytes], ids [S, n], counts [S]), exact tokens (keys [S, N, Dk], values [S, N, Dv], token_counts [S]) and
     what came before (prior).
 
-    queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`; k_book, v_book: as of `chunks.books`;
-    split_pages: pages that a split has room for; workspace: float32 of `workspace_size`; softcap 0: none; n is 0 unless
-    `lse_of_pages`; in_tokens: counts are of tokens.
+    queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
+    k_book, v_book: as of `chunks.books`; split_pages: pages that a split has room for; workspace: float32 of
+    `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
     """
     streams, rows, k_dim = queries.shape
     out, lse, groups = _results(queries, ids, values, description, lse_of_pages)

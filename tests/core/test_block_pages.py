@@ -67,7 +67,7 @@ def test_token_by_token_makes_the_same_pages(stack: str, biased: bool) -> None:
 
 @pytest.mark.parametrize("stack", ["turboquant(bits=3)", "int(bits=2)", "kivi(bits=4, group=32)", "none"])
 def test_tokens_that_come_from_pages(stack: str) -> None:
-    """Rewritten in other places of the same pages they are the same where nothing is shared; others are encoded anew."""
+    """Rewritten in other places of the same pages they stay the same where nothing is shared; others do not."""
     torch.manual_seed(0)
     setup = setup_of(stack)
     size = setup.page_size

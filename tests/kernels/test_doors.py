@@ -277,6 +277,6 @@ def test_counts_of_more_than_there_is_are_refused(door: str, name: str, count: i
 
 def test_counts_of_ids_that_were_not_handed_are_refused() -> None:
     given, call = attend("int(bits=4)")
+    few = {"token bias": given["token bias"][..., : given["token bias"].shape[2] // 2]}
     with pytest.raises(KvcompError, match="counts, ids or places are below 0"):
-        few = {"token bias": given["token bias"][..., : given["token bias"].shape[2] // 2]}
         call({**given, **few, "ids": torch.zeros(STREAMS, 9, dtype=torch.int32)[:, :1]})

@@ -84,8 +84,9 @@ class Centres:
     """
 
     def __init__(self, codec: Codec, layout: PageLayout, weights: Tensor) -> None:
-        self.codec, self.parts = codec, []
-        sides, (count, heads, dim) = codec.kernel_sides(), weights.shape
+        self.codec = codec
+        self.parts: list[tuple[slice, slice, Tensor]] = []  # bytes of a record, channels of K, matrix from turns
+        sides, (count, heads, _) = codec.kernel_sides(), weights.shape
         if not layout.centres or sides is None:
             return
         self.channels, self.v_dim = sides[0].channels, sides[1].channels
