@@ -20,7 +20,8 @@ FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 @register("fp8")
 @dataclass(frozen=True)
 class Fp8(Quantizer):
-    """8-bit floats with a bfloat16 scale per token and head: 8 + 16 / D effective bits, 8.25 at D = 64.
+    """8-bit floats with a bfloat16 scale per token and head: 8 + 16 / D effective bits, 8.25 at D = 64, and
+    8 / P for K's centres.
 
     The relative error of a number does not depend on the others of its token, as it does with integers: an outlier
     channel costs its neighbours nothing until they are a 2^14th of it (E4M3) or a 2^29th (E5M2).

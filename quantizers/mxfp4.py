@@ -20,7 +20,8 @@ from .floats import MxSide, e2m1_values
 @register("mxfp4")
 @dataclass(frozen=True)
 class MxFp4(Quantizer):
-    """MXFP4: E2M1 codes with an E8M0 scale, a power of two, per token and 32 channels: 4.25 effective bits.
+    """MXFP4: E2M1 codes with an E8M0 scale, a power of two, per token and 32 channels: 4.25 effective bits,
+    and 8 / P for K's centres.
 
     Where 32 does not divide D, the last block is shorter and has a scale of its own: 4 + 8 ceil(D / 32) / D effective
     bits, 4.3 at D = 80.

@@ -21,7 +21,7 @@ class NvFp4(Quantizer):
     NVIDIA's float32 scale belongs to a whole tensor. A cache grows and its maximum is not known in advance, so each
     page has one for K and one for V: its bytes depend on nothing outside it. Effective bits: 4.5, and 128 / (P * D)
     for the page's scale, which takes 16 bytes where fields are aligned; 4.53 at P = D = 64. Where 16 does not divide
-    D, the last block is shorter: 4 + 8 ceil(D / 16) / D.
+    D, the last block is shorter: 4 + 8 ceil(D / 16) / D. K's centres are 8 / P more.
     """
 
     paper: ClassVar[str] = "arXiv:2509.25149"

@@ -74,7 +74,8 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
     Needs a file of `kvcomp calibrate --method oscar`. K is rotated by the eigenvectors of the mean of q q', V by those
     of the mean of w v v', w = k' (mean of q q') k; both then by a Hadamard matrix with its columns in bit-reversed
     order. Of each token the largest magnitudes, beyond the quantile `k_clip` or `v_clip`, saturate. Group, clips and
-    window are the authors'. bits + 32 / group effective bits (a float16 scale and zero per group), plus the window.
+    window are the authors'. bits + 32 / group effective bits (a float16 scale and zero per group), 8 / P
+    for K's centres, plus the window.
     """
 
     paper: ClassVar[str] = "arXiv:2605.17757"

@@ -34,7 +34,8 @@ class TurboQuant(WidthQuantizer):
     """TurboQuant: each vector's norm, and Lloyd-Max codes of its randomly rotated direction.
 
     After a random rotation every coordinate of a unit vector has a known density, so one optimal codebook serves all
-    channels without data. Needs no calibration and no window; bits + 16 / D effective bits (a float16 norm per token).
+    channels without data. Needs no calibration and no window; bits + 16 / D effective bits (a float16 norm per token),
+    and 8 / P for K's centres.
 
     2.5 and 3.5 bits are two such quantizers with a norm each, so 32 / D: the quarter of a stream's channels that is
     loudest in its first tokens has 2 bits more than the rest. The paper's 32 outliers of 3 bits and 96 channels of 2
