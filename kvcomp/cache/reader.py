@@ -81,7 +81,8 @@ def attend(
     unseen = unseen and obstacle(records.codec, layout, data.device, q.shape[1]) is not None
     if not (pages or unseen):
         return Read([] if tokens is None else [attend_tokens(q, tokens, scale, softcap)], None, plan)
-    choice = rest = bias = None
+    choice = rest = None
+    more: dict[str, Tensor | None] = {}
     if pages:
         plan.add("table", ids.nbytes)
         if adapted := records.adapted_bytes():
@@ -93,7 +94,7 @@ def attend(
             if records.by_tokens:
                 counts = counts // layout.page_size
                 if layout.centres:
-                    bias = token_bias(q, records.codec, layout, data, ids, choice.positions)
+                    more["token_bias"] = token_bias(q, records.codec, layout, data, ids, choice.positions)
                     plan.add("pages", layout.centre_bytes, view.total)  # of all that single tokens may lie in
                 data = regroup(layout, data, ids, choice.positions)
                 ids = torch.arange(len(data), device=data.device).view(len(ids), -1)
@@ -103,7 +104,7 @@ def attend(
         size = layout.body_bytes
         plan.add("pages", size // layout.page_size if view.in_tokens else size, count)
     how = q, data, ids, counts, layout, records.codec, scale, softcap, watched, tokens, view.in_tokens
-    parts = _unseen(*how) if unseen else [attend_pages(*how, token_bias=bias)]
+    parts = _unseen(*how) if unseen else [attend_pages(*how, **more)]
     return Read(parts if rest is None else [*parts, rest], None if choice is None else choice.positions, plan)
 
 

@@ -11,7 +11,7 @@ what is subtracted from keys is given back to their logits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from kvcomp.finite import saturated
 from kvcomp.layout import PageLayout
 from kvcomp.segments import centre_of
 from kvcomp.stages import Codec
-
-if TYPE_CHECKING:
-    from .pages import Cells
 
 DTYPE = torch.float16  # of centres
 
@@ -38,8 +35,8 @@ class Turned(NamedTuple):
 
     @classmethod
     def nothing(cls, heads: int, dim: int, device: torch.device) -> Turned:
-        kind = {"dtype": torch.float32, "device": device}
-        return cls(torch.zeros(0, **kind), torch.zeros(0, heads, dim, **kind))
+        weights = torch.zeros(0, heads, dim, dtype=torch.float32, device=device)
+        return cls(weights.new_zeros(0), weights)
 
     def of_rank(self, heads: int, rank: int, ranks: int) -> Turned:
         """Of the `heads` heads that a rank has; heads are repeated where there are more ranks."""
@@ -102,21 +99,21 @@ class Centres:
                 self.parts.append((place, slice(first, last), coordinates[..., first:last].flatten(1).float()))
             first = last
 
-    def begin(self, pool: Tensor, cells: Cells) -> None:
-        """Write the centres of pages that begin."""
-        if not len(cells.begun):
+    def begin(self, pool: Tensor, begun: Tensor, turns: Tensor, begins: Tensor | None) -> None:
+        """Write the centres of pages that begin, as `pages.Cells` has them."""
+        if not len(begun):
             return
         for place, _, weights in self.parts:
             held = pool[:, place].view(DTYPE)
-            made = saturated((cells.turns @ weights).view(len(cells.begun), -1), DTYPE)
-            held[cells.begun] = made if cells.begins is None else torch.where(cells.begins, made, held[cells.begun])
+            made = saturated((turns @ weights).view(len(begun), -1), DTYPE)
+            held[begun] = made if begins is None else torch.where(begins, made, held[begun])
 
-    def of(self, pool: Tensor, cells: Cells) -> Tensor:
-        """Keys float32 [t * H, 1, D] that are the centres of the pages of tokens."""
-        records = cells.records.clamp_min(0)
+    def of(self, pool: Tensor, records: Tensor, heads: Tensor) -> Tensor:
+        """Keys float32 [m, 1, D] that are the centres of records int64 [m] of pages of `heads` [m]."""
+        records = records.clamp_min(0)
         if len(self.parts) == 1 and not self.codec.rotates:
             return pool[:, self.parts[0][0]].view(DTYPE)[records, None].float()
         found = torch.zeros(len(records), 1, self.channels, dtype=torch.float32, device=pool.device)
         for place, channels, _ in self.parts:
             found[:, 0, channels] = pool[:, place].view(DTYPE)[records].float()
-        return self.codec.inverse(found, found.new_zeros(len(found), 1, self.v_dim), cells.heads)[0]
+        return self.codec.inverse(found, found.new_zeros(len(found), 1, self.v_dim), heads)[0]

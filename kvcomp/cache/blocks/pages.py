@@ -114,9 +114,9 @@ class Pages:
         k, v = (x.flatten(0, 1)[:, None] for x in (k, v))  # [t * H, 1, D]
         if self.layout.centres:
             assert self.centres is not None
-            self.centres.begin(self.pool, cells)
+            self.centres.begin(self.pool, cells.begun, cells.turns, cells.begins)
             if len(self.frequencies):  # they are 0 otherwise
-                k = k - self.centres.of(self.pool, cells)
+                k = k - self.centres.of(self.pool, cells.records, cells.heads)
         if encode_pages(self.pool, cells.records, self.layout, self.token_codec, k, v, cells.heads, cells.rows):
             return
         encoded, records = self.token_codec.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's

@@ -137,7 +137,7 @@ class Step:
         return cls(groups, fills, keeps, scores, leaves, torch.cat(fresh), moved, voting, slot_mapping, begun, then)
 
 
-def _begun(setup: Setup, starts: list[int], lengths: list[int]) -> Tensor:
+def _begun(setup: Setup, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """As `Step.begun`, on the host."""
     if not setup.by_token:
         return _nowhere()[:2]
