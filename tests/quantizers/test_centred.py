@@ -251,7 +251,7 @@ def test_single_tokens_of_pages_with_centres(spec: str, reference: bool, turn: f
     made = LayerStore(Stack.parse(f"{spec} + sketch(tokens=2000) + window(sinks=4, recent=32)").plan(0, 1))
     made.start(k, v)
     made.write(k, v, None, q, 0.125)
-    assert made.by_tokens
+    assert made.records.by_tokens
     back = [x[0] for x in made.dense()]
     size, (ids, _), query = made.layout.page_size, made.table.held(), q[0, :, -1:].unflatten(0, (HEADS, 2))[:, :, 0]
     generator = torch.Generator().manual_seed(3)
