@@ -127,7 +127,7 @@ def test_json_and_the_table_say_the_same(run: Run) -> None:
         for name, part in (record["held_parts"] | record["read_parts"]).items():
             assert f"{name} {size(part)}" in text
     quest = found["decode"][2]["read_parts"]
-    assert set(quest) == {"pages", "summaries", "window", "table", "constants"}  # constants: mean keys of int's streams
+    assert set(quest) == {"pages", "summaries", "window", "table"}
     assert found["prefill"][0]["intensity"] > found["gpu"]["ridge"]
 
 
