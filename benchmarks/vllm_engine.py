@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvcomp import Stack
 from kvcomp.benchmarks.perplexity import Perplexity
@@ -34,7 +33,8 @@ from kvcomp.integrations.huggingface.models import load_tokenizer, locate
 from kvcomp.integrations.huggingface.shapes import model_shape
 from kvcomp.ledger import MIB
 
-FORCED = "kvcomp_forced"  # the name under which a request carries the tokens that it shall begin with
+from .vllm_forcing import FORCED, forcing
+
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # as `load_model` has it
 Wanted = dict[tuple[str, int], list[int]]  # places of samples by task and context
 ENVIRONMENT = {
@@ -250,7 +250,7 @@ def _options(settings: Settings, stack: Stack) -> dict[str, Any]:
         "max_num_batched_tokens": settings.prefill_chunk or longest,
         "block_size": stack.page_size,
         "enable_prefix_caching": False,
-        "logits_processors": [_forcing()],
+        "logits_processors": [forcing()],
         "additional_config": {"kvcomp": {"stack": str(stack)}},
     }
     if not torch.cuda.is_available():
@@ -282,27 +282,3 @@ def _started(options: dict[str, Any]) -> Any:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise RunError(f"engine: vllm does not start: {str(error).splitlines()[0]}") from error
-
-
-def _forcing() -> type:
-    """A class of logits processors that leave a request no choice while it has forced tokens."""
-    from vllm import SamplingParams
-    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-    class Forcing(AdapterLogitsProcessor):
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def new_req_logits_processor(self, params: SamplingParams) -> Callable[[list[int], Tensor], Tensor] | None:
-            forced = (params.extra_args or {}).get(FORCED)
-            return partial(_force, forced) if forced else None
-
-    return Forcing
-
-
-def _force(forced: list[int], written: list[int], logits: Tensor) -> Tensor:
-    if len(written) >= len(forced):
-        return logits
-    only = torch.full_like(logits, -torch.inf)
-    only[forced[len(written)]] = 0.0
-    return only

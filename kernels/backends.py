@@ -79,7 +79,7 @@ def asked(operation: str, case: Case) -> list[tuple[Backend, str | None]]:
 
 
 def _obstacle(backend: Backend, operation: str, case: Case) -> str | None:
-    if getattr(type(backend), operation) is getattr(Backend, operation):
+    if not hasattr(backend, operation):
         return f"it has no kernel for {operation}"
     return backend.obstacle(operation, case)
 

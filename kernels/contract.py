@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
-from kvcomp.layout import PageLayout, Summary
+from kvcomp.layout import PageLayout
 from kvcomp.segments import Sides
 
 MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
@@ -73,13 +73,31 @@ class Case(NamedTuple):
 
 
 class Backend:
-    """Kernels of one kind, which serve the operations that a subclass overrides.
+    """Kernels of one kind, which serve those operations that a subclass has.
 
-    `obstacle` decides by the case. Where the signature says so, an operation may still decline what it is handed, with
-    None or False for a result: then nothing was done, and the next backend is asked.
+    An operation takes what its door takes, a function of the same name in `dispatch`, `select` or `received`, but for
+
+      attend(queries, pages: PagesView, codec, case, scale, softcap, tokens, workspace), with tokens that it `joins`
+      attend_tokens(queries, tokens, scale, softcap, prior, workspace)
+      write(pool, ids, keys, values, sides, layout, rows), with K and V as `Codec.kernel_input` gives them
+
+    `obstacle` decides by the case. Attention and `append` may still decline what they are handed, with None or False as
+    result: then nothing was done, and the next backend is asked.
     """
 
     name: str
+    attend: Callable[..., Part | None]
+    attend_tokens: Callable[..., Part | None]
+    write: Callable[..., None]
+    append: Callable[..., bool]
+    runs: Callable[..., Tensor]
+    vector_dots: Callable[..., Tensor]
+    code_dots: Callable[..., Tensor]
+    shares: Callable[..., Tensor]
+    largest: Callable[..., Tensor]
+    choose: Callable[..., Tensor]
+    regroup: Callable[..., Tensor]
+    received: Callable[..., Tensor]
 
     def serves(self, device: torch.device) -> bool:
         """Whether there are kernels of this kind for a device, installed or not."""
@@ -104,92 +122,3 @@ class Backend:
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
         """Whether `attend` takes exact tokens together with pages."""
         return False
-
-    def attend(
-        self,
-        queries: Tensor,
-        pages: PagesView,
-        codec: PageCodec,
-        case: Case,
-        scale: float,
-        softcap: float | None,
-        tokens: Tokens | None,
-        workspace: Tensor | None,
-    ) -> Part | None:
-        """Attention of queries [S, R, Dk] over pages, as `reference.attend_pages` has it, and tokens that it `joins`.
-
-        The case is that of these queries and pages.
-        """
-        raise NotImplementedError
-
-    def attend_tokens(
-        self,
-        queries: Tensor,
-        tokens: Tokens,
-        scale: float,
-        softcap: float | None,
-        prior: Part | None,
-        workspace: Tensor | None,
-    ) -> Part | None:
-        """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
-        raise NotImplementedError
-
-    def write(
-        self, pool: Tensor, ids: Tensor, x: tuple[Tensor, Tensor], sides: Sides, layout: PageLayout, rows: Tensor | None
-    ) -> None:
-        """Encode x, as `Codec.kernel_input` gives it, into records: see `dispatch.encode_pages`."""
-        raise NotImplementedError
-
-    def append(self, k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """Write one token of each stream behind those that k and v hold, and count it: see `dispatch.append`."""
-        raise NotImplementedError
-
-    def runs(self, x: Tensor, starts: Tensor, width: int) -> Tensor:
-        """As `dispatch.runs`."""
-        raise NotImplementedError
-
-    def vector_dots(self, queries: Tensor, summary: Summary, names: tuple[str, ...], scale: str | None) -> Tensor:
-        """As `select.vector_dots`."""
-        raise NotImplementedError
-
-    def code_dots(self, queries: Tensor, summary: Summary, name: str, bits: int) -> Tensor:
-        """As `select.code_dots`."""
-        raise NotImplementedError
-
-    def shares(self, logits: Tensor, counts: Tensor) -> Tensor:
-        """As `select.shares`."""
-        raise NotImplementedError
-
-    def largest(self, x: Tensor, wanted: Tensor, width: int) -> Tensor:
-        """As `select.largest`."""
-        raise NotImplementedError
-
-    def choose(
-        self,
-        logits: Tensor,
-        scale: float,
-        counts: Tensor,
-        unit: int,
-        wanted: Tensor,
-        width: int,
-        pages: int,
-        ends: tuple[int, int],
-    ) -> Tensor:
-        """As `select.choose`."""
-        raise NotImplementedError
-
-    def regroup(self, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-        """As `select.regroup`."""
-        raise NotImplementedError
-
-    def received(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        scale: float,
-        visible: Tensor | None,
-        softcap: float | None,
-        reduce: Reduce,
-    ) -> Tensor:
-        """As `received.received`."""
-        raise NotImplementedError

@@ -102,7 +102,7 @@ def encode_pages(
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):
         x = codec.kernel_input(keys, values, streams)
         if x is not None:
-            backend.write(pool, ids, x, sides, layout, rows)
+            backend.write(pool, ids, *x, sides, layout, rows)
             return True
     return False
 

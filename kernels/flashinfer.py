@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kvcomp.attention import Part, Tokens
+from kvcomp.attention import Part
 from kvcomp.errors import KvcompWarning
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Floats, Numbers, Sides
 
-from .contract import Backend, Case, PageCodec, PagesView
+from .contract import Backend, Case, PagesView
 
 WHERE = "FlashInfer (Triton in graphs, in torch.inference_mode, and for a table that is read once)"
 DIMS = (64, 128, 256)
@@ -200,14 +200,13 @@ class FlashInfer(Backend):
         self,
         queries: Tensor,
         pages: PagesView,
-        codec: PageCodec,
+        codec: object,
         case: Case,
         scale: float,
         softcap: float | None,
-        tokens: Tokens | None,
-        workspace: Tensor | None,
+        *_: object,
     ) -> Part | None:
-        pool, ids, counts, layout, sides, _, token_bias = pages
+        pool, ids, counts, layout, sides, _in_tokens, token_bias = pages
         assert sides is not None
         if token_bias is not None:
             return None

@@ -18,8 +18,8 @@ class PlacedSegment(NamedTuple):
 
     channel: its first among the side's. planes: (offset, bytes from a token to the next, width) of each, the highest
     bits first; numbers are one of width 0. levels: the highest code, of 2 * middle + 1 symmetric ones without a zero.
-    A scale is shared by `token_group` tokens and `channel_group` channels; weight: of its side's `Gain`. centre: of the
-    float16 numbers, one a channel, that all tokens of a page gain.
+    A scale is shared by `token_group` tokens and `channel_group` channels; weight: of its side's `Gain`. centre: of
+    float16 [channels], which is added to all tokens of the page.
     """
 
     kind: str

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kvcomp.layout import PageLayout, Summary
-from kvcomp.segments import centre_of
+from kvcomp.segments import centres
 
 from . import backends
 from .contract import PageCodec
@@ -100,8 +100,7 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     """
     records = backends.on("regroup", pool.device)[0].regroup(layout, pool, ids, tokens)
     for field in layout.centres:
-        at = layout.offsets[field.name]
-        records[:, at : at + field.nbytes] = 0
+        layout.view(records, field)[:] = 0
     return records
 
 
@@ -114,13 +113,9 @@ def token_bias(
         return None
     sides, (rotated, _) = codec.kernel_sides(), codec.read_query(queries.float())
     assert sides is not None
-    held, first = layout.views(pool), 0
-    bias = rotated.new_zeros(*rotated.shape[:2], ids.shape[1])
-    for segment in sides[0].segments:
-        name = centre_of(segment)
-        if name is not None:
-            centres = held[name][ids.long(), 0].float()  # [S, n, channels]
-            bias += rotated[..., first : first + segment.channels] @ centres.mT
-        first += segment.channels
+    bias, channels = rotated.new_zeros(*rotated.shape[:2], ids.shape[1]), centres(sides[0])
+    for field in layout.centres:
+        held = layout.view(pool, field)[ids.long(), 0].float()  # [S, n, channels]
+        bias += rotated[..., channels[field.name]] @ held.mT
     page = (tokens // layout.page_size)[:, None].expand(-1, rotated.shape[1], -1)
     return bias.gather(2, page)

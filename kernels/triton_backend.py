@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ class Triton(Backend):
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
         from .triton import plan
 
-        return plan.together(case.rotates, case.layout is not None and bool(case.layout.centres), case.rows)
+        centred = case.layout is not None and bool(case.layout.centres)
+        return plan.together(case.rotates, centred, case.rows)
 
     def attend(
         self,
@@ -99,11 +101,18 @@ class Triton(Backend):
         return triton.attend(queries, None, tokens, scale, softcap, prior=prior, workspace=workspace)
 
     def write(
-        self, pool: Tensor, ids: Tensor, x: tuple[Tensor, Tensor], sides: Sides, layout: PageLayout, rows: Tensor | None
+        self,
+        pool: Tensor,
+        ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sides: Sides,
+        layout: PageLayout,
+        rows: Tensor | None,
     ) -> None:
         from . import triton
 
-        triton.write(pool, ids, *x, triton.written(sides, layout, pool.device, rows is not None), rows)
+        triton.write(pool, ids, keys, values, triton.written(sides, layout, pool.device, rows is not None), rows)
 
     def vector_dots(self, queries: Tensor, summary: Summary, names: tuple[str, ...], scale: str | None) -> Tensor:
         from . import triton
@@ -118,19 +127,13 @@ class Triton(Backend):
 
         return triton.code_dots(queries, summary.pool, summary.ids, summary.counts, summary.layout, name, bits)
 
-    def regroup(self, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
+    def regroup(self, *args: Any) -> Tensor:
         from . import triton
 
-        return triton.regroup(layout, pool, ids, tokens)
+        return triton.regroup(*args)
 
     def received(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        scale: float,
-        visible: Tensor | None,
-        softcap: float | None,
-        reduce: Reduce,
+        self, queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None, softcap: float | None, reduce: Reduce
     ) -> Tensor:
         from . import triton
 

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 ALIGN = 16
-
-
 SUMMARY = "summary."
 CENTRE = ".centre"  # what names of fields end with that hold one row for all tokens of a page: see `quantizers.centred`
 
@@ -96,18 +94,19 @@ class PageLayout:
         """Fields that attention reads, without centres."""
         return tuple(f for f in self.fields if not f.name.startswith(SUMMARY) and not f.name.endswith(CENTRE))
 
+    def view(self, records: Tensor, field: Field, start: int = 0) -> Tensor:
+        """A field of page records [..., bytes] uint8 as a strided view [..., *shape]; start: as of `views`."""
+        at = self.offsets[field.name] - start
+        return records[..., at : at + field.nbytes].view(field.dtype).unflatten(-1, field.shape)
+
     def views(self, records: Tensor, summary: bool = False, start: int = 0) -> dict[str, Tensor]:
         """Fields of page records [..., bytes] uint8 as strided views [..., *shape], without a copy.
 
         Gives the fields that attention reads, or those that selectors read where `summary` is set; `start` is the
         offset of the records' first byte in a page.
         """
-        out = {}
-        for f in self.fields:
-            if f.name.startswith(SUMMARY) is summary:
-                at = self.offsets[f.name] - start
-                out[f.name] = records[..., at : at + f.nbytes].view(f.dtype).unflatten(-1, f.shape)
-        return out
+        wanted = (f for f in self.fields if f.name.startswith(SUMMARY) is summary)
+        return {f.name: self.view(records, f, start) for f in wanted}
 
     def gather(self, pool: Tensor, ids: Tensor, summary: bool = False) -> dict[str, Tensor]:
         """Copies of the fields [..., *shape] of pages ids [...] out of a pool [pages, bytes_per_page]; nothing else

@@ -1,9 +1,9 @@
 """How a codec's pages are to be read, for kernels that know nothing of codecs: where channels lie and what they mean.
 
 A side (K or V) is a list of segments of neighbouring channels, in basis coordinates. Fields are named as in the page's
-layout, which has their offsets. Where a segment has a `centre`, a float16 field [1, channels], its numbers are added to
-x in all tokens of the page; kernels that write find them as `quantizers.centred.centre` does, and subtract them first.
-Descriptions are equal only if they are the same object: a codec makes its own once.
+layout, which has their offsets. Where a segment has a `centre`, a float16 field [1, channels], the page's numbers there
+are added to x; kernels that write find them as `quantizers.centred.centre` does, and subtract them first. Descriptions
+are equal only if they are the same object: a codec makes its own once.
 """
 
 from __future__ import annotations
@@ -134,12 +134,7 @@ class SideLayout:
         """Numbers of a token that kernels write from."""
         return self.channels + (self.gain is not None)
 
-    @cached_property
-    def _as_values(self) -> WeakKeyDictionary[SideLayout, dict[Any, Any]]:
-        """`memo` of this side as V, by K."""
-        return WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:  # copies make their own memo
+    def __getstate__(self) -> dict[str, Any]:  # copies make their own `memo`
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -153,9 +148,20 @@ def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:
 Sides = tuple[SideLayout, SideLayout]
 
 
+def centres(side: SideLayout) -> dict[str, slice]:
+    """By the field of each centre, the channels of the side that it is added to."""
+    found, channel = {}, 0
+    for segment in side.segments:
+        name = centre_of(segment)
+        if name is not None:
+            found[name] = slice(channel, channel + segment.channels)
+        channel += segment.channels
+    return found
+
+
 def alone(sides: Sides) -> bool:
     """Whether a token can be written without the others of its page, as far as centres go."""
-    return all(centre_of(segment) is None for side in sides for segment in side.segments)
+    return not any(centres(side) for side in sides)
 
 
 def memo(sides: Sides) -> dict[Any, Any]:
@@ -163,6 +169,9 @@ def memo(sides: Sides) -> dict[Any, Any]:
 
     Entries are never replaced, as other threads may be reading what one points at: add them with `setdefault`.
     """
-    k, v = sides
-    found = v._as_values.get(k)
-    return v._as_values.setdefault(k, {}) if found is None else found
+    k, held = sides[0], sides[1].__dict__
+    by_k: WeakKeyDictionary[SideLayout, dict[Any, Any]] | None = held.get("memo")
+    if by_k is None:
+        by_k = held.setdefault("memo", WeakKeyDictionary())
+    found = by_k.get(k)
+    return by_k.setdefault(k, {}) if found is None else found

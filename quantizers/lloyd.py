@@ -84,7 +84,7 @@ class LloydSide:
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
         x = x.float()
-        norm = (x.norm(dim=-1, keepdim=True) / self.dim**0.5).clamp_max(HUGE).to(SCALE)
+        norm = (x.norm(dim=-1, keepdim=True) / self.dim**0.5).nan_to_num(HUGE).clamp_max(HUGE).to(SCALE)
         unit = x / (norm.float() * self.dim**0.5).clamp_min(TINY)
         return pack_codes(self.name, nearest(unit, self.book), self.bits) | {f"{self.name}.norm": norm}
 

@@ -140,7 +140,8 @@ class KltSide:
                 rows.append(pack((codes >> left) & ((1 << width) - 1), width))
         gain = (own / shrunk.clamp_min(TINY)).clamp_max(LONGEST)
         norm = norm * (gain.sqrt() if self.mean is None else gain)
-        return {f"{self.name}.codes": torch.cat(rows, -1), f"{self.name}.norm": norm.clamp_max(HUGE).to(SCALE)}
+        norm = norm.nan_to_num(HUGE).clamp_max(HUGE)
+        return {f"{self.name}.codes": torch.cat(rows, -1), f"{self.name}.norm": norm.to(SCALE)}
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> coordinates [M, P, live] float32."""

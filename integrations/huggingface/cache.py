@@ -35,7 +35,6 @@ from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer
 from .saving import check_kinds, differences, digests, essentials, layer_state, restore_layers, usable_device
-from .turns import Turns
 from .watch import reuse, turns_of, unwatch, watch
 
 
@@ -236,8 +235,7 @@ class CompressedCache(IndexerPositions, Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx)
 
-    def _turns(self) -> Turns | None:
-        return turns_of(self)
+    _compressed, _library, _turns = compressed, library, turns_of
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""
@@ -270,12 +268,6 @@ class CompressedCache(IndexerPositions, Cache):
             "a CompressedCache cannot be pickled, as it belongs to a model: use cache.save(path) and "
             "CompressedCache.load(path, model)"
         )
-
-    def _compressed(self) -> list[CompressedLayer]:
-        return compressed(self)
-
-    def _library(self) -> list[Tensor]:
-        return library(self)
 
     def memory(self) -> Memory:
         """Bytes held, dense equivalent, effective bits and breakdown of the whole cache as it is now.

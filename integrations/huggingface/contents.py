@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompWarning
 
-from .handles import Handle
-
-if TYPE_CHECKING:
-    from .layer import CompressedLayer
+from .handles import Handle, HandleLayer
 
 
 class Contents(Handle):
     """Stands in for all K or V that a layer holds between forwards: a size, and tensors only where they are asked."""
 
-    layer: CompressedLayer
+    layer: Readable
 
-    def __init__(self, layer: CompressedLayer, which: int) -> None:
-        store = layer._store
-        new = torch.Size((store.rows, store.heads, 0, store.v_dim if which else store.k_dim))
-        super().__init__(layer, which, new, int(layer.get_seq_length()))
+    def __init__(self, layer: Readable, which: int) -> None:
+        super().__init__(layer, which, layer.nothing(which), int(layer.get_seq_length()))
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -45,3 +40,35 @@ class Contents(Handle):
             )
             self.layer.warned = True
         return self.layer.decoded(self.which)
+
+
+class Readable(HandleLayer):
+    """A layer whose `keys` and `values` can be read between forwards."""
+
+    warned = False  # that it is read as dense tensors
+
+    def nothing(self, which: int) -> torch.Size:
+        """The shape [B, Hkv, 0, D] of no K (0) or V (1)."""
+        raise NotImplementedError
+
+    def decoded(self, which: int) -> Tensor:
+        """All K (0) or V (1) that is held, [B, Hkv, N, D]."""
+        raise NotImplementedError
+
+    @property  # type: ignore[override]
+    def keys(self) -> Contents | None:
+        """All K that is held, [B, Hkv, N, Dk], decoded only where its content is asked for; None while empty."""
+        return Contents(self, 0) if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        """transformers' own constructor clears it."""
+
+    @property  # type: ignore[override]
+    def values(self) -> Contents | None:
+        """All V that is held, [B, Hkv, N, Dv], as `keys`."""
+        return Contents(self, 1) if self.is_initialized else None
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        """transformers' own constructor clears it."""

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-WRITES = re.compile(r"\b(?:\w+_)?past\w*\.update\(|\bcache\.update\(")  # layer_past.update(key, value, ...)
+WRITES = re.compile(  # layer_past.update(key, value, ...), and from transformers 5.24 on curr_cache.update(...)
+    r"\b(?:\w+_)?past\w*\.update\(|\b(?:curr_|current_|\w+_attention_)?cache\.update\("
+)
 ATTENDS = re.compile(r"ALL_ATTENTION_FUNCTIONS|get_interface|attention_interface")
 
 

@@ -19,14 +19,20 @@ def restore_library(layer: Any, state: State, device: torch.device) -> None:
     Raises:
         DamagedError: attributes that the layer does not have, or values that it cannot have.
     """
-    state.only(*vars(layer), *_assigned(type(layer)))
+    known = {*vars(layer), *_assigned(type(layer))}
+    state.only(*known, "dtype")  # which layers had before transformers 5.24
     for name, value in state.items():
         state.require(_can_be(value, vars(layer).get(name)), f"{name} is {described(value)}")
     if isinstance(state.get("keys"), Tensor) or state.get("is_initialized") != vars(layer).get("is_initialized"):
         _check_attention(layer, state)
     if isinstance(state.get("conv_states"), dict):
         _check_linear(state)
-    vars(layer).update(tree_map(lambda x: _on(x, device), dict(state)))
+    own = dict(state)
+    if "dtype" not in known:
+        own.pop("dtype", None)
+    elif isinstance(state.get("keys"), Tensor):
+        own["dtype"] = state["keys"].dtype
+    vars(layer).update(tree_map(lambda x: _on(x, device), own))
 
 
 def _on(value: Any, device: torch.device) -> Any:

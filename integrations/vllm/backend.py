@@ -122,11 +122,11 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
             layers = vllm_config.compilation_config.static_forward_context
             impls = {name: layers[name].impl for name in layer_names}
             bound = [impl.bind(name, device) for name, impl in impls.items()]
-            codecs = [layer.pages.codec for layer in bound]  # made before a graph is recorded
+            pages = [layer.pages for layer in bound]  # made before a graph is recorded
             rows = max(impl.num_heads // impl.num_kv_heads for impl in impls.values())
             requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
-            sizes = self.setup.page_size, kv_cache_spec.num_kv_heads, rows, most_channels(codecs)
-            self.decoder = Decoder.on(device, requests, tokens, *sizes, bound[0].pages.frequencies)
+            sizes = self.setup.page_size, kv_cache_spec.num_kv_heads, rows, most_channels([p.codec for p in pages])
+            self.decoder = Decoder.on(device, requests, tokens, *sizes, pages[0].frequencies)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> DecodeStep:
         step = super().build_for_cudagraph_capture(common_attn_metadata)

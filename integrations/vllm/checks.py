@@ -108,6 +108,8 @@ def _check_policy(setup: Setup, policy: Policy, ranks: int) -> None:
         )
     elif policy.voters is None and not policy.averages:
         why = f"scores with all queries of the prompt, and vLLM may cut it: {once}"
+    elif policy.expires and policy.limit is None:
+        why = f"lets pages go while generating, and sets no limit by which vLLM could count them: {once}"
     elif policy.watches and setup.drafts:
         why = (
             "lets pages go while generating, which a rejected draft cannot take back: set hold=false, or leave out "

@@ -1,4 +1,4 @@
-"""Biases that a model adds to its keys, from its weights: see `kvcomp.cache.blocks.centres`."""
+"""Biases of a model's keys, as its weights have them: the centres of pages that are written token by token."""
 
 from __future__ import annotations
 

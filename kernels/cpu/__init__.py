@@ -122,8 +122,8 @@ def attend(
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; one of the three at least.
 
-    All are in the coordinates of the queries, and so is the output. bias [S, R] is added to every q . k of pages, as in
-    `attention.attend`. The groups are the lse of each page, as in the reference, where asked for.
+    All are in the coordinates of the queries, and so is the output. bias [S, R] as in `attention.attend`. The groups
+    are the lse of each page, as in the reference, where asked for.
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
@@ -140,11 +140,11 @@ def attend(
         sides = k.address, base, stride, k.count, v.address, base, stride, v.count
         sizes = width, pages.layout.page_size, pages.in_tokens, many, named
         sources = *sides, ids.data_ptr(), counts.data_ptr(), *sizes
-        if lse_of_pages:
-            groups = queries.new_full((streams, rows, many), -torch.inf)
         if pages.token_bias is not None:
             every = streams, rows, many * pages.layout.page_size
             token_bias = given("bias of tokens", pages.token_bias, torch.float32, every)
+        if lse_of_pages:
+            groups = queries.new_full((streams, rows, many), -torch.inf)
     if tokens is not None:
         keys, room, dim = _rows("keys", tokens.keys, streams)
         values, other, width = _rows("values", tokens.values, streams)

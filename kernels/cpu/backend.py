@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.kernels import cpu
 from kvcomp.kernels.contract import Backend, Case, PageCodec, PagesView
 from kvcomp.layout import PageLayout, Summary
-from kvcomp.segments import Sides
 
 from . import compiled, encode, select
 
@@ -18,6 +19,12 @@ class C(Backend):
     """Kernels for tensors on the host."""
 
     name = "C"
+    append = staticmethod(select.append)
+    runs = staticmethod(select.runs)
+    vector_dots = staticmethod(select.vector_dots)
+    shares = staticmethod(select.shares)
+    largest = staticmethod(select.largest)
+    choose = staticmethod(select.choose)
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -58,53 +65,17 @@ class C(Backend):
         return part._replace(out=codec.read_output(part.out))
 
     def attend_tokens(
-        self,
-        queries: Tensor,
-        tokens: Tokens,
-        scale: float,
-        softcap: float | None,
-        prior: Part | None,
-        workspace: Tensor | None,
+        self, queries: Tensor, tokens: Tokens, scale: float, softcap: float | None, prior: Part | None, *_: object
     ) -> Part | None:
         return cpu.attend(queries, None, tokens, scale, softcap, prior=prior) if cpu.readable(tokens) else None
 
-    def write(
-        self, pool: Tensor, ids: Tensor, x: tuple[Tensor, Tensor], sides: Sides, layout: PageLayout, rows: Tensor | None
-    ) -> None:
-        encode.write(pool, ids, *x, sides, layout, rows)
-
-    def append(self, k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-        return select.append(k, v, counts, keys, values)
-
-    def runs(self, x: Tensor, starts: Tensor, width: int) -> Tensor:
-        return select.runs(x, starts, width)
-
-    def vector_dots(self, queries: Tensor, summary: Summary, names: tuple[str, ...], scale: str | None) -> Tensor:
-        return select.vector_dots(queries, summary, names, scale)
+    def write(self, *args: Any) -> None:
+        encode.write(*args)
 
     def code_dots(self, queries: Tensor, summary: Summary, name: str, bits: int) -> Tensor:
         queries = queries.float()
         offset = queries.sum(-1, keepdim=True) * (0.5 - 2 ** (bits - 1))
         return select.code_dots(queries, offset, summary, name, bits)
-
-    def shares(self, logits: Tensor, counts: Tensor) -> Tensor:
-        return select.shares(logits, counts)
-
-    def largest(self, x: Tensor, wanted: Tensor, width: int) -> Tensor:
-        return select.largest(x, wanted, width)
-
-    def choose(
-        self,
-        logits: Tensor,
-        scale: float,
-        counts: Tensor,
-        unit: int,
-        wanted: Tensor,
-        width: int,
-        pages: int,
-        ends: tuple[int, int],
-    ) -> Tensor:
-        return select.choose(logits, scale, counts, unit, wanted, width, pages, ends)
 
     def regroup(self, layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
         records = pool.new_empty(tokens.numel() // layout.page_size, layout.body_bytes)

@@ -2,7 +2,7 @@
  *
  *   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, no zero
  *   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
- *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
+ *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
  *   centred   either of the first two of x less c, a mean over the page's tokens in float16
  *
  * Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Two things are not determined

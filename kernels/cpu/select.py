@@ -146,7 +146,7 @@ def choose(
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor, made: Tensor) -> None:
-    """As `select.regroup`, into `made`."""
+    """As `select.regroup`, into `made`, but for centres."""
     tokens = given("tokens", tokens, torch.int64, 2)
     streams, many = tokens.shape
     ids, listed, width = table(ids, streams)

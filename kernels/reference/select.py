@@ -87,7 +87,7 @@ def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
-    """As `select.regroup`."""
+    """As `select.regroup`, but for centres."""
     size = layout.page_size
     records = pool.new_empty(tokens.numel() // size, layout.body_bytes)
     pages, places = ids.long().gather(1, tokens // size), tokens % size

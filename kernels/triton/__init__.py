@@ -57,7 +57,7 @@ def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device
 
 class Written(NamedTuple):
     """What kernels are told of pages that they write, for one device: description and middles, see `pieces`; inputs:
-    numbers of a token of K and of V; alone: as `kernel_layout.alone`."""
+    numbers of a token of K and of V; alone: as `segments.alone`."""
 
     layout: PageLayout
     alone: bool

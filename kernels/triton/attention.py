@@ -626,8 +626,8 @@ def attend_kernel(
     LSE_OF_TILES: tl.constexpr,
     IN_TOKENS: tl.constexpr,
 ):
-    """One split of one stream. q [S, R, Dk], bias [S, R], token_bias [S, R, n * P], pool uint8 in records of BYTES, ids
-    [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in
+    """One split of one stream. q [S, R, Dk], bias [S, R], token_bias [S, R, n * P], pool uint8 in records of BYTES,
+    ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in
     bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has
     no tokens for a split, nothing is written."""
     blocks = tl.cdiv(rows, ROWS)

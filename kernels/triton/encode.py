@@ -2,7 +2,7 @@
 
   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, without zero
   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
-  joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `kernel_layout.Gain`
+  joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
   floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale; of
             two powers of two (E8M0) the one under which the block's squared error is less
   centred   uniform, codebook or floats of x less c, a mean over the page's tokens in float16
@@ -69,11 +69,11 @@ def load(x, page, token, channel, there, DIM: tl.constexpr, PAGE: tl.constexpr, 
 @triton.jit
 def sum_of_four(x, page, first, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     """Of tokens from `first` on, float32 [1, G, R]; 0 where it is no number."""
-    rows = ()
-    for i in tl.static_range(4):
-        there = live & (first + i < PAGE)
-        rows = rows + (load(x, page, first + i, channel, there, DIM, PAGE, C).to(tl.float32),)  # noqa: RUF005
-    found = (rows[0] + rows[1]) + (rows[2] + rows[3])
+    a = load(x, page, first, channel, live, DIM, PAGE, C).to(tl.float32)
+    b = load(x, page, first + 1, channel, live & (first + 1 < PAGE), DIM, PAGE, C).to(tl.float32)
+    c = load(x, page, first + 2, channel, live & (first + 2 < PAGE), DIM, PAGE, C).to(tl.float32)
+    d = load(x, page, first + 3, channel, live & (first + 3 < PAGE), DIM, PAGE, C).to(tl.float32)
+    found = (a + b) + (c + d)
     return tl.where(found == found, found, 0.0)
 
 
@@ -312,12 +312,12 @@ def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     ACROSS: tl.constexpr = C.tiles[1]
     most = tl.zeros((T, G, R), tl.float32)
     for across in range(ACROSS):
-        token, run, channel, seen, live = place(page, across, PAGE, C)
+        token, _run, channel, seen, live = place(page, across, PAGE, C)
         shift = tl.zeros_like(channel).to(tl.float32)
         if C.centre >= 0:
             shift = page_centre(x, page, channel, live, DIM, PAGE, C).to(tl.float32)
         for down in range(DOWN):
-            token, run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)  # noqa: RUF059
+            token, _run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)
             found = load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32) - shift
             most = tl.maximum(most, tl.where(seen & live, tl.abs(found), 0))
     return tl.max(tl.max(tl.max(most, 2), 1), 0)

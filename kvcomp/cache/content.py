@@ -40,7 +40,8 @@ class LayerContent:
     def start(self, keys: Tensor, values: Tensor, centred: bool = True) -> None:
         """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv].
 
-        centred: as in `PageShape`."""
+        centred: as in `PageShape`.
+        """
         plan = self.plan
         self.rows, self.heads, _, self.k_dim = keys.shape
         self.v_dim = values.shape[-1]

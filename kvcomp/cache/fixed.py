@@ -48,8 +48,7 @@ class FixedStore:
     of each stream one after another; of ids int32 [S, n] a stream's first pages [S] exist. seen [B]: a row's tokens
     without padding. length []: the columns of a row, which the engine counts and reads.
 
-    host: whether steps may look at counts, as they do on CPUs, where that costs nothing and spares them the encoding
-    of pages that do not exist; by default where the tensors lie there.
+    host: whether steps may look at counts, as on CPUs, where that spares them the encoding of pages that do not exist.
     """
 
     records: Records
@@ -297,5 +296,5 @@ class FixedStore:
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding excluded."""
-        heads = len(self.k) // len(self.seen)
-        return int(self.seen.sum()) * heads * (self.k.shape[2] + self.v.shape[2]) * self.k.itemsize
+        heads, channels = len(self.k) // len(self.seen), self.k.shape[2] + self.v.shape[2]
+        return int(self.seen.sum()) * heads * channels * self.k.itemsize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def attend(
     if not (pages or unseen):
         return Read([] if tokens is None else [attend_tokens(q, tokens, scale, softcap)], None, plan)
     choice = rest = None
-    more: dict[str, Tensor | None] = {}
+    biased: dict[str, Any] = {}
     if pages:
         plan.add("table", ids.nbytes)
         if adapted := records.adapted_bytes():
@@ -94,8 +94,8 @@ def attend(
             if records.by_tokens:
                 counts = counts // layout.page_size
                 if layout.centres:
-                    more["token_bias"] = token_bias(q, records.codec, layout, data, ids, choice.positions)
-                    plan.add("pages", layout.centre_bytes, view.total)  # of all that single tokens may lie in
+                    biased["token_bias"] = token_bias(q, records.codec, layout, data, ids, choice.positions)
+                    plan.add("pages", layout.centre_bytes, view.total)
                 data = regroup(layout, data, ids, choice.positions)
                 ids = torch.arange(len(data), device=data.device).view(len(ids), -1)
             else:
@@ -104,7 +104,7 @@ def attend(
         size = layout.body_bytes
         plan.add("pages", size // layout.page_size if view.in_tokens else size, count)
     how = q, data, ids, counts, layout, records.codec, scale, softcap, watched, tokens, view.in_tokens
-    parts = _unseen(*how) if unseen else [attend_pages(*how, **more)]
+    parts = _unseen(*how, **biased) if unseen else [attend_pages(*how, **biased)]
     return Read(parts if rest is None else [*parts, rest], None if choice is None else choice.positions, plan)
 
 
@@ -174,11 +174,12 @@ def _unseen(
     watched: bool,
     tokens: Tokens | None,
     in_tokens: bool,
+    token_bias: Tensor | None = None,
 ) -> list[Part]:
     """As `attend_pages` on the host, whose numbers are not looked at either: by the specification, behind masks."""
     parts = []
     if ids.shape[1]:
-        how = data, ids, counts, layout, codec, scale, softcap, watched, True, in_tokens
+        how = data, ids, counts, layout, codec, scale, softcap, watched, True, in_tokens, token_bias
         parts.append(reference.attend_pages(q, *how))
     if tokens is not None:
         seen = torch.arange(tokens.keys.shape[1], device=q.device) < tokens.counts[:, None]

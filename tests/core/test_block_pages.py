@@ -67,7 +67,7 @@ def test_token_by_token_makes_the_same_pages(stack: str, biased: bool) -> None:
 
 @pytest.mark.parametrize("stack", ["turboquant(bits=3)", "int(bits=2)", "kivi(bits=4, group=32)", "none"])
 def test_tokens_that_come_from_pages(stack: str) -> None:
-    """Rewritten in other places of the same pages they stay the same where nothing is shared; others do not."""
+    """Rewritten in other places of the same pages they stay the same where nothing is shared; others are encoded."""
     torch.manual_seed(0)
     setup = setup_of(stack)
     size = setup.page_size
@@ -101,12 +101,9 @@ def test_numbers_that_are_not_finite(stack: str, spoilt: float) -> None:
     def written(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         pages = bound(setup)
         if setup.by_token:
-            slots = 2 * setup.page_size + torch.arange(setup.page_size)
-            pages.write_tokens(
-                k.transpose(0, 1),
-                v.transpose(0, 1),
-                pages.cells(slots, begun(torch.arange(setup.page_size), setup.page_size)),
-            )
+            places = torch.arange(setup.page_size)
+            cells = pages.cells(2 * setup.page_size + places, begun(places, setup.page_size))
+            pages.write_tokens(k.transpose(0, 1), v.transpose(0, 1), cells)
         else:
             pages.write_pages(k, v, records)
         return pages.pool

@@ -124,8 +124,8 @@ def test_what_waits_is_seen() -> None:
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_decode_step_is_a_step(stack: str, biased: bool) -> None:
     """Planned on the device, with padding behind the requests, or on the host: the same attention, the same pool."""
-    biases = turned(30 * torch.randn(HEADS, DIM), torch.linspace(1, 0.001, DIM // 2), 1.0) if biased else None
-    engine = BlockEngine(stack, HOST, biases=biases)
+    of_keys = turned(30 * torch.randn(HEADS, DIM), torch.linspace(1, 0.001, DIM // 2), 1.0) if biased else None
+    engine = BlockEngine(stack, HOST, biases=of_keys)
     lengths = [1, 63, 64, 65, 200]
     pages, past = engine.pages, [n - 1 for n in lengths]
     first = engine.planned([0, *torch.tensor(past).cumsum(0).tolist()], past)

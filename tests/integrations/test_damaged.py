@@ -76,9 +76,27 @@ def test_flips(name: str, tmp_path: Path) -> None:
 
 
 def attribute(layers: list[Any], layer: int, name: str) -> list[Any]:
-    """[name, value] of an attribute in the JSON of a file's layers."""
+    """[name, value] of an attribute in the JSON of a file's layers, added where layers of this transformers lack it."""
     own = dict(layers[layer]["$dict"])["own"]["$dict"]
+    if name not in dict(own):
+        own.append([name, None])
     return next(pair for pair in own if pair[0] == name)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_sliding_layers_load_with_and_without_the_dtype_that_transformers_gave_them_before_5_24(
+    written: bool, tmp_path: Path
+) -> None:
+    model, ids = filled("gemma3", STACK, tmp_path / "good")
+    tensors, metadata = unsigned(tmp_path / "good")
+    layers = json.loads(metadata["layers"])
+    attribute(layers, 0, "dtype")[1] = {"$dtype": "float32"}
+    if not written:
+        dict(layers[0]["$dict"])["own"]["$dict"].remove(attribute(layers, 0, "dtype"))
+    save_file(tensors, tmp_path / "other", metadata | {"layers": json.dumps(layers)})
+    good, other = (CompressedCache.load(tmp_path / name, model) for name in ("good", "other"))
+    assert vars(other.layers[0]).keys() == vars(good.layers[0]).keys()
+    assert text(tmp_path / "other", model, ids) == text(tmp_path / "good", model, ids)
 
 
 @pytest.mark.parametrize(

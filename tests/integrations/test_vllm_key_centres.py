@@ -51,7 +51,7 @@ def keys_of(model: Qwen2ForCausalLM) -> Tensor:
 
 
 def test_they_are_the_biases_as_keys_have_them(saved: tuple[Path, Qwen2ForCausalLM]) -> None:
-    """In the middle of each page: tokens differ from it by what they say, and by half a page's turn."""
+    """In the middle of each page: tokens differ from it by what they say, without a mean, and by half a page's turn."""
     folder, model = saved
     keys, found = keys_of(model), turned_biases(str(folder), model.config, 1, DIM)
     assert found is not None

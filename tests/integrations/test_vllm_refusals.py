@@ -3,16 +3,21 @@ need not be installed."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.integrations.vllm import plugin
-from kvcomp.integrations.vllm.checks import accepted
+from kvcomp.integrations.vllm.checks import accepted, check_stages
 from kvcomp.integrations.vllm.config import VARIABLE, stack_of
+from kvcomp.stages import Held, Policy
+from kvcomp.stages.stack import Stack
 
 
 def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
@@ -73,6 +78,58 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
 def test_refused(stack: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
         accepted(config(stack, **changes))
+
+
+@dataclass(frozen=True)
+class Halves(Policy):
+    """A policy of another package: it keeps every other token of a prompt."""
+
+    name = "halves"
+
+    @property
+    def uniform(self) -> bool:
+        return True
+
+    def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
+        return tokens // 2
+
+
+class Expiring(Halves):
+    name = "expiring"
+
+    def expired(self, held: Held) -> Tensor | None:
+        return None
+
+
+class Ragged(Halves):
+    name = "ragged"
+    uniform = False
+
+
+class Newest(Ragged):
+    name = "newest"
+    keeps_newest = 100
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (Halves(), None),
+        (Newest(), None),
+        (Expiring(), "expiring lets pages go .* no limit"),
+        (Ragged(), "ragged keeps"),
+    ],
+)
+def test_policies_of_other_packages(policy: Policy, said: str | None) -> None:
+    """What they say in integers decides, whatever class they are of."""
+    setup = Setup(Stack((policy,)), 4, 64, torch.float32)
+    if said is None:
+        check_stages(setup)
+        tokens = setup.geometry.extent(300, 200)
+        assert tokens.held == (200 if policy.keeps_newest is None else 300)
+        return
+    with pytest.raises(UnsupportedError, match=said):
+        check_stages(setup)
 
 
 def test_where_the_stack_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:

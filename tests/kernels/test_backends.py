@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ from kvcomp.stages import Codec, PageShape
 
 ROOT = Path(__file__).parents[2]
 HOST = torch.device("cpu")
-ASKED = {"serves", "missing", "installed", "obstacle", "told", "joins"}  # the rest of a backend
-OPERATIONS = [name for name, thing in vars(Backend).items() if callable(thing) and name not in ASKED]
+OPERATIONS = sorted(set(Backend.__annotations__) - {"name"})
 NO_KERNEL = {"write", "append"}  # of the reference: codecs and buffers do these by themselves
 
 
@@ -138,6 +138,14 @@ def test_what_is_remembered_of_sides_goes_with_them() -> None:
     assert [ref() for ref in gone] == [None, None]
 
 
+def test_threads_that_begin_at_once_share_what_is_remembered() -> None:
+    sides = [built("kivi")[0].kernel_sides() for _ in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        for one in sides:
+            found = list(pool.map(memo, [one] * 16))
+            assert all(known is found[0] for known in found)
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_of_a_side_remember_nothing(copied: Any) -> None:
     codec, layout = built("kivi")
@@ -192,9 +200,9 @@ def test_received_is_its_definition(reduce: Any, softcap: float | None, hidden: 
 DOORS = {"backends", "contract", "dispatch", "received", "reference", "select"}
 INSIDE = {  # what needs more than an operation: room for a graph's kernels, and a peer to be timed against
     ("decode.py", "triton"),
+    ("peers.py", "flashinfer"),
     ("resources.py", "placed"),
     ("resources.py", "triton"),
-    ("speed.py", "flashinfer"),
 }
 
 

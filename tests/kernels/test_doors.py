@@ -73,9 +73,9 @@ def attend(spec: str) -> Door:
     }
 
     def call(x: Given) -> Any:
-        pages = PagesView(x["pool"], x["ids"], x["counts"], layout, sides, token_bias=x["token bias"])
+        pages = PagesView(x["pool"], x["ids"], x["counts"], layout, sides, False, x["token bias"])
         prior, tokens = Part(x["prior.out"], x["prior.lse"]), Tokens(x["keys"], x["values"], x["held"])
-        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, lse_of_pages=True)
+        return cpu.attend(x["queries"], pages, tokens, 0.125, None, x["bias"], prior, True)
 
     return Door(given, call)
 

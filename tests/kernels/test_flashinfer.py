@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
-from kvcomp.benchmarks import speed
+from kvcomp.benchmarks import peers, speed
 from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompWarning
 from kvcomp.kernels import backends, dispatch, flashinfer, reference
@@ -383,18 +383,18 @@ def test_peers_agree_with_torch(
     query = torch.randn(3, 4, 1, 64).to(HALF)
     k, v = torch.randn(2, 3, heads, tokens, 64).to(HALF)
     right = torch.nn.functional.scaled_dot_product_attention(query, k, v, enable_gqa=True)
-    for peer in speed.PEERS:
-        assert callable(speed._ready(peer, query, k, v, right)), peer.label
-        assert "off by" in str(speed._ready(peer, query, k, v, right + 0.1))
-        assert "off by" in str(speed._ready(peer, query, k, v.roll(1, 2), right))
-        assert "it failed" in str(speed._ready(peer, query, k, v[..., :32], right))
+    for peer in peers.PEERS:
+        assert callable(peers.ready(peer, query, k, v, right)), peer.label
+        assert "off by" in str(peers.ready(peer, query, k, v, right + 0.1))
+        assert "off by" in str(peers.ready(peer, query, k, v.roll(1, 2), right))
+        assert "it failed" in str(peers.ready(peer, query, k, v[..., :32], right))
 
 
 def test_which_peers_are_timed(stand_in: type[Wrapper], monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"flashinfer": object()}
-    monkeypatch.setattr(speed, "find_spec", there.get)
+    monkeypatch.setattr(peers, "find_spec", there.get)
     gpu, geometry = torch.device("cuda"), speed.Geometry(8, 2, 64, 64)
-    dense, fp8, flash = speed.PEERS
+    dense, fp8, flash = peers.PEERS
     assert dense.obstacle(geometry, HALF, gpu) is fp8.obstacle(geometry, HALF, gpu) is None
     assert flash.obstacle(geometry, HALF, gpu) == "flash_attn is not installed"
     assert "no NVIDIA GPU" in (dense.obstacle(geometry, HALF, torch.device("cpu")) or "")
@@ -404,7 +404,7 @@ def test_which_peers_are_timed(stand_in: type[Wrapper], monkeypatch: pytest.Monk
 
 
 def test_peers_stand_behind_torch_with_their_bytes(stand_in: type[Wrapper], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed.Peer, "obstacle", lambda self, *_: None if self.module == "flashinfer" else "not here")
+    monkeypatch.setattr(peers.Peer, "obstacle", lambda self, *_: None if self.module == "flashinfer" else "not here")
     told: list[str] = []
     device, geometry = torch.device("cpu"), speed.Geometry(4, 2, 64, 64)
     found = speed.attention(geometry, ["kivi(bits=2)"], 100, 2, 4, HALF, device, 0, told.append)

@@ -1,6 +1,6 @@
-"""Centres of pages that are written token by token, for models that add biases to their keys.
+"""Centres of pages that are written token by token.
 
-Such a page is read before its keys are known, so that its centre cannot be their mean. It is what the model adds to all
+Such a page is read before its keys are known, so that its centre cannot be their mean. It is what a model adds to all
 keys, a bias b, turned by the rotary embedding R as at the page's middle position p:
 
     c(p) = R(p) b = sum_i f_i(p) W_i,    f = (cos(p w_1), .., sin(p w_1), .., 1)
@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from kvcomp.finite import saturated
-from kvcomp.layout import PageLayout
-from kvcomp.segments import centre_of
+from kvcomp.layout import Field, PageLayout
+from kvcomp.segments import centres
 from kvcomp.stages import Codec
-
-DTYPE = torch.float16  # of centres
 
 
 class Turned(NamedTuple):
@@ -35,8 +33,7 @@ class Turned(NamedTuple):
 
     @classmethod
     def nothing(cls, heads: int, dim: int, device: torch.device) -> Turned:
-        weights = torch.zeros(0, heads, dim, dtype=torch.float32, device=device)
-        return cls(weights.new_zeros(0), weights)
+        return cls(*(torch.zeros(size, dtype=torch.float32, device=device) for size in ((0,), (0, heads, dim))))
 
     def of_rank(self, heads: int, rank: int, ranks: int) -> Turned:
         """Of the `heads` heads that a rank has; heads are repeated where there are more ranks."""
@@ -46,14 +43,6 @@ class Turned(NamedTuple):
 
     def to(self, device: torch.device) -> Turned:
         return Turned(*(x.to(device) for x in self))
-
-
-def turns(frequencies: Tensor, positions: Tensor) -> Tensor:
-    """f float32 [t, F] of positions [t]."""
-    if not len(frequencies):
-        return frequencies.new_zeros(len(positions), 0)
-    angles = positions.to(torch.float32)[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin(), torch.ones_like(angles[:, :1])], -1)
 
 
 def turned(heads: Tensor, frequencies: Tensor, factor: float) -> Turned:
@@ -69,51 +58,56 @@ def turned(heads: Tensor, frequencies: Tensor, factor: float) -> Turned:
     return Turned(frequencies.float(), torch.cat([cos, sin, rest[None]]).float())
 
 
+def turns(frequencies: Tensor, positions: Tensor) -> Tensor:
+    """f float32 [t, F] of positions [t]."""
+    if not len(frequencies):
+        return frequencies.new_zeros(len(positions), 0)
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin(), torch.ones_like(angles[:, :1])], -1)
+
+
 def middle(page: Tensor, page_size: int) -> Tensor:
     """float32: the middle position of each page of `page_size` tokens."""
     return page.to(torch.float32) * page_size + (page_size - 1) / 2
 
 
 class Centres:
-    """Writes and reads the centres of pages that come token by token.
+    """Writes and reads the centres of a layer's pages.
 
-    weights float32 [F, H, D]: of the keys that centres are, as in `Turned`.
+    weights float32 [F, H, D]: of the keys that centres are, see `Turned`.
     """
 
     def __init__(self, codec: Codec, layout: PageLayout, weights: Tensor) -> None:
-        self.codec = codec
-        self.parts: list[tuple[slice, slice, Tensor]] = []  # bytes of a record, channels of K, matrix from turns
+        self.codec, self.layout = codec, layout
+        self.parts: list[tuple[Field, slice, Tensor]] = []  # channels, weights of their coordinates [F, H * channels]
         sides, (count, heads, _) = codec.kernel_sides(), weights.shape
         if not layout.centres or sides is None:
             return
         self.channels, self.v_dim = sides[0].channels, sides[1].channels
-        streams, nothing = torch.arange(heads, device=weights.device).repeat(count), weights.flatten(0, 1)[:, None]
-        given = codec.kernel_input(nothing, nothing, streams)
+        streams, keys = torch.arange(heads, device=weights.device).repeat(count), weights.flatten(0, 1)[:, None]
+        given = codec.kernel_input(keys, keys, streams)
         assert given is not None
-        coordinates, first = given[0].unflatten(0, (count, heads))[:, :, 0], 0  # linear in keys
-        for segment in sides[0].segments:
-            last, name = first + segment.channels, centre_of(segment)
-            if name is not None:
-                at = layout.offsets[name]
-                place = slice(at, at + segment.channels * DTYPE.itemsize)
-                self.parts.append((place, slice(first, last), coordinates[..., first:last].flatten(1).float()))
-            first = last
+        coordinates = given[0].unflatten(0, (count, heads))[:, :, 0]  # linear in keys
+        where = centres(sides[0])
+        for field in layout.centres:
+            channels = where[field.name]
+            self.parts.append((field, channels, coordinates[..., channels].flatten(1).float()))
 
-    def begin(self, pool: Tensor, begun: Tensor, turns: Tensor, begins: Tensor | None) -> None:
-        """Write the centres of pages that begin, as `pages.Cells` has them."""
-        if not len(begun):
+    def begin(self, pool: Tensor, records: Tensor, factors: Tensor, begins: Tensor | None) -> None:
+        """Write the centres of pages that begin: `records` int64 [b * H] of the pool, of positions whose `turns` are
+        `factors` [b, F]; of them those that bool [b * H, 1] `begins`, None: all."""
+        if not len(records):
             return
-        for place, _, weights in self.parts:
-            held = pool[:, place].view(DTYPE)
-            made = saturated((turns @ weights).view(len(begun), -1), DTYPE)
-            held[begun] = made if begins is None else torch.where(begins, made, held[begun])
+        for field, _, weights in self.parts:
+            held = self.layout.view(pool, field)[:, 0]
+            made = saturated((factors @ weights).view(len(records), -1), held.dtype)
+            held[records] = made if begins is None else torch.where(begins, made, held[records])
 
     def of(self, pool: Tensor, records: Tensor, heads: Tensor) -> Tensor:
-        """Keys float32 [m, 1, D] that are the centres of records int64 [m] of pages of `heads` [m]."""
-        records = records.clamp_min(0)
+        """Keys float32 [m, 1, D] that are the centres of `records` int64 [m] of the pool, of these heads [m]."""
         if len(self.parts) == 1 and not self.codec.rotates:
-            return pool[:, self.parts[0][0]].view(DTYPE)[records, None].float()
+            return self.layout.view(pool, self.parts[0][0])[records].float()
         found = torch.zeros(len(records), 1, self.channels, dtype=torch.float32, device=pool.device)
-        for place, channels, _ in self.parts:
-            found[:, 0, channels] = pool[:, place].view(DTYPE)[records].float()
+        for field, channels, _ in self.parts:
+            found[..., channels] = self.layout.view(pool, field)[records].float()
         return self.codec.inverse(found, found.new_zeros(len(found), 1, self.v_dim), heads)[0]

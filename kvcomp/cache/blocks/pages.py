@@ -59,12 +59,11 @@ class Pages:
                 f"{setup.stack}: {plan.quantizer.name} settles on channels by the first text it sees, and an "
                 "engine's workers and restarts would settle differently: use whole bits"
             )
+        by_token = setup.by_token
+        self.token_codec = plan.quantizer.codec(replace(shape, page_size=1, centred=False)) if by_token else None
         biases = Turned.nothing(heads, setup.dim, device) if biases is None else biases.to(device)
         self.frequencies = biases.frequencies
-        self.token_codec = self.centres = None
-        if setup.by_token:
-            self.token_codec = plan.quantizer.codec(replace(shape, page_size=1, centred=False))
-            self.centres = Centres(self.codec, self.layout, biases.weights)
+        self.centres = Centres(self.codec, self.layout, biases.weights) if by_token else None
         self.head = torch.arange(heads, device=device)
 
     @property
@@ -110,13 +109,13 @@ class Pages:
     def write_tokens(self, keys: Tensor, values: Tensor, cells: Cells) -> None:
         """Write tokens of keys and values [T, H, D] one by one."""
         assert self.token_codec is not None
+        assert self.centres is not None
         k, v = self.records.clean(keys[cells.tokens], values[cells.tokens])
         k, v = (x.flatten(0, 1)[:, None] for x in (k, v))  # [t * H, 1, D]
         if self.layout.centres:
-            assert self.centres is not None
             self.centres.begin(self.pool, cells.begun, cells.turns, cells.begins)
             if len(self.frequencies):  # they are 0 otherwise
-                k = k - self.centres.of(self.pool, cells.records, cells.heads)
+                k = k - self.centres.of(self.pool, cells.records.clamp_min(0), cells.heads)
         if encode_pages(self.pool, cells.records, self.layout, self.token_codec, k, v, cells.heads, cells.rows):
             return
         encoded, records = self.token_codec.encode(k, v, cells.heads), cells.records.clamp_min(0)  # block 0 is nobody's
