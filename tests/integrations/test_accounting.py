@@ -116,8 +116,9 @@ def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.Monke
     assert parts.get("summaries", 0) == handed["summaries"]
     tables = sum(layer.store.table.ids().nbytes for layer in cache._compressed())
     assert parts.get("table", 0) == tables
-    constants = storage_bytes(adapted(cache)) if handed["pages"] else 0
+    constants = storage_bytes(adapted(cache)) if handed["pages"] else 0  # bases that fit their stream
     assert parts.get("constants", 0) == constants
+    assert (constants > 0) == ("klt" in stack)
     assert cache.traffic().read == sum(handed.values()) + tables + constants
     assert cache.traffic().dense == 701 * 4 * 2 * 2 * 16 * 4
 
