@@ -376,12 +376,13 @@ def test_effective_bits_are_the_bits_that_a_layer_allocates(spec: str, dim: int,
 
 
 def test_effective_bits_of_known_formats() -> None:
-    """In the limit of a long context: bits + 32 / group where scales are shared by `group`, plus a table entry."""
+    """In the limit of a long context: bits + 32 / group where scales are shared by `group`, plus a table entry,
+    and 16 bits for each channel of a page's centre of K."""
     long = 10**6
-    table = 8 * 4 / (2 * 128 * 64)
+    table, centre = 8 * 4 / (2 * 128 * 64), 16 / (2 * 64)
     assert parse("none").effective_bits(128, long) == pytest.approx(16 + table, rel=1e-3)
-    assert parse("int(bits=4)").effective_bits(128, long) == pytest.approx(4.25 + table, rel=1e-3)
-    assert parse("int(bits=8)").effective_bits(128, long) == pytest.approx(8.25 + table, rel=1e-3)
+    assert parse("int(bits=4)").effective_bits(128, long) == pytest.approx(4.25 + centre + table, rel=1e-3)
+    assert parse("int(bits=8)").effective_bits(128, long) == pytest.approx(8.25 + centre + table, rel=1e-3)
     assert parse("kivi").effective_bits(128, long) == pytest.approx(3 + 2 * table, rel=1e-2)
     assert parse("snapkv(keep=0.25) + kivi").effective_bits(128, long) == pytest.approx(0.75 + table / 2, rel=1e-2)
 

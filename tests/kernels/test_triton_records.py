@@ -146,7 +146,7 @@ def test_records_are_the_codecs(spec: str, dim: int, dtype: torch.dtype, pages: 
 
 @pytest.mark.parametrize("dim", [32, 80])  # of 80 the last block is shorter
 def test_powers_of_two_are_the_codecs_where_two_are_nearly_as_good(dim: int) -> None:
-    """Errors that differ in the last bit, on either side of where the choice changes: sums have one order."""
+    """Errors that differ in the last bit, on either side of where the choice of values changes: sums have one order."""
     codec, layout = built("mxfp4", dim, torch.float32)
     size, streams = layout.page_size, torch.zeros(1, dtype=torch.int64)
     x = 1.5 * torch.randn(1, size, dim, generator=torch.Generator().manual_seed(0))
@@ -159,7 +159,7 @@ def test_powers_of_two_are_the_codecs_where_two_are_nearly_as_good(dim: int) -> 
         return y
 
     def scales(first: Tensor) -> Tensor:
-        return codec.encode(page(first), page(first), streams)["k.scale"].view(torch.uint8)[0, :, 0]
+        return codec.encode(page(first), page(first), streams)["v.scale"].view(torch.uint8)[0, :, 0]
 
     before, after = scales(low), scales(high)
     for _ in range(40):
