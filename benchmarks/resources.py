@@ -33,6 +33,7 @@ from kvcomp.kernels.triton import (
     received,
     summaries,
 )
+from kvcomp.kernels.triton import merge as merging
 from kvcomp.kernels.triton import tokens as of_tokens
 from kvcomp.layout import PageLayout
 from kvcomp.stages import Codec, PageShape
@@ -154,7 +155,7 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
 def merge(capability: int, dim: int = 128) -> Resources:
     constants = {"PRIOR": True, "SPLITS": ops.SPLITS, "BLOCK": dim, "num_warps": ops.WARPS}
     constants |= {"PAGE": 64, "IN_TOKENS": True, "TOKENS": True}
-    return compiled(attention.merge_kernel, constants, capability, "all")
+    return compiled(merging.merge_kernel, constants, capability, "all")
 
 
 def score(capability: int, bits: int, dim: int = 128) -> Resources:

@@ -20,125 +20,17 @@ is written to its row of a record.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .attention import chunk
+from .encode_floats import page_most, put_floats
+from .pack import HUGE, load, page_centre, place, programs, put_codes, put_halves, width
+from .unpack import chunk
 
 TINY = tl.constexpr(2.0**-24)  # as in quantizers/grid.py
-HUGE = tl.constexpr(65504.0)
-NORMAL = tl.constexpr(2.0**-126)
+
+
 ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no room for fractions
-
-
-@triton.constexpr_function
-def programs(pieces: Any, i: int) -> int:
-    """Programs of a page that write piece i."""
-    return pieces[i].programs
-
-
-@triton.jit
-def place(page, tile, PAGE: tl.constexpr, C: tl.constexpr):
-    """Tokens [T, 1, 1] of a page, first channels [1, G, 1] of runs and channels [1, G, R] of a tile of a piece, and
-    which of its elements there are."""
-    T: tl.constexpr = C.shape[0]
-    G: tl.constexpr = C.shape[1]
-    R: tl.constexpr = C.shape[2]
-    STEP: tl.constexpr = C.step
-    RUN: tl.constexpr = C.run
-    CHANNELS: tl.constexpr = C.channels
-    ACROSS: tl.constexpr = C.tiles[1]
-    inner = tl.arange(0, T)[:, None, None]
-    token = tile // ACROSS * STEP + inner
-    run = (tile % ACROSS * G + tl.arange(0, G)[None, :, None]) * RUN
-    lane = tl.arange(0, R)[None, None, :]
-    channel = run + lane
-    seen = (inner < STEP) & (token < PAGE)
-    return token, run, channel, seen, (lane < RUN) & (channel < CHANNELS)
-
-
-@triton.jit
-def load(x, page, token, channel, there, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """Elements [T, G, R] of x [M, P, D]."""
-    CHANNEL: tl.constexpr = C.channel
-    return tl.load(x + ((page * PAGE + token) * DIM + CHANNEL + channel), mask=there, other=0)
-
-
-@triton.jit
-def sum_of_four(x, page, first, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """Of tokens from `first` on, float32 [1, G, R]; 0 where it is no number."""
-    a = load(x, page, first, channel, live, DIM, PAGE, C).to(tl.float32)
-    b = load(x, page, first + 1, channel, live & (first + 1 < PAGE), DIM, PAGE, C).to(tl.float32)
-    c = load(x, page, first + 2, channel, live & (first + 2 < PAGE), DIM, PAGE, C).to(tl.float32)
-    d = load(x, page, first + 3, channel, live & (first + 3 < PAGE), DIM, PAGE, C).to(tl.float32)
-    found = (a + b) + (c + d)
-    return tl.where(found == found, found, 0.0)
-
-
-@triton.jit
-def page_centre(x, page, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """The centre float16 [1, G, R] of channels in a page, as `quantizers.centred.centre`."""
-    PARTS: tl.constexpr = (PAGE + 3) // 4
-    TRIM: tl.constexpr = PAGE % 4 == 0 and PARTS > 2
-    SHARE: tl.constexpr = 1.0 / (PAGE - 8 if TRIM else PAGE)
-    total = tl.zeros_like(channel).to(tl.float32)
-    if TRIM:
-        a = sum_of_four(x, page, 0, channel, live, DIM, PAGE, C)
-        b = sum_of_four(x, page, 4, channel, live, DIM, PAGE, C)
-        low, high = tl.minimum(a, b), tl.maximum(a, b)
-        for part in range(2, PARTS):
-            found = sum_of_four(x, page, part * 4, channel, live, DIM, PAGE, C)
-            total += tl.minimum(tl.maximum(found, low), high)
-            low, high = tl.minimum(low, found), tl.maximum(high, found)
-    else:
-        for part in range(PARTS):
-            total += sum_of_four(x, page, part * 4, channel, live, DIM, PAGE, C)
-    mean = total * SHARE
-    mean = tl.where(mean == mean, mean, 0.0)
-    return tl.minimum(tl.maximum(mean, -HUGE), HUGE).to(tl.float16)
-
-
-@triton.jit
-def put_halves(record, at, x, there):
-    """Numbers as float16, the first at the byte `at`."""
-    tl.store((record + at).to(tl.pointer_type(tl.float16)), x, mask=there)
-
-
-@triton.constexpr_function
-def below(piece: Any, plane: int) -> int:
-    """Bits of a piece's codes that are lower than those of a plane."""
-    return sum(width for _, _, width in piece.planes[plane + 1 :])
-
-
-@triton.jit
-def put_plane(record, codes, token, run, seen, C: tl.constexpr, PLANE: tl.constexpr):
-    """Codes int32 [T, G, R] of a tile, packed into the bytes of a plane."""
-    T: tl.constexpr = C.shape[0]
-    G: tl.constexpr = C.shape[1]
-    R: tl.constexpr = C.shape[2]
-    RUN: tl.constexpr = C.run
-    CHANNELS: tl.constexpr = C.channels
-    OFFSET: tl.constexpr = C.planes[PLANE][0]
-    STRIDE: tl.constexpr = C.planes[PLANE][1]
-    WIDTH: tl.constexpr = C.planes[PLANE][2]
-    EACH: tl.constexpr = 8 // WIDTH
-    codes = (codes >> below(C, PLANE)) & ((1 << WIDTH) - 1)
-    if EACH > 1:
-        lane = tl.arange(0, EACH)[None, None, None, :] * WIDTH
-        codes = tl.sum(tl.reshape(codes, (T, G, R // EACH, EACH)) << lane, 3)
-    byte = tl.arange(0, R // EACH)[None, None, :]
-    there = seen & (byte < RUN // EACH) & (run // EACH + byte < CHANNELS // EACH)
-    tl.store(record + (OFFSET + token * STRIDE + run // EACH + byte), codes.to(tl.uint8), mask=there)
-
-
-@triton.jit
-def put_codes(record, codes, token, run, seen, C: tl.constexpr):
-    """Codes int32 [T, G, R] of a tile, packed into the bytes of its planes."""
-    COUNT: tl.constexpr = len(C.planes)
-    for i in tl.static_range(COUNT):
-        put_plane(record, codes, token, run, seen, C, i)
 
 
 @triton.jit
@@ -185,12 +77,6 @@ def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constex
     put_halves(record, SCALE + at, scale, shown)
     if ZERO >= 0:
         put_halves(record, ZERO + at, zero.to(tl.float16), shown)
-
-
-@triton.constexpr_function
-def width(piece: Any) -> int:
-    """Bits of a piece's codes."""
-    return sum(width for _, _, width in piece.planes)
 
 
 @triton.jit
@@ -255,116 +141,6 @@ def put_joint(record, page, shift, source, middles, tile, DIM: tl.constexpr, PAG
         gain = tl.sqrt_rn(gain)
     norm *= gain
     put_halves(record, SCALE + (token + shift) * 2, tl.where(norm < HUGE, norm, HUGE).to(tl.float16), seen)
-
-
-@triton.constexpr_function
-def of_format(name: str) -> tuple[int, int, float]:
-    """Mantissa bits, the exponent of subnormal numbers and the largest number of a format."""
-    return {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0), "e2m1": (1, 0, 6.0)}[name]
-
-
-@triton.constexpr_function
-def halvings(n: int) -> int:
-    """log2 n."""
-    return n.bit_length() - 1
-
-
-@triton.jit
-def float_sizes(x, FORMAT: tl.constexpr):
-    """The nearest numbers of a format to |x|, ties to even, the largest beyond it."""
-    BITS: tl.constexpr = of_format(FORMAT)[0]
-    LEAST: tl.constexpr = of_format(FORMAT)[1]
-    LARGEST: tl.constexpr = of_format(FORMAT)[2]
-    size = tl.minimum(tl.abs(x), LARGEST)
-    exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 127 + LEAST)
-    rounding = ((exponent - BITS + 23) << 23 | 1 << 22).to(tl.float32, bitcast=True)  # its last bit is worth a step
-    return (size + rounding) - rounding
-
-
-@triton.jit
-def float_error(x, FORMAT: tl.constexpr):
-    """Squared error [T, G, 1] of x [T, G, R] in a format, summed by halves as in quantizers/floats.py."""
-    error = float_sizes(x, FORMAT) - tl.abs(x)
-    error = error * error
-    for i in tl.static_range(halvings(x.shape[2])):
-        error = tl.sum(tl.reshape(error, (x.shape[0], x.shape[1], 2, x.shape[2] >> i + 1)), 2)
-    return error
-
-
-@triton.jit
-def float_codes(x, FORMAT: tl.constexpr):
-    """Codes int32 of the nearest numbers of a format, ties to even, the largest beyond it."""
-    BITS: tl.constexpr = of_format(FORMAT)[0]
-    LEAST: tl.constexpr = of_format(FORMAT)[1]
-    size = float_sizes(x, FORMAT)
-    unit = 2.0 ** (LEAST + 14)  # the format's numbers over this are those of float16 with the same bits
-    bits = (size / unit).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) >> (10 - BITS)
-    SIGN: tl.constexpr = 8 if FORMAT == "e2m1" else 128
-    return tl.where(x.to(tl.int32, bitcast=True) < 0, bits | SIGN, bits)
-
-
-@triton.jit
-def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """The largest magnitude of a piece in a page, less its centre where it has one."""
-    T: tl.constexpr = C.shape[0]
-    G: tl.constexpr = C.shape[1]
-    R: tl.constexpr = C.shape[2]
-    DOWN: tl.constexpr = C.tiles[0]
-    ACROSS: tl.constexpr = C.tiles[1]
-    most = tl.zeros((T, G, R), tl.float32)
-    for across in range(ACROSS):
-        token, _run, channel, seen, live = place(page, across, PAGE, C)
-        shift = tl.zeros_like(channel).to(tl.float32)
-        if C.centre >= 0:
-            shift = page_centre(x, page, channel, live, DIM, PAGE, C).to(tl.float32)
-        for down in range(DOWN):
-            token, _run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)
-            found = load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32) - shift
-            most = tl.maximum(most, tl.where(seen & live, tl.abs(found), 0))
-    return tl.max(tl.max(tl.max(most, 2), 1), 0)
-
-
-@triton.jit
-def power(e8m0):
-    """2^(e8m0 - 127) of int32 codes."""
-    return tl.where(e8m0 > 0, e8m0 << 23, 1 << 22).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
-    """Writes x float32 [T, G, R] as numbers of a format; most: the largest magnitude of the page, where it counts."""
-    FORMAT: tl.constexpr = C.format
-    SCALES: tl.constexpr = C.scale_format
-    PAGE: tl.constexpr = C.page_scale
-    CHANNELS: tl.constexpr = C.channels
-    GROUP: tl.constexpr = C.channel_group
-    COUNT: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
-    SCALE: tl.constexpr = C.scale
-    LARGEST: tl.constexpr = of_format(FORMAT)[2]
-    largest = tl.max(tl.where(there, tl.abs(x), 0), 2, keep_dims=True)
-    at, shown = token * COUNT + run // GROUP, seen & (run < CHANNELS)
-    if SCALES == "bf16":
-        scale = tl.minimum(tl.maximum(tl.div_rn(largest, LARGEST), NORMAL), 2.0**112)
-        bits = scale.to(tl.int32, bitcast=True)
-        stored = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # the nearest, ties to even: the interpreter truncates
-        scale = (stored << 16).to(tl.float32, bitcast=True)
-        tl.store((record + (SCALE + at * 2)).to(tl.pointer_type(tl.uint16)), stored.to(tl.uint16), mask=shown)
-    else:
-        if SCALES == "e8m0":
-            stored = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 2, 0), 252)
-            y = tl.div_rn(x, power(stored))
-            stored += (float_error(y / 2, FORMAT) < float_error(y, FORMAT) / 4).to(tl.int32)
-            stored = tl.minimum(stored, 252)
-            scale = power(stored)
-        else:
-            page = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
-            stored = tl.div_rn(tl.div_rn(largest, LARGEST), page)
-            stored = float_codes(tl.maximum(stored, 2.0**-9), "e4m3")
-            scale = (stored << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * page
-            if tile == 0:
-                tl.store((record + PAGE).to(tl.pointer_type(tl.float32)), page)
-        tl.store(record + (SCALE + at), stored.to(tl.uint8), mask=shown)
-    put_codes(record, float_codes(tl.div_rn(x, scale), FORMAT), token, run, seen, C)
 
 
 @triton.jit

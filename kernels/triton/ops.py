@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import attention, chunks
+from . import attention, chunks, merge
 from .plan import blocked, tokens_tile
 
 SPLITS = 16  # that a program merges at once
@@ -133,7 +133,7 @@ def attend_pages(
             LSE_OF_TILES=lse_of_pages,
             IN_TOKENS=in_tokens,
         )
-        attention.merge_kernel[(streams * rows,)](
+        merge.merge_kernel[(streams * rows,)](
             workspace,
             partial_lse,
             idle if prior_out is None else prior_out,

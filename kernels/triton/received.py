@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention import LN2, LOG2E, dot
+from .unpack import LN2, LOG2E, dot
 
 CHANGING = ["keys", "queries", "split"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention import chunk, dot
+from .unpack import chunk, dot
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .attention import chunk, dot
+from .unpack import chunk, dot
 
 
 @triton.jit(do_not_specialize=["count", "ids_stride"])

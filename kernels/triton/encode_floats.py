@@ -1,0 +1,122 @@
+"""Pages of floating-point codes: a scale in a format of its own, and the nearest numbers of another."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pack import load, page_centre, place, put_codes
+
+NORMAL = tl.constexpr(2.0**-126)
+
+
+@triton.constexpr_function
+def of_format(name: str) -> tuple[int, int, float]:
+    """Mantissa bits, the exponent of subnormal numbers and the largest number of a format."""
+    return {"e4m3": (3, -6, 448.0), "e5m2": (2, -14, 57344.0), "e2m1": (1, 0, 6.0)}[name]
+
+
+@triton.constexpr_function
+def halvings(n: int) -> int:
+    """log2 n."""
+    return n.bit_length() - 1
+
+
+@triton.jit
+def float_sizes(x, FORMAT: tl.constexpr):
+    """The nearest numbers of a format to |x|, ties to even, the largest beyond it."""
+    BITS: tl.constexpr = of_format(FORMAT)[0]
+    LEAST: tl.constexpr = of_format(FORMAT)[1]
+    LARGEST: tl.constexpr = of_format(FORMAT)[2]
+    size = tl.minimum(tl.abs(x), LARGEST)
+    exponent = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 127 + LEAST)
+    rounding = ((exponent - BITS + 23) << 23 | 1 << 22).to(tl.float32, bitcast=True)  # its last bit is worth a step
+    return (size + rounding) - rounding
+
+
+@triton.jit
+def float_error(x, FORMAT: tl.constexpr):
+    """Squared error [T, G, 1] of x [T, G, R] in a format, summed by halves as in quantizers/floats.py."""
+    error = float_sizes(x, FORMAT) - tl.abs(x)
+    error = error * error
+    for i in tl.static_range(halvings(x.shape[2])):
+        error = tl.sum(tl.reshape(error, (x.shape[0], x.shape[1], 2, x.shape[2] >> i + 1)), 2)
+    return error
+
+
+@triton.jit
+def float_codes(x, FORMAT: tl.constexpr):
+    """Codes int32 of the nearest numbers of a format, ties to even, the largest beyond it."""
+    BITS: tl.constexpr = of_format(FORMAT)[0]
+    LEAST: tl.constexpr = of_format(FORMAT)[1]
+    size = float_sizes(x, FORMAT)
+    unit = 2.0 ** (LEAST + 14)  # the format's numbers over this are those of float16 with the same bits
+    bits = (size / unit).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) >> (10 - BITS)
+    SIGN: tl.constexpr = 8 if FORMAT == "e2m1" else 128
+    return tl.where(x.to(tl.int32, bitcast=True) < 0, bits | SIGN, bits)
+
+
+@triton.jit
+def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """The largest magnitude of a piece in a page, less its centre where it has one."""
+    T: tl.constexpr = C.shape[0]
+    G: tl.constexpr = C.shape[1]
+    R: tl.constexpr = C.shape[2]
+    DOWN: tl.constexpr = C.tiles[0]
+    ACROSS: tl.constexpr = C.tiles[1]
+    most = tl.zeros((T, G, R), tl.float32)
+    for across in range(ACROSS):
+        token, _run, channel, seen, live = place(page, across, PAGE, C)
+        shift = tl.zeros_like(channel).to(tl.float32)
+        if C.centre >= 0:
+            shift = page_centre(x, page, channel, live, DIM, PAGE, C).to(tl.float32)
+        for down in range(DOWN):
+            token, _run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)
+            found = load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32) - shift
+            most = tl.maximum(most, tl.where(seen & live, tl.abs(found), 0))
+    return tl.max(tl.max(tl.max(most, 2), 1), 0)
+
+
+@triton.jit
+def power(e8m0):
+    """2^(e8m0 - 127) of int32 codes."""
+    return tl.where(e8m0 > 0, e8m0 << 23, 1 << 22).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
+    """Writes x float32 [T, G, R] as numbers of a format; most: the largest magnitude of the page, where it counts."""
+    FORMAT: tl.constexpr = C.format
+    SCALES: tl.constexpr = C.scale_format
+    PAGE: tl.constexpr = C.page_scale
+    CHANNELS: tl.constexpr = C.channels
+    GROUP: tl.constexpr = C.channel_group
+    COUNT: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
+    SCALE: tl.constexpr = C.scale
+    LARGEST: tl.constexpr = of_format(FORMAT)[2]
+    largest = tl.max(tl.where(there, tl.abs(x), 0), 2, keep_dims=True)
+    at, shown = token * COUNT + run // GROUP, seen & (run < CHANNELS)
+    if SCALES == "bf16":
+        scale = tl.minimum(tl.maximum(tl.div_rn(largest, LARGEST), NORMAL), 2.0**112)
+        bits = scale.to(tl.int32, bitcast=True)
+        stored = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # the nearest, ties to even: the interpreter truncates
+        scale = (stored << 16).to(tl.float32, bitcast=True)
+        tl.store((record + (SCALE + at * 2)).to(tl.pointer_type(tl.uint16)), stored.to(tl.uint16), mask=shown)
+    else:
+        if SCALES == "e8m0":
+            stored = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 2, 0), 252)
+            y = tl.div_rn(x, power(stored))
+            stored += (float_error(y / 2, FORMAT) < float_error(y, FORMAT) / 4).to(tl.int32)
+            stored = tl.minimum(stored, 252)
+            scale = power(stored)
+        else:
+            page = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
+            stored = tl.div_rn(tl.div_rn(largest, LARGEST), page)
+            stored = float_codes(tl.maximum(stored, 2.0**-9), "e4m3")
+            scale = (stored << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * page
+            if tile == 0:
+                tl.store((record + PAGE).to(tl.pointer_type(tl.float32)), page)
+        tl.store(record + (SCALE + at), stored.to(tl.uint8), mask=shown)
+    put_codes(record, float_codes(tl.div_rn(x, scale), FORMAT), token, run, seen, C)

@@ -1,0 +1,211 @@
+"""Queries times a tile of keys, and weights times a tile of values, for each kind of chunk."""
+
+# Triton reads these functions as a language of its own: without annotations, and with tuples that grow.
+# mypy: disable-error-code="no-untyped-def, assignment, no-redef"
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .unpack import (
+    block_grid,
+    block_numbers,
+    channel_grid,
+    dot,
+    dtype_of,
+    float_grid,
+    float_numbers,
+    halves,
+    lane_codes,
+    lane_numbers,
+    tile_numbers,
+    tile_packed,
+    token_grid,
+    visible,
+)
+
+
+@triton.jit
+def load_queries(q, row, rows, channels, C: tl.constexpr):
+    """A chunk's channels of queries, a tile float32 [R, columns] a lane."""
+    CHANNEL: tl.constexpr = C.channel
+    LANES: tl.constexpr = C.lanes
+    COLUMNS: tl.constexpr = C.columns
+    BLOCK: tl.constexpr = C.block
+    column = tl.arange(0, BLOCK)
+    there = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+    found = ()
+    for lane in tl.static_range(LANES):
+        at = row[:, None] * channels + (CHANNEL + column * LANES + lane)[None, :]
+        found = found + (tl.load(q + at, mask=there, other=0).to(tl.float32),)
+    return found
+
+
+@triton.jit
+def largest(most, lanes):
+    for i in tl.static_range(len(lanes)):
+        most = tl.maximum(most, tl.max(tl.abs(lanes[i]), 1))
+    return most
+
+
+@triton.jit
+def over(lanes, norm):
+    found = ()
+    for i in tl.static_range(len(lanes)):
+        found = found + (lanes[i] / norm[:, None],)
+    return found
+
+
+@triton.jit
+def total(lanes):
+    found = tl.sum(lanes[0], 1)
+    for i in tl.static_range(1, len(lanes)):
+        found += tl.sum(lanes[i], 1)
+    return found
+
+
+@triton.jit
+def centre_logits(logits, q, base, seen, C: tl.constexpr, WITHIN: tl.constexpr):
+    """Adds q . c [R, T] over a chunk's channels; WITHIN: the tile lies within one page."""
+    CENTRE: tl.constexpr = C.centre
+    LANES: tl.constexpr = C.lanes
+    BLOCK: tl.constexpr = C.block
+    COLUMNS: tl.constexpr = C.columns
+    column = tl.arange(0, BLOCK)
+    if WITHIN:
+        offset = tl.zeros_like(tl.sum(logits, 1))
+        for i in tl.static_range(LANES):
+            centre = halves(base, CENTRE + (column * LANES + i) * 2, column < COLUMNS)
+            offset += tl.sum(q[i] * centre[None, :], 1)
+        logits += offset[:, None]
+    else:
+        for i in tl.static_range(LANES):
+            at = (CENTRE + (column * LANES + i) * 2)[None, :]
+            centre = halves(base[:, None], at, visible(seen, column, C))
+            logits = dot(q[i], centre.trans(), logits, tl.float32)
+    return logits
+
+
+@triton.jit
+def key_logits(
+    logits, q, base, first, token, seen, book, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr
+):  # fmt: skip
+    """Adds q . k [R, T] over a chunk's channels; q: its lanes."""
+    KIND: tl.constexpr = C.kind
+    LANES: tl.constexpr = C.lanes
+    BOOK: tl.constexpr = C.book
+    DTYPE: tl.constexpr = dtype_of(C, EXACT, tl.float16)
+    if KIND == "numbers":
+        logits = dot(q[0], tile_numbers(base, token, seen, C).to(DTYPE).trans(), logits, DTYPE)
+    else:
+        packed = tile_packed(base, token, seen, C)
+        if KIND == "block":
+            scale, zero = block_grid(base, token, seen, C)
+            for i in tl.static_range(LANES):
+                x = block_numbers(packed, scale, zero, C, i)
+                logits = dot(q[i], x.to(DTYPE).trans(), logits, DTYPE)
+        elif KIND == "floats":
+            part = tl.zeros_like(logits)
+            scale, factor = float_grid(base, token, seen, C)
+            for i in tl.static_range(LANES):
+                part = dot(q[i], float_numbers(packed, scale, C, i).to(DTYPE).trans(), part, DTYPE)
+            logits += part * factor[None, :]
+        elif KIND == "channel":
+            offset = tl.zeros_like(tl.sum(logits, 1))
+            for i in tl.static_range(LANES):
+                scale, zero = channel_grid(base, first, C, i)
+                x = lane_numbers(packed, C, i).to(DTYPE)
+                logits = dot(q[i] * scale[None, :], x.trans(), logits, DTYPE)
+                offset += tl.sum(q[i] * zero[None, :], 1)
+            logits += offset[:, None]
+        else:
+            part = tl.zeros_like(logits)
+            scale, zero = token_grid(base, token, seen, C)
+            for i in tl.static_range(LANES):
+                if KIND == "book":
+                    x = tl.load(book + BOOK + lane_codes(packed, C, i))
+                else:
+                    x = lane_numbers(packed, C, i).to(DTYPE)
+                part = dot(q[i], x.trans(), part, DTYPE)
+            logits += part * scale[None, :]
+            if C.adds:
+                logits += total(q)[:, None] * zero[None, :]
+    if C.centre >= 0:
+        logits = centre_logits(logits, q, base, seen, C, WITHIN)
+    return logits
+
+
+@triton.jit
+def add_values(sums, p, keep, base, first, token, seen, book, C: tl.constexpr, EXACT: tl.constexpr):
+    """sums * keep + p v over a tile's tokens: a tile [R, columns] a lane, then what all channels gain [R], if any."""
+    KIND: tl.constexpr = C.kind
+    LANES: tl.constexpr = C.lanes
+    BOOK: tl.constexpr = C.book
+    DTYPE: tl.constexpr = dtype_of(C, EXACT, tl.bfloat16)
+    keeps = keep[:, None]
+    found = ()
+    if KIND == "numbers":
+        found = found + (dot(p, tile_numbers(base, token, seen, C).to(DTYPE), sums[0] * keeps, DTYPE),)
+    else:
+        packed = tile_packed(base, token, seen, C)
+        if KIND == "block":
+            scale, zero = block_grid(base, token, seen, C)
+            for i in tl.static_range(LANES):
+                x = block_numbers(packed, scale, zero, C, i)
+                found = found + (dot(p, x.to(DTYPE), sums[i] * keeps, DTYPE),)
+        elif KIND == "floats":
+            scale, factor = float_grid(base, token, seen, C)
+            weights = p * factor[None, :]
+            for i in tl.static_range(LANES):
+                x = float_numbers(packed, scale, C, i).to(DTYPE)
+                found = found + (dot(weights, x, sums[i] * keeps, DTYPE),)
+        elif KIND == "channel":
+            mass = tl.sum(p, 1)[:, None]
+            for i in tl.static_range(LANES):
+                scale, zero = channel_grid(base, first, C, i)
+                x = dot(p, lane_numbers(packed, C, i).to(DTYPE), tl.zeros_like(sums[i]), DTYPE)
+                found = found + (sums[i] * keeps + x * scale[None, :] + mass * zero[None, :],)
+        else:
+            scale, zero = token_grid(base, token, seen, C)
+            weights = p * scale[None, :]
+            for i in tl.static_range(LANES):
+                if KIND == "book":
+                    x = tl.load(book + BOOK + lane_codes(packed, C, i))
+                else:
+                    x = lane_numbers(packed, C, i).to(DTYPE)
+                found = found + (dot(weights, x, sums[i] * keeps, DTYPE),)
+            if C.adds:
+                found = found + (sums[LANES] * keep + tl.sum(p * zero[None, :], 1),)
+    return found
+
+
+@triton.jit
+def no_values(C: tl.constexpr, ROWS: tl.constexpr):
+    """Where `add_values` starts."""
+    LANES: tl.constexpr = C.lanes
+    BLOCK: tl.constexpr = C.block
+    found = ()
+    for _ in tl.static_range(LANES):
+        found = found + (tl.zeros((ROWS, BLOCK), tl.float32),)
+    if C.adds:
+        found = found + (tl.zeros((ROWS,), tl.float32),)
+    return found
+
+
+@triton.jit
+def store_values(out, sums, mass, row, rows, channels, C: tl.constexpr):
+    """A chunk's channels of the output: sums over the mass [R]."""
+    CHANNEL: tl.constexpr = C.channel
+    LANES: tl.constexpr = C.lanes
+    COLUMNS: tl.constexpr = C.columns
+    BLOCK: tl.constexpr = C.block
+    column = tl.arange(0, BLOCK)
+    there = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+    for i in tl.static_range(LANES):
+        x = sums[i]
+        if C.adds:
+            x += sums[LANES][:, None]
+        at = row[:, None] * channels + (CHANNEL + column * LANES + i)[None, :]
+        tl.store(out + at, x / mass[:, None], mask=there)
