@@ -89,6 +89,11 @@ class PageLayout:
         """Bytes of a page's centres."""
         return sum(f.nbytes for f in self.centres)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token that attention reads, where the layout is `tokenwise`; without the page's centres."""
+        return (self.body_bytes - self.centre_bytes) // self.page_size
+
     @cached_property
     def token_fields(self) -> tuple[Field, ...]:
         """Fields that attention reads, without centres."""

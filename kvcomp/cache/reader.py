@@ -101,8 +101,9 @@ def attend(
             else:
                 ids = ids.gather(1, choice.positions)
             count = counts
-        size = layout.body_bytes
-        plan.add("pages", size // layout.page_size if view.in_tokens else size, count)
+        plan.add("pages", layout.token_bytes if view.in_tokens else layout.body_bytes, count)
+        if view.in_tokens and layout.centres:
+            plan.add("pages", layout.centre_bytes, (counts + layout.page_size - 1) // layout.page_size)
     how = q, data, ids, counts, layout, records.codec, scale, softcap, watched, tokens, view.in_tokens
     parts = _unseen(*how, **biased) if unseen else [attend_pages(*how, **biased)]
     return Read(parts if rest is None else [*parts, rest], None if choice is None else choice.positions, plan)

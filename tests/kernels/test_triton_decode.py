@@ -193,11 +193,12 @@ def test_nothing_waits_for_the_device(case: tuple[str, int, int, int, torch.dtyp
 
 
 def test_what_is_read() -> None:
-    """Tokens of pages and their ids: none of the new tokens, and nothing of padding."""
+    """Tokens of pages, and pages' ids and centres: none of the new tokens, and nothing of padding."""
     layer = Case("int(bits=4)", 2, 4, 64, torch.float32)
     step = layer.decoder.plan(*layer.batch(LENGTHS))
     token = 2 * (64 // 2 + 2 + 2)  # K and V: codes of 4 bits, scale and zero
-    assert step.read(layer.pages.layout) == 2 * ((199 + 62 + 63 + 64) * token + (4 + 1 + 1 + 1) * 4)
+    page = 4 + 2 * 64
+    assert step.read(layer.pages.layout) == 2 * ((199 + 62 + 63 + 64) * token + (4 + 1 + 1 + 1) * page)
 
 
 @pytest.mark.parametrize("requests", [1, 3, 7])

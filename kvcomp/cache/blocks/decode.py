@@ -83,10 +83,11 @@ class DecodeStep:
         out[:requests] = part.out.view(requests, -1, out.shape[2])
 
     def read(self, layout: PageLayout) -> int:
-        """Bytes of the cache that a layer loaded: tokens of pages, which share nothing, and pages' ids. Waits."""
+        """Bytes of the cache that a layer loaded: tokens of pages, which share nothing but centres, and pages' ids.
+        Waits."""
         size, held = layout.page_size, self.counts
         pages = (held + size - 1) // size
-        return int(held.sum()) * (layout.body_bytes // size) + int(pages.sum()) * self.ids.itemsize
+        return int(held.sum()) * layout.token_bytes + int(pages.sum()) * (layout.centre_bytes + self.ids.itemsize)
 
 
 def workspace_size(streams: int, step: int, rows: int, pages: int, page_size: int, v_dim: int, processors: int) -> int:
