@@ -97,7 +97,7 @@ def put_book(record, x, middles, token, run, seen, C: tl.constexpr):
     ROOT: tl.constexpr = C.channels**0.5
     SCALE: tl.constexpr = C.scale
     norm = tl.div_rn(tl.sqrt_rn(tl.sum(x * x, 2, keep_dims=True)), ROOT)
-    norm = tl.where(norm < HUGE, norm, HUGE).to(tl.float16)  # where it is no number, too
+    norm = tl.where(norm < HUGE, norm, HUGE).to(tl.float16)  # HUGE of no number, too
     unit = tl.div_rn(x, tl.maximum(norm.to(tl.float32) * ROOT, TINY))
     put_codes(record, exceeded(unit, middles, C), token, run, seen, C)
     put_halves(record, SCALE + token * 2, norm, seen)
