@@ -212,7 +212,8 @@ def described(sides: Sides, layout: PageLayout) -> Description:
     k, v = (chunks(side, layout) for side in sides)
     description = Description(k, v, layout.page_size, TILE)
     full = any(c.kind in (BOOK, FLOATS) for c in (*k, *v)) or min(len(k), len(v)) > 1  # of registers
-    most = TILE // 4 if description.lanes >= MANY else TILE // 2 if full else TILE
+    many = description.lanes >= MANY or (description.centred and len(k) > 1)
+    most = TILE // 4 if many else TILE // 2 if full else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
 
 

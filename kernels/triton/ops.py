@@ -27,6 +27,7 @@ def attention_constants(
 ) -> dict[str, Any]:
     """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
     of a program; `exact` takes the most room."""
+    books = layout.centred and any(chunk.kind == chunks.BOOK for chunk in layout.k)  # 8 bytes would spill on sm_100
     return {
         "K": layout.k,
         "V": layout.v,
@@ -40,7 +41,7 @@ def attention_constants(
         "EXACT": exact,
         "num_warps": WARPS if rows == chunks.NARROWEST else 2 * WARPS,
         "num_stages": STAGES,
-        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded else REGISTERS,
+        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded or books else REGISTERS,
     }
 
 

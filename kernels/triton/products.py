@@ -97,6 +97,8 @@ def key_logits(
     LANES: tl.constexpr = C.lanes
     BOOK: tl.constexpr = C.book
     DTYPE: tl.constexpr = dtype_of(C, EXACT, tl.float16)
+    if C.centre >= 0:  # before the tile is unpacked, whose registers it would share otherwise
+        logits = centre_logits(logits, q, base, seen, C, WITHIN)
     if KIND == "numbers":
         logits = dot(q[0], tile_numbers(base, token, seen, C).to(DTYPE).trans(), logits, DTYPE)
     else:
@@ -132,8 +134,6 @@ def key_logits(
             logits += part * scale[None, :]
             if C.adds:
                 logits += total(q)[:, None] * zero[None, :]
-    if C.centre >= 0:
-        logits = centre_logits(logits, q, base, seen, C, WITHIN)
     return logits
 
 
