@@ -4,68 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-import triton
 from rich.table import Table
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from kvcomp import Stack
 from kvcomp.console import Plain
 from kvcomp.kernels.placed import NOTHING
 from kvcomp.kernels.triton import (
-    attention,
     chunks,
+    compiling,
     encode,
+    issue,
     ops,
     ops_records,
     ops_scores,
     pieces,
-    plan,
     received,
     summaries,
 )
 from kvcomp.kernels.triton import merge as merging
 from kvcomp.kernels.triton import tokens as of_tokens
-from kvcomp.layout import PageLayout
-from kvcomp.stages import Codec, PageShape
+from kvcomp.kernels.triton.compiling import LIMITS, Compiled
+from kvcomp.kernels.triton.issue import built
 
-LIMITS = {80: 163, 90: 227, 100: 227}  # KiB of shared memory a program, by compute capability
-REGISTERS, PROGRAMS, THREADS = 65536, 32, 2048  # of a processor
-RESERVED = 1024  # bytes of shared memory that each program takes besides
 WRITTEN = (
     *("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)"),
     *("fp8", "nvfp4", "mxfp4", "klt(bits=2)"),
 )
 BY_TOKEN = ("none", "int(bits=4)", "int(bits=2)", "turboquant(bits=4)", "fp8", "mxfp4")  # stacks without a window
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-POINTERS = {
-    "q": "*bf16",
-    "pool": "*u8",
-    "ids": "*i32",
-    "counts": "*i64",
-    "k_book": "*fp16",
-    "v_book": "*bf16",
-    "keys": "*u8",
-    "values": "*u8",
-    "token_counts": "*i64",
-    "tokens": "*i64",
-    "records": "*u8",
-    "visible": "*u8",
-    "k_middles": "*fp32",
-    "v_middles": "*fp32",
-}
-FLOATS = ("bias", "token_bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
-SCALARS = ("scale", "softcap")
-ALIGNED = ("k_dim", "v_dim", "keys_stride", "values_stride")  # multiples of 16, for all usual dimensions
 
 
 @dataclass(frozen=True)
@@ -82,78 +50,25 @@ class Resources:
     programs: int
 
 
+def resources(made: Compiled, name: str) -> Resources:
+    return Resources(made.name, name, made.capability, made.registers, made.spilled, made.shared, made.programs)
+
+
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, name: str, **pointers: str) -> Resources:
     """Resources of `kernel`, compiled for a chip and for `constants`, options among them."""
-    options = {key: constants.pop(key) for key in OPTIONS if key in constants}
-    known = POINTERS | dict.fromkeys(FLOATS, "*fp32") | pointers
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        signature[argument] = known.get(argument, "fp32" if argument in SCALARS else "i32")
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in known or argument in ALIGNED:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = _usage(made.asm["cubin"])
-    threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
-    rooms = REGISTERS // (usage["REG"] * threads), THREADS // threads, PROGRAMS
-    programs = min(*rooms, (LIMITS[capability] + 1) * 1024 // (shared + RESERVED))
-    spilled = usage["STACK"] + usage["LOCAL"]
-    return Resources(
-        kernel.fn.__name__.removesuffix("_kernel"), name, capability, usage["REG"], spilled, shared, programs
-    )
-
-
-def _usage(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of the only function in it."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-
-
-def built(spec: str, dim: int, centred: bool = True) -> tuple[Codec, PageLayout]:
-    """The codec and pages of a stack; one that fits its basis has seen keys whose channels differ in size."""
-    stack = Stack.parse(spec).plan(0, 1)
-    shape = PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0, centred)
-    codec, layout = stack.build(shape)
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.randn(1, 512, dim, generator=generator, dtype=torch.float32, device="cpu")
-    seen = seen * torch.linspace(2, -2, dim, dtype=torch.float32, device="cpu").exp()
-    codec.fit(torch.zeros(1, dtype=torch.int64, device="cpu"), seen, seen)
-    return codec, layout
+    return resources(compiling.compiled(kernel, constants, capability, **pointers), name)
 
 
 def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens: bool = False) -> Resources:
-    """Of attention with the window in the same launch where `plan.together` says so; `in_tokens`: over pages that are
-    filled in part."""
-    codec, layout = built(spec, dim)
-    sides = codec.kernel_layouts()
-    assert sides is not None
-    one, described = chunks.numbers(dim, torch.bfloat16), chunks.described(sides, layout)
-    constants = ops.attention_constants(
-        described,
-        layout.bytes_per_page,
-        (one, one) if plan.together(codec.rotates, bool(layout.centres), rows) else ((), ()),
-        plan.tokens_tile(dim * torch.bfloat16.itemsize),
-        plan.blocked(rows, described.centred),
-        exact=False,
-    )
-    biased = codec.read_query(torch.zeros(1, 1, dim, dtype=torch.float32, device="cpu"))[1] is not None
-    constants |= {"BIAS": biased, "TOKEN_BIAS": False, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
-    queries = "*fp32" if codec.rotates else "*bf16"
+    """Of attention, as `issue.attend` compiles it."""
     name = spec if rows == chunks.NARROWEST else f"{spec}, {rows} rows"
     name = name if dim == 128 else f"{name}, {dim} channels"
     name = f"{name}, filled in part" if in_tokens else name
-    return compiled(attention.attend_kernel, constants, capability, name, q=queries)
+    return resources(issue.attend(spec, capability, rows, dim, in_tokens)[0], name)
 
 
 def merge(capability: int, dim: int = 128) -> Resources:
-    constants = {"PRIOR": True, "SPLITS": ops.SPLITS, "BLOCK": dim, "num_warps": ops.WARPS}
+    constants = {"PRIOR": True, "SPLITS": ops.SPLITS, "BLOCK": dim, "num_warps": ops.MERGE_WARPS}
     constants |= {"PAGE": 64, "IN_TOKENS": True, "TOKENS": True}
     return compiled(merging.merge_kernel, constants, capability, "all")
 

@@ -67,6 +67,7 @@ __all__ = [
 _HOMES = {
     "CompressedCache": "kvcomp.integrations.huggingface",
     "Memory": "kvcomp.ledger",
+    "PageShape": "kvcomp.stages",
     "Stack": "kvcomp.stages.stack",
     "Traffic": "kvcomp.ledger",
     "prefill": "kvcomp.integrations.huggingface",
