@@ -22,8 +22,18 @@ import triton
 import triton.language as tl
 
 from .merge import CHANGING, tokens_held, tokens_of_split
-from .products import add_values, key_logits, largest, load_queries, no_values, over, store_values
-from .unpack import LN2, LOG2E, chunk
+from .products import (
+    add_values,
+    centre_logits,
+    key_logits,
+    largest,
+    load_queries,
+    no_values,
+    over,
+    share_norm,
+    store_values,
+)
+from .unpack import LN2, LOG2E, chunk, token_grid
 
 
 @triton.jit
@@ -80,6 +90,8 @@ def run(
     shift = tl.zeros((ROWS,), tl.float32)
     if BIAS:
         shift = tl.load(bias + row, mask=row < rows, other=0) * scale
+    if not SOFTCAP:
+        factor, shift = factor * LOG2E, shift * LOG2E
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     sums = ()
@@ -101,18 +113,30 @@ def run(
                 page = tl.load(ids + token // PAGE, mask=seen, other=0).to(tl.int64) * BYTES
                 token = token % PAGE
             k_page, v_page = k_base + page, v_base + page
+        WITHIN: tl.constexpr = PAGE > 0 and PAGE % TILE == 0
         logits = tl.zeros((ROWS, TILE), tl.float32)
         for i in tl.static_range(len(K)):
-            logits = key_logits(
-                logits, queries[i], k_page, inner, token, seen, k_codebook, chunk(K, i), EXACT, PAGE % TILE == 0
-            )  # fmt: skip
+            if share_norm(K):  # norms multiply all of these
+                logits = key_logits(
+                    logits, queries[i], k_page, inner, token, seen, k_codebook, chunk(K, i), EXACT, WITHIN, True
+                )  # fmt: skip
+        if share_norm(K):
+            logits *= token_grid(k_page, token, seen, chunk(K, 0))[0][None, :]
+        for i in tl.static_range(len(K)):
+            if chunk(K, i).centre >= 0:  # before a tile is unpacked, whose registers it would share otherwise
+                logits = centre_logits(logits, queries[i], k_page, seen, chunk(K, i), EXACT, WITHIN)
+            if not share_norm(K):
+                logits = key_logits(
+                    logits, queries[i], k_page, inner, token, seen, k_codebook, chunk(K, i), EXACT, WITHIN, False
+                )  # fmt: skip
         logits = logits * factor[:, None] + shift[:, None]
         if TOKEN_BIAS:
             place = row[:, None] * bias_stride + (at + tl.arange(0, TILE))[None, :]
-            logits += tl.load(token_bias + place, mask=(row < rows)[:, None] & seen[None, :], other=0) * scale
+            there = (row < rows)[:, None] & seen[None, :]
+            logits += tl.load(token_bias + place, mask=there, other=0) * (scale if SOFTCAP else scale * LOG2E)
         if SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
-            logits = (tl.sigmoid(logits * (2 / softcap)) * 2 - 1) * softcap
-        logits = tl.where(seen[None, :], logits * LOG2E, float("-inf"))
+            logits = (tl.sigmoid(logits * (2 / softcap)) * 2 - 1) * (softcap * LOG2E)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
         highest = tl.max(logits, 1)
         if LSE_OF_TILES:
             own = tl.log2(tl.sum(tl.exp2(logits - highest[:, None]), 1)) + highest
@@ -122,9 +146,16 @@ def run(
         p = tl.exp2(logits - highest[:, None])
         mass = mass * keep + tl.sum(p, 1)
         top = highest
+        weights = p
+        if share_norm(V):
+            weights = p * token_grid(v_page, token, seen, chunk(V, 0))[0][None, :]
         added = ()
         for i in tl.static_range(len(V)):
-            added = added + (add_values(sums[i], p, keep, v_page, inner, token, seen, v_codebook, chunk(V, i), EXACT),)
+            x = add_values(
+                sums[i], weights, keep, v_page, inner, token, seen, v_codebook, chunk(V, i), EXACT, WITHIN,
+                share_norm(V),
+            )  # fmt: skip
+            added = added + (x,)
         sums = added
 
     empty = mass == 0

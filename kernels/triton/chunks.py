@@ -26,7 +26,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NARROWEST, WIDEST = 16, 128  # columns: what tensor cores take, and what registers hold
 IDLE = 1.75  # what tiles may have in channels, of those that there are
 FOLDED = 32  # columns with a common scale from which on it folds into a product of its own
-TILE = 64  # tokens at once, at most: half where codebooks, floats or several chunks a side, a quarter where many tiles
+TILE = 64  # tokens at once, at most: half where gathers or several chunks a side, a quarter where many tiles of several
 MANY = 16
 
 
@@ -39,7 +39,8 @@ class Chunk:
     tokens; `inner` is the chunk's first channel in the segment. middle: the code that is read as 0, for codes about 0
     lose less in 16 bits; the zeros that are stored are those of code 0. codebook: its first entry among the side's.
     Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them. centre: offset of the
-    float16 numbers that the chunk's channels gain in all tokens of a page.
+    float16 numbers that the chunk's channels gain in all tokens of a page. table: entries of the codebook, if
+    they are 4, or 16 that are symmetric: kernels hold them in registers.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Chunk:
     scale_format: str = ""
     page_scale: int = NOTHING
     centre: int = NOTHING
+    table: tuple[float, ...] = ()
 
     @property
     def adds(self) -> bool:
@@ -69,8 +71,8 @@ class Chunk:
 
     @property
     def whole(self) -> bool:
-        """Whether codes have one plane, and a column is a byte of it."""
-        return len(self.planes) == 1 and self.lanes * self.planes[0][2] == 8
+        """Whether codes have one plane, and a column is a byte or a word of it."""
+        return len(self.planes) == 1 and self.lanes * self.planes[0][2] in (8, 16)
 
 
 Chunks = tuple[Chunk, ...]
@@ -111,12 +113,12 @@ def chunks(side: SideLayout, layout: PageLayout) -> Chunks:
 
 def _codes(at: PlacedSegment, segment: Uniform | Codebook | Floats, codebook: int) -> list[Chunk]:
     """The chunks of a segment of codes, whose codebook's first entry is `codebook` of the side's."""
-    lanes = lanes_of(segment)
+    lanes = lanes_of(segment, at.planes)
     columns = run = at.channels // lanes
     shared: dict[str, Any] = {"scale": at.scale, "channel_group": at.channel_group}
     if isinstance(segment, Codebook):
         kind = CODEBOOK
-        shared |= {"codebook": codebook}
+        shared |= {"codebook": codebook, "table": table(segment)}
     elif isinstance(segment, Floats):
         kind = FLOATS
         formats = {"format": segment.format, "scale_format": segment.scale_format, "page_scale": at.page_scale}
@@ -147,16 +149,32 @@ def power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def lanes_of(segment: Uniform | Codebook | Floats) -> int:
-    """Channels of a column: those of a byte of the widest plane, or fewer where tiles would be idle for the most part.
+def lanes_of(segment: Uniform | Codebook | Floats, planes: tuple[tuple[int, int, int], ...]) -> int:
+    """Channels of a column: those of a word of 16 bits of the only plane where that leaves no tile idle, of a byte of
+    the widest, or fewer where tiles would be idle for the most part: then several columns read the same byte.
 
-    Then several columns read the same byte.
+    planes: as of `Chunk`. Words of values are turned on their way out of shared memory, as bytes are not.
     """
-    lanes = 8 // segment.planes[0].width
-    filled = {n: n * sum(block for _, _, block in cut(segment.channels // n)) for n in (8, 4, 2, 1) if n <= lanes}
+    width = segment.planes[0].width
+    filled = {n: n * sum(block for _, _, block in cut(segment.channels // n)) for n in (16, 8, 4, 2, 1)}
+    word = 16 // width
+    words = len(planes) == 1 and (width < 8 or isinstance(segment, Floats)) and not any(x % 2 for x in planes[0][:2])
+    words = words and segment.channels // word >= NARROWEST
+    if words and filled[word] == segment.channels:
+        return word
+    filled = {n: room for n, room in filled.items() if n <= 8 // width}
     return next(
         (n for n, room in filled.items() if room <= IDLE * segment.channels), min(filled, key=filled.__getitem__)
     )
+
+
+def table(segment: Codebook) -> tuple[float, ...]:
+    """As of `Chunk`."""
+    entries = segment.codebook
+    if entries.is_meta or len(entries) not in (4, 16):
+        return ()
+    known = len(entries) == 4 or torch.equal(entries, -entries.flip(0))
+    return tuple(entries.tolist()) if known else ()
 
 
 @dataclass(frozen=True)
@@ -175,14 +193,17 @@ class Description:
 
     @property
     def crowded(self) -> bool:
-        """Whether registers are short: several tiles a side, or more than `WIDEST` channels in one, or many in all."""
-        wide = any(len(side) > 1 or any(c.block * c.lanes > WIDEST for c in side) for side in (self.k, self.v))
-        return wide or self.lanes >= MANY
+        """Whether registers are short: several tiles a side, or more than `WIDEST` channels in one."""
+        return any(len(side) > 1 or any(c.block * c.lanes > WIDEST for c in side) for side in (self.k, self.v))
 
     @property
     def centred(self) -> bool:
         """Whether pages have centres."""
         return any(chunk.centre != NOTHING for chunk in self.k)
+
+    @property
+    def k_dim(self) -> int:
+        return sum(c.columns * c.lanes for c in self.k)
 
     @property
     def v_dim(self) -> int:
@@ -202,7 +223,7 @@ def parsed(text: str) -> Description:
 
 
 def _chunk(fields: list[Any]) -> Chunk:
-    fields[5] = tuple(map(tuple, fields[5]))
+    fields[5], fields[-1] = tuple(map(tuple, fields[5])), tuple(fields[-1])
     return Chunk(*fields)
 
 
@@ -211,10 +232,15 @@ def described(sides: KVLayout, layout: PageLayout) -> Description:
     shared = [s.token_group for side in sides for s in side.segments if isinstance(s, Uniform) and s.token_group > 1]
     k, v = (chunks(side, layout) for side in sides)
     description = Description(k, v, layout.page_size, TILE)
-    full = any(c.kind in (CODEBOOK, FLOATS) for c in (*k, *v)) or min(len(k), len(v)) > 1  # of registers
-    many = description.lanes >= MANY or (description.centred and len(k) > 1)
+    full = min(len(k), len(v)) > 1 or any(map(_full, (*k, *v)))  # of registers
+    many = min(len(k), len(v)) > 1 and (description.lanes >= MANY or description.centred)
     most = TILE // 4 if many else TILE // 2 if full else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
+
+
+def _full(chunk: Chunk) -> bool:
+    """Whether a chunk's codes go by way of float32, or of a gather."""
+    return (chunk.kind == CODEBOOK and not chunk.table) or (chunk.kind == OF_TOKEN and chunk.planes[0][2] == 8)
 
 
 def within_pages(description: Description) -> Description:

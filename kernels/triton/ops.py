@@ -11,12 +11,18 @@ import torch
 import triton
 from torch import Tensor
 
-from . import attention, chunks, merge
+from kvcomp.attention import HIDDEN
+
+from . import attention, chunks, decode, merge
 from .plan import blocked, tokens_tile
 
 SPLITS = 16  # that a program merges at once
-WARPS, STAGES = 4, 3
-REGISTERS, ALL_REGISTERS = 168, 255  # of a thread; with 168, three programs share a processor
+STAGES = 3
+MERGE_WARPS = DECODE_WARPS = 4
+SHARED = 32  # columns of values that two warps share; fewer would be computed by both
+ALL_REGISTERS = 255  # of a thread
+REGISTERS = {1: 224, 2: 168}  # by the warps of a program: 9 warps of a processor then, or 12
+MORE_REGISTERS = 200  # of 2 warps, where tiles would spill: 10 of a processor
 
 
 Exact = tuple[chunks.Chunks, chunks.Chunks]  # keys and values that are no pages
@@ -27,7 +33,9 @@ def attention_constants(
 ) -> dict[str, Any]:
     """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
     of a program; `exact` takes the most room."""
-    codebooks = layout.centred and any(chunk.kind == chunks.CODEBOOK for chunk in layout.k)  # 8 bytes spill on sm_100
+    few = rows == chunks.NARROWEST
+    kinds = {c.kind for c in (*layout.k, *layout.v)}
+    warps = 8 if not few else 1 if any(c.block < SHARED for c in layout.v) else 2
     return {
         "K": layout.k,
         "V": layout.v,
@@ -39,9 +47,13 @@ def attention_constants(
         "TOKENS_TILE": tokens_tile,
         "ROWS": rows,
         "EXACT": exact,
-        "num_warps": WARPS if rows == chunks.NARROWEST else 2 * WARPS,
+        "num_warps": warps,
         "num_stages": STAGES,
-        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded or codebooks else REGISTERS,
+        "maxnreg": ALL_REGISTERS
+        if exact or not few or layout.crowded or chunks.NUMBERS in kinds
+        else MORE_REGISTERS
+        if kinds & {chunks.FLOATS, chunks.CODEBOOK} and warps == 2
+        else REGISTERS[warps],
     }
 
 
@@ -152,11 +164,74 @@ def attend_pages(
             PRIOR=prior_out is not None,
             SPLITS=SPLITS,
             BLOCK=triton.next_power_of_2(v_dim),
-            num_warps=WARPS,
+            num_warps=MERGE_WARPS,
         )
     if lse_of_pages and pages:
         groups = lse_of_tiles.unflatten(-1, (pages, -1)).logsumexp(-1)
     return out, lse, groups
+
+
+@torch.library.custom_op("kvcomp::decode_pages", mutates_args=())
+def decode_pages(
+    pool: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    k_codebook: Tensor,
+    v_codebook: Tensor,
+    description: str,
+    first: int,
+    count: int,
+    in_tokens: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """keys [S, count * P, Dk], values [S, count * P, Dv] and what hides tokens [S, count * P], in `dtype`, of `count`
+    pages from `first` on of ids [S, n]: see `decode.decode_kernel`. The others are as of `attend_pages`."""
+    layout = chunks.within_pages(chunks.parsed(description))
+    keys, values, hidden = _decoded(pool, ids, description, count, dtype)
+    with torch.cuda.device_of(pool):
+        decode.decode_kernel[(len(ids), count)](
+            *(pool, ids, counts, k_codebook, v_codebook, keys, values, hidden),
+            count,
+            ids.stride(0),
+            first,
+            layout.k_dim,
+            layout.v_dim,
+            K=layout.k,
+            V=layout.v,
+            PAGE=layout.page_size,
+            BYTES=pool.stride(0),
+            TILE=layout.tile,
+            IN_TOKENS=in_tokens,
+            LOW=HIDDEN,
+            num_warps=DECODE_WARPS,
+        )
+    return keys, values, hidden
+
+
+@decode_pages.register_fake
+def _(
+    pool: Tensor,
+    ids: Tensor,
+    counts: Tensor,
+    k_codebook: Tensor,
+    v_codebook: Tensor,
+    description: str,
+    first: int,
+    count: int,
+    in_tokens: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _decoded(pool, ids, description, count, dtype)
+
+
+def _decoded(pool: Tensor, ids: Tensor, description: str, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Room for what `decode_pages` returns."""
+    layout = chunks.parsed(description)
+    shapes = (layout.k_dim,), (layout.v_dim,), ()
+    k, v, hidden = (
+        torch.empty((len(ids), count * layout.page_size, *shape), dtype=dtype, device=pool.device) for shape in shapes
+    )
+    return k, v, hidden
 
 
 @attend_pages.register_fake

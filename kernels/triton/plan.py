@@ -10,7 +10,7 @@ MOST_ROWS = 64  # query rows that a program has in registers
 FEWEST_ROWS = 16  # what tensor cores take
 PROGRAMS = 4  # per processor: as many as have room there, and their tails then even out
 LEAST = 256  # tokens of a split: fewer cost more to merge than they save
-FULL = 8192  # bytes of a tile of exact keys
+FULL = 4096  # bytes of a tile of exact keys
 
 
 def blocked(rows: int, centred: bool = False) -> int:

@@ -2,24 +2,31 @@
 
 # Triton reads these functions as a language of its own: without annotations, and with tuples that grow.
 # mypy: disable-error-code="no-untyped-def, assignment, no-redef"
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM300
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from .pairs import (
+    block_halves,
+    channel_halves,
+    codebook_halves,
+    float_by,
+    float_dtype,
+    float_halves,
+    lane_halves,
+    lane_row,
+)
 from .unpack import (
     block_grid,
-    block_numbers,
     channel_grid,
     dot,
     dtype_of,
-    float_grid,
-    float_numbers,
     halves,
-    lane_codes,
-    lane_numbers,
     tile_numbers,
     tile_packed,
     token_grid,
@@ -67,14 +74,18 @@ def total(lanes):
 
 
 @triton.jit
-def centre_logits(logits, q, base, seen, C: tl.constexpr, WITHIN: tl.constexpr):
+def centre_logits(logits, q, base, seen, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr):
     """Adds q . c [R, T] over a chunk's channels; WITHIN: the tile lies within one page."""
     CENTRE: tl.constexpr = C.centre
     LANES: tl.constexpr = C.lanes
     BLOCK: tl.constexpr = C.block
     COLUMNS: tl.constexpr = C.columns
     column = tl.arange(0, BLOCK)
-    if WITHIN:
+    if WITHIN and not EXACT:  # as a product of all tokens alike: cheaper than sums over threads
+        for i in tl.static_range(LANES):
+            centre = tl.broadcast_to(lane_row(base, CENTRE, C, i)[None, :], (logits.shape[1], BLOCK))
+            logits = dot(q[i], centre.trans(), logits, tl.float16)
+    elif WITHIN:
         offset = tl.zeros_like(tl.sum(logits, 1))
         for i in tl.static_range(LANES):
             centre = halves(base, CENTRE + (column * LANES + i) * 2, column < COLUMNS)
@@ -88,17 +99,24 @@ def centre_logits(logits, q, base, seen, C: tl.constexpr, WITHIN: tl.constexpr):
     return logits
 
 
+@triton.constexpr_function
+def share_norm(side: Any) -> bool:
+    """Whether all channels of a side have a token's norm in common."""
+    parts = [side[i] for i in range(len(side))]
+    parts = [part.value if isinstance(part, tl.constexpr) else part for part in parts]
+    return len(parts) > 1 and all(c.kind == "codebook" and c.scale == parts[0].scale for c in parts)
+
+
 @triton.jit
 def key_logits(
-    logits, q, base, first, token, seen, codebook, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr
+    logits, q, base, first, token, seen, codebook, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr,
+    NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Adds q . k [R, T] over a chunk's channels; q: its lanes."""
+    """Adds q . k [R, T] over a chunk's channels, less their centre, and NORMED less norms; q: its lanes."""
     KIND: tl.constexpr = C.kind
     LANES: tl.constexpr = C.lanes
-    CODEBOOK: tl.constexpr = C.codebook
-    DTYPE: tl.constexpr = dtype_of(C, EXACT, tl.float16)
-    if C.centre >= 0:  # before the tile is unpacked, whose registers it would share otherwise
-        logits = centre_logits(logits, q, base, seen, C, WITHIN)
+    DTYPE: tl.constexpr = dtype_of(C, EXACT, float_dtype(C, EXACT, tl.float16, True))
+    SHARED: tl.constexpr = KIND == "channel" and C.channel_group == 1 and not EXACT
     if KIND == "numbers":
         logits = dot(q[0], tile_numbers(base, token, seen, C).to(DTYPE).trans(), logits, DTYPE)
     else:
@@ -106,31 +124,38 @@ def key_logits(
         if KIND == "block":
             scale, zero = block_grid(base, token, seen, C)
             for i in tl.static_range(LANES):
-                x = block_numbers(packed, scale, zero, C, i)
-                logits = dot(q[i], x.to(DTYPE).trans(), logits, DTYPE)
+                x = block_halves(packed, scale, zero, C, i, DTYPE)
+                logits = dot(q[i], x.trans(), logits, DTYPE)
         elif KIND == "floats":
             part = tl.zeros_like(logits)
-            scale, factor = float_grid(base, token, seen, C)
+            scale, factor = float_by(base, token, seen, C, DTYPE, WITHIN)
             for i in tl.static_range(LANES):
-                part = dot(q[i], float_numbers(packed, scale, C, i).to(DTYPE).trans(), part, DTYPE)
+                part = dot(q[i], float_halves(packed, scale, C, i, DTYPE).trans(), part, DTYPE)
             logits += part * factor[None, :]
+        elif SHARED:
+            for i in tl.static_range(LANES):
+                logits = dot(q[i], channel_halves(packed, base, first, C, i).trans(), logits, DTYPE)
         elif KIND == "channel":
             offset = tl.zeros_like(tl.sum(logits, 1))
             for i in tl.static_range(LANES):
                 scale, zero = channel_grid(base, first, C, i)
-                x = lane_numbers(packed, C, i).to(DTYPE)
+                x = lane_halves(packed, C, i, C.middle, DTYPE)
                 logits = dot(q[i] * scale[None, :], x.trans(), logits, DTYPE)
                 offset += tl.sum(q[i] * zero[None, :], 1)
             logits += offset[:, None]
         else:
-            part = tl.zeros_like(logits)
-            scale, zero = token_grid(base, token, seen, C)
+            part = logits
+            if not NORMED:
+                part = tl.zeros_like(logits)
+                scale, zero = token_grid(base, token, seen, C)
             for i in tl.static_range(LANES):
                 if KIND == "codebook":
-                    x = tl.load(codebook + CODEBOOK + lane_codes(packed, C, i))
+                    x = codebook_halves(packed, codebook, C, i, DTYPE)
                 else:
-                    x = lane_numbers(packed, C, i).to(DTYPE)
+                    x = lane_halves(packed, C, i, C.middle, DTYPE)
                 part = dot(q[i], x.trans(), part, DTYPE)
+            if NORMED:
+                return part
             logits += part * scale[None, :]
             if C.adds:
                 logits += total(q)[:, None] * zero[None, :]
@@ -138,12 +163,18 @@ def key_logits(
 
 
 @triton.jit
-def add_values(sums, p, keep, base, first, token, seen, codebook, C: tl.constexpr, EXACT: tl.constexpr):
-    """sums * keep + p v over a tile's tokens: a tile [R, columns] a lane, then what all channels gain [R], if any."""
+def add_values(
+    sums, p, keep, base, first, token, seen, codebook, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr,
+    NORMED: tl.constexpr,
+):  # fmt: skip
+    """sums * keep + p v over a tile's tokens: a tile [R, columns] a lane, then what all channels gain [R], if any.
+    NORMED: norms are in p."""
     KIND: tl.constexpr = C.kind
     LANES: tl.constexpr = C.lanes
-    CODEBOOK: tl.constexpr = C.codebook
-    DTYPE: tl.constexpr = dtype_of(C, EXACT, tl.bfloat16)
+    SHARED: tl.constexpr = KIND == "channel" and C.channel_group == 1 and not EXACT
+    # probabilities of what is decoded whole are in float16; others have scales in them, which bfloat16 has the range of
+    WHOLE: tl.constexpr = SHARED or KIND == "block"
+    DTYPE: tl.constexpr = dtype_of(C, EXACT, float_dtype(C, EXACT, tl.float16 if WHOLE else tl.bfloat16, WITHIN))
     keeps = keep[:, None]
     found = ()
     if KIND == "numbers":
@@ -153,28 +184,38 @@ def add_values(sums, p, keep, base, first, token, seen, codebook, C: tl.constexp
         if KIND == "block":
             scale, zero = block_grid(base, token, seen, C)
             for i in tl.static_range(LANES):
-                x = block_numbers(packed, scale, zero, C, i)
-                found = found + (dot(p, x.to(DTYPE), sums[i] * keeps, DTYPE),)
+                x = block_halves(packed, scale, zero, C, i, DTYPE)
+                found = found + (dot(p, x, sums[i] * keeps, DTYPE),)
         elif KIND == "floats":
-            scale, factor = float_grid(base, token, seen, C)
-            weights = p * factor[None, :]
+            scale, factor = float_by(base, token, seen, C, DTYPE, WITHIN)
+            if DTYPE == tl.float16:  # has no range for factors
+                for i in tl.static_range(LANES):
+                    x = dot(p, float_halves(packed, scale, C, i, DTYPE), tl.zeros_like(sums[i]), DTYPE)
+                    found = found + (sums[i] * keeps + x * factor[None, :],)
+            else:
+                weights = p * factor[None, :]
+                for i in tl.static_range(LANES):
+                    x = float_halves(packed, scale, C, i, DTYPE)
+                    found = found + (dot(weights, x, sums[i] * keeps, DTYPE),)
+        elif SHARED:
             for i in tl.static_range(LANES):
-                x = float_numbers(packed, scale, C, i).to(DTYPE)
-                found = found + (dot(weights, x, sums[i] * keeps, DTYPE),)
+                found = found + (dot(p, channel_halves(packed, base, first, C, i), sums[i] * keeps, DTYPE),)
         elif KIND == "channel":
             mass = tl.sum(p, 1)[:, None]
             for i in tl.static_range(LANES):
                 scale, zero = channel_grid(base, first, C, i)
-                x = dot(p, lane_numbers(packed, C, i).to(DTYPE), tl.zeros_like(sums[i]), DTYPE)
+                x = dot(p, lane_halves(packed, C, i, C.middle, DTYPE), tl.zeros_like(sums[i]), DTYPE)
                 found = found + (sums[i] * keeps + x * scale[None, :] + mass * zero[None, :],)
         else:
-            scale, zero = token_grid(base, token, seen, C)
-            weights = p * scale[None, :]
+            weights = p
+            if not NORMED:
+                scale, zero = token_grid(base, token, seen, C)
+                weights = p * scale[None, :]
             for i in tl.static_range(LANES):
                 if KIND == "codebook":
-                    x = tl.load(codebook + CODEBOOK + lane_codes(packed, C, i))
+                    x = codebook_halves(packed, codebook, C, i, DTYPE)
                 else:
-                    x = lane_numbers(packed, C, i).to(DTYPE)
+                    x = lane_halves(packed, C, i, C.middle, DTYPE)
                 found = found + (dot(weights, x, sums[i] * keeps, DTYPE),)
             if C.adds:
                 found = found + (sums[LANES] * keep + tl.sum(p * zero[None, :], 1),)

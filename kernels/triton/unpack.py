@@ -70,14 +70,17 @@ def halves(base, at, mask):
 
 @triton.jit
 def tile_bytes(base, token, seen, C: tl.constexpr, PLANE: tl.constexpr):
-    """Bytes [T, columns] of a plane, in each column the one that holds its lanes."""
+    """Bytes or words of 16 bits [T, columns] of a plane, in each column the one that holds its lanes."""
     OFFSET: tl.constexpr = C.planes[PLANE][0]
     STRIDE: tl.constexpr = C.planes[PLANE][1]
     BITS: tl.constexpr = C.lanes * C.planes[PLANE][2]
     BLOCK: tl.constexpr = C.block
     column = tl.arange(0, BLOCK)
-    byte = column if BITS == 8 else column * BITS // 8  # the compiler sees neighbours only in the former
-    at = (base + token * STRIDE + OFFSET)[:, None] + byte[None, :]
+    if BITS == 16:
+        at = (base + token * STRIDE + OFFSET).to(tl.pointer_type(tl.uint16))[:, None] + column[None, :]
+    else:
+        byte = column if BITS == 8 else column * BITS // 8  # the compiler sees neighbours only in the former
+        at = (base + token * STRIDE + OFFSET)[:, None] + byte[None, :]
     return tl.load(at, mask=visible(seen, column, C), other=0)
 
 
@@ -114,9 +117,8 @@ def lane_codes(planes, C: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def lane_numbers(planes, C: tl.constexpr, LANE: tl.constexpr):
-    """Codes less the chunk's middle, float32 [T, columns]: exact, by way of a float whose last bit is worth 1."""
-    MIDDLE: tl.constexpr = C.middle
+def lane_numbers(planes, C: tl.constexpr, LANE: tl.constexpr, MIDDLE: tl.constexpr):
+    """Codes less MIDDLE, float32 [T, columns]: exact, by way of a float whose last bit is worth 1."""
     if C.whole:  # not shifted: the multiplication does that, with the subtraction in one instruction
         WIDTH: tl.constexpr = C.planes[0][2]
         SHIFT: tl.constexpr = LANE * WIDTH
@@ -146,10 +148,9 @@ def token_grid(base, token, seen, C: tl.constexpr):
 
 @triton.jit
 def block_grid(base, token, seen, C: tl.constexpr):
-    """Scales and zeros float32 [T, groups, 1] of a chunk whose tokens have several; zeros as of `token_grid`."""
+    """Scales and zeros float32 [T, groups, 1] of a chunk whose tokens have several; the zeros are those of code 0."""
     SCALE: tl.constexpr = C.scale
     ZERO: tl.constexpr = C.zero
-    MIDDLE: tl.constexpr = C.middle
     GROUPS: tl.constexpr = C.groups
     FIRST: tl.constexpr = C.inner // C.channel_group
     LIVE: tl.constexpr = C.columns * C.lanes // C.channel_group
@@ -159,7 +160,7 @@ def block_grid(base, token, seen, C: tl.constexpr):
     at = (base + token * (GROUPS * 2))[:, None] + ((FIRST + group) * 2)[None, :]
     scale = halves(at, SCALE, there)
     if ZERO >= 0:
-        zero = halves(at, ZERO, there) + scale * MIDDLE
+        zero = halves(at, ZERO, there)
     else:
         zero = tl.zeros_like(scale)
     return scale[:, :, None], zero[:, :, None]
@@ -169,7 +170,7 @@ def block_grid(base, token, seen, C: tl.constexpr):
 def block_numbers(planes, scale, zero, C: tl.constexpr, LANE: tl.constexpr):
     """Decoded numbers float32 [T, columns] of a lane, each group of channels by its scale and zero."""
     GROUP: tl.constexpr = C.channel_group // C.lanes
-    x = lane_numbers(planes, C, LANE)
+    x = lane_numbers(planes, C, LANE, 0 if C.zero >= 0 else C.middle)
     grouped = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP)) * scale + zero
     return tl.reshape(grouped, (x.shape[0], x.shape[1]))
 
@@ -215,13 +216,35 @@ def float_numbers(planes, scale, C: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def float_scales(at, there, C: tl.constexpr):
-    """Scales float32 [T, groups] that lie at the bytes `at`; 0 where there is none."""
+def scale_places(base, token, seen, C: tl.constexpr):
+    """Where scales [T, groups] of a chunk lie, and which there are."""
+    SCALE: tl.constexpr = C.scale
+    SIZE: tl.constexpr = 2 if C.scale_format == "bf16" else 1
+    STRIDE: tl.constexpr = C.groups * SIZE
+    FIRST: tl.constexpr = C.inner // C.channel_group
+    LIVE: tl.constexpr = (C.columns * C.lanes + C.channel_group - 1) // C.channel_group
+    ROOM: tl.constexpr = room_of(C)
+    group = tl.arange(0, ROOM)
+    there = seen[:, None] & (group < LIVE)[None, :]
+    return (base + (SCALE + token * STRIDE))[:, None] + ((FIRST + group) * SIZE)[None, :], there
+
+
+@triton.jit
+def scale_codes(base, token, seen, C: tl.constexpr):
+    """Bytes int32 [T, groups] of scales, and which there are."""
+    at, there = scale_places(base, token, seen, C)
+    return tl.load(at, mask=there, other=0).to(tl.int32), there
+
+
+@triton.jit
+def float_scales(base, token, seen, C: tl.constexpr):
+    """Scales float32 [T, groups]; 0 where there is none."""
     FORMAT: tl.constexpr = C.scale_format
     if FORMAT == "bf16":
+        at, there = scale_places(base, token, seen, C)
         return tl.load(at.to(tl.pointer_type(tl.bfloat16)), mask=there, other=0).to(tl.float32)
     else:
-        code = tl.load(at, mask=there, other=0).to(tl.int32)
+        code, there = scale_codes(base, token, seen, C)
         if FORMAT == "e4m3":
             return (code << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         else:  # the exponent of a float32; that of 2^-127 is the first bit of a subnormal number
@@ -230,22 +253,20 @@ def float_scales(at, there, C: tl.constexpr):
 
 
 @triton.jit
+def page_scale(base, token, seen, C: tl.constexpr):
+    """The float32 [T] that multiplies all scales of a page."""
+    PAGE: tl.constexpr = C.page_scale
+    return tl.load((base + (PAGE + token * 0)).to(tl.pointer_type(tl.float32)), mask=seen, other=0)
+
+
+@triton.jit
 def float_grid(base, token, seen, C: tl.constexpr):
     """Scales of a chunk: float32 [T, groups, 1] below 2, times [T], a power of two where there are several."""
-    SCALE: tl.constexpr = C.scale
-    PAGE: tl.constexpr = C.page_scale
-    SIZE: tl.constexpr = 2 if C.scale_format == "bf16" else 1
-    STRIDE: tl.constexpr = C.groups * SIZE
-    FIRST: tl.constexpr = C.inner // C.channel_group
-    LIVE: tl.constexpr = (C.columns * C.lanes + C.channel_group - 1) // C.channel_group
-    ROOM: tl.constexpr = room_of(C)
-    group = tl.arange(0, ROOM)
-    there = seen[:, None] & (group < LIVE)[None, :]
-    scale = float_scales((base + (SCALE + token * STRIDE))[:, None] + ((FIRST + group) * SIZE)[None, :], there, C)
-    if PAGE >= 0:
-        scale *= tl.load((base + (PAGE + token * 0)).to(tl.pointer_type(tl.float32)), mask=seen, other=0)[:, None]
+    scale = float_scales(base, token, seen, C)
+    if C.page_scale >= 0:
+        scale *= page_scale(base, token, seen, C)[:, None]
     factor = tl.max(scale, 1)
-    if ROOM > 1:
+    if room_of(C) > 1:
         factor = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         factor = tl.maximum(factor, 1.1754943508222875e-38)
         scale = scale / factor[:, None]
