@@ -12,7 +12,7 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout, Summary
 from kvcomp.segments import KVLayout
 
-from .contract import Backend, Case, PageCodec, PagesView, Reduce
+from .contract import MOST_ROWS, Backend, Case, PageCodec, PagesView, Reduce
 
 MISSING = (
     "triton is not installed, so attention over compressed pages runs in PyTorch on the GPU, several times slower: "
@@ -40,12 +40,18 @@ class Triton(Backend):
             return f"a GPU of compute capability {found[0]}.{found[1]}, before {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
         why = self.missing()
         if why is None and operation in ("attend", "attend_tokens", "write", "vector_dots", "code_dots"):
-            why = case.obstacle
+            why = case._replace(rows=1).obstacle if operation == "attend" and self._many(case) else case.obstacle
         if why is None and case.sides is not None:
             from . import triton
 
             why = triton.write_obstacle(case.sides) if operation == "write" else triton.obstacle(case.sides)
         return why
+
+    def _many(self, case: Case) -> bool:
+        """Whether queries are so many that pages are decoded for all of them at once."""
+        from .triton import many
+
+        return case.rows > MOST_ROWS and many.serves(case)
 
     def told(self, device: torch.device) -> str:
         return f"Triton, {torch.cuda.get_device_name(device)}"
@@ -54,6 +60,8 @@ class Triton(Backend):
         from .triton import plan
 
         centred = case.layout is not None and bool(case.layout.centres)
+        if case.rows > MOST_ROWS:
+            return False
         return plan.together(case.rotates, centred, case.rows)
 
     def attend(
@@ -66,11 +74,14 @@ class Triton(Backend):
         softcap: float | None,
         tokens: Tokens | None,
         workspace: Tensor | None,
-    ) -> Part:
-        """Exact where queries are float32. workspace: see `triton.attend`."""
+    ) -> Part | None:
+        """Exact where queries are float32. workspace: see `triton.attend`. More than `MOST_ROWS`: see `triton.many`."""
         from . import triton
 
         pool, ids, counts, layout, sides, in_tokens, token_bias = pages
+        many_rows = case.rows > MOST_ROWS
+        if many_rows and (softcap is not None or token_bias is not None or not ids.shape[1]):
+            return None
         assert sides is not None
         held = triton.Pages(
             pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device)
@@ -78,13 +89,18 @@ class Triton(Backend):
         rotated, bias = queries, None
         if case.rotates:
             rotated, bias = codec.read_query(queries.float())
-        part = triton.attend(
-            *(rotated, held, tokens, scale, softcap, bias),
-            lse_of_pages=case.lse_of_pages,
-            workspace=workspace,
-            in_tokens=in_tokens,
-            token_bias=token_bias,
-        )
+        if many_rows:
+            from .triton import many
+
+            part = many.attend(rotated, held, scale, queries.dtype, bias, in_tokens)
+        else:
+            part = triton.attend(
+                *(rotated, held, tokens, scale, softcap, bias),
+                lse_of_pages=case.lse_of_pages,
+                workspace=workspace,
+                in_tokens=in_tokens,
+                token_bias=token_bias,
+            )
         return part._replace(out=codec.read_output(part.out)) if case.rotates else part
 
     def attend_tokens(

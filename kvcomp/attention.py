@@ -14,6 +14,9 @@ from torch import Tensor
 
 MAX_LOGITS = 1 << 24  # largest block of logits held at once, in elements (64 MiB of float32)
 MANY_LOGITS = 1 << 16  # from so many on torch's flash attention is faster, and holds none of them
+MANY_ROWS = 64  # of queries, from which on a GPU multiplies matrices of 16 bits
+HIDDEN = -30000.0  # logits are far above it, and float16 has it
+HALVES = (torch.float16, torch.bfloat16)
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -81,6 +84,13 @@ def attend(
     streams, rows, _ = queries.shape
     tokens = keys.shape[1]
     plain = softcap is None and bias is None and group is None and key_bias is None
+    if plain and _efficient(queries, keys, values, visible):
+        if visible is None:
+            return by_efficient(queries, keys, values, scale)
+        there = visible.expand(streams, 1, tokens)[:, 0]
+        keys, values = (x.masked_fill(~there[..., None], 0) for x in (keys, values))
+        hidden = torch.where(there, 0.0, HIDDEN).to(queries.dtype)
+        return seen_by_some(by_efficient(queries, keys, values, scale, hidden))
     if plain and _flashable(queries, keys, values):
         if visible is None:
             return _by_flash(queries, keys, values, scale, None)
@@ -123,11 +133,43 @@ def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float, s
     """Attention of queries [S, G, n, Dk], of G heads, over n keys [S, n, Dk] and values [S, n, Dv] of their own
     positions, each over those up to its own: rows R = G * n."""
     _, group, n, _ = queries.shape
+    if softcap is None and queries.dtype in HALVES and _on_gpu(queries) and keys.shape[2] == values.shape[2]:
+        k, v = (x.to(queries.dtype)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(queries, k, v, 0.0, True, scale=scale)[:2]
+        return Part(out.flatten(1, 2).float(), lse.flatten(1, 2))
     if softcap is None and _flashable(queries.flatten(1, 2), keys, values):
         k, v = (x.float()[:, None].expand(-1, group, -1, -1) for x in (keys, values))
         out, lse = _flash(queries.float(), k, v, 0.0, True, scale=scale)
         return Part(out.flatten(1, 2), lse.flatten(1, 2))
     return attend(queries.flatten(1, 2), keys, values, scale, causal(n, keys.device).repeat(1, group, 1), softcap)
+
+
+def by_efficient(queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None) -> Part:
+    """Attention on a GPU of queries [S, R, Dk] over keys [S, N, Dk] and values [S, N, Dv] of 16 bits, by torch's
+    kernel, which holds no logits. hidden [S, N]: `HIDDEN` of tokens that are not seen, whose numbers must be finite, else 0."""
+    rows = queries.shape[1]
+    q, k, v = (x[:, None] for x in (queries, keys, values))
+    extra = None if hidden is None else hidden[:, None, None].expand(-1, 1, rows, -1)
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, extra, True, scale=scale)[:2]
+    return Part(out[:, 0].float(), lse[:, 0, :rows])
+
+
+def _efficient(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> bool:
+    """Whether `by_efficient` takes these, and there are queries enough: what is visible, all of a stream see alike."""
+    aligned = all(n % 8 == 0 for n in (keys.shape[1], keys.shape[2], values.shape[2]))
+    alike = visible is None or (visible.dim() == 3 and visible.shape[1] == 1)
+    halves = queries.dtype in HALVES and queries.dtype == keys.dtype == values.dtype
+    return halves and _on_gpu(queries) and queries.shape[1] > MANY_ROWS and aligned and alike
+
+
+def seen_by_some(part: Part) -> Part:
+    """A part of `by_efficient` whose rows may have seen hidden tokens alone, which count as none."""
+    return Part(part.out, part.lse.masked_fill(part.lse < HIDDEN / 2, -torch.inf))
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether torch has kernels for GPUs where x is, or would have them."""
+    return x.is_cuda or x.is_meta
 
 
 def causal(n: int, device: torch.device) -> Tensor:
