@@ -1,0 +1,329 @@
+"""What one GPU says in minutes, a phase at a time: `run.sh` beside this calls it. Every result is a line of JSON in
+$OUT, written when it is there, so that nothing is lost if a later one fails. No network, no weights: everything is
+random, and what is timed is checked against the reference, which a line reports.
+
+python benchmarks/gpu/phases.py copy|attention|prefill|decode|summary [--tiny]: tiny sizes, also where there is no GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvcomp.attention import Part, attend_causal, merge
+from kvcomp.benchmarks.peers import PEERS, Geometry, ready
+from kvcomp.cache.layer import LayerStore
+from kvcomp.kernels import dispatch
+from kvcomp.stages.stack import Stack
+
+OUT = Path(os.environ.get("OUT", "."))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = DEVICE.type == "cuda"
+STACKS = (
+    *("none", "int8", "fp8", "int(bits=4)", "int(bits=2)", "kivi(bits=4)", "kivi(bits=2)"),
+    *("turboquant(bits=4)", "turboquant(bits=2)", "nvfp4", "mxfp4", "klt(bits=2)"),
+)
+ALL_PAGES = "window(sinks=0, recent=0)"  # what kernels read is then what is timed
+COLD = 300 << 20  # bytes of copies of a cache that are read in turn: the L2 cache has 50 MiB
+LIMIT = 1e-2  # of the error that 16-bit products may have, relative to the reference
+REPLAYS = 20
+
+
+def emit(phase: str, **fields: Any) -> None:
+    line = json.dumps({"phase": phase} | fields)
+    print(line, flush=True)
+    with (OUT / f"{phase}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextmanager
+def kept(phase: str, **fields: Any) -> Iterator[None]:
+    """An error inside is a line, and the phase goes on."""
+    try:
+        yield
+    except Exception as error:
+        emit(phase, **fields, error=f"{type(error).__name__}: {error}"[:500])
+        traceback.print_exc()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+def wait() -> float:
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def eager_ms(call: Callable[[], object], times: int = 7) -> float:
+    """Median of the wall clock, host included."""
+    call()
+    taken = []
+    for _ in range(times):
+        start = wait()
+        call()
+        taken.append(1e3 * (wait() - start))
+    return statistics.median(taken)
+
+
+def graph_ms(calls: list[Callable[[], object]]) -> float:
+    """Of one call: all recorded as a CUDA graph, replayed and timed by events; without a GPU the wall clock."""
+    if not GPU:
+        return statistics.mean(eager_ms(call, 1) for call in calls)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / REPLAYS / len(calls)
+
+
+def copy(tiny: bool) -> None:
+    """The ceiling: bytes a second of a copy (read and written) and of a sum (read)."""
+    source = torch.zeros((1 << 20) if tiny else (1 << 30), device=DEVICE, dtype=torch.float32)
+    target = torch.empty_like(source)
+    for name, call, times in (("copy", lambda: target.copy_(source), 2), ("sum", source.sum, 1)):
+        ms = graph_ms([call] * 4)
+        emit("copy", what=name, ms=ms, gbps=times * source.nbytes / ms / 1e6)
+
+
+def filled(spec: str, k: Tensor, v: Tensor, q: Tensor, scale: float) -> LayerStore:
+    store = LayerStore(Stack.parse(spec).plan(4, 36))
+    store.start(k, v)
+    seen = q.expand(-1, -1, k.shape[2], -1) if store.plan.needs_queries else None
+    store.write(k, v, None, seen, scale)
+    store.end_prompt()
+    return store
+
+
+def reading(store: LayerStore, q: Tensor, scale: float) -> Callable[[], Any]:
+    """Attention over all pages of a store, as a graph records it."""
+    storage = store.storage
+    ids, counts = storage.table.held()
+    codec, layout, pool = storage.records.codec, storage.records.layout, storage.pool.data
+    return lambda: dispatch.attend_pages(q, pool, ids, counts, layout, codec, scale)
+
+
+def attention(tiny: bool) -> None:
+    """One layer of Qwen3-8B, a token of each row: L2-cold, by graphs, beside the best dense kernels."""
+    heads, group, dim = (2, 4, 128) if tiny else (8, 4, 128)
+    dtype, scale = torch.bfloat16, dim**-0.5
+    sizes = [(256, 1)] if tiny else [(n << 10, b) for n in (4, 32, 128, 512, 1024) for b in (1, 8) if n * b <= 1024]
+    for n, batch in sizes:
+        torch.manual_seed(0)
+        k, v = (torch.randn(batch, heads, n, dim, dtype=dtype, device=DEVICE) for _ in range(2))
+        query = torch.randn(batch, heads * group, 1, dim, dtype=dtype, device=DEVICE)
+        rows = query.view(batch * heads, group, dim)
+        dense = k.nbytes + v.nbytes
+        copies = 1 if tiny else max(1, -(-COLD // dense))
+        held = [(k, v), *((k.clone(), v.clone()) for _ in range(copies - 1))]
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if GPU else (SDPBackend.MATH,):
+            case = {"stack": f"sdpa {backend.name.lower()}", "tokens": n, "batch": batch}
+            with kept("attention", **case), sdpa_kernel(backend):
+                calls = [partial(F.scaled_dot_product_attention, query, *x, enable_gqa=True) for x in held]
+                ms = graph_ms(calls)
+                emit("attention", **case, ms=ms, bytes=dense, gbps=dense / ms / 1e6)
+        for peer in PEERS:
+            case = {"stack": peer.label, "tokens": n, "batch": batch}
+            with kept("attention", **case):
+                geometry = Geometry(heads * group, heads, dim, dim)
+                right = F.scaled_dot_product_attention(query, k, v, enable_gqa=True)
+                call = peer.obstacle(geometry, dtype, DEVICE) or ready(peer, query, k, v, right)
+                if isinstance(call, str):
+                    emit("attention", **case, absent=call)
+                else:
+                    ms, read = graph_ms([call]), k.numel() * 2 * peer.bytes_per_number
+                    emit("attention", **case, ms=ms, bytes=read, gbps=read / ms / 1e6)
+        del held
+        for spec in STACKS[3:6] if tiny else STACKS:
+            case = {"stack": spec, "tokens": n, "batch": batch}
+            with kept("attention", **case):
+                start = wait()
+                store = filled(f"{spec} + {ALL_PAGES}", k, v, query, scale)
+                write_ms = 1e3 * (wait() - start)
+                call = reading(store, rows, scale)
+                error = None
+                if n * batch <= 32 << 10:
+                    with dispatch.reference_only():
+                        right = call().out
+                    error = float((call().out - right).norm() / right.norm())
+                layout = store.storage.records.layout
+                read = layout.body_bytes * batch * heads * int(store.storage.table.longest)
+                copies = 1 if tiny else max(1, -(-COLD // read))
+                others = [filled(f"{spec} + {ALL_PAGES}", k, v, query, scale) for _ in range(copies - 1)]
+                calls = [call, *(reading(other, rows, scale) for other in others)]
+                ms = graph_ms(calls)
+                emit(
+                    *("attention",),
+                    **case,
+                    ms=ms,
+                    bytes=read,
+                    gbps=read / ms / 1e6,
+                    eager_ms=eager_ms(call),
+                    write_ms=write_ms,
+                    error=error,
+                    within=error is None or error < LIMIT,
+                    of_dense_bytes=read / dense,
+                )
+                del store, others, calls, call
+
+
+def prefill(tiny: bool) -> None:
+    """Writing a prompt, scoring it, and a chunk after a past."""
+    heads, group, dim = (2, 4, 64) if tiny else (8, 4, 128)
+    n, m = (512, 64) if tiny else (128 << 10, 8 << 10)
+    dtype, scale = torch.bfloat16, dim**-0.5
+    k, v = (torch.randn(1, heads, n, dim, dtype=dtype, device=DEVICE) for _ in range(2))
+    policies = ["snapkv(keep=0.25)", "h2o(keep=0.25)", "expected_attention(keep=0.25)"]
+    for spec in [*(STACKS[3:5] if tiny else STACKS), *policies[: 1 if tiny else 3]]:
+        with kept("prefill", what="write", stack=spec, tokens=n):
+            q = torch.randn(1, heads * group, n, dim, dtype=dtype, device=DEVICE)
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            store = LayerStore(Stack.parse(spec).plan(4, 36))
+            start = wait()
+            store.start(k, v)
+            store.write(k, v, None, q if store.plan.needs_queries else None, scale)
+            store.end_prompt()
+            ms = 1e3 * (wait() - start)
+            peak = torch.cuda.max_memory_allocated() - before if GPU else None
+            emit("prefill", what="write", stack=spec, tokens=n, ms=ms, peak_bytes=peak)
+            if spec in policies:
+                continue
+            query = torch.randn(heads, group, m, dim, dtype=dtype, device=DEVICE)
+            own = [torch.randn(heads, m, dim, dtype=dtype, device=DEVICE) for _ in range(2)]
+
+            call = partial(after, reading(store, query.flatten(1, 2), scale), query, *own, scale)
+            emit("prefill", what=f"chunk of {m}", stack=spec, tokens=n, ms=eager_ms(call, 3))
+
+
+def after(past: Callable[[], Part], query: Tensor, k: Tensor, v: Tensor, scale: float) -> Part:
+    """A chunk of a prompt: attention over what came before, and over its own tokens."""
+    return merge([past(), attend_causal(query, k, v, scale)])
+
+
+def decode(tiny: bool) -> None:
+    """Tokens of Qwen3-8B with random weights after a cache that is filled without a prompt: eager, compiled."""
+    from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+    from kvcomp import CompressedCache
+
+    sizes = [300] if tiny else [32 << 10, 128 << 10, 1 << 20]
+    shape: dict[str, Any] = (
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+        if tiny
+        else {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    )
+    config = Qwen3Config(**shape, max_position_embeddings=1 << 21, attn_implementation="sdpa", dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        network = Qwen3ForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    heads, dim, group = config.num_key_value_heads, config.head_dim, config.num_attention_heads // 2
+    token = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    for n in sizes:
+        parts = [
+            [torch.randn(1, heads, min(1 << 16, n - at), dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+            for at in range(0, n, 1 << 16)
+        ]
+        stacks = [None, "kivi(bits=4)", "int(bits=4)", "turboquant(bits=4)"] if n < 1 << 20 else STACKS[3:6]
+        for spec in stacks:
+            for mode in ("eager",) if spec is None else ("eager", "compiled"):
+                case = {"stack": spec or "DynamicCache", "tokens": n, "mode": mode}
+                with kept("decode", **case), torch.inference_mode():
+                    if GPU:
+                        torch.cuda.reset_peak_memory_stats()
+                    cache: Any = DynamicCache(config=config)
+                    if spec is not None:
+                        cache = CompressedCache(spec, network, preallocate=n + 64 if mode == "compiled" else None)
+                    for i, layer in enumerate(cache.layers):
+                        for k, v in parts:
+                            if spec is None:
+                                cache.update(k, v, i)
+                                continue
+                            if not layer.is_initialized:
+                                layer.lazy_initialization(k, v)
+                            asked = torch.randn(1, heads * group, k.shape[2], dim, dtype=k.dtype, device=DEVICE)
+                            layer.store.write(k, v, None, asked if layer.plan.needs_queries else None, dim**-0.5)
+                        if mode == "compiled":
+                            layer.preallocated.take(layer.store)
+                    run = network
+                    if mode == "compiled":
+                        run = torch.compile(network, backend="cudagraphs" if GPU else "eager", fullgraph=True)
+
+                    place = torch.full((1, 1), n, device=DEVICE)
+
+                    def step(run: Any = run, cache: Any = cache, place: Tensor = place) -> Tensor:
+                        found = run(token, past_key_values=cache, position_ids=place, logits_to_keep=1)
+                        place.add_(1)
+                        return found.logits
+
+                    finite = bool(step().isfinite().all())
+                    ms = eager_ms(step, 3 if tiny else 11)
+                    held = torch.cuda.memory_allocated() if GPU else None
+                    emit("decode", **case, ms=ms, finite=finite, allocated=held)
+
+
+def summary(_: bool) -> None:
+    """A table of every line that is there."""
+    lines = [json.loads(x) for file in sorted(OUT.glob("*.jsonl")) for x in file.read_text().splitlines()]
+    ceiling = max((x["gbps"] for x in lines if x["phase"] == "copy"), default=None)
+    text = [f"Device: {torch.cuda.get_device_name() if GPU else 'CPU (rehearsal)'}, torch {torch.__version__}", ""]
+    text += [f"Copy: {ceiling:.0f} GB/s" if ceiling else "Copy: not measured", ""]
+    for phase in dict.fromkeys(x["phase"] for x in lines):
+        rows = [x for x in lines if x["phase"] == phase]
+        names = list(dict.fromkeys(name for x in rows for name in x if name != "phase"))
+        if phase == "attention" and ceiling:
+            names.append("of copy")
+            for x in rows:
+                x["of copy"] = x["gbps"] / ceiling if "gbps" in x else None
+        text += [f"## {phase}", "", " | ".join(names), " | ".join("---" for _ in names)]
+        for x in rows:
+            cells = (x.get(name, "") for name in names)
+            text.append(" | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
+        text.append("")
+    (OUT / "summary.md").write_text("\n".join(text), encoding="utf-8")
+    print("\n".join(text))
+
+
+PHASES = {f.__name__: f for f in (copy, attention, prefill, decode, summary)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    with kept(options.phase, what="phase"):
+        PHASES[options.phase](options.tiny)
+
+
+if __name__ == "__main__":
+    main()
