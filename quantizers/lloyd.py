@@ -77,6 +77,11 @@ class LloydSide:
     book: Tensor  # float32 [2^bits], as of `sphere_codebook`
 
     @property
+    def anchored(self) -> bool:
+        """As in `centred.Grid`: a token of one bit is too far off for the others to follow."""
+        return self.bits > 1
+
+    @property
     def fields(self) -> tuple[Field, ...]:
         codes = code_fields(self.name, self.bits, self.page_size, self.dim)
         return (*codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE))
@@ -94,7 +99,7 @@ class LloydSide:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = unpack_codes(self.name, page, self.bits).int()
-        return self.book[codes] * (page[f"{self.name}.norm"].float() * self.dim**0.5)
+        return (self.book * self.dim**0.5)[codes] * page[f"{self.name}.norm"].float()
 
     @cached_property
     def kernel_layout(self) -> SideLayout:

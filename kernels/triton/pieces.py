@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernels.placed import PlacedSegment, placed, reason, unwritable
+from kvcomp.kernels.placed import NOTHING, PlacedSegment, placed, reason, unwritable
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Floats, Segment, SideLayout, Sides, Uniform
 
@@ -64,6 +64,15 @@ class Piece:
     def programs(self) -> int:
         """Of a page."""
         return self.tiles[0] * self.tiles[1]
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the centre moves until the first token is exact: tokens are coded one by one, in two bits or more."""
+        return self.centre != NOTHING and self.token_group == 1 and self.page_scale == NOTHING and self._bits > 1
+
+    @property
+    def _bits(self) -> int:
+        return sum(width for _, _, width in self.planes)
 
     @property
     def elements(self) -> int:
@@ -193,7 +202,7 @@ def _power(n: int) -> int:
 
 def middles(sides: Sides, device: torch.device) -> list[Tensor]:
     """float32 [n], the tables of K and of V: the middles of all books in the order of segments, each followed by its
-    book where there is a gain; one idle entry where there are none."""
+    book where there is a gain or a centre; one idle entry where there are none."""
     found = [torch.cat([_table(segment, side).to(device) for segment in side.segments]) for side in sides]
     return [table if len(table) else torch.zeros(1, device=device, dtype=torch.float32) for table in found]
 
@@ -204,7 +213,7 @@ def _table(segment: Segment, side: SideLayout) -> Tensor:
         book = segment.book.float()
         return torch.cat([(book[1:] + book[:-1]) / 2, book])
     if isinstance(segment, Codebook) and segment.middles is not None:
-        return segment.middles.float()
+        return torch.cat([segment.middles.float(), segment.book.float()][: 1 if segment.centre is None else 2])
     return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
