@@ -78,8 +78,8 @@ class LloydSide:
 
     @property
     def anchored(self) -> bool:
-        """As in `centred.Grid`: a token of one bit is too far off for the others to follow."""
-        return self.bits > 1
+        """As in `centred.Grid`: in two bits, a token is so far off that the others would pay for it by a tenth."""
+        return self.bits > 2
 
     @property
     def fields(self) -> tuple[Field, ...]:

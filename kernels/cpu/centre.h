@@ -57,8 +57,10 @@ INLINE void put_centre(const Piece *g, const uint8_t *x, int64_t dim, int64_t to
     }
 }
 
-/* Whether tokens are coded one by one, in two bits or more: their centre is `anchored` then. */
-INLINE int anchored(const Piece *g) { return g->levels > 1 && (g->kind == CODEBOOK || g->token_group == 1); }
+/* Whether the centre is `anchored`: where tokens are coded one by one, in two bits or more, of a book in three. */
+INLINE int anchored(const Piece *g) {
+    return g->kind == CODEBOOK ? g->levels > 3 : g->levels > 1 && g->token_group == 1;
+}
 
 /* Channel i of a page's first token, as its codes and its record have it. */
 INLINE float first_coded(const Piece *g, const uint8_t *codes, const uint8_t *record, int64_t i) {

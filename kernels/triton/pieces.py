@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernels.placed import NOTHING, PlacedSegment, placed, reason, unwritable
+from kvcomp.kernels.placed import CODEBOOK, NOTHING, PlacedSegment, placed, reason, unwritable
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Floats, Segment, SideLayout, Sides, Uniform
 
@@ -67,12 +67,10 @@ class Piece:
 
     @property
     def anchored(self) -> bool:
-        """Whether the centre moves until the first token is exact: tokens are coded one by one, in two bits or more."""
-        return self.centre != NOTHING and self.token_group == 1 and self.page_scale == NOTHING and self._bits > 1
-
-    @property
-    def _bits(self) -> int:
-        return sum(width for _, _, width in self.planes)
+        """Whether the centre is `anchored`: where tokens are coded one by one, in two bits or more, of a book in three."""
+        bits = sum(width for _, _, width in self.planes)
+        alone = self.token_group == 1 and self.page_scale == NOTHING
+        return self.centre != NOTHING and alone and bits > (2 if self.kind == CODEBOOK else 1)
 
     @property
     def elements(self) -> int:
