@@ -114,8 +114,8 @@ def _read(file: Path) -> list[str]:
 def _read_book(file: Path) -> list[str]:
     """Return the book without Project Gutenberg's preface and licence."""
     text = file.read_text(encoding="utf-8-sig")
-    codebook = BOOK.search(text)
-    return _words(codebook[1] if codebook else text)
+    book = BOOK.search(text)
+    return _words(book[1] if book else text)
 
 
 @cache
