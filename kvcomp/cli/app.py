@@ -24,6 +24,7 @@ from . import doctor as cli_doctor
 from . import plan as cli_plan
 from . import report as cli_report
 from . import speed as cli_speed
+from . import tune as cli_tune
 from .options import whole_numbers
 
 if TYPE_CHECKING:
@@ -209,7 +210,10 @@ def bench(
     stack: Annotated[list[str], typer.Option(help="A stack to measure; repeat it. Include none to compare with.")],
     model: Model = "smollm2-135m",
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated tasks; ruler, longbench, longbench_e, perplexity: all of theirs.")
+        str,
+        typer.Option(
+            help="Comma-separated tasks, or ruler, longbench, longbench_e, perplexity, fidelity: all of one kind."
+        ),
     ] = "ruler",
     context: Annotated[
         list[str] | None,
@@ -237,16 +241,19 @@ def bench(
     engine: Annotated[
         str, typer.Option(help="What answers: huggingface, or vllm with kvcomp's plugin, one request at a time.")
     ] = "huggingface",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16.  \\[default: float32 on a CPU, bfloat16 on a GPU]"),
+    ] = None,
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
     Each prompt is prefilled once, without compression, for all stacks, save those that take it in chunks; then each
     answers from its own cache.
-    Writes samples.jsonl, summary.csv (for texts perplexity.csv), report.html and its pictures to --out.
+    Writes samples.jsonl, summary.csv (for texts perplexity.csv and fidelity.csv), report.html and pictures to --out.
     """
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     contexts = whole_numbers("context", context or ["2048"], "tokens")
-    from kvcomp.benchmarks import likelihood
     from kvcomp.benchmarks.bench import run
     from kvcomp.benchmarks.report import tables
     from kvcomp.benchmarks.settings import Settings
@@ -254,16 +261,17 @@ def bench(
 
     for reason in choose(names, data)[1]:
         note("left out", "yellow", reason)
-    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     comparison = run(settings, out, notes(), command)
     console = results(100)
-    for table in [*tables(comparison.lines), *likelihood.tables(comparison.texts)]:
+    for table in tables(comparison):
         console.print(table)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
+app.command(epilog=cli_tune.EXAMPLES)(cli_tune.tune)
 app.command(epilog=cli_report.EXAMPLES)(cli_report.report)
 app.command(epilog=cli_plan.EXAMPLES)(cli_plan.plan)
 app.command(epilog=cli_speed.EXAMPLES)(cli_speed.speed)

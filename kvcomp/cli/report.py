@@ -33,7 +33,6 @@ def report(
     run: paired over the samples that are the same, or unpaired where there are none. Settings that differ are named.
     Samples are only read, never changed.
     """
-    from kvcomp.benchmarks import likelihood
     from kvcomp.benchmarks.report import publish, tables
     from kvcomp.benchmarks.results import read_run
 
@@ -47,7 +46,7 @@ def report(
         )
     comparison = publish([read_run(run) for run in runs], out)
     console = results(100 if len(runs) == 1 else 120)
-    for table in [*tables(comparison.lines), *likelihood.tables(comparison.texts)]:
+    for table in tables(comparison):
         console.print(table)
     if any(line.first and not line.first.paired for line in comparison.lines):
         console.print("* unpaired: other samples than the first run's")
