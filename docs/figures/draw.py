@@ -63,7 +63,7 @@ def accuracy(axes: plt.Axes) -> None:
         axes.annotate(
             row["stack"].replace(" + ", "\n+ "), (x, change), (right, up), textcoords="offset points", ha=side
         )
-    axes.set(xlim=(3.2, 10.4), ylim=(-42, 14), xlabel="times smaller than the uncompressed cache")
+    axes.set(xlim=(3.2, 10.4), ylim=(-42, 14), xlabel="times smaller than the uncompressed float32 cache")
     axes.set_title("RULER: points lost or gained, 95 % intervals", fontsize=10, loc="left")
 
 
