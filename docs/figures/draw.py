@@ -1,4 +1,4 @@
-"""Draw docs/figures/headline.svg from the measured tables: python docs/figures/draw.py"""
+"""Draw the pictures of README and of the site's start from measured tables: python docs/figures/draw.py"""
 
 from __future__ import annotations
 
@@ -77,18 +77,24 @@ def speed(axes: plt.Axes) -> None:
     axes.bar_label(bars, [f"{ms[name]:.2f} ms, {ratios[name]:.1f}x" for name in names], padding=3)
     axes.set(xlim=(0, 7.4), xlabel="milliseconds for a step's attention in one layer")
     axes.tick_params(axis="y", length=0)
-    axes.set_title("Attention over 32,000 tokens, two CPU threads", fontsize=10, loc="left")
+    axes.set_title("Attention over 32,000 tokens, two CPU threads", fontsize=10, loc="right")
 
 
-def draw(path: Path) -> None:
-    with mpl.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.7), layout="constrained")
-        accuracy(left)
-        speed(right)
-        figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
-    text = path.read_text(encoding="utf-8").replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, Arial, sans-serif")
-    path.write_text(re.sub(r" +$", "", text, flags=re.MULTILINE), encoding="utf-8")
+def draw(folder: Path) -> list[Path]:
+    """Write headline_accuracy.svg and headline_speed.svg to a folder."""
+    paths = []
+    for name, panel in (("accuracy", accuracy), ("speed", speed)):
+        with mpl.rc_context(STYLE):
+            figure, axes = plt.subplots(figsize=(5.2, 3.7), layout="constrained")
+            panel(axes)
+            path = folder / f"headline_{name}.svg"
+            figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
+            plt.close(figure)
+        text = path.read_text(encoding="utf-8").replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, Arial, sans-serif")
+        path.write_text(re.sub(r" +$", "", text, flags=re.MULTILINE), encoding="utf-8")
+        paths.append(path)
+    return paths
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("headline.svg"))
+    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
