@@ -11,6 +11,7 @@ from types import ModuleType
 import documents
 import pytest
 
+import kvcomp.stages.stack
 from kvcomp.stages.registry import stages
 
 README = documents.ROOT / "README.md"
@@ -32,6 +33,7 @@ def hooks() -> ModuleType:
 
 
 def own_stages() -> dict[str, type]:
+    assert kvcomp.stages.stack  # registers window
     return {name: stage for name, stage in stages().items() if stage.__module__.startswith("kvcomp.")}
 
 
