@@ -42,13 +42,15 @@ def attend_pages(
     in_tokens: bool = False,
     workspace: Tensor | None = None,
     token_bias: Tensor | None = None,
+    host: bool = True,
 ) -> Part:
     """As `reference.attend_pages`, and over exact `tokens` too.
 
-    workspace: float32 that Triton kernels use instead of allocating it, as in a CUDA graph; see `triton.attend`.
+    host: whether PyTorch may look at counts that lie on the host. workspace: float32 that Triton kernels use instead of
+    allocating it, as in a CUDA graph; see `triton.attend`.
     """
     pages = PagesView(pool, ids, counts, layout, codec.kernel_sides(), in_tokens, token_bias)
-    asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens
+    asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens, host
     case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):
         joined = tokens if tokens is not None and backend.joins(codec, case, tokens) else None
@@ -57,7 +59,7 @@ def attend_pages(
             continue
         if tokens is None or joined is not None:
             return part
-        return attend_tokens(queries, tokens, scale, softcap, part, workspace)._replace(groups=part.groups)
+        return attend_tokens(queries, tokens, scale, softcap, part, workspace, host)._replace(groups=part.groups)
     raise AssertionError("the reference declines nothing")
 
 
@@ -68,12 +70,13 @@ def attend_tokens(
     softcap: float | None = None,
     prior: Part | None = None,
     workspace: Tensor | None = None,
+    host: bool = True,
 ) -> Part:
-    """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
+    """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to; host: as in `attend_pages`."""
     if not (tokens.keys.shape[2] and tokens.values.shape[2]):  # no channels
-        return REFERENCE.attend_tokens(queries, tokens, scale, softcap, prior, workspace)
+        return REFERENCE.attend_tokens(queries, tokens, scale, softcap, prior, workspace, host)
     for backend in backends.on("attend_tokens", queries.device, queries.shape[1]):
-        part = backend.attend_tokens(queries, tokens, scale, softcap, prior, workspace)
+        part = backend.attend_tokens(queries, tokens, scale, softcap, prior, workspace, host)
         if part is not None:
             return part
     raise AssertionError("the reference declines nothing")
