@@ -12,10 +12,12 @@ from kvcomp.segments import Sides
 from . import backends
 from .backends import REFERENCE, reference_only, using
 from .contract import MOST_ROWS, Case, PageCodec, PagesView
+from .select import regroup, token_bias
 
 __all__ = [
     "MOST_ROWS",
     "append",
+    "attend_chosen",
     "attend_pages",
     "attend_tokens",
     "encode_pages",
@@ -61,6 +63,34 @@ def attend_pages(
             return part
         return attend_tokens(queries, tokens, scale, softcap, part, workspace, host)._replace(groups=part.groups)
     raise AssertionError("the reference declines nothing")
+
+
+def attend_chosen(
+    queries: Tensor,
+    pool: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    layout: PageLayout,
+    codec: PageCodec,
+    scale: float,
+    softcap: float | None = None,
+    lse_of_pages: bool = False,
+    tokens: Tokens | None = None,
+    by_tokens: bool = False,
+    host: bool = True,
+) -> Part:
+    """As `attend_pages`, of those pages alone that lie at positions int64 [S, k] of ids [S, n], the first valid int64
+    [S] of them; by_tokens: of the tokens at positions of the n * P in pages, in numbers that fill pages."""
+    bias = None
+    if by_tokens:
+        bias = token_bias(queries, codec, layout, pool, ids, positions)
+        pool, valid = regroup(layout, pool, ids, positions), valid // layout.page_size
+        ids = torch.arange(len(pool), device=pool.device).view(len(ids), -1)
+    else:
+        ids = ids.gather(1, positions)
+    how = layout, codec, scale, softcap, lse_of_pages, tokens
+    return attend_pages(queries, pool, ids, valid, *how, token_bias=bias, host=host)
 
 
 def attend_tokens(

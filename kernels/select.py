@@ -113,9 +113,16 @@ def token_bias(
         return None
     sides, (rotated, _) = codec.kernel_sides(), codec.read_query(queries.float())
     assert sides is not None
-    bias, channels = rotated.new_zeros(*rotated.shape[:2], ids.shape[1]), centres(sides[0])
+    pages, channels = tokens // layout.page_size, centres(sides[0])
+    each = few_centres(ids.shape[1], tokens.shape[1])  # of each token, rather than of all pages
+    ids = ids.gather(1, pages) if each else ids
+    bias = rotated.new_zeros(*rotated.shape[:2], ids.shape[1])
     for field in layout.centres:
         held = layout.view(pool, field)[ids.long(), 0].float()  # [S, n, channels]
         bias += rotated[..., channels[field.name]] @ held.mT
-    page = (tokens // layout.page_size)[:, None].expand(-1, rotated.shape[1], -1)
-    return bias.gather(2, page)
+    return bias if each else bias.gather(2, pages[:, None].expand(-1, rotated.shape[1], -1))
+
+
+def few_centres(pages: int, tokens: int) -> bool:
+    """Whether `token_bias` reads a centre for each of the tokens chosen, rather than those of all pages."""
+    return tokens < pages

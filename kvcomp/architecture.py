@@ -105,9 +105,7 @@ def engine_obstacle(layers: Iterable[LayerShape], dim: int) -> str | None:
         if not layer.kind.traits.engine:
             return layer.kind.traits.does
         if (layer.k_dim, layer.v_dim) != (dim, dim):
-            return (
-                f"has keys of {layer.k_dim} and values of {layer.v_dim} channels, not {dim} of each"
-            )
+            return f"has keys of {layer.k_dim} and values of {layer.v_dim} channels, not {dim} of each"
     return None
 
 

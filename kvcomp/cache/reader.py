@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
-from kvcomp.kernels.dispatch import attend_pages, attend_tokens
-from kvcomp.kernels.select import regroup, token_bias
+from kvcomp.kernels.dispatch import attend_chosen, attend_pages, attend_tokens
+from kvcomp.kernels.select import few_centres
 from kvcomp.layout import Summary
 from kvcomp.ledger import ReadPlan, storage_bytes
 from kvcomp.stages import Choice, Summaries
@@ -73,34 +73,31 @@ def attend(
     layers of this step chose that others follow, by layer.
     """
     layout, plan, tokens = records.layout, ReadPlan(), view.tokens
-    ids, counts, data, count = view.ids, view.counts, records.data, view.total
+    ids, counts, data = view.ids, view.counts, records.data
     host = records.memory.host or not data.is_cpu
     if not ids.shape[1]:
         return Read([] if tokens is None else [attend_tokens(q, tokens, scale, softcap, host=host)], None, plan)
-    choice = rest = bias = None
     plan.add("table", ids.nbytes)
     if adapted := records.adapted_bytes():
         plan.add("constants", adapted)
+    choice = rest = None
     if single and records.plan.selector is not None:
         choice, rest = choose(records, view, q, scale, softcap, choices, plan)
-    if choice is not None:
-        counts = choice.valid
-        if records.by_tokens:
-            counts = counts // layout.page_size
-            if layout.centres:
-                bias = token_bias(q, records.codec, layout, data, ids, choice.positions)
-                plan.add("pages", layout.centre_bytes, view.total)
-            data = regroup(layout, data, ids, choice.positions)
-            ids = torch.arange(len(data), device=data.device).view(len(ids), -1)
-        else:
-            ids = ids.gather(1, choice.positions)
-        count = counts
-    plan.add("pages", layout.token_bytes if view.in_tokens else layout.body_bytes, count)
-    if view.in_tokens and layout.centres:
-        plan.add("pages", layout.centre_bytes, (counts + layout.page_size - 1) // layout.page_size)
-    how = layout, records.codec, scale, softcap, watched, tokens, view.in_tokens
-    part = attend_pages(q, data, ids, counts, *how, token_bias=bias, host=host)
-    return Read([part] if rest is None else [part, rest], None if choice is None else choice.positions, plan)
+    how = layout, records.codec, scale, softcap, watched, tokens
+    if choice is None:
+        size = layout.token_bytes if view.in_tokens else layout.body_bytes
+        plan.add("pages", size, view.total)
+        if view.in_tokens and layout.centres:
+            plan.add("pages", layout.centre_bytes, (counts + layout.page_size - 1) // layout.page_size)
+        part = attend_pages(q, data, ids, counts, *how, view.in_tokens, host=host)
+        return Read([part], None, plan)
+    units = layout.page_size if records.by_tokens else 1
+    plan.add("pages", layout.body_bytes, choice.valid // units)
+    if records.by_tokens and layout.centres:
+        few = few_centres(ids.shape[1], choice.positions.shape[1])
+        plan.add("pages", layout.centre_bytes, choice.valid if few else view.total)
+    part = attend_chosen(q, data, ids, *choice, *how, by_tokens=records.by_tokens, host=host)
+    return Read([part] if rest is None else [part, rest], choice.positions, plan)
 
 
 def choose(
