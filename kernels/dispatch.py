@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 
 from . import backends
 from .backends import REFERENCE, reference_only, using
@@ -51,7 +51,7 @@ def attend_pages(
     host: whether PyTorch may look at counts that lie on the host. workspace: float32 that Triton kernels use instead of
     allocating it, as in a CUDA graph; see `triton.attend`.
     """
-    pages = PagesView(pool, ids, counts, layout, codec.kernel_sides(), in_tokens, token_bias)
+    pages = PagesView(pool, ids, counts, layout, codec.kernel_layouts(), in_tokens, token_bias)
     asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens, host
     case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):
@@ -129,7 +129,7 @@ def encode_pages(
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`.
     """
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     if sides is None:
         return False
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):
@@ -152,7 +152,7 @@ def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
 
 
 def _reads(codec: PageCodec, layout: PageLayout, device: torch.device, rows: int) -> Case:
-    return Case(codec.kernel_sides(), device, rows, None, layout, codec.rotates)
+    return Case(codec.kernel_layouts(), device, rows, None, layout, codec.rotates)
 
 
 def obstacle(codec: PageCodec, layout: PageLayout, device: torch.device, rows: int = 1) -> str | None:
@@ -160,7 +160,7 @@ def obstacle(codec: PageCodec, layout: PageLayout, device: torch.device, rows: i
     return backends.why_reference("attend", _reads(codec, layout, device, rows))
 
 
-def write_obstacle(sides: Sides, layout: PageLayout, device: torch.device) -> str | None:
+def write_obstacle(sides: KVLayout, layout: PageLayout, device: torch.device) -> str | None:
     """Why pages are written by their codec; None: by a kernel, from what `Codec.kernel_input` gives."""
     return backends.why_reference("write", Case(sides, device, layout=layout))
 

@@ -111,7 +111,7 @@ def token_bias(
     pages ids [S, n] lies in; None: pages have no centres."""
     if not layout.centres:
         return None
-    sides, (rotated, _) = codec.kernel_sides(), codec.read_query(queries.float())
+    sides, (rotated, _) = codec.kernel_layouts(), codec.read_query(queries.float())
     assert sides is not None
     pages, channels = tokens // layout.page_size, centres(sides[0])
     each = few_centres(ids.shape[1], tokens.shape[1])  # of each token, rather than of all pages
