@@ -10,8 +10,9 @@ from kvcomp.layout import PageLayout
 from kvcomp.segments import KVLayout
 
 from . import backends
-from .backends import REFERENCE, reference_only, using
+from .backends import REFERENCE, door, reference_only, using
 from .contract import MOST_ROWS, Case, PageCodec, PagesView
+from .reference import tokens as tokens_reference
 from .select import regroup, token_bias
 
 __all__ = [
@@ -146,9 +147,7 @@ def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -
     return any(b.append(k, v, counts, keys, values) for b in backends.on("append", keys.device))
 
 
-def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
-    """[..., width]: of x [N] the runs of so many elements that begin at starts int64 [...]."""
-    return backends.on("runs", x.device)[0].runs(x, starts, width)
+runs = door(tokens_reference.runs)
 
 
 def _reads(codec: PageCodec, layout: PageLayout, device: torch.device, rows: int) -> Case:

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcomp.kernels.operators import operator
+from kvcomp.operators import operator
 
 from . import attention, chunks, merge
 from .plan import blocked, tokens_tile

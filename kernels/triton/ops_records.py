@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcomp.kernels.operators import operator
 from kvcomp.layout import PageLayout
+from kvcomp.operators import operator
 
 from . import encode, pieces, tokens
 

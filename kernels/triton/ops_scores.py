@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcomp.kernels.operators import operator
 from kvcomp.kernels.placed import NOTHING
+from kvcomp.operators import operator
 
 from . import received, summaries, tokens
 from .chunks import NARROWEST

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from kvcomp.kernels.operators import operator
+from kvcomp.operators import operator
 
 _STORES: WeakValueDictionary[str, Any] = WeakValueDictionary()  # `FixedStore`s
 _NUMBERS = count()
