@@ -48,7 +48,7 @@ class Case(NamedTuple):
     """What backends decide by: everything that is known on the host before an operation, and can be hashed.
 
     rows: queries of a stream; dtype: of queries. The others are of pages that are read or written; rotates: as of their
-    codec.
+    codec; host: whether PyTorch may look at counts that lie on the host.
     """
 
     sides: KVLayout | None
@@ -59,6 +59,7 @@ class Case(NamedTuple):
     rotates: bool = False
     lse_of_pages: bool = False
     in_tokens: bool = False
+    host: bool = True
 
     @property
     def obstacle(self) -> str | None:
@@ -78,7 +79,7 @@ class Backend:
     An operation takes what its door takes, a function of the same name in `dispatch`, `select` or `received`, but for
 
       attend(queries, pages: PagesView, codec, case, scale, softcap, tokens, workspace), with tokens that it `joins`
-      attend_tokens(queries, tokens, scale, softcap, prior, workspace)
+      attend_tokens(queries, tokens, scale, softcap, prior, workspace, host)
       write(pool, ids, keys, values, sides, layout, rows), with K and V as `Codec.kernel_input` gives them
 
     `obstacle` decides by the case. Attention and `append` may still decline what they are handed, with None or False as

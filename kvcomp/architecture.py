@@ -99,6 +99,16 @@ class LayerShape:
         return inside * (inside + 1) // 2 + (tokens - inside) * inside
 
 
+def engine_obstacle(layers: Iterable[LayerShape], dim: int) -> str | None:
+    """Why an engine's blocks, for heads of `dim` channels, cannot hold these layers; None: they can."""
+    for layer in layers:
+        if not layer.kind.traits.engine:
+            return layer.kind.traits.does
+        if (layer.k_dim, layer.v_dim) != (dim, dim):
+            return f"has keys of {layer.k_dim} and values of {layer.v_dim} channels, not {dim} of each"
+    return None
+
+
 @dataclass(frozen=True)
 class Matrices:
     """A group of weight matrices: how many parameters, in how many bytes."""

@@ -158,9 +158,11 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     pages, exact = plan.stored(tokens)
     token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, exact + 1)
-    centres = pages * layout.centre_bytes if plan.by_tokens(layout) else 0  # of all that single tokens may lie in
+    chosen, centres = plan.chosen(pages), 0
+    if plan.by_tokens(layout):  # of each token, or of all pages that they may lie in
+        centres = min(pages, chosen * plan.page_size) * layout.centre_bytes
     return _present(
-        pages=plan.chosen(pages) * layout.body_bytes + centres,
+        pages=chosen * layout.body_bytes + centres,
         summaries=pages * layout.summary_bytes,
         sinks=sinks * token,
         window=(exact + 1 - sinks) * token,
