@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.stages import Chunk, arg
+from kvcomp.stages import Alias, Chunk, arg
 from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
@@ -53,6 +54,7 @@ class LagKV(ScoredPolicy):
     """
 
     paper: ClassVar[str] = "arXiv:2504.04704"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"lag_size": "lag", "n_sink": "first"}
     scores_within: ClassVar[tuple[float, float]] = (0.0, 3.0)
 
     lag: int = arg(128, "tokens of a partition")

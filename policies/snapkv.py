@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.kernels.received import received
-from kvcomp.stages import Chunk, arg
+from kvcomp.stages import Alias, Chunk, arg
 from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
@@ -77,6 +78,7 @@ class AdaKV(SnapKV):
     """AdaKV: SnapKV's votes, with one budget per layer that its heads share: a head keeps what scores best anywhere."""
 
     paper: ClassVar[str] = "arXiv:2407.11550"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"floor_alpha": "floor", "base_capacity": "budget"}
 
     heads: str = arg("adaptive", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
 
@@ -97,6 +99,7 @@ class ChunkKV(SnapKV):
     """ChunkKV: SnapKV's votes, summed over runs of 10 tokens and all heads: whole runs stay or leave."""
 
     paper: ClassVar[str] = "arXiv:2502.00299"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"chunk_length": "span"}
 
     heads: str = arg("common", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
     span: int = arg(10, "neighbouring tokens that stay or leave together")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvcomp.stages import Chunk, Held, Policy, arg
+from kvcomp.stages import Alias, Chunk, Held, Policy, arg
 from kvcomp.stages.registry import register
 
 
@@ -26,6 +27,11 @@ class StreamingLLM(Policy):
     """
 
     paper: ClassVar[str] = "arXiv:2309.17453"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "start_size": "sinks",
+        "recent_size": "recent",
+        "window_size": "recent",
+    }
 
     sinks: int = arg(4, "first tokens to keep for ever, in full precision")
     recent: int = arg(1024, "last tokens to keep")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.stages import Codec, PageShape, arg
+from kvcomp.stages import Alias, Codec, PageShape, arg
 from kvcomp.stages.registry import register
 
 from .basis import BASES
@@ -29,6 +30,7 @@ class Int(WidthQuantizer):
     """
 
     paper: ClassVar[str] = "arXiv:2404.00456, arXiv:2604.19157"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"clip_ratio": "clip"}
     widths: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)
 
     bits: int | float | None = arg(4, f"{BITS}, 2 to 8")

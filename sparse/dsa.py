@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from kvcomp.calibration.stage import FILE, Calibrated
 from kvcomp.calibration.statistics import weighted_directions
-from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages import Alias, Choice, Index, PageShape, Summaries, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
@@ -89,6 +90,7 @@ class DSA(TokenSelector, Calibrated):
     """
 
     paper: ClassVar[str] = "arXiv:2512.02556"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"index_topk": "tokens"}
     seen: ClassVar[type[Traces]] = Traces
 
     tokens: int | None = arg(None, "tokens that a query reads, in full pages (none of the five: 2048)")

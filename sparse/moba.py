@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.kernels.select import vector_dots
 from kvcomp.layout import SUMMARY, Field
-from kvcomp.stages import PageShape, arg
+from kvcomp.stages import Alias, PageShape, arg
 from kvcomp.stages.registry import register
 
 from .summaries import SCALE, VectorSelector, encode, vector_fields
@@ -30,6 +30,7 @@ class MoBA(VectorSelector):
     """
 
     paper: ClassVar[str] = "arXiv:2502.13189"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"moba_topk": "pages"}
 
     pages: int | None = arg(None, "pages that a query reads (none of the five: 12)")
     last: int = arg(1, "newest pages, read in any case")

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcomp.attention import Part, attend
 from kvcomp.kernels.select import vector_dots, vectors
 from kvcomp.layout import SUMMARY, Field
-from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages import Alias, Choice, Index, PageShape, Summaries, arg
 from kvcomp.stages.registry import register
 
 from .summaries import VectorSelector, encode, vector_fields
@@ -61,6 +61,7 @@ class NSA(VectorSelector):
     """
 
     paper: ClassVar[str] = "arXiv:2502.11089"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"block_counts": "pages"}
 
     pages: int | None = arg(None, "pages that a query reads (none of the five: 16)")
     first: int = arg(1, "oldest pages, read in any case")

@@ -12,8 +12,9 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from kvcomp.errors import KvcompWarning, SpecError
-from kvcomp.stages import Stage
 from kvcomp.text import quote
+
+from .stage import Stage
 
 GROUP = "kvcomp.stages"
 OWN_PACKAGES = ("kvcomp.quantizers", "kvcomp.policies", "kvcomp.sparse")
@@ -46,6 +47,7 @@ def _load_all() -> None:
         root = importlib.import_module(package)
         for module in pkgutil.iter_modules(root.__path__):
             importlib.import_module(f"{package}.{module.name}")
+    importlib.import_module("kvcomp.stages.window")
     for point in entry_points(group=GROUP):
         try:
             stage = point.load()
