@@ -29,6 +29,8 @@ class ExpectedAttention(ScoredPolicy):
     score_j = softmax_j(s k_j . m' + s^2 k_j' C' k_j / 2) with the softmax scale s: the expectation of exp(s q . k_j) of
     a Gaussian q. It is averaged over the query heads of a KV head, and multiplied by |v_j|. The first `sinks` tokens
     are always kept.
+
+    Paper: arXiv 2510.00636.
     """
 
     paper: ClassVar[str] = "arXiv:2510.00636"

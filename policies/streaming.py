@@ -24,6 +24,8 @@ class StreamingLLM(Policy):
     With `chunk` the prompt enters in chunks, and later ones see only sinks and recent tokens, as in the authors'
     endless streams; what a prefill keeps is then up to a page more. Without it the prompt is prefilled densely and
     dropped afterwards.
+
+    Paper: arXiv 2309.17453.
     """
 
     paper: ClassVar[str] = "arXiv:2309.17453"

@@ -27,6 +27,8 @@ class Int(WidthQuantizer):
     One float16 scale and zero per token and `group` channels (all channels by default): bits + 32 / group effective
     bits, half of that overhead where symmetric; at D = 128 int4 is 4.25 bits. Per channel, a group is as many tokens.
     K's centres are 8 / P more, where channels have no zero of their own.
+
+    Papers: arXiv 2404.00456, 2604.19157.
     """
 
     paper: ClassVar[str] = "arXiv:2404.00456, arXiv:2604.19157"

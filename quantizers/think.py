@@ -32,6 +32,8 @@ class ThinK(CalibratedQuantizer):
     queries of its last 32 tokens. Keeping 0.6 and 32 exact tokens are the authors'. With `bits`, K and V are stored as
     KIVI stores them, integers per channel and per token. Effective bits: (keep + 1) / 2 of the dtype's, or of
     bits + 32 / group.
+
+    Paper: arXiv 2407.21018.
     """
 
     paper: ClassVar[str] = "arXiv:2407.21018"

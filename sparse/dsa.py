@@ -87,6 +87,8 @@ class DSA(TokenSelector, Calibrated):
     queries, trained until softmax(score) is the attention of the group (the KL divergence of the published warm-up).
     Published are 64 heads of 128 channels in FP8 over a model trained for them, and one choice for all heads. Tokens
     are read one by one where the quantizer's fields are per token, else pages by the sum of their tokens' shares.
+
+    Paper: arXiv 2512.02556.
     """
 
     paper: ClassVar[str] = "arXiv:2512.02556"

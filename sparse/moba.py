@@ -27,6 +27,8 @@ class MoBA(VectorSelector):
     itself, here those of a KV head together. Defaults are the authors' example: 12 blocks, the current one counted. A
     block is the stack's page: 64 tokens, or what another stage asks for, where theirs are 512 to 4096 and models are
     trained for them. At a given share of the cache (`keep`) smaller blocks choose finer and scan more.
+
+    Paper: arXiv 2502.13189.
     """
 
     paper: ClassVar[str] = "arXiv:2502.13189"

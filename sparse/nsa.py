@@ -58,6 +58,8 @@ class NSA(VectorSelector):
     overlap (stride 16) and are compressed by a small network; those of a page are disjoint.
 
     Defaults as published: pages of 64, 16 of them with the first and the two newest, blocks of 32, a window of 512.
+
+    Paper: arXiv 2502.11089.
     """
 
     paper: ClassVar[str] = "arXiv:2502.11089"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcomp.attention import Part
 from kvcomp.layout import SUMMARY, Field, PageLayout
+from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Plane, SideLayout, Uniform
 
 from .arguments import Alias, dropped_share
 from .policy import Chunk, Held, ModelPart, Policy
@@ -27,6 +28,7 @@ from .selector import Choice, Index, Selector, Summaries
 from .stage import Stage, arg
 
 if TYPE_CHECKING:
+    from kvcomp.calibration.file import Calibration
     from kvcomp.calibration.stage import Calibrated
     from kvcomp.calibration.statistics import Statistics
     from kvcomp.kernels.received import received
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from kvcomp.quantizers.basis import Basis
     from kvcomp.quantizers.calibrated import CalibratedQuantizer
     from kvcomp.quantizers.codecs import Grid, GridCodec
+    from kvcomp.quantizers.packing import code_fields, pack_codes, unpack_codes
     from kvcomp.sparse.ranked import RankedSelector
     from kvcomp.sparse.summaries import VectorSelector
 
@@ -47,35 +50,46 @@ __all__ = [
     "Basis",
     "Calibrated",
     "CalibratedQuantizer",
+    "Calibration",
     "Choice",
     "Chunk",
+    "Codebook",
     "Codec",
+    "Dense",
     "Field",
+    "Floats",
     "Grid",
     "GridCodec",
     "Held",
     "Index",
+    "KVLayout",
     "LayerPlan",
     "ModelPart",
     "PageLayout",
     "PageShape",
     "Part",
+    "Plane",
     "Policy",
     "Quantizer",
     "RankedSelector",
     "ScoredPolicy",
     "Selector",
+    "SideLayout",
     "Stack",
     "StackLike",
     "Stage",
     "Statistics",
     "Summaries",
+    "Uniform",
     "VectorSelector",
     "Window",
     "arg",
+    "code_fields",
     "dropped_share",
+    "pack_codes",
     "received",
     "register",
+    "unpack_codes",
 ]
 
 # imported on first use: these are built on what is above
@@ -83,6 +97,7 @@ _HOMES = {
     "Basis": "kvcomp.quantizers.basis",
     "Calibrated": "kvcomp.calibration.stage",
     "CalibratedQuantizer": "kvcomp.quantizers.calibrated",
+    "Calibration": "kvcomp.calibration.file",
     "Grid": "kvcomp.quantizers.codecs",
     "GridCodec": "kvcomp.quantizers.codecs",
     "LayerPlan": "kvcomp.stages.plan",
@@ -93,7 +108,10 @@ _HOMES = {
     "Statistics": "kvcomp.calibration.statistics",
     "VectorSelector": "kvcomp.sparse.summaries",
     "Window": "kvcomp.stages.window",
+    "code_fields": "kvcomp.quantizers.packing",
+    "pack_codes": "kvcomp.quantizers.packing",
     "received": "kvcomp.kernels.received",
+    "unpack_codes": "kvcomp.quantizers.packing",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -126,3 +127,20 @@ def converted(stage: str, argument: str, value: Any, accepted: tuple[type, ...])
     if value != value:
         raise SpecError(f"{stage}({argument}=nan): expected a number")
     return value
+
+
+def documented(stage: type) -> str:
+    """A stage class's docstring with its arguments, their aliases and what it raises, for `help` and notebooks."""
+    text = inspect.cleandoc(stage.__doc__ or "")
+    if "\nArgs:" in text:
+        return text
+    others: dict[str, list[str]] = {}
+    for name, alias in aliases_of(stage).items():
+        others.setdefault(alias.argument, []).append(f"1 - {name}" if alias.convert else name)
+    lines = []
+    for f in fields(stage):
+        also = f" Also: {', '.join(others[f.name])}." if f.name in others else ""
+        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)
+        lines.append(f"    {f.name} ({kind}): {f.metadata.get('help', '')}. Default: {f.default!r}.{also}")
+    arguments = "\n".join(["", "", "Args:", *lines]) if lines else ""
+    return f"{text}{arguments}\n\nRaises:\n    SpecError: an argument of the wrong type or out of its range.\n"

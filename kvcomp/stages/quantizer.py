@@ -157,6 +157,7 @@ class Quantizer(Stage):
         return False
 
     def codec(self, shape: PageShape) -> Codec:
+        """What encodes and decodes the pages of one layer."""
         raise NotImplementedError
 
     def adapted_bytes(self, shape: PageShape) -> int:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from kvcomp.errors import KvcompWarning, SpecError
 from kvcomp.text import quote
 
+from .arguments import documented
 from .stage import Stage
 
 GROUP = "kvcomp.stages"
@@ -33,7 +34,7 @@ def register(name: str) -> Callable[[S], S]:
         owner = _stages.get(name)
         if owner is not None and (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SpecError(f"stage name {name!r} is already taken by {owner.__module__}.{owner.__qualname__}")
-        cls.name = name
+        cls.name, cls.__doc__ = name, documented(cls)
         _stages[name] = cls
         return cls
 

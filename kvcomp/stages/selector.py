@@ -141,6 +141,7 @@ class Selector(Stage):
         return {}
 
     def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
+        """Fields of a page that hold its summary; their names begin with `SUMMARY`."""
         raise NotImplementedError
 
     def summarize(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:

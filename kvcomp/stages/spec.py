@@ -47,10 +47,9 @@ def parse(spec: str) -> tuple[Stage, ...]:
 
 def text_of(stage: Stage, full: bool) -> str:
     """A stage as spec text: all that its arguments stand for, or the first one and those that are not the default."""
-    implied = stage.implied
-    values = (
-        {f.name: _identity(stage, f.name) for f in fields(stage) if f.name not in implied} if full else stage.shown()
-    )
+    values = stage.shown()
+    if full:
+        values = {f.name: _identity(stage, f.name) for f in fields(stage) if f.name not in stage.implied}
     texts = [f"{name}={value if _is_word(value) else repr(value)}" for name, value in values.items()]
     return f"{stage.name}({', '.join(texts)})" if texts else stage.name
 

@@ -144,10 +144,12 @@ class Stack:
 
     @cached_property
     def policies(self) -> tuple[Policy, ...]:
+        """The eviction policies, in the order in which they act."""
         return tuple(s for s in self.stages if isinstance(s, Policy))
 
     @cached_property
     def selector(self) -> Selector | None:
+        """The selector; None where the stack names none: decode queries read every page."""
         return next((s for s in self.stages if isinstance(s, Selector)), None)
 
     @cached_property

@@ -17,6 +17,8 @@ class Window(Stage):
     """Tokens kept exactly: the first `sinks` and the last `recent` (up to one page more until the page is full).
 
     Without this stage a stack takes the window its methods publish (KIVI: 128 recent tokens).
+
+    Papers: arXiv 2309.17453, 2402.02750.
     """
 
     family: ClassVar[str] = "window"
