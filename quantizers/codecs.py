@@ -19,20 +19,36 @@ from .basis import IDENTITY, Basis
 
 
 class Grid(Protocol):
-    """The grid of K or of V: x [M, P, D] in basis coordinates to fields of a page and back, float32."""
+    """The grid of K or of V: x [M, P, D] in basis coordinates to fields of a page and back.
+
+    A subclass defines `fields`, `encode` and `decode`; where it defines no more, pages are decoded in PyTorch.
+    """
 
     @property
-    def fields(self) -> tuple[Field, ...]: ...
-    def encode(self, x: Tensor) -> dict[str, Tensor]: ...
-    def kernel_input(self, x: Tensor) -> Tensor | None:
-        """What kernels write of x, as in `Codec.kernel_input`."""
+    def fields(self) -> tuple[Field, ...]:
+        """Fields of a page, whose names begin with "k" or "v"."""
+        raise NotImplementedError
 
-    def decode(self, page: Mapping[str, Tensor]) -> Tensor: ...
-    def constants(self) -> list[Tensor]: ...
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """x [M, P, D], finite -> fields [M, *shape] of M pages."""
+        raise NotImplementedError
+
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        """Fields [M, *shape] -> x [M, P, D] float32."""
+        raise NotImplementedError
+
+    def kernel_input(self, x: Tensor) -> Tensor | None:
+        """What kernels write of x, as in `Codec.kernel_input`; None: they cannot."""
+        return None
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that a layer holds besides pages, such as a codebook."""
+        return []
 
     @property
     def kernel_layout(self) -> SideLayout | None:
-        """How kernels can read it, as in `Codec.kernel_layouts`."""
+        """How kernels can read it, as in `Codec.kernel_layouts`; None: they cannot."""
+        return None
 
 
 @dataclass(frozen=True)

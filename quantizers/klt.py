@@ -139,6 +139,8 @@ class KLT(WidthQuantizer, CalibratedQuantizer):
     rows share it.
 
     `bits` + 16 / D effective bits, plus the basis. Of equal sums, more bits for K than for V find more needles.
+
+    Ours; compare arXiv 2511.01815.
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2511.01815"

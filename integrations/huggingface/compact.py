@@ -31,6 +31,10 @@ class Compaction(NamedTuple):
     error: list[float]
     lse_error: list[float]
 
+    def __repr__(self) -> str:
+        worst = f"error<={max(self.error):.2g}, lse_error<={max(self.lse_error):.2g} in {len(self.error)} layers"
+        return f"Compaction(span={self.span}, tokens={self.tokens}, {worst})"
+
 
 def compact(
     cache: Any, model: Any, input_ids: Tensor, span: tuple[int, int], keep: float, tokenizer: Any

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages import Policy
+from kvcomp.state import described
 
 from .cache import CompressedCache
 from .forward import with_cache
@@ -58,6 +59,9 @@ class Prefilled(NamedTuple):
     logits: Tensor
     dense_s: float
     own_s: float
+
+    def __repr__(self) -> str:
+        return f"Prefilled(logits={described(self.logits)}, dense_s={self.dense_s:.3f}, own_s={self.own_s:.3f})"
 
 
 class Prompt(NamedTuple):

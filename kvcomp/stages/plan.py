@@ -36,6 +36,7 @@ class LayerPlan:
 
     @cached_property
     def needs_queries(self) -> bool:
+        """Whether a stage asks for queries of the prompt."""
         stages = (self.quantizer, self.chooser, *self.policies)
         return any(stage.needs_queries for stage in stages if stage is not None)
 
@@ -45,10 +46,12 @@ class LayerPlan:
 
     @cached_property
     def needs_model(self) -> bool:
+        """Whether a policy asks for `Chunk.model`."""
         return any(policy.needs_model for policy in self.policies)
 
     @cached_property
     def reconstructs(self) -> bool:
+        """Whether a policy asks that the model repeat the prompt."""
         return any(policy.reconstructs is not None for policy in self.policies)
 
     @cached_property
@@ -73,6 +76,7 @@ class LayerPlan:
 
     @cached_property
     def geometry(self) -> Geometry:
+        """Where tokens lie: sinks, window and pages, by counts alone."""
         return Geometry(self.page_size, self.sinks, self.recent)
 
     @cached_property
@@ -109,6 +113,7 @@ class LayerPlan:
         return self.chosen(pages) * self.page_size + exact + 1
 
     def build(self, shape: PageShape) -> tuple[Codec, PageLayout]:
+        """The layer's codec, and the layout of its pages."""
         codec = make_codec(self.quantizer, shape)
         return codec, self._layout(codec.fields, shape)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcomp.layout import Field
 from kvcomp.segments import KVLayout
 
+from .arguments import Alias
 from .stage import Stage
 
 
@@ -142,6 +143,13 @@ class Quantizer(Stage):
     """Decides the bytes of a page."""
 
     family: ClassVar[str] = "quantizer"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "nbits": "bits",  # transformers' QuantizedCache, as q_group_size
+        "k_bits": "k",
+        "v_bits": "v",
+        "group_size": "group",
+        "q_group_size": "group",
+    }
 
     @property
     def needs_queries(self) -> bool:
@@ -149,6 +157,7 @@ class Quantizer(Stage):
         return False
 
     def codec(self, shape: PageShape) -> Codec:
+        """What encodes and decodes the pages of one layer."""
         raise NotImplementedError
 
     def adapted_bytes(self, shape: PageShape) -> int:
