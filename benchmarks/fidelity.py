@@ -22,11 +22,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from kvcomp.benchmarks.intervals import accuracy_interval
+from kvcomp.console import track
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.huggingface import CompressedCache, prefill
 from kvcomp.stages.stack import Stack
@@ -100,7 +100,7 @@ def main(
     network, tokenizer = load_model(model, dtype=DTYPES[dtype])
     found = {spec: Fidelity(spec) for spec in stack}
     with torch.inference_mode():
-        for path in track(text, "texts", console=Console(stderr=True)):
+        for path in track(text, "texts"):
             ids = _tokens(tokenizer, path, start, context + scored).to(network.device)
             for spec, dense, logits, bits in measure(network, ids, list(found), scored, chunk):
                 found[spec].add(dense, logits)
