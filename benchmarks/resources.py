@@ -132,7 +132,7 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
     """Of attention with the window in the same launch where `plan.together` says so; `in_tokens`: over pages that are
     filled in part."""
     codec, layout = built(spec, dim)
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     one, described = chunks.numbers(dim, torch.bfloat16), chunks.described(sides, layout)
     constants = ops.attention_constants(
@@ -169,7 +169,7 @@ def score(capability: int, bits: int, dim: int = 128) -> Resources:
 def write(spec: str, capability: int, dim: int = 128, single: bool = False) -> Resources:
     """Of pages written, or `single` tokens of them."""
     codec, layout = built(spec, dim, centred=not single)
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     constants = ops_records.encode_constants(pieces.described(sides, layout, single), layout.bytes_per_page, single)
     x, name = "*fp32" if codec.rotates else "*bf16", f"{spec}, one token" if single else spec

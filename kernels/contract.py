@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 
 MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
 Reduce = Literal["sum", "max"]
@@ -21,7 +21,7 @@ class PageCodec(Protocol):
 
     @property
     def rotates(self) -> bool: ...
-    def kernel_sides(self) -> Sides | None: ...
+    def kernel_layouts(self) -> KVLayout | None: ...
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None: ...
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]: ...
@@ -39,7 +39,7 @@ class PagesView(NamedTuple):
     ids: Tensor
     counts: Tensor
     layout: PageLayout
-    sides: Sides | None
+    sides: KVLayout | None
     in_tokens: bool = False
     token_bias: Tensor | None = None
 
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     codec.
     """
 
-    sides: Sides | None
+    sides: KVLayout | None
     device: torch.device
     rows: int = 1
     dtype: torch.dtype | None = None

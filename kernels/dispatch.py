@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 
 from . import backends
 from .backends import REFERENCE, reference_only, using
@@ -47,7 +47,7 @@ def attend_pages(
 
     workspace: float32 that Triton kernels use instead of allocating it, as in a CUDA graph; see `triton.attend`.
     """
-    pages = PagesView(pool, ids, counts, layout, codec.kernel_sides(), in_tokens, token_bias)
+    pages = PagesView(pool, ids, counts, layout, codec.kernel_layouts(), in_tokens, token_bias)
     asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens
     case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):
@@ -96,7 +96,7 @@ def encode_pages(
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`.
     """
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     if sides is None:
         return False
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):
@@ -119,7 +119,7 @@ def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
 
 
 def _reads(codec: PageCodec, layout: PageLayout, device: torch.device, rows: int) -> Case:
-    return Case(codec.kernel_sides(), device, rows, None, layout, codec.rotates)
+    return Case(codec.kernel_layouts(), device, rows, None, layout, codec.rotates)
 
 
 def obstacle(codec: PageCodec, layout: PageLayout, device: torch.device, rows: int = 1) -> str | None:
@@ -127,7 +127,7 @@ def obstacle(codec: PageCodec, layout: PageLayout, device: torch.device, rows: i
     return backends.why_reference("attend", _reads(codec, layout, device, rows))
 
 
-def write_obstacle(sides: Sides, layout: PageLayout, device: torch.device) -> str | None:
+def write_obstacle(sides: KVLayout, layout: PageLayout, device: torch.device) -> str | None:
     """Why pages are written by their codec; None: by a kernel, from what `Codec.kernel_input` gives."""
     return backends.why_reference("write", Case(sides, device, layout=layout))
 

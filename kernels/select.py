@@ -111,7 +111,7 @@ def token_bias(
     pages ids [S, n] lies in; None: pages have no centres."""
     if not layout.centres:
         return None
-    sides, (rotated, _) = codec.kernel_sides(), codec.read_query(queries.float())
+    sides, (rotated, _) = codec.kernel_layouts(), codec.read_query(queries.float())
     assert sides is not None
     bias, channels = rotated.new_zeros(*rotated.shape[:2], ids.shape[1]), centres(sides[0])
     for field in layout.centres:

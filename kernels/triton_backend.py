@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout, Summary
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 
 from .contract import Backend, Case, PageCodec, PagesView, Reduce
 
@@ -106,7 +106,7 @@ class Triton(Backend):
         ids: Tensor,
         keys: Tensor,
         values: Tensor,
-        sides: Sides,
+        sides: KVLayout,
         layout: PageLayout,
         rows: Tensor | None,
     ) -> None:

@@ -14,7 +14,7 @@ from kvcomp.stages.registry import register
 
 @register("streaming")
 @dataclass(frozen=True)
-class Streaming(Policy):
+class StreamingLLM(Policy):
     """StreamingLLM: keeps the first `sinks` tokens and the last `recent` ones, in prefill and during generation.
 
     Tokens leave by whole pages: between `recent` and `recent` + one page are held while decoding. Keys keep the rotary

@@ -11,7 +11,7 @@ from kvcomp.stages.registry import register
 from .basis import BASES
 from .centred import centred
 from .codecs import GridCodec
-from .grid import UniformSide, channel_group
+from .grid import UniformGrid, channel_group
 from .widths import BITS, WidthQuantizer
 
 TOKEN, CHANNEL = "token", "channel"
@@ -54,11 +54,11 @@ class Int(WidthQuantizer):
     def page_multiple(self) -> int:
         return self.group or 1 if self.per == CHANNEL else 1
 
-    def _side(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformSide:
+    def _side(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformGrid:
         tokens, channels = self.group or shape.page_size, 1
         if self.per == TOKEN:
             tokens, channels = 1, channel_group(self.name, self.group or dim, dim, 8)
-        return UniformSide(
+        return UniformGrid(
             name, shape.page_size, dim, int(bits), tokens, channels, symmetric=self.symmetric, clip=self.clip
         )
 
@@ -68,9 +68,9 @@ class Int(WidthQuantizer):
         return self.symmetric or self.per == TOKEN
 
     def codec(self, shape: PageShape) -> Codec:
-        k_side = self._side("k", shape, shape.k_dim, self.k_bits)
+        k_grid = self._side("k", shape, shape.k_dim, self.k_bits)
         return GridCodec(
-            centred(k_side, shape) if self._centres else k_side,
+            centred(k_grid, shape) if self._centres else k_grid,
             self._side("v", shape, shape.v_dim, self.v_bits),
             BASES[self.basis](shape.k_dim, shape.device),
             BASES[self.basis](shape.v_dim, shape.device),

@@ -9,13 +9,13 @@ from kvcomp.stages import PageShape, arg
 from kvcomp.stages.registry import register
 
 from .codecs import GridCodec
-from .grid import UniformSide, channel_group
+from .grid import UniformGrid, channel_group
 from .widths import BITS, WidthQuantizer
 
 
 @register("kivi")
 @dataclass(frozen=True)
-class Kivi(WidthQuantizer):
+class KIVI(WidthQuantizer):
     """KIVI: asymmetric integers, keys quantized per channel and values per token.
 
     Keys share a scale and a zero along `group` tokens of a channel, values along `group` channels of a token. Group 32
@@ -45,6 +45,6 @@ class Kivi(WidthQuantizer):
     def codec(self, shape: PageShape) -> GridCodec:
         channels = channel_group(self.name, self.group, shape.v_dim, 16)
         return GridCodec(
-            UniformSide("k", shape.page_size, shape.k_dim, int(self.k_bits), self.group, 1),
-            UniformSide("v", shape.page_size, shape.v_dim, int(self.v_bits), 1, channels),
+            UniformGrid("k", shape.page_size, shape.k_dim, int(self.k_bits), self.group, 1),
+            UniformGrid("v", shape.page_size, shape.v_dim, int(self.v_bits), 1, channels),
         )

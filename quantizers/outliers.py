@@ -76,12 +76,12 @@ class OutlierCodec(GridCodec):
         for side, basis in self._outliers.items():
             basis.fit(streams, given[side], due)
 
-    def room(self, streams: int) -> None:
+    def reserve(self, streams: int) -> None:
         for basis in self._outliers.values():
-            basis.orders.room(streams)
+            basis.orders.reserve(streams)
 
     def read_output(self, output: Tensor) -> Tensor:
-        self.room(len(output))
+        self.reserve(len(output))
         return super().read_output(output)
 
     def select(self, streams: Tensor) -> None:

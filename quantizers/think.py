@@ -17,14 +17,14 @@ from kvcomp.state import State
 
 from .basis import IDENTITY, Basis
 from .calibrated import CalibratedQuantizer
-from .codecs import RawSide, Side
-from .grid import UniformSide, channel_group
+from .codecs import Grid, RawGrid
+from .grid import UniformGrid, channel_group
 from .svd import check_amount, kept
 
 
 @register("think")
 @dataclass(frozen=True)
-class Think(CalibratedQuantizer):
+class ThinK(CalibratedQuantizer):
     """ThinK: of K only the channels with the largest E[q_c^2] E[k_c^2]; of V all.
 
     Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the prompt at hand and the
@@ -66,17 +66,17 @@ class Think(CalibratedQuantizer):
         layer.require(bool((score >= 0).all()), "score is negative")
         layer.require(bool((score > 0).any(-1).all()), "score of a head is 0 everywhere")
 
-    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+    def sides(self, shape: PageShape) -> tuple[Grid, Grid]:
         channels = kept(self.keep, shape.k_dim, "think", "keep")
         if self.bits is None:
             return (
-                RawSide("k", shape.page_size, channels, shape.dtype),
-                RawSide("v", shape.page_size, shape.v_dim, shape.dtype),
+                RawGrid("k", shape.page_size, channels, shape.dtype),
+                RawGrid("v", shape.page_size, shape.v_dim, shape.dtype),
             )
         group = channel_group(self.name, self.group, shape.v_dim, 16)
         return (
-            UniformSide("k", shape.page_size, channels, self.bits, self.group, 1),
-            UniformSide("v", shape.page_size, shape.v_dim, self.bits, 1, group),
+            UniformGrid("k", shape.page_size, channels, self.bits, self.group, 1),
+            UniformGrid("v", shape.page_size, shape.v_dim, self.bits, 1, group),
         )
 
     def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:

@@ -50,7 +50,7 @@ class Indexer(Index):
     """The indexer of a layer: k [H, D, r] and offset [H, r] give the index keys in steps, q [H, G, D, r] the index
     queries of each query head, times the steps, weight [H, G, D] and bias [H, G] how much each of them counts."""
 
-    def __init__(self, selector: Dsa, shape: PageShape) -> None:
+    def __init__(self, selector: DSA, shape: PageShape) -> None:
         super().__init__(selector)
         file, dim, rank = selector.load(), shape.k_dim, selector.rank
         self.bits, self.heads = selector.bits, shape.heads
@@ -68,7 +68,7 @@ class Indexer(Index):
         q = rearrange(queries.float(), "(b h) g d -> b h g d", h=self.heads)
         index = torch.einsum("bhgd,hgdr->bhgr", q, self.query).flatten(0, 1)
         weight = (torch.einsum("bhgd,hgd->bhg", q, self.weight) + self.bias).flatten(0, 1)[:, None]
-        assert isinstance(self.selector, Dsa)
+        assert isinstance(self.selector, DSA)
         scores = torch.bmm(weight, self.selector.logits(index, held.fields).relu())  # [S, 1, n * P]
         return self.selector.best(scores, 1.0, held)
 
@@ -78,7 +78,7 @@ class Indexer(Index):
 
 @register("dsa")
 @dataclass(frozen=True)
-class Dsa(TokenSelector, Calibrated):
+class DSA(TokenSelector, Calibrated):
     """DSA: a decode query reads the tokens with the highest index scores, sum_g w_g relu(q_g . k).
 
     The lightning indexer of DeepSeek-V3.2, distilled for models that have none, by `kvcomp calibrate --method dsa`: per

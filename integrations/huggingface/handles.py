@@ -84,7 +84,7 @@ def _collected() -> Mapping[str, Any]:
 
 
 @torch.compiler.disable
-def apart(function: Callable[..., Any], *args: Any) -> Any:
+def outside_graph(function: Callable[..., Any], *args: Any) -> Any:
     """The function, outside of any graph. Eager steps do without: this costs as much as an operation on tensors."""
     return function(*args)
 
@@ -121,8 +121,8 @@ class HandleLayer(CacheLayerMixin):
         if torch.is_autocast_enabled(call.query.device.type):
             call = call._replace(base=as_called(call.base, call.query.device))
             with given_dtypes(call.query.device):
-                return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
-        return apart(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
+                return outside_graph(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
+        return outside_graph(self.attention, call) if torch.compiler.is_compiling() else self.attention(call)
 
     @abstractmethod
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:

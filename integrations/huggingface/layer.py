@@ -15,7 +15,7 @@ from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 
 from .adapters import adapters_of
 from .attention_module import AttentionModule
-from .handles import Call, Handle, apart, given_dtypes
+from .handles import Call, Handle, given_dtypes, outside_graph
 from .held import HeldLayer
 from .masks import Seen, read_mask
 from .pending import Pending
@@ -38,7 +38,7 @@ class CompressedLayer(HeldLayer):
             self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
         if torch.compiler.is_compiling():
             with given_dtypes(key_states.device):
-                return apart(self._update, *new)
+                return outside_graph(self._update, *new)
         if torch.is_autocast_enabled(key_states.device.type):
             with given_dtypes(key_states.device):
                 return self._update(*new)

@@ -36,8 +36,8 @@ def run(
     ids,
     first,
     last,
-    k_book,
-    v_book,
+    k_codebook,
+    v_codebook,
     out,
     lse,
     lse_of_tiles,
@@ -104,7 +104,7 @@ def run(
         logits = tl.zeros((ROWS, TILE), tl.float32)
         for i in tl.static_range(len(K)):
             logits = key_logits(
-                logits, queries[i], k_page, inner, token, seen, k_book, chunk(K, i), EXACT, PAGE % TILE == 0
+                logits, queries[i], k_page, inner, token, seen, k_codebook, chunk(K, i), EXACT, PAGE % TILE == 0
             )  # fmt: skip
         logits = logits * factor[:, None] + shift[:, None]
         if TOKEN_BIAS:
@@ -124,7 +124,7 @@ def run(
         top = highest
         added = ()
         for i in tl.static_range(len(V)):
-            added = added + (add_values(sums[i], p, keep, v_page, inner, token, seen, v_book, chunk(V, i), EXACT),)
+            added = added + (add_values(sums[i], p, keep, v_page, inner, token, seen, v_codebook, chunk(V, i), EXACT),)
         sums = added
 
     empty = mass == 0
@@ -142,8 +142,8 @@ def attend_kernel(
     pool,
     ids,
     counts,
-    k_book,
-    v_book,
+    k_codebook,
+    v_codebook,
     keys,
     values,
     token_counts,
@@ -202,13 +202,13 @@ def attend_kernel(
             if first < held:
                 run(
                     q, bias, token_bias, pool, pool, ids + stream * ids_stride, first, tl.minimum(first + each, held),
-                    k_book, v_book, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap,
-                    K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
+                    k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale,
+                    softcap, K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
                 )  # fmt: skip
     elif len(TOKENS_K) > 0:
         run(
             q, bias, token_bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
-            tl.load(token_counts + stream).to(tl.int32), k_book, v_book, out, lse,
+            tl.load(token_counts + stream).to(tl.int32), k_codebook, v_codebook, out, lse,
             lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap,
             TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, SOFTCAP, False, False,
         )  # fmt: skip

@@ -27,7 +27,7 @@ def attention_constants(
 ) -> dict[str, Any]:
     """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
     of a program; `exact` takes the most room."""
-    books = layout.centred and any(chunk.kind == chunks.BOOK for chunk in layout.k)  # 8 bytes would spill on sm_100
+    codebooks = layout.centred and any(chunk.kind == chunks.CODEBOOK for chunk in layout.k)  # 8 bytes spill on sm_100
     return {
         "K": layout.k,
         "V": layout.v,
@@ -41,7 +41,7 @@ def attention_constants(
         "EXACT": exact,
         "num_warps": WARPS if rows == chunks.NARROWEST else 2 * WARPS,
         "num_stages": STAGES,
-        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded or books else REGISTERS,
+        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded or codebooks else REGISTERS,
     }
 
 
@@ -57,8 +57,8 @@ def attend_pages(
     pool: Tensor | None,
     ids: Tensor | None,
     counts: Tensor | None,
-    k_book: Tensor | None,
-    v_book: Tensor | None,
+    k_codebook: Tensor | None,
+    v_codebook: Tensor | None,
     keys: Tensor | None,
     values: Tensor | None,
     token_counts: Tensor | None,
@@ -79,7 +79,7 @@ def attend_pages(
     what came before (prior).
 
     queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
-    k_book, v_book: as of `chunks.books`; split_pages: pages that a split has room for; workspace: float32 of
+    k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split has room for; workspace: float32
     `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
     """
     streams, rows, k_dim = queries.shape
@@ -112,7 +112,7 @@ def attend_pages(
     with torch.cuda.device_of(queries):
         attention.attend_kernel[(streams * triton.cdiv(rows, block), splits)](
             queries,
-            *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_book, v_book)),
+            *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_codebook, v_codebook)),
             *(idle if x is None else x for x in (keys, values, token_counts)),
             workspace,
             partial_lse,
@@ -166,8 +166,8 @@ def _(
     pool: Tensor | None,
     ids: Tensor | None,
     counts: Tensor | None,
-    k_book: Tensor | None,
-    v_book: Tensor | None,
+    k_codebook: Tensor | None,
+    v_codebook: Tensor | None,
     keys: Tensor | None,
     values: Tensor | None,
     token_counts: Tensor | None,

@@ -37,8 +37,8 @@ def write_pages(
     ids: Tensor,
     keys: Tensor,
     values: Tensor,
-    k_middles: Tensor,
-    v_middles: Tensor,
+    k_thresholds: Tensor,
+    v_thresholds: Tensor,
     description: str,
     rows: Tensor | None = None,
 ) -> None:
@@ -47,14 +47,14 @@ def write_pages(
     are no page's.
 
     rows int64 [M]: of K and V [M, 1, D], single tokens, where in those pages they go; nothing else is touched.
-    description: of `pieces.Description`; k_middles, v_middles: as of `pieces.middles`.
+    description: of `pieces.Description`; k_thresholds, v_thresholds: as of `pieces.thresholds`.
     """
     layout = pieces.parsed(description)
     if len(ids) == 0:
         return
     with torch.cuda.device_of(pool):
         encode.encode_kernel[(len(ids), layout.programs)](
-            *(keys, values, pool, ids, ids if rows is None else rows, k_middles, v_middles),
+            *(keys, values, pool, ids, ids if rows is None else rows, k_thresholds, v_thresholds),
             **encode_constants(layout, pool.stride(0), rows is not None),
         )
 
@@ -65,8 +65,8 @@ def _(
     ids: Tensor,
     keys: Tensor,
     values: Tensor,
-    k_middles: Tensor,
-    v_middles: Tensor,
+    k_thresholds: Tensor,
+    v_thresholds: Tensor,
     description: str,
     rows: Tensor | None = None,
 ) -> None:

@@ -145,7 +145,7 @@ def _kernel(spec: str, head_dim: int, device: torch.device) -> str:
     store = LayerStore(plan)
     store.start(x, x)
     store.write(x, x, None, x)  # some quantizers settle their layout by what comes first
-    told, sides = explain(store.codec, store.layout, device), store.codec.kernel_sides()
+    told, sides = explain(store.codec, store.layout, device), store.codec.kernel_layouts()
     why = None if sides is None else write_obstacle(sides, store.layout, device)
     return told if why is None or told.endswith(why) else f"{told}; pages are written in PyTorch: {why}"
 

@@ -84,8 +84,8 @@ class OneSidedCodec(Codec):
     def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         self.codec.fit(streams, _fill(keys), _fill(values), due)
 
-    def room(self, streams: int) -> None:
-        self.codec.room(streams)
+    def reserve(self, streams: int) -> None:
+        self.codec.reserve(streams)
 
     def select(self, streams: Tensor) -> None:
         self.codec.select(streams)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.layout import Field
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 
 from .stage import Stage
 
@@ -65,7 +65,7 @@ class Codec:
         raise NotImplementedError
 
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_sides` at a time, what
+        """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_layouts` at a time, what
         `encode` gives; behind them each token's norm where a side has a gain. None: they cannot."""
         return None
 
@@ -85,7 +85,7 @@ class Codec:
         """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
         return keys, values
 
-    def kernel_sides(self) -> Sides | None:
+    def kernel_layouts(self) -> KVLayout | None:
         """How kernels can read K and V of a page; None: they cannot, and `decode` is used. The same objects every time,
         as long as pages are read the same way."""
         return None
@@ -111,7 +111,7 @@ class Codec:
         due bool [s]: those of `streams` that this is true of; None: all. Only for codecs that are not `hosted`, after
         `room`, and without a look at any tensor on the host."""
 
-    def room(self, streams: int) -> None:
+    def reserve(self, streams: int) -> None:
         """Have room for what so many streams adapt to; tensors stay where they are from then on, until `select`."""
 
     def select(self, streams: Tensor) -> None:

@@ -19,7 +19,7 @@ from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.reader import choose
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import vectors
-from kvcomp.sparse.dsa import Dsa, Traces
+from kvcomp.sparse.dsa import DSA, Traces
 from kvcomp.sparse.moba import MEAN, MoBA
 from kvcomp.sparse.nsa import NSA
 from kvcomp.sparse.quest import MAX, MIN, Quest
@@ -183,7 +183,7 @@ def test_rules_are_their_definitions(
 
 
 def test_one_rule_at_a_time() -> None:
-    defaults = ((Quest, "pages=64"), (MoBA, "pages=12"), (NSA, "pages=16"), (Sketch, "keep=0.1"), (Dsa, "tokens=2048"))
+    defaults = ((Quest, "pages=64"), (MoBA, "pages=12"), (NSA, "pages=16"), (Sketch, "keep=0.1"), (DSA, "tokens=2048"))
     for cls, rule in defaults:
         assert str(Stack((cls(),))) == f"{cls.name}({rule})"
         assert Stack((cls(keep=0.1),)) == Stack.parse(str(Stack((cls(keep=0.1),))))
