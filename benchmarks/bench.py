@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.compare import Comparison
@@ -30,6 +29,7 @@ from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, 
 from kvcomp.benchmarks.samples import Sample
 from kvcomp.benchmarks.settings import HUGGING_FACE, VLLM, Settings, end_tokens
 from kvcomp.benchmarks.tasks import find_task, origins
+from kvcomp.console import progress, waiting
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
 from kvcomp.integrations.huggingface.models import load_model, on_disk
@@ -125,18 +125,17 @@ def _measure(
     results: Results,
     console: Console,
 ) -> None:
-    console.print(f"Loading {settings.model} ...", soft_wrap=True)
-    model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype) if settings.dtype else None)
+    with waiting(f"Loading {settings.model}"):
+        model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype) if settings.dtype else None)
     settle_model(results, fingerprint(model, settings.model))
     total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("writing prompts", total=total)
+    with progress(console=console) as shown:
+        bar = shown.add_task("writing prompts", total=total)
         for (name, context), wanted in missing.items():
             task = find_task(name, settings.chat)
             samples = task.generate(tokenizer, context, settings.samples, settings.seed, settings.data)
             for index, stacks in wanted.items():
-                progress.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
+                shown.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
                 scores: dict[str, str] = {}
                 dense_s = own_s = 0.0
                 for record in answer(
@@ -146,7 +145,7 @@ def _measure(
                     metric = record.metric
                     scores[record.hash] = _score(record)
                     dense_s, own_s = max(dense_s, record.prefill_s), own_s + (record.prefill_own_s or 0.0)
-                    progress.advance(bar)
+                    shown.advance(bar)
                 console.print(
                     f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
                     f"prefill {dense_s + own_s:.1f} s, "

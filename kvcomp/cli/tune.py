@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -14,7 +15,19 @@ from rich.table import Table
 
 from kvcomp.console import notes, results, styled
 
-EXAMPLES = """Examples:
+from .options import Dtype, Model
+from .output import Document, Json
+
+if TYPE_CHECKING:
+    from kvcomp.benchmarks.divergence import FidelityRow
+
+DOCUMENT = Document(
+    best="the stack to use; null if none meets the goal",
+    front="stacks than which no other is both smaller and nearer to the uncompressed cache, the largest first",
+    rows="an object for each stack: the columns of fidelity.csv, over all texts",
+    report="path of report.html",
+)
+EPILOG = f"""Examples:
 
   kvcomp tune --tvd 1%
 
@@ -22,37 +35,36 @@ EXAMPLES = """Examples:
 
   kvcomp tune --stack "klt(bits=4)" --stack "snapkv(keep=0.5) + klt(bits=4)" --samples 12 --out out/mine
 
-The same command again continues where it was interrupted."""
+The same command continues a run that was interrupted.
+
+{DOCUMENT.help}"""
 
 
 def tune(
-    model: Annotated[
-        str, typer.Option(help="The alias smollm2-135m, a .gguf file, a local folder, or a Hugging Face hub id.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     text: Annotated[
         list[Path] | None,
         typer.Option(help="A text file like those that you serve; repeat it.  \\[default: a novel and Python code]"),
     ] = None,
-    held: Annotated[str | None, typer.Option(help="Goal: so many times smaller than dense, like 8x.")] = None,
+    held: Annotated[str | None, typer.Option(help="Goal: this many times smaller than uncompressed, like 8x.")] = None,
     tvd: Annotated[
-        str | None, typer.Option(help="Goal: total-variation distance to dense at most, like 1%.  \\[default: 1%]")
+        str | None,
+        typer.Option(help="Goal: at most this total-variation distance to uncompressed, like 1%.  \\[default: 1%]"),
     ] = None,
     stack: Annotated[
         list[str] | None, typer.Option(help="A stack to try; repeat it.  \\[default: twelve quantizers]")
     ] = None,
     context: Annotated[int, typer.Option(min=128, help="Tokens of each window of the text.")] = 2048,
     samples: Annotated[int, typer.Option(min=1, help="Windows of each text; 64 predictions of each are compared.")] = 4,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16.  \\[default: float32 on a CPU, bfloat16 on a GPU]"),
-    ] = None,
+    dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the results, as of bench.")] = Path("out/tune"),
+    as_json: Json = False,
 ) -> None:
     """Find the stack to use: measure a grid of them on your text, print the Pareto front and the one line to write.
 
-    Fidelity is how much of the next token's distribution the compressed cache has in common with the dense one
-    (1 - TVD), on predictions through the cache. Leaves with code 1 where no stack of the grid meets the goal.
+    Fidelity is how much of the next token's distribution a compressed cache has in common with the uncompressed one
+    (1 - TVD), over predictions through the cache. Exits with code 1 if no stack of the grid meets the goal.
     """
     from kvcomp.benchmarks import divergence, tune
     from kvcomp.benchmarks.bench import run
@@ -66,16 +78,34 @@ def tune(
         data = folder if text else None
         settings = Settings(model, tasks, (context,), samples, stacks, seed, data=data, dtype=dtype)
         comparison = run(settings, out, notes(), shlex.join(["kvcomp", *sys.argv[1:]]))
-    rows = [row for row in divergence.pooled(comparison.fidelity) if row.stack in settings.stacks]
+    rows = divergence.pooled(comparison.fidelity)
     tried = [row for row in rows if row.stack != tune.DENSE]
-    best = goal.choose(tried)
-    kept, console = tune.front(tried), results(110)
+    best, front = goal.choose(tried), tune.front(tried)
+    if as_json:
+        shown = [asdict(row) for row in rows]
+        names = [row.stack for row in front]
+        DOCUMENT.print(best=best and best.stack, front=names, rows=shown, report=str(out / "report.html"))
+    else:
+        console = results(110)
+        console.print(_table(f"{model}, {context} tokens", rows, front, best))
+        console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+        if best is None:
+            near = goal.nearest(tried)
+            what = f"{near.held_ratio:.2f}x smaller, 1 - TVD {100 * near.overlap:.2f} %"
+            console.print(f"No stack of the grid meets the goal; the nearest is {near.stack}: {what}.", soft_wrap=True)
+        else:
+            console.print(f'cache = CompressedCache("{best.stack}", model)', soft_wrap=True)
+    if best is None:
+        raise typer.Exit(1)
+
+
+def _table(what: str, rows: list[FidelityRow], front: list[FidelityRow], best: FidelityRow | None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    table.title = f"{model}, {context} tokens: what holds less at the same fidelity ({rows[0].tokens} predictions each)"
+    table.title = f"{what}, {rows[0].tokens} predictions a stack; front: nothing smaller is as near to uncompressed"
     for column in ("", "stack", "held ×", "bits", "1 - TVD, %", "95 % interval", "KL", "top-1, %", "ms/token"):
         table.add_column(column, justify="left" if column in ("", "stack") else "right", no_wrap=column != "stack")
     for row in sorted(rows, key=lambda row: row.held_ratio):
-        mark = "*" if row is best else "front" if row in kept else ""
+        mark = "use" if row is best else "front" if row in front else ""
         table.add_row(
             styled(mark, "bold green" if row is best else "green"),
             row.stack,
@@ -87,11 +117,4 @@ def tune(
             f"{100 * row.top1:.1f}",
             f"{row.ms_per_token:.1f}",
         )
-    console.print(table)
-    console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
-    if best is None:
-        near = goal.nearest(tried)
-        what = f"{near.held_ratio:.2f}x smaller, 1 - TVD {100 * near.overlap:.2f} %"
-        console.print(f"No stack of the grid meets the goal; the nearest is {near.stack}: {what}.", soft_wrap=True)
-        raise typer.Exit(1)
-    console.print(f'cache = CompressedCache("{best.stack}", model)', soft_wrap=True)
+    return table
