@@ -68,6 +68,11 @@ class Call(NamedTuple):
         return self._replace(mask=mask).dense(keys, values)
 
     @property
+    def tracked(self) -> bool:
+        """Whether the answer has a gradient, but for that of keys and values."""
+        return self.query.requires_grad or (self.latent is not None and self.latent.weight.requires_grad)
+
+    @property
     def asked(self) -> Tensor:
         """The queries of what the layer holds: absorbed, where that is latents."""
         return self.query if self.latent is None else self.latent.absorbed(self.query)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerStore, Shared
-from kvcomp.modes import without_gradient
 from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
 
 from .followed import LatentHandles
-from .handles import Call
+from .handles import Call, Handle
 from .layer import CompressedLayer
 from .masks import read_mask
 
@@ -48,18 +47,15 @@ class LatentLayer(LatentHandles, CompressedLayer):
         self.plan = replace(self.plan, latent=False)
         self.store = LayerStore(self.plan, self.choices)
 
-    def hold(self, latents: Tensor, values: Tensor) -> None:
+    def hold(self, latents: Tensor, values: Tensor) -> tuple[Handle, Handle]:
         """Take keys [c, r] and values c, as `update` takes c and r."""
-        CompressedLayer.update(self, latents, values)
+        return CompressedLayer.update(self, latents, values)
 
     # -- attention ------------------------------------------------------------------------------------------------
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         if not self.latent or (call.latent is not None and not self._hides(call)):
-            out, weights = super().attention(call)
-            if call.latent is not None and torch.is_grad_enabled() and call.latent.weight.requires_grad:
-                out = out if out.requires_grad else without_gradient(out, call.latent.weight)
-            return out, weights
+            return super().attention(call)
         latents = super().dense(0)
         both = (self._part(latents, 0), self._part(latents, 1)) if call.latent is None else (latents, latents)
         answer = call.dense_behind(*both)
@@ -79,8 +75,10 @@ class LatentLayer(LatentHandles, CompressedLayer):
         shown = read_mask(call.mask, past, call.query.shape[2]).past
         return shown is not None and bool((shown.cpu() != past).any())
 
-    def expands(self, n: int) -> bool:
-        return self.latent and n >= MANY and not self.plan.policies
+    def expands(self, n: int, tracked: bool) -> bool:
+        if not self.latent or self.plan.policies:
+            return False
+        return n >= MANY or (tracked and self.plan.selector is None)  # gradients flow through what is expanded
 
     def commit(self) -> None:
         self.blind |= self.pending is not None and self.pending.scale is None

@@ -93,12 +93,12 @@ class CompressedLayer(HeldLayer):
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
-        tracked = torch.is_grad_enabled() and (call.query.requires_grad or self._tracked())
+        tracked = torch.is_grad_enabled() and (call.tracked or self._tracked())
         try:
             if torch.is_inference_mode_enabled():
                 with normal_tensors():
                     return self._attention(call, tracked)
-            if not tracked or self.store.history.length == 0:
+            if not tracked or self.store.history.length == 0 or self.expands(call.query.shape[2], tracked):
                 return self._attention(call, tracked)
             with torch.no_grad():
                 out, weights = self._attention(call, tracked)
@@ -108,8 +108,9 @@ class CompressedLayer(HeldLayer):
         chunk = () if self.pending is None else self.pending[:2]
         return without_gradient(out, call.query, *chunk), weights
 
-    def expands(self, n: int) -> bool:
-        """Whether n queries behind tokens that are held are answered from those in full, by the model's attention."""
+    def expands(self, n: int, tracked: bool) -> bool:
+        """Whether n queries behind tokens that are held are answered from those in full, by the model's attention.
+        tracked: a gradient is asked for."""
         return False
 
     def _attention(self, call: Call, tracked: bool) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +136,7 @@ class CompressedLayer(HeldLayer):
             out, weights = call.dense(keys, values)
             self._hold(valid, call, scale)
             return out, weights
-        if self.expands(n):
+        if self.expands(n, tracked):
             out, weights = self._behind(call, keys, values)
             self._hold(valid, call, scale)
             return out, weights
@@ -169,9 +170,16 @@ class CompressedLayer(HeldLayer):
 
     def _behind(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's own attention over all tokens, decoded, and the new ones."""
-        held = self.store.padded()
+        held = self._without_gradient(self.store.padded())
         self._decoded_all(held[0].nbytes + (0 if self.plan.latent else held[1].nbytes))
         return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))
+
+    def _without_gradient(self, held: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Decoded K and V, through which no gradient flows where tokens were written that had one."""
+        if not (self.cut and torch.is_grad_enabled()):
+            return held
+        source = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+        return without_gradient(held[0], source), without_gradient(held[1], source)
 
     def _notice(self, adapters: tuple[tuple[str, ...], ...], past: int) -> None:
         """Warn where a chunk comes through other adapters than those before it."""
@@ -280,9 +288,7 @@ class CompressedLayer(HeldLayer):
                 stacklevel=2,
             )
             self.warned = True
-        past = self.store.padded()[which]
-        if self.cut and torch.is_grad_enabled():
-            past = without_gradient(past, torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
+        past = self._without_gradient(self.store.padded())[which]
         self._decoded_all(past.nbytes)
         return torch.cat([past, new], 2)
 

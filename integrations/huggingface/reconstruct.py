@@ -82,8 +82,8 @@ def received(
         model: a hooked model.
         tokenizer: the model's, for the request to repeat.
         ids: [1, n], without padding.
-        layers: of all the model's layers, a `RepeatLayer` where they are ours, and the library's cache layer after the
-            prompt where not.
+        layers: of all the model's layers, (keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]) where they are ours, or a
+            `RepeatLayer` behind those, and the library's cache layer after the prompt where not.
 
     Returns:
         [1, Hkv, n] float32 of each layer that is ours.
@@ -93,7 +93,8 @@ def received(
         found = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         return torch.as_tensor(found, dtype=ids.dtype, device=ids.device)
 
-    ours = {i: layer for i, layer in enumerate(layers) if isinstance(layer, RepeatLayer)}
+    each = [RepeatLayer(*layer) if isinstance(layer, tuple) else layer for layer in layers]
+    ours = {i: layer for i, layer in enumerate(each) if isinstance(layer, RepeatLayer)}
     n = ids.shape[1]
     for start in range(0, n, chunk):
         end = min(start + chunk, n)
