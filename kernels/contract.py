@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, centres
 
 MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
 Reduce = Literal["sum", "max"]
@@ -22,6 +22,7 @@ class PageCodec(Protocol):
     @property
     def rotates(self) -> bool: ...
     def kernel_layouts(self) -> KVLayout | None: ...
+    def write_layouts(self) -> KVLayout | None: ...
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None: ...
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]: ...
@@ -70,6 +71,8 @@ class Case(NamedTuple):
             return None
         if self.sides is None:
             return "the codec does not tell kernels how to read its pages"
+        if centres(self.sides[1]):
+            return "values less a centre"  # of latents, in pages of caches saved when those were centred
         return None if all(side.channels for side in self.sides) else "keys or values of no channels"
 
 

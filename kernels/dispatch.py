@@ -130,7 +130,7 @@ def encode_pages(
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`.
     """
-    sides = codec.kernel_layouts()
+    sides = codec.write_layouts()
     if sides is None:
         return False
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):

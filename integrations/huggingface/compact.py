@@ -43,6 +43,8 @@ def compact(
     if not 0 < keep < 1:
         raise KvcompError(f"compact(keep={keep}): expected a share of the span's tokens between 0 and 1")
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    if any(layer.plan.latent for layer in ours):
+        raise UnsupportedError(f"compact(span={span}): the model caches latents (MLA), which cannot be compacted yet")
     length = cache.get_seq_length()
     if not ours or not ours[0].is_initialized:
         raise KvcompError(f"compact(span={span}): the cache is empty")

@@ -22,6 +22,7 @@ class PageShape:
     """What a codec is made for: one layer's pages. `heads` is the number of KV heads.
 
     centred: whether pages may have a centre, as those of caches lack that were saved before there were any.
+    latent: values are the first `v_dim` channels of keys, and share their bytes.
     """
 
     page_size: int
@@ -32,6 +33,12 @@ class PageShape:
     device: torch.device
     layer: int
     centred: bool = True
+    latent: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token that are held."""
+        return self.k_dim if self.latent else self.k_dim + self.v_dim
 
 
 class Codec:
@@ -82,6 +89,14 @@ class Codec:
         """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
         return output
 
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `read_query`, of queries [S, R, Dv] that are multiplied with decoded values (latents: see `latent`)."""
+        return queries, None
+
+    def read_key_output(self, output: Tensor) -> Tensor:
+        """As `read_output`, of attention output [S, R, Rk] over decoded keys."""
+        return output
+
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
         return keys, values
@@ -90,6 +105,10 @@ class Codec:
         """How kernels can read K and V of a page; None: they cannot, and `decode` is used. The same objects every time,
         as long as pages are read the same way."""
         return None
+
+    def write_layouts(self) -> KVLayout | None:
+        """How kernels write what `kernel_input` gives; None: they cannot."""
+        return self.kernel_layouts()
 
     def constants(self) -> list[Tensor]:
         """Tensors that the layer holds besides pages."""
