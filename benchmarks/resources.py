@@ -52,16 +52,16 @@ POINTERS = {
     "pool": "*u8",
     "ids": "*i32",
     "counts": "*i64",
-    "k_book": "*fp16",
-    "v_book": "*bf16",
+    "k_codebook": "*fp16",
+    "v_codebook": "*bf16",
     "keys": "*u8",
     "values": "*u8",
     "token_counts": "*i64",
     "tokens": "*i64",
     "records": "*u8",
     "visible": "*u8",
-    "k_middles": "*fp32",
-    "v_middles": "*fp32",
+    "k_thresholds": "*fp32",
+    "v_thresholds": "*fp32",
 }
 FLOATS = ("bias", "token_bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
 SCALARS = ("scale", "softcap")

@@ -127,6 +127,7 @@ class SideLayout:
 
     @cached_property
     def channels(self) -> int:
+        """Coordinates of a token, of all segments together."""
         return sum(segment.channels for segment in self.segments)
 
     @property

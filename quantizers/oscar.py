@@ -76,6 +76,8 @@ class OSCAR(WidthQuantizer, CalibratedQuantizer):
     order. Of each token the largest magnitudes, beyond the quantile `k_clip` or `v_clip`, saturate. Group, clips and
     window are the authors'. bits + 32 / group effective bits (a float16 scale and zero per group), 8 / P
     for K's centres, plus the window.
+
+    Paper: arXiv 2605.17757.
     """
 
     paper: ClassVar[str] = "arXiv:2605.17757"

