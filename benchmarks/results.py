@@ -26,7 +26,7 @@ class Results:
     """The folder of a run: `config.json`, and `samples.jsonl` that grows by a line per record.
 
     Opening a folder that holds the same configuration continues it; any other one is refused and left as it
-    is. A new folder appears with its first record, so that a run that cannot start leaves nothing behind. Who writes
+    is. A new folder appears with its first record, so that a run that cannot start leaves no files. Who writes
     records holds the folder's lock from before it is opened (`locked`).
     """
 

@@ -38,7 +38,7 @@ def told(result: Result) -> str:
 
 
 def row(text: str, *starts: str) -> list[str]:
-    """Words of the row that starts with the last of `starts`, behind lines that start with the others."""
+    """Words of the row that starts with the last of `starts`, after lines that start with the others."""
     lines = iter(text.splitlines())
     for start in starts:
         line = next(line for line in lines if line.strip().startswith(start))

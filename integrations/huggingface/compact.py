@@ -72,7 +72,7 @@ def compact(
 
 @torch.no_grad()
 def _questions(cache: Any, model: Any, ids: Tensor, tokenizer: Any) -> list[_Recorder]:
-    """What compressed layers are asked while the model repeats `ids` [B, n] behind what a fork of the cache holds."""
+    """What compressed layers are asked while the model repeats `ids` [B, n] after what a fork of the cache holds."""
     fork = cache.fork()
     asked = []
     for layer in fork.layers:

@@ -220,7 +220,7 @@ class HeldLayer(Readable):
         """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
 
         Raises:
-            KvcompError: more tokens than there is room for, or pages of another layout.
+            KvcompError: more tokens than there is memory for, or pages of another layout.
             DamagedError: the state is no layer's of this plan.
         """
         state = State.of(state, f"layer {self.plan.layer}")

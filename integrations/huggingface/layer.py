@@ -109,7 +109,7 @@ class CompressedLayer(HeldLayer):
         return without_gradient(out, call.query, *chunk), weights
 
     def expands(self, n: int, tracked: bool) -> bool:
-        """Whether n queries behind tokens that are held are answered from those in full, by the model's attention.
+        """Whether n queries after tokens that are held are answered from those in full, by the model's attention.
         tracked: a gradient is asked for."""
         return False
 

@@ -84,7 +84,7 @@ class Prompt(NamedTuple):
     positions: Tensor | None
 
     def enter(self, model: PreTrainedModel, cache: Cache, start: int, end: int) -> Tensor:
-        """Feed tokens `start` to `end` behind those in the cache; returns logits [B, vocabulary] of the last one."""
+        """Feed tokens `start` to `end` after those in the cache; returns logits [B, vocabulary] of the last one."""
         out = model(
             input_ids=self.ids[:, start:end],
             attention_mask=None if self.mask is None else self.mask[:, :end],

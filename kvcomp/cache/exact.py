@@ -21,7 +21,7 @@ class ExactBuffer:
     Where the plan is latent, values are the first `width` channels of keys, and v holds none.
 
     A stream's first `plan.sinks` tokens stay where they are. When it is full (sinks + recent + one page), the oldest
-    page behind the sinks leaves, and the window moves up: a copy of the window every P tokens, never of the cache.
+    page after the sinks leaves, and the window moves up: a copy of the window every P tokens, never of the cache.
     """
 
     def __init__(self, plan: LayerPlan, keys: Tensor, values: Tensor) -> None:
@@ -93,7 +93,7 @@ class ExactBuffer:
         self._bounds = shortest + 1, longest + 1
 
     def window(self, streams: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Copies of what streams that hold `count` tokens have behind their sinks: [s, count - sinks, D]."""
+        """Copies of what streams that hold `count` tokens have after their sinks: [s, count - sinks, D]."""
         where, behind = streams.to(self.k.device), slice(self.plan.sinks, count)
         k = self.k[where, behind]
         return k, k[..., : self.width] if self.plan.latent else self.v[where, behind]

@@ -96,7 +96,7 @@ def attend(
     if records.by_tokens and layout.centres:
         few = few_centres(ids.shape[1], choice.positions.shape[1])
         plan.add("pages", layout.centre_bytes, choice.valid if few else view.total)
-    part = attend_chosen(q, data, ids, *choice, *how, by_tokens=records.by_tokens, host=host)
+    part = attend_chosen(q, data, ids, choice.positions, choice.valid, *how, by_tokens=records.by_tokens, host=host)
     return Read([part] if rest is None else [part, rest], choice.positions, plan)
 
 

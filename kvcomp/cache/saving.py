@@ -127,7 +127,7 @@ def _mapped(asked: str, path: FilePath) -> Any:
 class CacheFile:
     """An open file.
 
-    outline: what it says of itself, with None in place of tensors.
+    outline: its description, with None in place of tensors.
     """
 
     def __init__(self, asked: str, tensors: Any) -> None:

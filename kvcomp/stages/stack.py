@@ -50,8 +50,9 @@ class Stack:
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.stages, str | bytes) or not isinstance(self.stages, Iterable):
-            raise SpecError(f"Stack({quote(self.stages)}): expected stages; Stack.parse takes a spec or one stage")
+        given: object = self.stages
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            raise SpecError(f"Stack({quote(given)}): expected stages; Stack.parse takes a spec or one stage")
         object.__setattr__(self, "stages", tuple(self.stages))
         for stage in self.stages:
             if not isinstance(stage, Stage):
@@ -228,7 +229,7 @@ class Stack:
                 f"roundtrip: keys {tuple(keys.shape)} and values {tuple(values.shape)} must be [B, Hkv, N, D] "
                 "with equal B, Hkv and N"
             )
-        from kvcomp import roundtrip  # by the package's door: a store is made of a stack, not a stack of stores
+        from kvcomp import roundtrip  # through the package: a store is made of a stack, not a stack of stores
 
         return roundtrip(self.plan(layer=0, layers=1), keys, values, queries, scale)
 

@@ -31,7 +31,7 @@ def smollm2() -> tuple[Any, Any]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: tuple[Any, Any]) -> Iterator[Path]:
-    """A folder of a page's own, where its files can be imported, with the packaged model at hand."""
+    """A folder of a page's own, where its files can be imported, with the packaged model available."""
     model, tokenizer = smollm2
     monkeypatch.setattr(models, "load_model", lambda name: {"smollm2-135m": (model, tokenizer)}[name])
     monkeypatch.chdir(tmp_path)
