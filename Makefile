@@ -56,7 +56,7 @@ test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM 
 	$(call say,Tests of the vLLM plugin: fifty engines in ten minutes on two cores)
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
 
-lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package
+lint: .venv/dev.stamp typecheck ## ruff, ruff format, mypy on the installed package, mypy and pyright on a user's program
 	$(call say,ruff: lint and format)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -68,6 +68,8 @@ typecheck: .venv/dev.stamp
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/site .
 	@cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p kvcomp
+	$(call say,mypy --strict and pyright on a program of a user)
+	@$(BIN)/python tests/typing/check.py build/site
 
 format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix .
