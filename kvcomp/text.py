@@ -31,6 +31,11 @@ def shorten(text: str, limit: int = QUOTED) -> str:
     return f"{text[: kept - kept // 4]} ... {text[-(kept // 4) :]}"
 
 
+def brief(text: str, limit: int = QUOTED) -> str:
+    """The text in one line of at most `limit` characters, for a message that shows it without quotation marks."""
+    return shorten(repr(shorten(text, limit))[1:-1], limit)
+
+
 def quote(value: object, limit: int = QUOTED) -> str:
     """`repr(value)` for a message, of about `limit` characters at most, whatever the value is."""
     if isinstance(value, str):

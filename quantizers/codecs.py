@@ -114,9 +114,13 @@ class GridCodec(Codec):
         return self.k_basis.read(queries), self.k_basis.offset(queries)
 
     def read_output(self, output: Tensor) -> Tensor:
-        if self.v_basis.is_identity:
-            return output
-        return self.v_basis.inverse(output, torch.arange(len(output), device=output.device))
+        return _output(self.v_basis, output)
+
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.v_basis.read(queries), self.v_basis.offset(queries)
+
+    def read_key_output(self, output: Tensor) -> Tensor:
+        return _output(self.k_basis, output)
 
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         return self.k_basis.inverse(keys, streams), self.v_basis.inverse(values, streams)
@@ -127,6 +131,11 @@ class GridCodec(Codec):
 
     def constants(self) -> list[Tensor]:
         return [*self.k_basis.tensors, *self.v_basis.tensors, *self.k_grid.constants(), *self.v_grid.constants()]
+
+
+def _output(basis: Basis, output: Tensor) -> Tensor:
+    """Attention output [S, R, D'] of all streams, in the coordinates of a basis, in original ones."""
+    return output if basis.is_identity else basis.inverse(output, torch.arange(len(output), device=output.device))
 
 
 @dataclass(frozen=True)

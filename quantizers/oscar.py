@@ -28,7 +28,7 @@ from .widths import BITS, WidthQuantizer
 
 @dataclass(frozen=True)
 class ClippedGrid:
-    """A grid behind a clip: coordinates beyond a quantile of their token's magnitudes saturate.
+    """A grid after a clip: coordinates beyond a quantile of their token's magnitudes saturate.
 
     The limit is the magnitude of rank floor(quantile * D), counted from 0 and upwards, among the D of a token: at 0.96
     and D = 128 the five largest come down to the sixth. Where the grid is centred, magnitudes are about the centre.

@@ -113,7 +113,7 @@ def test_what_public_functions_return_is_public() -> None:
                 if inspect.isfunction(function) and not attribute.startswith("_"):
                     functions.append(function)
         if name in ("LayerPlan", "Pages", "Step", "Windows", "BlockLayer", "Setup"):
-            continue  # what engines do with these is handed from one to the other
+            continue  # what engines do with these is given from one to the other
         for function in functions:
             scope = {**vars(sys.modules[function.__module__]), **{n: getattr(kvcomp, n) for n in kvcomp.__all__}}
             for cls in classes(eval(str(inspect.signature(function).return_annotation), scope)):
@@ -177,7 +177,7 @@ def test_the_examples_are_a_score_a_grid_and_a_selector() -> None:
     assert [path.stem for path in METHODS] == ["grid", "score", "selector"]
 
 
-# -- what objects say of themselves -----------------------------------------------------------------------------------
+# -- what objects say in their reprs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preallocate", [None, 512])

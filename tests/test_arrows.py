@@ -9,7 +9,7 @@ FOLDERS = ("kvcomp", "policies", "quantizers", "sparse", "kernels", "integration
 # From the ground up. What shares a floor knows nothing of its neighbours; the ground floor is small modules.
 FLOORS = (
     ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger", "geometry"),
-    ("attention", "layout", "segments"),
+    ("attention", "layout", "operators", "segments"),
     ("kernels",),
     ("stages",),
     ("architecture",),

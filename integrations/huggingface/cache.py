@@ -51,7 +51,7 @@ class CompressedCache(IndexerPositions, Cache):
         stack: a Stack such as SnapKV(keep=0.5) + KIVI(bits=4), a stage, or the spec "snapkv(keep=0.5) + kivi(bits=4)".
         model_or_config: the model, or the very config object that it was built from.
         max_tokens: refuse to grow beyond this many tokens per row; default max_position_embeddings of the config.
-        preallocate: reserve room for so many tokens per row, padding included, when the prompt comes, so that decode
+        preallocate: reserve memory for so many tokens per row, padding included, when the prompt comes, so that decode
             steps have fixed shapes and addresses: `generate` compiles them on accelerators, as with transformers' own
             static cache, and CUDA graphs can record them. Not for selectors, nor for policies that act while decoding.
 
@@ -173,9 +173,9 @@ class CompressedCache(IndexerPositions, Cache):
 
         Args:
             input_ids: [B, n], all ids of the next turn, from the first token of the conversation.
-            held: [B, m], the ids that the cache holds, more behind them allowed: the output of the last `generate`.
+            held: [B, m], the ids that the cache holds, more after them allowed: the output of the last `generate`.
                 Needed where the cache did not see or keep them: it was made from a config, loaded from a file, fed
-                embeddings, preallocated, or its stack lets tokens go while decoding.
+                embeddings, preallocated, or its stack evicts tokens while decoding.
 
         Returns:
             how many of the tokens are still in the cache.

@@ -43,6 +43,8 @@ def compact(
     if not 0 < keep < 1:
         raise KvcompError(f"compact(keep={keep}): expected a share of the span's tokens between 0 and 1")
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    if any(layer.plan.latent for layer in ours):
+        raise UnsupportedError(f"compact(span={span}): the model caches latents (MLA), which cannot be compacted yet")
     length = cache.get_seq_length()
     if not ours or not ours[0].is_initialized:
         raise KvcompError(f"compact(span={span}): the cache is empty")
@@ -70,7 +72,7 @@ def compact(
 
 @torch.no_grad()
 def _questions(cache: Any, model: Any, ids: Tensor, tokenizer: Any) -> list[_Recorder]:
-    """What compressed layers are asked while the model repeats `ids` [B, n] behind what a fork of the cache holds."""
+    """What compressed layers are asked while the model repeats `ids` [B, n] after what a fork of the cache holds."""
     fork = cache.fork()
     asked = []
     for layer in fork.layers:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.stages import PageShape, Stage
 from kvcomp.state import DamagedError, State
+from kvcomp.text import brief
 
 from .file import Calibration, CalibrationError, digest, load
 from .statistics import Moments
@@ -103,8 +104,8 @@ class Calibrated(Stage):
         if not file.model.same(here):
             what = "with other weights" if file.model.config == here.config else "which is another model"
             raise CalibrationError(
-                f"{self.name}(calibration={self.calibration!r}) was calibrated for {file.model.name}, and the cache is "
-                f"for {here.name}, {what}: run `kvcomp calibrate --method {self.name}` on that one"
+                f"{self.name}(calibration={self.calibration!r}) was calibrated for {brief(file.model.name)}, and the "
+                f"cache is for {brief(here.name)}, {what}: run `kvcomp calibrate --method {self.name}` on that one"
             )
 
     def identity(self, argument: str) -> Any:

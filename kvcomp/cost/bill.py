@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvcomp.architecture import ModelShape, obstacle
+from kvcomp.architecture import LayerKind, ModelShape, obstacle
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages.plan import held_parts, read_parts, shared_bytes
 from kvcomp.stages.stack import Stack, StackLike
@@ -148,7 +148,7 @@ def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 
     for i, layer in enumerate(shape.layers):
         seen = layer.seen(context + 1)
         if layer.full and stack is not None:
-            plan = stack.plan(i, len(shape.layers), full)
+            plan = replace(stack.plan(i, len(shape.layers), full), latent=layer.kind is LayerKind.LATENT)
             shared += shared_bytes(plan, layer.k_dim, layer.v_dim, layer.kv_heads, dtype)
             for total, parts in ((held, held_parts), (read, read_parts)):
                 part = parts(plan, layer.k_dim, layer.v_dim, context, dtype)

@@ -231,7 +231,7 @@ class Stack:
                 f"roundtrip: keys {tuple(keys.shape)} and values {tuple(values.shape)} must be [B, Hkv, N, D] "
                 "with equal B, Hkv and N"
             )
-        from kvcomp import roundtrip  # by the package's door: a store is made of a stack, not a stack of stores
+        from kvcomp import roundtrip  # through the package: a store is made of a stack, not a stack of stores
 
         return roundtrip(self.plan(layer=0, layers=1), keys, values, queries, scale)
 

@@ -107,7 +107,7 @@ class Stage(metaclass=StageType):
         Raises:
             SpecError: `other` is neither a stage nor a stack, or the two cannot work together.
         """
-        from kvcomp import Stack  # by the package's door: a stack is made of stages, not a stage of stacks
+        from kvcomp import Stack  # through the package: a stack is made of stages, not a stage of stacks
 
         return Stack((self,)) + other
 
