@@ -38,7 +38,8 @@ class CompressedLayer(HeldLayer):
             self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
         if torch.compiler.is_compiling():
             with given_dtypes(key_states.device):
-                return outside_graph(self._update, *new)
+                handles: tuple[Handle, Handle] = outside_graph(self._update, *new)
+                return handles
         if torch.is_autocast_enabled(key_states.device.type):
             with given_dtypes(key_states.device):
                 return self._update(*new)

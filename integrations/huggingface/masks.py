@@ -69,7 +69,8 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
         return Seen(None, None, None)
     known = _read_masks.get(mask)
     if known is not None and known[0] == (past, n):
-        return known[1]
+        seen: Seen = known[1]
+        return seen
     if mask.shape[-1] != past + n:
         raise UnsupportedError(f"attention mask of length {mask.shape[-1]} for {past} cached and {n} new tokens")
     if isinstance(mask, BlockMask):
