@@ -31,7 +31,8 @@ def parse(spec: str) -> tuple[Stage, ...]:
         SpecError: bad syntax, an unknown stage or argument, or a value of the wrong type or range.
     """
     if not isinstance(spec, str) or not spec.strip():
-        raise SpecError(f"stack spec {quote(spec)} is empty: expected something like {EXAMPLE}, or 'none'")
+        what = "is empty" if isinstance(spec, str) else f"is a {type(spec).__name__}, no text"
+        raise SpecError(f"stack spec {quote(spec)} {what}: expected something like {EXAMPLE}, or 'none'")
     if len(spec) > LONGEST:
         raise SpecError(f"stack spec {quote(spec)} is too long: expected at most {LONGEST:,} characters")
     text = GAP.sub(lambda found: found[1] or " ", spec.strip())  # a spec may span lines
