@@ -7,8 +7,8 @@ to look, and everything here takes its value:
     "hub"       the source is downloaded with the `datasets` package
     None        only what travels with the package
 
-Which files a source accepts stands where it is registered, and for users in the README. A benchmark registers its
-sources when it is imported, and `kvcomp data check DIR` reads all of them:
+Which files a source accepts is documented where it is registered, and for users in docs/benchmarks.md. A benchmark
+registers its sources when it is imported, and `kvcomp data check DIR` reads all of them:
 
     QASPER = register(Source("longbench/qasper", ("qasper",), ("qasper.jsonl",), read_jsonl, fetch="..."))
     items = load(QASPER, data)

@@ -69,6 +69,11 @@ def unpaired_interval(scores: Sequence[float], others: Sequence[float]) -> Inter
     )
 
 
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Return the interval of the mean of any numbers, a bootstrap; None where they show no spread."""
+    return None if _agree(values) else _bootstrap(values)
+
+
 def _agree(values: Sequence[float]) -> bool:
     return max(values) - min(values) < SAME
 

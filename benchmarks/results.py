@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcomp.benchmarks.records import ACCURACY, NLL, Record, RunError, config_of
+from kvcomp.benchmarks.records import ACCURACY, FIDELITY, NLL, Record, RunError, config_of
 from kvcomp.benchmarks.schema import SchemaError, parse_json
 from kvcomp.errors import KvcompWarning
 from kvcomp.text import quote
 
-__all__ = ["ACCURACY", "NLL", "Record", "Results", "Run", "RunError", "locked", "read_run", "write_text"]
+__all__ = ["ACCURACY", "FIDELITY", "NLL", "Record", "Results", "Run", "RunError", "locked", "read_run", "write_text"]
 
 CONFIG, SAMPLES, LOCK, SCRATCH = "config.json", "samples.jsonl", ".lock", ".part"
 PARTS = ("settings", "data", "versions", "machine")  # of a configuration, that a run may differ in

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kvcomp.attention import Part
 from kvcomp.errors import KvcompWarning
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Floats, Numbers, Sides
+from kvcomp.segments import Dense, Floats, KVLayout
 
 from .contract import Backend, Case, PagesView
 
@@ -69,7 +69,7 @@ def installed() -> bool:
     return find_spec("flashinfer") is not None
 
 
-def obstacle(sides: Sides, rotates: bool, rows: int, dtype: torch.dtype | None = None) -> str | None:
+def obstacle(sides: KVLayout, rotates: bool, rows: int, dtype: torch.dtype | None = None) -> str | None:
     """Why FlashInfer cannot read these pages for so many queries of a stream, of this dtype; None: it can."""
     if not installed():
         return "flashinfer is not installed"
@@ -78,11 +78,11 @@ def obstacle(sides: Sides, rotates: bool, rows: int, dtype: torch.dtype | None =
     for name, side in zip("KV", sides, strict=True):
         if any(isinstance(segment, Floats) for segment in side.segments):
             return f"it scales fp8 by one factor a tensor, and {name} has one a block"
-        if not (len(side.segments) == 1 and isinstance(side.segments[0], Numbers)):
+        if not (len(side.segments) == 1 and isinstance(side.segments[0], Dense)):
             return f"{name} is not stored as numbers"
     if rotates:
         return "pages are in another basis than queries"
-    k, v = _numbers(sides)
+    k, v = _dense(sides)
     if k.dtype not in (torch.float16, torch.bfloat16) or v.dtype != k.dtype or dtype not in (None, k.dtype):
         return f"K in {k.dtype}, V in {v.dtype}, queries in {dtype or k.dtype}: it needs one dtype of 16 bits for all"
     if k.channels not in DIMS or v.channels != k.channels:
@@ -96,7 +96,7 @@ def attend(
     ids: Tensor,
     counts: Tensor,
     layout: PageLayout,
-    sides: Sides,
+    sides: KVLayout,
     scale: float,
     softcap: float | None = None,
 ) -> Part | None:
@@ -123,7 +123,7 @@ def attend(
     if plan is None:
         return None
     views = layout.views(pool)
-    k, v = (views[numbers.field][:, :, None] for numbers in _numbers(sides))  # [pages, P, 1, D], where they lie
+    k, v = (views[numbers.field][:, :, None] for numbers in _dense(sides))  # [pages, P, 1, D], where they lie
     out, lse = plan.wrapper.run(queries.contiguous(), (k, v), return_lse=True)
     out, lse = out.float(), lse * math.log(2)  # it was of base 2
     if plan.empty is not None:
@@ -131,8 +131,8 @@ def attend(
     return Part(out, lse)
 
 
-def _numbers(sides: Sides) -> list[Numbers]:
-    return [segment for side in sides for segment in side.segments if isinstance(segment, Numbers)]
+def _dense(sides: KVLayout) -> list[Dense]:
+    return [segment for side in sides for segment in side.segments if isinstance(segment, Dense)]
 
 
 def _planned(ids: Tensor, counts: Tensor, how: _How) -> _Plan | None:

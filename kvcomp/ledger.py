@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvcomp.text import size_text
+
 MIB = 1 << 20
 
 
@@ -29,6 +31,10 @@ class Memory:
         """How many times smaller than dense."""
         return self.dense / self.held if self.held else float("nan")
 
+    def __repr__(self) -> str:
+        bits = f", {self.effective_bits:.2f} effective bits" if self.held else ""
+        return f"Memory(held={size_text(self.held)}, dense={size_text(self.dense)}{bits}{_by_part(self.parts)})"
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -42,6 +48,13 @@ class Traffic:
     def ratio(self) -> float:
         """How many times less than dense."""
         return self.dense / self.read if self.read else float("nan")
+
+    def __repr__(self) -> str:
+        return f"Traffic(read={size_text(self.read)}, dense={size_text(self.dense)}{_by_part(self.parts)})"
+
+
+def _by_part(parts: Mapping[str, int]) -> str:
+    return "".join(f", {name} {size_text(size)}" for name, size in parts.items())
 
 
 class ReadPlan:

@@ -46,3 +46,11 @@ def quote(value: object, limit: int = QUOTED) -> str:
         return shown if shown.isprintable() else shorten(" ".join(shown.split()), limit)
     except (ValueError, RecursionError):  # more digits, or more levels, than Python writes out
         return f"a very large {type(value).__name__}"
+
+
+def size_text(size: float) -> str:
+    """A number of bytes, as in "1.25 MiB"."""
+    for unit, at, digits in (("GiB", 30, 2), ("MiB", 20, 2), ("KiB", 10, 1)):
+        if size >= 1 << at:
+            return f"{size / (1 << at):.{digits}f} {unit}"
+    return f"{size:.0f} B"

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.layout import CENTRE, Field
-from kvcomp.segments import Numbers, SideLayout
+from kvcomp.segments import Dense, SideLayout
 from kvcomp.stages import PageShape
 
-from .codecs import Side
+from .codecs import Grid
 
 DTYPE = torch.float16
 HUGE = torch.finfo(DTYPE).max
@@ -54,7 +54,7 @@ def without_centres(x: Tensor, page_size: int) -> Tensor:
     return torch.cat([run.float() - centre(run).float() for run in x.split(page_size, 1)], 1)
 
 
-class Grid(Side, Protocol):
+class CentrableGrid(Grid, Protocol):
     """A side that is one segment of `dim` channels."""
 
     @property
@@ -64,7 +64,7 @@ class Grid(Side, Protocol):
 
 
 @dataclass(frozen=True)
-class CentredSide:
+class CentredGrid:
     """Coordinates of K in a page on a grid, less the page's `centre` c: x ~ c + decode(encode(x - c)).
 
     Some models (Qwen2 and others with large key biases) have keys that are nearly constant over neighbouring tokens. A
@@ -72,7 +72,7 @@ class CentredSide:
     a constant with the position, so that it is one of a page rather than of a text. c takes 16 bits a channel and page.
     """
 
-    grid: Grid
+    grid: CentrableGrid
 
     @property
     def name(self) -> str:
@@ -108,13 +108,13 @@ class CentredSide:
         if side is None:
             return None
         (segment,) = side.segments
-        assert not isinstance(segment, Numbers)
+        assert not isinstance(segment, Dense)
         return SideLayout((replace(segment, centre=self.field),))
 
     def constants(self) -> list[Tensor]:
         return self.grid.constants()
 
 
-def centred(grid: Grid, shape: PageShape) -> Grid:
+def centred(grid: CentrableGrid, shape: PageShape) -> CentrableGrid:
     """The grid, of keys less their page's centre where pages of this shape have one."""
-    return CentredSide(grid) if shape.centred else grid
+    return CentredGrid(grid) if shape.centred else grid

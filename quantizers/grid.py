@@ -37,7 +37,7 @@ def channel_group(stage: str, group: int, dim: int, step: int) -> int:
 
 
 @dataclass(frozen=True)
-class UniformSide:
+class UniformGrid:
     """K or V of a page on a uniform grid: x ~ code * scale + zero, scale and zero shared by blocks.
 
     A block is `token_group` x `channel_group` elements: KIVI's keys are (group, 1), per channel; a per-token grid is

@@ -31,7 +31,7 @@ class PerStream:
         self.values = torch.zeros(0, dim, dtype=dtype, device=device)
         self.settled = torch.zeros(0, dtype=torch.bool, device=device)
 
-    def room(self, streams: int) -> None:
+    def reserve(self, streams: int) -> None:
         """Know so many streams."""
         missing = streams - len(self.settled)
         if missing > 0 and not self.shared:
@@ -41,7 +41,7 @@ class PerStream:
     def new(self, streams: Tensor, due: Tensor | None) -> Tensor | None:
         """bool [s]: those of `streams` that are to be settled, as `Codec.fit` has them; None: surely none is."""
         if due is None:
-            self.room(int(streams.max()) + 1)
+            self.reserve(int(streams.max()) + 1)
         settled = self.settled[self._at(streams)]
         if due is None and settled.is_cpu and bool(settled.all()):  # elsewhere the host would wait
             return None
@@ -59,7 +59,7 @@ class PerStream:
 
     def all(self, streams: int) -> Tensor:
         """[streams, D]: of all streams in order."""
-        self.room(streams)
+        self.reserve(streams)
         return self.values.repeat(streams // len(self.values), 1) if self.shared else self.values
 
     def share(self, values: Tensor, settled: Tensor) -> None:
@@ -84,7 +84,7 @@ class PerStream:
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""
         if len(streams):
-            self.room(int(streams.max()) + 1)
+            self.reserve(int(streams.max()) + 1)
         at = self._at(streams)
         self.values, self.settled, self.shared = self.values[at], self.settled[at], False
 

@@ -76,9 +76,9 @@ def test_published_latents_of_deepseek_v3(run: Run) -> None:
     assert "8 of 256 experts" in text
 
 
-def test_the_readme_shows_what_the_command_prints(run: Run) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    command, shown = re.search(r"\$ kvcomp plan (.*)\n([^`]*)```", readme).groups()
+def test_the_documentation_shows_what_the_command_prints(run: Run) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "choose.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"\$ kvcomp plan (.*)\n([^`]*)```", page).groups()
     assert [line.rstrip() for line in told(run(*shlex.split(command))).strip().splitlines()] == shown.splitlines()
 
 

@@ -20,7 +20,7 @@ from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.files import named
 from kvcomp.ledger import Memory, Traffic
 from kvcomp.modes import normal_tensors, outside_inference
-from kvcomp.stages.stack import Stack
+from kvcomp.stages.stack import Stack, StackLike
 from kvcomp.text import quote
 
 from ..configs import decoder_config, layer_kinds, max_positions
@@ -49,7 +49,7 @@ class CompressedCache(IndexerPositions, CheckedRows):
     `detach` undoes that.
 
     Args:
-        stack: a spec such as "snapkv(keep=0.25) + kivi(bits=2)", or a Stack.
+        stack: a Stack such as SnapKV(keep=0.5) + KIVI(bits=4), a stage, or the spec "snapkv(keep=0.5) + kivi(bits=4)".
         model_or_config: the model, or the very config object that it was built from.
         max_tokens: refuse to grow beyond this many tokens per row; default max_position_embeddings of the config.
         preallocate: reserve room for so many tokens per row, padding included, when the prompt comes, so that decode
@@ -64,7 +64,7 @@ class CompressedCache(IndexerPositions, CheckedRows):
 
     def __init__(
         self,
-        stack: str | Stack,
+        stack: StackLike,
         model_or_config: PreTrainedModel | PreTrainedConfig,
         max_tokens: int | None = None,
         preallocate: int | None = None,
@@ -255,6 +255,11 @@ class CompressedCache(IndexerPositions, CheckedRows):
             "max_cache_len: PEFT's prefix tuning replaces an empty past_key_values by its own cache, so nothing "
             "would be compressed: generate without past_key_values, or use LoRA or prompt tuning"
         )
+
+    def __repr__(self) -> str:
+        rows, ours = max(self.batch_size, 0), len(self._compressed())
+        size = f"{rows} x {int(self.get_query_offset())} tokens" if rows else "empty"
+        return f"<CompressedCache {self.stack}: {size}, {ours} of {len(self.layers)} layers compressed>"
 
     def __copy__(self) -> CompressedCache:
         twin = type(self).__new__(type(self))

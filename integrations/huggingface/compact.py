@@ -33,6 +33,10 @@ class Compaction(NamedTuple):
     error: list[float]
     lse_error: list[float]
 
+    def __repr__(self) -> str:
+        worst = f"error<={max(self.error):.2g}, lse_error<={max(self.lse_error):.2g} in {len(self.error)} layers"
+        return f"Compaction(span={self.span}, tokens={self.tokens}, {worst})"
+
 
 def compact(
     cache: Any, model: Any, input_ids: Tensor, span: tuple[int, int], keep: float, tokenizer: Any
@@ -44,6 +48,8 @@ def compact(
         raise KvcompError(f"compact(span={quote(span)}): expected (start, end), two numbers of tokens")
     token_ids("compact(input_ids=", input_ids)
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    if any(layer.plan.latent for layer in ours):
+        raise UnsupportedError(f"compact(span={span}): the model caches latents (MLA), which cannot be compacted yet")
     length = cache.get_seq_length()
     if not ours or not ours[0].is_initialized:
         raise KvcompError(f"compact(span={span}): the cache is empty")

@@ -17,6 +17,7 @@ from kvcomp.state import FLOATS, DamagedError, State
 
 from ..configs import field
 from .fingerprint import ESSENTIALS, fingerprint
+from .latent import LatentLayer
 from .layer import CompressedLayer
 from .library import restore_library
 from .preallocated import PreallocatedLayer
@@ -61,8 +62,8 @@ def layer_state(layer: Any) -> dict[str, Any]:
 
 
 def _kind(layer: Any) -> str:
-    """A layer's class, but for how it decodes, which is not saved."""
-    return (CompressedLayer if isinstance(layer, PreallocatedLayer) else type(layer)).__name__
+    """A layer's class, but for how it decodes, which is not saved; all of them were once one."""
+    return (CompressedLayer if isinstance(layer, PreallocatedLayer | LatentLayer) else type(layer)).__name__
 
 
 def check_kinds(layers: Sequence[Any], saved: Saved) -> None:

@@ -17,7 +17,7 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.placed import NOTHING
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides, alone, memo
+from kvcomp.segments import KVLayout, alone, memo
 
 from . import chunks, ops, ops_records, ops_scores, pieces
 from .memory import floats, integers, records, rows_of
@@ -27,7 +27,7 @@ from .plan import MOST_ROWS, processors, split_pages
 class Prepared(NamedTuple):
     """What kernels are told of pages besides the pages, for one device.
 
-    description: see `chunks`. k_book, v_book: the entries of all codebooks, in the dtypes of the kernel's products:
+    description: see `chunks`. k_codebook, v_codebook: the entries of all codebooks, in the dtypes of its products:
     float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
     v_dim: channels of values.
     """
@@ -35,50 +35,52 @@ class Prepared(NamedTuple):
     layout: PageLayout
     exact: bool
     description: str
-    k_book: Tensor
-    v_book: Tensor
+    k_codebook: Tensor
+    v_codebook: Tensor
     processors: int
     body_bytes: int
     v_dim: int
 
 
-def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
+def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
     """What kernels are told of pages of this layout whose K and V are to be read as `sides` say; made once."""
     known, key = memo(sides), (Prepared, layout, exact, device)
     found: Prepared | None = known.get(key)
     if found is None:
         dtypes = (torch.float32, torch.float32) if exact else (torch.float16, torch.bfloat16)
-        k_book, v_book = (chunks.books(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True))
+        k_codebook, v_codebook = (
+            chunks.codebooks(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True)
+        )
         described = chunks.described(sides, layout)
         sizes = processors(device), layout.body_bytes, described.v_dim
-        found = known.setdefault(key, Prepared(layout, exact, str(described), k_book, v_book, *sizes))
+        found = known.setdefault(key, Prepared(layout, exact, str(described), k_codebook, v_codebook, *sizes))
     return found
 
 
 class Written(NamedTuple):
-    """What kernels are told of pages that they write, for one device: description and middles, see `pieces`; inputs:
+    """What kernels are told of pages that they write, for one device: description and thresholds, see `pieces`; inputs:
     numbers of a token of K and of V; alone: as `segments.alone`."""
 
     layout: PageLayout
     alone: bool
     inputs: tuple[int, int]
     description: str
-    k_middles: Tensor
-    v_middles: Tensor
+    k_thresholds: Tensor
+    v_thresholds: Tensor
 
 
-def written(sides: Sides, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
+def written(sides: KVLayout, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
     """What kernels are told of pages of this layout whose K and V are to be written as `sides` say, or of their single
     tokens; made once."""
     known, key = memo(sides), (Written, layout, device, single)
     found: Written | None = known.get(key)
     if found is None:
         text, inputs = str(pieces.described(sides, layout, single)), (sides[0].inputs, sides[1].inputs)
-        found = known.setdefault(key, Written(layout, alone(sides), inputs, text, *pieces.middles(sides, device)))
+        found = known.setdefault(key, Written(layout, alone(sides), inputs, text, *pieces.thresholds(sides, device)))
     return found
 
 
-def write_obstacle(sides: Sides) -> str | None:
+def write_obstacle(sides: KVLayout) -> str | None:
     """Why the kernels cannot write pages; None: they can."""
     return pieces.obstacle(sides)
 
@@ -102,7 +104,7 @@ def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written,
         floats(name, x, on, (len(ids), tokens, dim))
         for name, x, dim in zip(("keys", "values"), (keys, values), how.inputs, strict=True)
     )
-    ops_records.write_pages(pool, ids.to(torch.int64), *x, how.k_middles, how.v_middles, how.description, rows)
+    ops_records.write_pages(pool, ids.to(torch.int64), *x, how.k_thresholds, how.v_thresholds, how.description, rows)
 
 
 class Pages(NamedTuple):
@@ -114,7 +116,7 @@ class Pages(NamedTuple):
     prepared: Prepared
 
 
-def obstacle(sides: Sides) -> str | None:
+def obstacle(sides: KVLayout) -> str | None:
     """Why the kernels cannot read pages; None: they can."""
     return chunks.obstacle(sides)
 
@@ -146,14 +148,14 @@ def attend(
     pages_of_split: at most; by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more,
     to be used again; None: allocated. in_tokens: counts are of tokens, and the last page may be filled in part.
     """
-    pool = ids = counts = k_book = v_book = None
+    pool = ids = counts = k_codebook = v_codebook = None
     on = queries.device
     queries = floats("queries", queries, on, 3)
     streams, rows, k_dim = queries.shape
     exact, description, each, v_dim = queries.dtype == torch.float32, "", 1, None
     if pages is not None:
         pool, ids, counts, how = pages
-        exact, description, k_book, v_book = how.exact, how.description, how.k_book, how.v_book
+        exact, description, k_codebook, v_codebook = how.exact, how.description, how.k_codebook, how.v_codebook
         if pool.device != on:
             raise KvcompError(f"pool lies on {pool.device}, and queries on {on}")
         records(pool, how.body_bytes)
@@ -179,28 +181,10 @@ def attend(
     if prior is not None and v_dim is not None:
         prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
         prior_lse = floats("lse of prior", prior.lse, on, (streams, rows), exact=True)
+    paged = pool, ids, counts, k_codebook, v_codebook
+    how = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias
     out, lse, groups = ops.attend_pages(
-        queries,
-        bias,
-        pool,
-        ids,
-        counts,
-        k_book,
-        v_book,
-        keys,
-        values,
-        held,
-        prior_out,
-        prior_lse,
-        workspace,
-        description,
-        each,
-        scale,
-        softcap or 0.0,
-        lse_of_pages,
-        exact,
-        in_tokens,
-        token_bias,
+        queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *how
     )
     return Part(out, lse, groups if lse_of_pages else None)
 

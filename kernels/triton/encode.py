@@ -1,7 +1,7 @@
 """Pages written from K and V in basis coordinates; what codecs `encode` is its specification, bit for bit.
 
   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, without zero
-  codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
+  codebook  norm = |x| / D^1/2, code = how many thresholds of the codebook x / |x| exceeds
   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
   floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale; of
             two powers of two (E8M0) the one under which the block's squared error is less
@@ -80,49 +80,49 @@ def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constex
 
 
 @triton.jit
-def exceeded(x, middles, C: tl.constexpr):
-    """How many of a book's middles each of x exceeds, int32: a search by halves, for middles ascend."""
-    FIRST: tl.constexpr = C.middles
+def exceeded(x, thresholds, C: tl.constexpr):
+    """How many of a codebook's thresholds each of x exceeds, int32: a search by halves, for thresholds ascend."""
+    FIRST: tl.constexpr = C.thresholds
     BITS: tl.constexpr = width(C)
     codes = tl.zeros_like(x).to(tl.int32)
     for i in tl.static_range(BITS):
         half = 1 << (BITS - 1 - i)
-        codes = tl.where(x > tl.load(middles + (FIRST + half - 1) + codes), codes + half, codes)
+        codes = tl.where(x > tl.load(thresholds + (FIRST + half - 1) + codes), codes + half, codes)
     return codes
 
 
 @triton.jit
-def put_book(record, x, middles, token, run, seen, C: tl.constexpr):
-    """Writes x float32 [T, 1, R] as codes of a book and a norm for each token."""
+def put_codebook(record, x, thresholds, token, run, seen, C: tl.constexpr):
+    """Writes x float32 [T, 1, R] as codes of a codebook and a norm for each token."""
     ROOT: tl.constexpr = C.channels**0.5
     SCALE: tl.constexpr = C.scale
     norm = tl.div_rn(tl.sqrt_rn(tl.sum(x * x, 2, keep_dims=True)), ROOT)
     norm = tl.where(norm < HUGE, norm, HUGE).to(tl.float16)  # HUGE of no number, too
     unit = tl.div_rn(x, tl.maximum(norm.to(tl.float32) * ROOT, TINY))
-    put_codes(record, exceeded(unit, middles, C), token, run, seen, C)
+    put_codes(record, exceeded(unit, thresholds, C), token, run, seen, C)
     put_halves(record, SCALE + token * 2, norm, seen)
 
 
 @triton.jit
 def put_part(
-    record, page, shift, source, norm, middles, tile, POWER: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    record, page, shift, source, norm, thresholds, tile, POWER: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
     """Writes the codes of a part, and gives its two sums of the gain [T, 1, 1], without their weight."""
     LEVELS: tl.constexpr = C.levels
-    FIRST: tl.constexpr = C.middles
+    FIRST: tl.constexpr = C.thresholds
     token, run, channel, seen, live = place(page, tile, PAGE, C)
     there = seen & live
     x = tl.div_rn(load(source, page, token, channel, there, DIM, PAGE, C), norm)
-    codes = exceeded(x, middles, C)
+    codes = exceeded(x, thresholds, C)
     put_codes(record, codes, token + shift, run, seen, C)
-    book = tl.load(middles + FIRST + LEVELS + codes, mask=there, other=0)
-    other = book if POWER < 1 else x
-    return tl.sum(x * x, 2, keep_dims=True), tl.sum(book * other, 2, keep_dims=True)
+    codebook = tl.load(thresholds + FIRST + LEVELS + codes, mask=there, other=0)
+    other = codebook if POWER < 1 else x
+    return tl.sum(x * x, 2, keep_dims=True), tl.sum(codebook * other, 2, keep_dims=True)
 
 
 @triton.jit
-def put_joint(record, page, shift, source, middles, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+def put_joint(record, page, shift, source, thresholds, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     """Writes tokens [T, 1, 1] of all parts, and their norm, which comes behind the coordinates of `source`."""
     COUNT: tl.constexpr = len(C.parts)
     SCALE: tl.constexpr = C.parts[0].scale
@@ -133,7 +133,7 @@ def put_joint(record, page, shift, source, middles, tile, DIM: tl.constexpr, PAG
     least = tl.maximum(norm, TINY)
     own, coded = tl.zeros_like(norm), tl.zeros_like(norm)
     for i in tl.static_range(COUNT):
-        a, b = put_part(record, page, shift, source, least, middles, tile, POWER, DIM, PAGE, chunk(C.parts, i))
+        a, b = put_part(record, page, shift, source, least, thresholds, tile, POWER, DIM, PAGE, chunk(C.parts, i))
         own += a * chunk(C.weights, i)
         coded += b * chunk(C.weights, i)
     gain = tl.minimum(tl.div_rn(own, tl.maximum(coded, TINY)), MOST)
@@ -163,18 +163,18 @@ def clear(record, GAP: tl.constexpr):
 
 @triton.jit
 def put(
-    record, page, shift, keys, values, k_middles, v_middles, tile,
+    record, page, shift, keys, values, k_thresholds, v_thresholds, tile,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile of a piece; shift: where in the record its first token goes."""
     KIND: tl.constexpr = C.kind
     DIM: tl.constexpr = V_DIM if C.side else K_DIM
     if C.side:
-        source, middles = values, v_middles
+        source, thresholds = values, v_thresholds
     else:
-        source, middles = keys, k_middles
+        source, thresholds = keys, k_thresholds
     if KIND == "joint":
-        put_joint(record, page, shift, source, middles, tile, DIM, PAGE, C)
+        put_joint(record, page, shift, source, thresholds, tile, DIM, PAGE, C)
     else:
         token, run, channel, seen, live = place(page, tile, PAGE, C)
         there = seen & live
@@ -188,8 +188,8 @@ def put(
         token += shift
         if KIND == "numbers":
             put_numbers(record, x, token, channel, there, C)
-        elif KIND == "book":
-            put_book(record, x.to(tl.float32), middles, token, run, seen, C)
+        elif KIND == "codebook":
+            put_codebook(record, x.to(tl.float32), thresholds, token, run, seen, C)
         elif KIND == "floats":
             most = 0.0
             if C.page_scale >= 0:
@@ -201,21 +201,9 @@ def put(
 
 @triton.jit
 def encode_kernel(
-    keys,
-    values,
-    pool,
-    ids,
-    rows,
-    k_middles,
-    v_middles,
-    PIECES: tl.constexpr,
-    GAPS: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    SINGLE: tl.constexpr,
-):
+    keys, values, pool, ids, rows, k_thresholds, v_thresholds, PIECES: tl.constexpr, GAPS: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
     """keys [M, P, Dk] and values [M, P, Dv] into the pages ids [M] of a pool uint8 in records of BYTES, those below 0
     left out; SINGLE: of one token each (P = 1), which goes to rows [M] of its page. Grid: (M, programs of a page)."""
     page = tl.program_id(0).to(tl.int64)
@@ -230,5 +218,18 @@ def encode_kernel(
             clear(record, chunk(GAPS, i))
     for i in tl.static_range(len(PIECES)):
         if (tile >= 0) & (tile < programs(PIECES, i)):
-            put(record, page, shift, keys, values, k_middles, v_middles, tile, K_DIM, V_DIM, PAGE, chunk(PIECES, i))
+            put(
+                record,
+                page,
+                shift,
+                keys,
+                values,
+                k_thresholds,
+                v_thresholds,
+                tile,
+                K_DIM,
+                V_DIM,
+                PAGE,
+                chunk(PIECES, i),
+            )
         tile -= programs(PIECES, i)

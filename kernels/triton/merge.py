@@ -37,24 +37,9 @@ def tokens_of_split(held, splits, split_pages, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=CHANGING)
 def merge_kernel(
-    partial,
-    partial_lse,
-    prior,
-    prior_lse,
-    counts,
-    out,
-    lse,
-    splits,
-    split_pages,
-    rows,
-    v_dim,
-    PAGE: tl.constexpr,
-    IN_TOKENS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PRIOR: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial, partial_lse, prior, prior_lse, counts, out, lse, splits, split_pages, rows, v_dim, PAGE: tl.constexpr,
+    IN_TOKENS: tl.constexpr, TOKENS: tl.constexpr, PRIOR: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """sum_i w_i out_i, w_i = exp(lse_i - lse), over splits and what came before. Grid: (stream * rows). partial [S,
     splits, R, Dv] with lse in base 2; prior and out [S, R, Dv], their lse [S, R] in base e. Of the splits of pages
     (PAGE = 0: there are none) those are read that were written, by the same counts [S]; TOKENS: the last is the exact

@@ -76,7 +76,7 @@ class FixedStore:
         held = store.storage
         most = int(store.kept.max()) + self.tokens - store.history.length
         pages = max(self.plan.pages_of(most), held.table.longest)  # after a crop the window may be short of its tokens
-        held.records.codec.room(store.rows * store.heads)
+        held.records.codec.reserve(store.rows * store.heads)
         if not self._fits(store, pages):
             self._allocate(store, pages)
         self._adopt(held.records)

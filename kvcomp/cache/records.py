@@ -131,6 +131,9 @@ class Records:
         if not (self.memory.host if look is None else look):
             return keys.nan_to_num(0.0, 0.0, 0.0), values.nan_to_num(0.0, 0.0, 0.0)
         layer = self.plan.layer
+        if self.plan.latent:
+            keys = finite(keys, f"latents of layer {layer}")
+            return keys, keys[..., : values.shape[-1]]
         return finite(keys, f"keys of layer {layer}"), finite(values, f"values of layer {layer}")
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:

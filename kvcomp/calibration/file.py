@@ -61,6 +61,7 @@ class Calibration:
 
     @property
     def layers(self) -> list[int]:
+        """The layers that were calibrated, by number."""
         return sorted({int(name.partition(".")[0]) for name in self.tensors})
 
     def tensor(self, name: str, shape: PageShape, *dims: int | None) -> Tensor:

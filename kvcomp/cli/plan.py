@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,17 +10,29 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcomp.architecture import LayerKind, ModelShape
-from kvcomp.console import Plain, styled
+from kvcomp.console import Plain, styled, waiting
 from kvcomp.cost.hardware import GPUS, Gpu, find_gpu
 from kvcomp.cost.roofline import attention_intensity, decode_limit, prefill
 from kvcomp.errors import KvcompError
 
-from .options import whole_numbers
+from .options import completed_shapes, one_of, whole_numbers
+from .output import Document, Json
 
 if TYPE_CHECKING:
     from kvcomp.cost.bill import Bill
 
-EXAMPLES = """Examples:
+DOCUMENT = Document(
+    model="name, layers, full_attention_layers, parameters, active_parameters, weight_bytes, weight_bytes_read (by a "
+    "step), kv_bytes_per_token, dtype, positions",
+    gpu="name, tflops, bandwidth_tb_s, memory_gb, ridge (FLOP per byte), source",
+    prefill="an object for each context and batch: context, batch, flops, bytes, intensity, ms, attention_intensity, "
+    "decode_intensity_limit",
+    decode="an object for each context, batch and stack, the uncompressed cache first: context, batch, stack, hash, "
+    "assumed, held, held_ratio, held_parts, effective_bits, read, read_ratio, read_parts, step_bytes, flops, "
+    "intensity, ms_per_token, tokens_per_second, total_bytes, fits",
+    notes="remarks",
+)
+EPILOG = f"""Examples:
 
   kvcomp plan --model qwen3-8b --gpu h100 --context 40960 --stack "kivi(bits=2)"
 
@@ -29,7 +40,9 @@ EXAMPLES = """Examples:
 
   kvcomp plan --model ./my-model --tflops 500 --bandwidth 2 --memory 48 --json
 
-  kvcomp plan --context 1000000 --assume latent/8 --assume bits/4 --assume reads/10"""
+  kvcomp plan --context 1000000 --assume latent/8 --assume bits/4 --assume reads/10
+
+{DOCUMENT.help}"""
 
 
 WIDTH = 120
@@ -38,10 +51,17 @@ WIDTH = 120
 def plan(
     model: Annotated[
         str,
-        typer.Option(help="qwen3-8b, llama-3.1-70b, gpt-oss-120b ..., a local folder, a .gguf file, or a hub id."),
+        typer.Option(
+            help="qwen3-8b, llama-3.1-70b, gpt-oss-120b ..., a local folder, a .gguf file, or a hub id.",
+            autocompletion=completed_shapes,
+        ),
     ] = "qwen3-8b",
     gpu: Annotated[
-        str | None, typer.Option(help=f"One of: {', '.join(g.name for g in GPUS)}.  \\[default: H100]")
+        str | None,
+        typer.Option(
+            help=f"One of: {', '.join(g.name for g in GPUS)}.  \\[default: H100]",
+            autocompletion=one_of(*(g.name for g in GPUS)),
+        ),
     ] = None,
     context: Annotated[
         list[str] | None,
@@ -51,12 +71,12 @@ def plan(
         list[str] | None,
         typer.Option(help="Sequences decoded together: repeat it or separate by commas.  \\[default: 1]"),
     ] = None,
-    stack: Annotated[list[str] | None, typer.Option(help="A stack to cost beside the dense cache; repeat it.")] = None,
+    stack: Annotated[list[str] | None, typer.Option(help="A stack to compare with the dense cache; repeat it.")] = None,
     assume: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME/FACTOR, repeatable: a factor that nothing here provides, such as latent/8. "
-            "It divides what is held and read; reads/FACTOR only what is read."
+            help="NAME/FACTOR, repeatable: a hypothetical saving that kvcomp does not provide, such as latent/8. "
+            "It divides the bytes held and read; reads/FACTOR only the bytes read."
         ),
     ] = None,
     tflops: Annotated[float | None, typer.Option(help="Your own device: dense matrix peak, TFLOP/s.")] = None,
@@ -66,15 +86,15 @@ def plan(
         float | None, typer.Option(help="Bits per weight, scales included.  \\[default: what the config says]")
     ] = None,
     parts: Annotated[
-        bool, typer.Option("--parts", help="Say what the bytes are: pages, summaries, window ...")
+        bool, typer.Option("--parts", help="Also print what the bytes are: pages, summaries, window ...")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict memory, bytes per step and the fastest possible decode from a model's config, without its weights.
 
-    For each context and batch: what the KV cache holds and what a decode step reads of it, uncompressed (dense) and
-    with every --stack; whether weights and cache fit the GPU; and the time that a token takes at least: the bytes of a
-    step over the bandwidth, or its FLOPs over the peak. GB are 1e9 bytes. How all is counted: see kvcomp.roofline.
+    For each context and batch: the bytes that the KV cache holds and a decode step reads, uncompressed (dense) and with
+    every --stack; whether weights and cache fit the GPU; and a lower bound of the time per token: the bytes of a step
+    over the bandwidth, or its FLOPs over the peak. GB are 1e9 bytes. kvcomp.cost.roofline documents the counts.
     """
     device = _device(gpu, tflops, bandwidth, memory)
     contexts = whole_numbers("context", context or ["4096"], "tokens")
@@ -88,11 +108,12 @@ def plan(
     assumptions = [Assumption.parse(text) for text in assume or ()]
     from kvcomp.integrations.huggingface.shapes import model_shape
 
-    shape = model_shape(model, weight_bits)
+    with waiting(f"Building {model} without weights"):
+        shape = model_shape(model, weight_bits)
     groups = [bills(shape, stacks, c, b, assumptions) for c in contexts for b in batches]
     notes = _notes(shape, max(contexts), bool(assumptions), bool(stacks))
     if as_json:
-        typer.echo(json.dumps(_document(shape, device, groups, notes), indent=2))
+        DOCUMENT.print(**_document(shape, device, groups, notes))
         return
     console = Plain(width=max(Plain().width, WIDTH))  # a row stays a line, also in a file
     for line in _heading(shape, device):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from .arguments import Alias, dropped_share
 from .stage import Stage
 
 
@@ -77,6 +78,14 @@ class Policy(Stage):
     """Decides which tokens enter pages, and which pages leave."""
 
     family: ClassVar[str] = "policy"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "compression_ratio": dropped_share("keep"),  # kvpress
+        "max_capacity_prompt": "budget",  # the authors of SnapKV, as the next two
+        "window_size": "window",
+        "kernel_size": "kernel",
+        "alpha_safeguard": "floor",
+        "n_sink": "sinks",
+    }
     needs_queries: ClassVar[bool] = False
 
     @property

@@ -46,8 +46,8 @@ def test_token_by_token_makes_the_same_pages(stack: str, biased: bool) -> None:
     biases = turned(bias, frequencies, 1.0) if biased else None
     k, v = torch.randn(2, 2 * size, HEADS, DIM)
     if biased:
-        middles = middle(torch.arange(2), size).repeat_interleave(size)
-        k += torch.einsum("tf,fhd->thd", turns(frequencies, middles), turned(bias, frequencies, 1.0).weights)
+        thresholds = middle(torch.arange(2), size).repeat_interleave(size)
+        k += torch.einsum("tf,fhd->thd", turns(frequencies, thresholds), turned(bias, frequencies, 1.0).weights)
     slots = torch.cat([5 * size + torch.arange(size), 2 * size + torch.arange(size)])  # blocks 5 and 2
     one_by_one, together = bound(setup, biases), bound(setup, biases)
     order = torch.cat([torch.tensor([0, size]), torch.randperm(2 * size)])

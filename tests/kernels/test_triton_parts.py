@@ -17,7 +17,7 @@ from kvcomp.attention import Part, Tokens, merge
 from kvcomp.attention import attend as attend_reference
 from kvcomp.kernels import dispatch, reference, select
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 from kvcomp.stages import Codec, PageShape
 
 if find_spec("triton") is None:
@@ -63,8 +63,8 @@ def built(
     return codec, layout
 
 
-def sides_of(codec: Codec) -> Sides:
-    sides = codec.kernel_sides()
+def sides_of(codec: Codec) -> KVLayout:
+    sides = codec.kernel_layouts()
     assert sides is not None
     return sides
 

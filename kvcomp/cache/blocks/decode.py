@@ -29,7 +29,7 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
     if (why := dispatch.obstacle(pages.codec, pages.layout, device, rows)) is not None:
         return why
     codec, on = pages.token_codec, pages.pool.device
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     token = torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=on)
     if sides is None or codec.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
         return "no kernel writes its tokens"
@@ -38,7 +38,7 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
 
 def most_channels(codecs: Sequence[Codec]) -> int:
     """Of values, in the coordinates of the codecs' pages."""
-    return max(sides[1].channels for codec in codecs if (sides := codec.kernel_sides()) is not None)
+    return max(sides[1].channels for codec in codecs if (sides := codec.kernel_layouts()) is not None)
 
 
 @dataclass(frozen=True)
