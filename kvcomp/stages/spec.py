@@ -28,8 +28,7 @@ def parse(spec: str) -> tuple[Stage, ...]:
         SpecError: bad syntax, an unknown stage or argument, or a value of the wrong type or range.
     """
     if not isinstance(spec, str) or not spec.strip():
-        what = "is empty" if isinstance(spec, str) else f"is a {type(spec).__name__}, no text"
-        raise SpecError(f"stack spec {quote(spec)} {what}: expected something like {EXAMPLE}, or 'none'")
+        raise SpecError(f"stack spec {quote(spec)} is empty: expected something like {EXAMPLE}, or 'none'")
     if len(spec) > LONGEST:
         raise SpecError(f"stack spec {quote(spec)} is too long: expected at most {LONGEST:,} characters")
     text = GAP.sub(lambda found: found[1] or " ", spec.strip())  # a spec may span lines
@@ -115,6 +114,6 @@ def _value(node: ast.expr, stage: str, argument: str) -> Any:
 
 
 def _is_word(value: Any) -> bool:
-    """Whether a value can stand in a spec without quotation marks and still be read as a string."""
+    """Whether a value can be written in a spec without quotation marks and still be read as a string."""
     bare = isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
     return bare and value.lower() not in LITERALS

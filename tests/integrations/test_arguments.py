@@ -13,7 +13,7 @@ from tiny_models import make
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcomp import CompressedCache, KvcompError, SpecError, Stack, UnsupportedError, prefill
+from kvcomp import CompressedCache, KvcompError, UnsupportedError, prefill
 
 IDS = tokens(2, 90)
 STACK = "kivi(bits=4, group=16) + window(recent=16)"
@@ -46,16 +46,6 @@ def test_numbers_of_tokens(name: str, value: Any, model: PreTrainedModel, tmp_pa
     filled(model).save(tmp_path / "cache.kv")
     with pytest.raises(KvcompError, match=f"{name}=.*expected a positive number of tokens"):
         CompressedCache.load(tmp_path / "cache.kv", model, **{name: value})
-
-
-@pytest.mark.parametrize(
-    "given", [None, 5, b"kivi", ["kivi"], {"kivi": 2}, 3.5, True, object, Stack.parse("kivi").stages[0]]
-)
-def test_what_is_no_stack(given: Any, model: PreTrainedModel) -> None:
-    for make_one in (Stack.parse, lambda spec: CompressedCache(spec, model)):
-        with pytest.raises(SpecError, match="no text: expected something like") as error:
-            make_one(given)
-        told(error)
 
 
 def test_what_is_no_model(model: PreTrainedModel) -> None:
