@@ -14,7 +14,7 @@ import tiny_models as models
 from typer.testing import CliRunner, Result
 
 from kvcomp.cli.app import app
-from kvcomp.cli.plan import size
+from kvcomp.cli.output import size
 from kvcomp.cost.hardware import GPUS
 from kvcomp.integrations.huggingface.shapes import builtin
 
