@@ -3,7 +3,7 @@
     pip install "kvcomp[bench]"
     python examples/lm_eval_stacks.py
 
-Any task of lm-eval works. `kvcomp_niah_single_1`, RULER's needle in a haystack, comes with kvcomp and downloads nothing.
+Any task of lm-eval works. `kvcomp_niah_single_1`, RULER's needle in a haystack, needs no download.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/long_chat.py
 
-`streaming` keeps the first tokens and the last ones, so what was said long ago is forgotten. `h2o(budget=512)` keeps what
-received most attention instead.
+`streaming` keeps the first tokens and the last ones, so what was said long ago is forgotten. `h2o(budget=512)` keeps
+what received most attention instead.
 """
 
 from __future__ import annotations

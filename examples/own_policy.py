@@ -2,7 +2,7 @@
 
     python examples/own_policy.py
 
-To offer it from a package, name the class in the entry-point group "kvcomp.stages": `mine = "package.module:ValueNorm"`.
+A package offers it to everybody by an entry point of the group "kvcomp.stages": `mine = "package.module:ValueNorm"`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kvcomp.stages import Chunk, arg
 from kvcomp.stages.registry import register
 
 TEXT = "The bridge of Arlen was opened in 1712. The bridge of Corvan was opened in 1846. "
+STACKS = ("valuenorm(keep=0.5)", "valuenorm(keep=0.25, power=2) + kivi(bits=4)", "snapkv(keep=0.25) + kivi(bits=4)")
 
 
 @register("valuenorm")
@@ -42,15 +43,11 @@ class ValueNorm(ScoredPolicy):
         return norms / around.clamp_min(1e-6)
 
 
-def main(tokens: int = 512, model_name: str = "smollm2-135m") -> dict[str, dict[str, float]]:
+def main(tokens: int = 768, model_name: str = "smollm2-135m") -> dict[str, dict[str, float]]:
     model, tokenizer = load_model(model_name)
     ids = tokenizer(TEXT * 40, return_tensors="pt").input_ids[:, :tokens].to(model.device)
     figures: dict[str, dict[str, float]] = {}
-    for stack in (
-        "valuenorm(keep=0.5)",
-        "valuenorm(keep=0.25, power=2) + kivi(bits=4)",
-        "snapkv(keep=0.25) + kivi(bits=4)",
-    ):
+    for stack in STACKS:
         cache = CompressedCache(stack, model)
         model.generate(ids, past_key_values=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         memory, traffic = cache.memory(), cache.traffic()

@@ -18,10 +18,8 @@ from transformers import DynamicCache
 from kvcomp import CompressedCache
 from kvcomp.integrations.huggingface.models import load_model
 
-TEXT = "The history of bridges is the history of roads. People crossed rivers on fallen trees, then on stones, then on "
-TEXT += (
-    "arches that Roman builders made of concrete; iron came in 1779, steel a century later, and cables spun of wire. "
-)
+TEXT = """The history of bridges is the history of roads. People crossed rivers on fallen trees, then on stones, then on
+arches that Roman builders made of concrete; iron came in 1779, steel a century later, and then cables spun of wire. """
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -2,8 +2,8 @@
 
     python examples/save_and_send.py
 
-The file crosses a socket to a second process here; a shared disk or an object store serves as well. It loads only into the
-model that it was made with: a fingerprint of config and weights travels with it, and a checksum tells damage.
+The file crosses a socket to a second process here; a shared disk or an object store serves as well. It loads only
+into the model that it was made with: a fingerprint of config and weights travels with it, and a checksum tells damage.
 """
 
 from __future__ import annotations

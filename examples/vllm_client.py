@@ -1,7 +1,7 @@
 """A client of vLLM with a compressed cache: many requests at once over the OpenAI protocol, and what they cost.
 
     pip install "kvcomp[vllm]" openai
-    vllm serve MODEL --attention-backend CUSTOM --block-size 64 --additional-config '{"kvcomp": {"stack": "int(bits=4)"}}'
+    KVCOMP_STACK="int(bits=4)" vllm serve MODEL --attention-backend CUSTOM --block-size 64
     python examples/vllm_client.py http://127.0.0.1:8000
 
 The client knows nothing of kvcomp: a stack is the server's matter.
