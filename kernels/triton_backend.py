@@ -95,6 +95,7 @@ class Triton(Backend):
         softcap: float | None,
         prior: Part | None,
         workspace: Tensor | None,
+        host: bool = True,
     ) -> Part:
         from . import triton
 

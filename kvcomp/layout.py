@@ -29,6 +29,7 @@ class Field:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the field in a page, without the padding to 16."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -50,6 +51,7 @@ class PageLayout:
 
     @cached_property
     def bytes_per_page(self) -> int:
+        """Bytes of a record: every field, padded to 16 bytes."""
         return sum(round_up(f.nbytes, ALIGN) for f in self.fields)
 
     @cached_property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
+from kvcomp.text import quote, shorten
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHECKSUM = "crc32"  # in the metadata of a file: `checksum` of the rest; files of the first kvcomp have none
@@ -63,7 +64,7 @@ class State(Mapping[str, Any]):
     def only(self, *names: str) -> None:
         """Nothing but these names."""
         unknown = [name for name in self._values if name not in names]
-        self.require(not unknown, f"{', '.join(map(repr, unknown))} is unknown")
+        self.require(not unknown, f"{shorten(', '.join(map(quote, unknown)))} is unknown")
 
     def tensor(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Tensor:
         """A tensor of one of these dtypes and of this shape; None: any size."""

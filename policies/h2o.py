@@ -23,6 +23,8 @@ class H2O(ScoredPolicy):
     over the attention in blocks, never an n x n matrix. Half of the budget goes to the newest tokens; by default both
     halves are a tenth of the prompt, as published. With an absolute budget it is kept while generating: there whole
     pages leave, by the attention that they received since they were written.
+
+    Paper: arXiv 2306.14048.
     """
 
     paper: ClassVar[str] = "arXiv:2306.14048"
@@ -60,6 +62,8 @@ class TOVA(ScoredPolicy):
 
     With an absolute budget it is kept while generating: there whole pages leave, by the attention that they received
     since they were written.
+
+    Paper: arXiv 2401.06104.
     """
 
     paper: ClassVar[str] = "arXiv:2401.06104"

@@ -36,6 +36,8 @@ class KVzip(Policy):
     The score of a token is the most attention that it gets from any query and any head of its group in that pass, which
     `kvcomp.prefill` runs; no question is needed, so that one prefill serves many. All heads of all layers share one
     budget, as published, or those of a layer do. Tokens that come later are kept.
+
+    Paper: arXiv 2505.23416.
     """
 
     paper: ClassVar[str] = "arXiv:2505.23416"

@@ -74,7 +74,7 @@ class KLTGrid:
             x = x / rms(x).clamp_min(TINY)
             mean, moment = x.mean(1), x.mT @ x / n
             centred = moment - mean[:, :, None] * mean[:, None]
-        else:  # in which single loud tokens count for little
+        else:  # in which single outlier tokens count for little
             mean = weighted(x)[0]
             _, centred = weighted(x - mean[:, None])
             moment = centred

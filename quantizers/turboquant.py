@@ -44,6 +44,8 @@ class TurboQuant(WidthQuantizer):
     prod: one bit of K goes to the signs of the residual, with its norm (16 / D more), which make q . k unbiased. They
     add variance, and attention suffers more from that than from the bias of mse, the default. V needs no inner
     products and is stored as in mse.
+
+    Paper: arXiv 2504.19874.
     """
 
     paper: ClassVar[str] = "arXiv:2504.19874"

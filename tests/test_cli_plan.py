@@ -39,7 +39,7 @@ def told(result: Result) -> str:
 
 
 def row(text: str, *starts: str) -> list[str]:
-    """Words of the row that starts with the last of `starts`, behind lines that start with the others."""
+    """Words of the row that starts with the last of `starts`, after lines that start with the others."""
     lines = iter(text.splitlines())
     for start in starts:
         line = next(line for line in lines if line.strip().startswith(start))
@@ -77,9 +77,9 @@ def test_published_latents_of_deepseek_v3(run: Run) -> None:
     assert "8 of 256 experts" in text
 
 
-def test_the_readme_shows_what_the_command_prints(run: Run) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    command, shown = re.search(r"\$ kvcomp plan (.*)\n([^`]*)```", readme).groups()
+def test_the_documentation_shows_what_the_command_prints(run: Run) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "choose.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"\$ kvcomp plan (.*)\n([^`]*)```", page).groups()
     assert [line.rstrip() for line in told(run(*shlex.split(command))).strip().splitlines()] == shown.splitlines()
 
 

@@ -21,7 +21,7 @@ from kvcomp.cache.saving import FilePath
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.ledger import Memory, Traffic
 from kvcomp.modes import normal_tensors, outside_inference
-from kvcomp.stages.stack import Stack
+from kvcomp.stages.stack import Stack, StackLike
 
 from ..configs import decoder_config, layer_kinds, max_positions
 from .accounting import compressed, library, memory_of, report, traffic
@@ -48,10 +48,10 @@ class CompressedCache(IndexerPositions, Cache):
     `detach` undoes that.
 
     Args:
-        stack: a spec such as "snapkv(keep=0.25) + kivi(bits=2)", or a Stack.
+        stack: a Stack such as SnapKV(keep=0.5) + KIVI(bits=4), a stage, or the spec "snapkv(keep=0.5) + kivi(bits=4)".
         model_or_config: the model, or the very config object that it was built from.
         max_tokens: refuse to grow beyond this many tokens per row; default max_position_embeddings of the config.
-        preallocate: reserve room for so many tokens per row, padding included, when the prompt comes, so that decode
+        preallocate: reserve memory for so many tokens per row, padding included, when the prompt comes, so that decode
             steps have fixed shapes and addresses: `generate` compiles them on accelerators, as with transformers' own
             static cache, and CUDA graphs can record them. Not for selectors, nor for policies that act while decoding.
 
@@ -63,7 +63,7 @@ class CompressedCache(IndexerPositions, Cache):
 
     def __init__(
         self,
-        stack: str | Stack,
+        stack: StackLike,
         model_or_config: PreTrainedModel | PreTrainedConfig,
         max_tokens: int | None = None,
         preallocate: int | None = None,
@@ -173,9 +173,9 @@ class CompressedCache(IndexerPositions, Cache):
 
         Args:
             input_ids: [B, n], all ids of the next turn, from the first token of the conversation.
-            held: [B, m], the ids that the cache holds, more behind them allowed: the output of the last `generate`.
+            held: [B, m], the ids that the cache holds, more after them allowed: the output of the last `generate`.
                 Needed where the cache did not see or keep them: it was made from a config, loaded from a file, fed
-                embeddings, preallocated, or its stack lets tokens go while decoding.
+                embeddings, preallocated, or its stack evicts tokens while decoding.
 
         Returns:
             how many of the tokens are still in the cache.
@@ -251,6 +251,11 @@ class CompressedCache(IndexerPositions, Cache):
             "max_cache_len: PEFT's prefix tuning replaces an empty past_key_values by its own cache, so nothing "
             "would be compressed: generate without past_key_values, or use LoRA or prompt tuning"
         )
+
+    def __repr__(self) -> str:
+        rows, ours = max(self.batch_size, 0), len(self._compressed())
+        size = f"{rows} x {int(self.get_query_offset())} tokens" if rows else "empty"
+        return f"<CompressedCache {self.stack}: {size}, {ours} of {len(self.layers)} layers compressed>"
 
     def __copy__(self) -> CompressedCache:
         twin = type(self).__new__(type(self))

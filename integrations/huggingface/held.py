@@ -210,7 +210,7 @@ class HeldLayer(Readable):
     def state(self) -> dict[str, Any]:
         """All that the layer holds, as tensors and plain values: what `restore` takes."""
         self.finish()
-        pending = None if self.pending is None else tuple(self.pending)
+        pending = None if self.pending is None else self.pending.state(self._store)
         flags = {name: getattr(self, name) for name in ("record_past", "warned", "waiting")}
         positions = None if self.turns is None else self.turns.state()
         return {"store": self._store.state(), "pending": pending, **flags, "positions": positions}
@@ -220,7 +220,7 @@ class HeldLayer(Readable):
         """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
 
         Raises:
-            KvcompError: more tokens than there is room for, or pages of another layout.
+            KvcompError: more tokens than there is memory for, or pages of another layout.
             DamagedError: the state is no layer's of this plan.
         """
         state = State.of(state, f"layer {self.plan.layer}")
@@ -271,7 +271,9 @@ class HeldLayer(Readable):
         """Bytes of full-precision K and V for all tokens seen, padding that is written excluded."""
         self.finish()
         written = self.store.dense_bytes
-        return written + (0 if self.pending is None else self.pending.keys.nbytes + self.pending.values.nbytes)
+        if self.pending is None:
+            return written
+        return written + self.pending.keys.nbytes + (0 if self.plan.latent else self.pending.values.nbytes)
 
     def read(self) -> tuple[dict[str, int], int]:
         """Bytes that the last decode step loaded, by part, and what it would have loaded without compression."""

@@ -57,7 +57,7 @@ def dense_mask(mask: BlockMask) -> Tensor:
 
 
 def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
-    """Interpret the mask of n queries behind `past` cached columns: None, [B, past + n], [B, 1, n, past + n], or a
+    """Interpret the mask of n queries after `past` cached columns: None, [B, past + n], [B, 1, n, past + n], or a
     block mask of that shape.
 
     Raises:
@@ -153,9 +153,9 @@ def mask_function(base: str) -> Callable[..., Any]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Mask | None:
-        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on, [B, kv].
+        """A causal chunk after a cache needs no q x kv mask: only the padding is passed on, [B, kv].
 
-        Everything else as the base does, and where the model itself reads the mask; of a cache with idle room behind
+        Everything else as the base does, and where the model itself reads the mask; of a cache with idle memory after
         the chunk it is whole.
         """
         if q_length > 1 and kv_offset + kv_length > q_offset + q_length:

@@ -28,7 +28,7 @@ from .masks import columns
 
 
 def check_room(config: PreTrainedConfig, tokens: int, max_tokens: int | None) -> None:
-    """Raise an error unless a model can have a cache with room for so many tokens."""
+    """Raise an error unless a model can have a cache with space for so many tokens."""
     each = zip(cache_layers(config)[0], layer_kinds(config), strict=True)
     latent = "latent attention (MLA)"
     others = sorted({latent if kind is LayerKind.LATENT else of for of, kind in each if not kind.traits.fixed})
@@ -48,7 +48,7 @@ def check_room(config: PreTrainedConfig, tokens: int, max_tokens: int | None) ->
 
 
 class PreallocatedLayer(CompressedLayer):
-    """A `CompressedLayer` with room for `tokens` columns per row.
+    """A `CompressedLayer` with space for `tokens` columns per row.
 
     Between forwards all tokens lie in the preallocated store, where single tokens are added and attended to by one
     operator. Whatever else comes, a prompt or surgery, finds them in `store`.

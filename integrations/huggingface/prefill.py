@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,15 @@ from transformers.cache_utils import Cache
 
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages import Policy
+from kvcomp.state import described
 
 from .cache import CompressedCache
+from .followed import LatentHandles
 from .forward import with_cache
 from .handles import Call, HandleLayer
+from .latent import LatentLayer
 from .layer import CompressedLayer
-from .reconstruct import received
+from .reconstruct import RepeatLatents, RepeatLayer, received
 from .timing import Stopwatch, clock
 
 
@@ -37,7 +41,8 @@ class SharedLayer(HandleLayer):
         chunk = self.members[0].pending
         assert chunk is not None
         result = call.dense(chunk.keys, chunk.values)
-        given = call._replace(base=lambda *args, **kwargs: result)
+        known = None if call.latent is None else replace(call.latent, expands=False)
+        given = call._replace(base=lambda *args, **kwargs: result, latent=known)
         for member, watch in zip(self.members, self.watches, strict=True):
             with watch.span(call.query.device):
                 member.attention(given)
@@ -45,6 +50,14 @@ class SharedLayer(HandleLayer):
 
     def dense(self, which: int) -> Tensor:
         return self.members[0].dense(which)
+
+
+class SharedLatents(LatentHandles, SharedLayer):
+    """A `SharedLayer` of members that cache latents."""
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        for member in self.members:
+            (member.hold if self.latent else member.update)(keys, values)  # type: ignore[attr-defined]
 
 
 class Prefilled(NamedTuple):
@@ -59,6 +72,9 @@ class Prefilled(NamedTuple):
     dense_s: float
     own_s: float
 
+    def __repr__(self) -> str:
+        return f"Prefilled(logits={described(self.logits)}, dense_s={self.dense_s:.3f}, own_s={self.own_s:.3f})"
+
 
 class Prompt(NamedTuple):
     """ids [B, n] int64; mask [B, n], 0 where padding; positions [B, n] int64. None: no padding."""
@@ -68,7 +84,7 @@ class Prompt(NamedTuple):
     positions: Tensor | None
 
     def enter(self, model: PreTrainedModel, cache: Cache, start: int, end: int) -> Tensor:
-        """Feed tokens `start` to `end` behind those in the cache; returns logits [B, vocabulary] of the last one."""
+        """Feed tokens `start` to `end` after those in the cache; returns logits [B, vocabulary] of the last one."""
         out = model(
             input_ids=self.ids[:, start:end],
             attention_mask=None if self.mask is None else self.mask[:, :end],
@@ -155,8 +171,9 @@ def _together(
     watches = [Stopwatch() for _ in caches]
     layers: list[Any] = []
     for at_layer in zip(*(cache.layers for cache in caches), strict=True):
-        ours = isinstance(at_layer[0], CompressedLayer)
-        layers.append(SharedLayer(at_layer, watches) if ours else deepcopy(at_layer[0]))
+        first = at_layer[0]
+        shared = SharedLatents if isinstance(first, LatentLayer) and first.latent else SharedLayer
+        layers.append(shared(at_layer, watches) if isinstance(first, CompressedLayer) else deepcopy(first))
     for cache in caches:
         if (turns := cache._turns()) is not None:
             turns.announce(prompt.ids)
@@ -198,7 +215,8 @@ def _repeat(
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer):
                 assert layer.pending is not None
-                layers.append(tuple(x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2]))
+                repeats = RepeatLatents if layer.plan.latent else RepeatLayer
+                layers.append(repeats(*(x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2])))
             elif rows > 1 or len(tokens) < n:
                 raise UnsupportedError(
                     f"{cache.stack}: of a model with other layers than full attention, one row at a time can be "

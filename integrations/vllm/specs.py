@@ -1,4 +1,4 @@
-"""What vLLM's memory manager has to know: blocks of a request's exact window, and blocks that a request lets go.
+"""What vLLM's memory manager has to know: blocks of a request's exact window, and blocks that a request frees.
 
 Importing this module registers the specs and their managers, in every process.
 """

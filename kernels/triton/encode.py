@@ -30,7 +30,7 @@ from .unpack import chunk
 TINY = tl.constexpr(2.0**-24)  # as in quantizers/grid.py
 
 
-ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no room for fractions
+ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no bits for fractions
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def put_part(
 
 @triton.jit
 def put_joint(record, page, shift, source, thresholds, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes behind the coordinates of `source`."""
+    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes after the coordinates of `source`."""
     COUNT: tl.constexpr = len(C.parts)
     SCALE: tl.constexpr = C.parts[0].scale
     POWER: tl.constexpr = C.power
@@ -201,21 +201,9 @@ def put(
 
 @triton.jit
 def encode_kernel(
-    keys,
-    values,
-    pool,
-    ids,
-    rows,
-    k_thresholds,
-    v_thresholds,
-    PIECES: tl.constexpr,
-    GAPS: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    SINGLE: tl.constexpr,
-):
+    keys, values, pool, ids, rows, k_thresholds, v_thresholds, PIECES: tl.constexpr, GAPS: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
     """keys [M, P, Dk] and values [M, P, Dv] into the pages ids [M] of a pool uint8 in records of BYTES, those below 0
     left out; SINGLE: of one token each (P = 1), which goes to rows [M] of its page. Grid: (M, programs of a page)."""
     page = tl.program_id(0).to(tl.int64)

@@ -42,7 +42,7 @@ def stored(chunk: Any) -> Any:
 
 @triton.constexpr_function
 def room_of(chunk: Any) -> int:
-    """Scales of a token that a tile of a chunk has room for."""
+    """Scales of a token that a tile of a chunk can hold."""
     return max(chunk.block * chunk.lanes // chunk.channel_group, 1)
 
 

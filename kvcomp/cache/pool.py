@@ -128,7 +128,7 @@ class PageTable:
         return self._mirror
 
     def append(self, streams: Tensor, ids: Tensor) -> None:
-        """Give pages ids [s, m] to the s `streams` (host int64), behind those they have."""
+        """Give pages ids [s, m] to the s `streams` (host int64), after those they have."""
         if ids.numel() == 0:
             return
         m = ids.shape[1]
@@ -198,7 +198,7 @@ class PageTable:
         return self.rows[torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]].unique().long()
 
     def places(self, owned: Tensor) -> Tensor:
-        """int32 [S, longest]: where each page stands in the sorted ids `owned`, which name them all."""
+        """int32 [S, longest]: where each page is among the sorted ids `owned`, which name them all."""
         rows = self.rows[:, : self.longest]
         inside = torch.arange(rows.shape[1], device="cpu") < self.counts[:, None]
         return (torch.searchsorted(owned, rows.long()) * inside).to(torch.int32)

@@ -12,7 +12,7 @@ import typer
 from kvcomp.console import note, notes
 
 from . import report
-from .options import Model, one_of, whole_numbers
+from .options import Dtype, Model, one_of, whole_numbers
 from .output import Json
 
 EPILOG = f"""Examples:
@@ -30,7 +30,8 @@ def bench(
     stack: Annotated[list[str], typer.Option(help="A stack to measure; repeat it. Include none to compare with.")],
     model: Model = "smollm2-135m",
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated tasks; ruler, longbench, longbench_e and perplexity are groups.")
+        str,
+        typer.Option(help="Comma-separated tasks; ruler, longbench, longbench_e, perplexity and fidelity are groups."),
     ] = "ruler",
     context: Annotated[
         list[str] | None,
@@ -65,13 +66,14 @@ def bench(
             autocompletion=one_of("huggingface", "vllm"),
         ),
     ] = "huggingface",
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
     Each prompt is prefilled once, without compression, for all stacks, except those that take it in chunks; then each
     stack answers from its own cache.
-    Writes samples.jsonl, summary.csv (perplexity.csv for texts), report.html and its pictures to --out.
+    Writes samples.jsonl, summary.csv (perplexity.csv and fidelity.csv for texts), report.html and pictures to --out.
     """
     names = tuple(part.strip() for part in tasks.split(",") if part.strip())
     contexts = whole_numbers("context", context or ["2048"], "tokens")
@@ -81,7 +83,7 @@ def bench(
 
     for reason in choose(names, data)[1]:
         note("left out", "yellow", reason)
-    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     comparison = run(settings, out, notes(), command)

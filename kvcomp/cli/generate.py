@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kvcomp.console import Plain, waiting
 from kvcomp.errors import KvcompError
-from kvcomp.text import quote
+from kvcomp.text import quote, size_text
 
 from .options import Model
 from .output import Document, Json
@@ -97,9 +97,11 @@ def generate(
     table = Table(title=f"{parsed}, {length} prompt tokens", title_justify="left")
     for column in ("", "this stack", "dense", "ratio"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("held", _size(memory.held), _size(memory.dense), f"{memory.ratio:.2f}x")
+    table.add_row("held", size_text(memory.held), size_text(memory.dense), f"{memory.ratio:.2f}x")
     if traffic is not None:
-        table.add_row("read by the last step", _size(traffic.read), _size(traffic.dense), f"{traffic.ratio:.2f}x")
+        table.add_row(
+            "read by the last step", size_text(traffic.read), size_text(traffic.dense), f"{traffic.ratio:.2f}x"
+        )
     table.add_row("effective bits", f"{memory.effective_bits:.2f}", "", "")
     Plain().print(table)
 
@@ -165,7 +167,3 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise KvcompError("prompt: it is empty; give a text to continue.")
     return text
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -54,6 +54,13 @@ Model = Annotated[
         autocompletion=completed_models,
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16.  \\[default: float32 on a CPU, bfloat16 on a GPU]",
+        autocompletion=one_of("float32", "bfloat16", "float16"),
+    ),
+]
 DIGITS = 12  # of a whole number: a million millions
 
 

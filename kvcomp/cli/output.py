@@ -12,7 +12,8 @@ EXIT_CODES = """Exit codes:
 
   0  done
 
-  1  data check found a file that cannot be read; with a traceback: a fault of kvcomp, please report it
+  1  nothing to use: data check found a file that cannot be read, tune found no stack that meets the goal;
+     with a traceback: a fault of kvcomp, please report it
 
   2  what was asked for cannot be done; the error says what would be accepted
 

@@ -25,6 +25,7 @@ DOCUMENT = Document(
     "by_group, by_task and by_depth (objects of accuracy and samples), and first, the difference to the same stack in "
     "the first run (mean, low, high, paired, samples), or null",
     texts="an object for each run, context, text and stack: the columns of perplexity.csv",
+    fidelity="an object for each run, context, text and stack: the columns of fidelity.csv",
     differing="settings that differ between the runs: the value in each run",
     notes="remarks, such as tasks that were left out",
     report="path of report.html",
@@ -72,11 +73,10 @@ def report(
 
 def print_tables(comparison: Comparison, out: Path, width: int, remarks: Sequence[str] = ()) -> None:
     """The tables of a comparison, the settings that differ, and remarks."""
-    from kvcomp.benchmarks import likelihood
-    from kvcomp.benchmarks.report import tables
+    from kvcomp.benchmarks.terminal import tables
 
     console = results(width)
-    for table in [*tables(comparison.lines), *likelihood.tables(comparison.texts)]:
+    for table in tables(comparison):
         console.print(table)
     if any(line.first and not line.first.paired for line in comparison.lines):
         console.print("* unpaired: other samples than the first run's")
@@ -93,6 +93,7 @@ def print_json(comparison: Comparison, out: Path) -> None:
     DOCUMENT.print(
         rows=[_record(line) for line in comparison.lines],
         texts=[asdict(row) for row in comparison.texts],
+        fidelity=[asdict(row) for row in comparison.fidelity],
         differing=comparison.differing,
         notes=comparison.notes,
         report=str(out / "report.html"),

@@ -32,7 +32,7 @@ class Windows:
         """How many blocks of so many bytes a request needs for its tokens, and for the queries of its prompt.
 
         Raises:
-            UnsupportedError: a block has no room for one token.
+            UnsupportedError: a block has no space for one token.
         """
         most = max(self.token, self.query, key=prod) if self.setup.voters else self.token
         if block_bytes < self._bytes(most):
