@@ -15,7 +15,7 @@ import typer
 from command import refused, run
 
 from kvcomp.calibration.stage import Calibrated
-from kvcomp.cli import calibrate, data, doctor, generate, options, plan, report, speed
+from kvcomp.cli import calibrate, data, doctor, generate, options, plan, report, speed, tune
 from kvcomp.cli.app import app
 from kvcomp.cli.output import Document, print_json
 from kvcomp.integrations.huggingface.models import ALIASES
@@ -26,6 +26,7 @@ DOCUMENTS = {
     "generate": generate.DOCUMENT,
     "bench": report.DOCUMENT,
     "report": report.DOCUMENT,
+    "tune": tune.DOCUMENT,
     "plan": plan.DOCUMENT,
     "speed": speed.DOCUMENT,
     "doctor": doctor.DOCUMENT,
@@ -52,11 +53,13 @@ def commands(tiny: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("out")
     measured = ["bench", "--model", tiny, "--tasks", "niah_single_1", "--context", 400, "--samples", 2]
     measured += ["--max-new-tokens", 3, "--stack", "none", "--stack", "kivi(bits=2)", "--out", out / "run"]
+    tried = ["tune", "--model", tiny, "--text", texts / "text.txt", "--context", 256, "--samples", 1]
     fitted = ["calibrate", "--method", "think", "--model", tiny, "--text", texts / "text.txt", "--tokens", 300]
     return {
         "generate": ["generate", "The sky is", "--model", tiny, "--max-new-tokens", 3],
         "bench": measured,
         "report": ["report", out / "run"],
+        "tune": [*tried, "--stack", "int8", "--tvd", "50%", "--out", out / "tuned"],
         "plan": ["plan", "--model", "qwen3-8b", "--stack", "kivi(bits=2)"],
         "speed": ["speed", "--model", tiny, "--stack", "int8", "--context", 100, "--steps", 4],
         "doctor": ["doctor", "--stack", "kivi(bits=4)", "--stack", "pyramidkv + int8"],
