@@ -52,16 +52,16 @@ POINTERS = {
     "pool": "*u8",
     "ids": "*i32",
     "counts": "*i64",
-    "k_book": "*fp16",
-    "v_book": "*bf16",
+    "k_codebook": "*fp16",
+    "v_codebook": "*bf16",
     "keys": "*u8",
     "values": "*u8",
     "token_counts": "*i64",
     "tokens": "*i64",
     "records": "*u8",
     "visible": "*u8",
-    "k_middles": "*fp32",
-    "v_middles": "*fp32",
+    "k_thresholds": "*fp32",
+    "v_thresholds": "*fp32",
 }
 FLOATS = ("bias", "token_bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
 SCALARS = ("scale", "softcap")
@@ -71,7 +71,7 @@ ALIGNED = ("k_dim", "v_dim", "keys_stride", "values_stride")  # multiples of 16,
 @dataclass(frozen=True)
 class Resources:
     """Of a kernel on a chip: registers a thread, bytes of stack and local memory a thread (what is spilled), bytes of
-    shared memory a program, and how many programs a processor has room for."""
+    shared memory a program, and how many programs fit a processor."""
 
     kernel: str
     stack: str
@@ -132,7 +132,7 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
     """Of attention with the window in the same launch where `plan.together` says so; `in_tokens`: over pages that are
     filled in part."""
     codec, layout = built(spec, dim)
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     one, described = chunks.numbers(dim, torch.bfloat16), chunks.described(sides, layout)
     constants = ops.attention_constants(
@@ -169,7 +169,7 @@ def score(capability: int, bits: int, dim: int = 128) -> Resources:
 def write(spec: str, capability: int, dim: int = 128, single: bool = False) -> Resources:
     """Of pages written, or `single` tokens of them."""
     codec, layout = built(spec, dim, centred=not single)
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     constants = ops_records.encode_constants(pieces.described(sides, layout, single), layout.bytes_per_page, single)
     x, name = "*fp32" if codec.rotates else "*bf16", f"{spec}, one token" if single else spec

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kvcomp.attention import Part
 from kvcomp.errors import KvcompWarning
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Floats, Numbers, Sides
+from kvcomp.segments import Dense, Floats, KVLayout
 
 from .contract import Backend, Case, PagesView
 
@@ -30,7 +30,7 @@ DIMS = (64, 128, 256)
 MOST_ROWS = 16  # queries of a stream for which the workspace has room, whatever the version and the GPU
 TENSOR_CORES_FROM = 4  # queries of a stream; fewer are served without them
 WORKSPACE = 128 << 20  # bytes, shared by all plans of a device: what FlashInfer's documentation recommends
-PLAN = 1 << 20  # bytes of a plan, instead of FlashInfer's 8 MiB: room for more than 30,000 streams
+PLAN = 1 << 20  # bytes of a plan, instead of FlashInfer's 8 MiB: space for more than 30,000 streams
 
 
 class _How(NamedTuple):
@@ -69,7 +69,7 @@ def installed() -> bool:
     return find_spec("flashinfer") is not None
 
 
-def obstacle(sides: Sides, rotates: bool, rows: int, dtype: torch.dtype | None = None) -> str | None:
+def obstacle(sides: KVLayout, rotates: bool, rows: int, dtype: torch.dtype | None = None) -> str | None:
     """Why FlashInfer cannot read these pages for so many queries of a stream, of this dtype; None: it can."""
     if not installed():
         return "flashinfer is not installed"
@@ -78,11 +78,11 @@ def obstacle(sides: Sides, rotates: bool, rows: int, dtype: torch.dtype | None =
     for name, side in zip("KV", sides, strict=True):
         if any(isinstance(segment, Floats) for segment in side.segments):
             return f"it scales fp8 by one factor a tensor, and {name} has one a block"
-        if not (len(side.segments) == 1 and isinstance(side.segments[0], Numbers)):
+        if not (len(side.segments) == 1 and isinstance(side.segments[0], Dense)):
             return f"{name} is not stored as numbers"
     if rotates:
         return "pages are in another basis than queries"
-    k, v = _numbers(sides)
+    k, v = _dense(sides)
     if k.dtype not in (torch.float16, torch.bfloat16) or v.dtype != k.dtype or dtype not in (None, k.dtype):
         return f"K in {k.dtype}, V in {v.dtype}, queries in {dtype or k.dtype}: it needs one dtype of 16 bits for all"
     if k.channels not in DIMS or v.channels != k.channels:
@@ -96,11 +96,12 @@ def attend(
     ids: Tensor,
     counts: Tensor,
     layout: PageLayout,
-    sides: Sides,
+    sides: KVLayout,
     scale: float,
     softcap: float | None = None,
 ) -> Part | None:
-    """As `reference.attend_pages`, of pages without an `obstacle`. None: there is no plan, and another kernel is due.
+    """As `reference.attend_pages`, of pages that `obstacle` has no reason against. None: no plan; another kernel
+    is due.
 
     A table is planned when it is read for the second time, unless it may not be looked at, in a graph, or does not tell
     when it changes, made in `torch.inference_mode`.
@@ -123,7 +124,7 @@ def attend(
     if plan is None:
         return None
     views = layout.views(pool)
-    k, v = (views[numbers.field][:, :, None] for numbers in _numbers(sides))  # [pages, P, 1, D], where they lie
+    k, v = (views[numbers.field][:, :, None] for numbers in _dense(sides))  # [pages, P, 1, D], where they lie
     out, lse = plan.wrapper.run(queries.contiguous(), (k, v), return_lse=True)
     out, lse = out.float(), lse * math.log(2)  # it was of base 2
     if plan.empty is not None:
@@ -131,8 +132,8 @@ def attend(
     return Part(out, lse)
 
 
-def _numbers(sides: Sides) -> list[Numbers]:
-    return [segment for side in sides for segment in side.segments if isinstance(segment, Numbers)]
+def _dense(sides: KVLayout) -> list[Dense]:
+    return [segment for side in sides for segment in side.segments if isinstance(segment, Dense)]
 
 
 def _planned(ids: Tensor, counts: Tensor, how: _How) -> _Plan | None:

@@ -1,4 +1,4 @@
-"""Where the segments of a side lie in a page: the one translation of a layout that all kernels are told from."""
+"""Where the segments of a side lie in a page: the one translation of a layout that all kernels use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, centre_of
+from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform, centre_of
 
-NUMBERS, UNIFORM, CODEBOOK, FLOATS = "numbers", "uniform", "book", "floats"
-KINDS = {Numbers: NUMBERS, Uniform: UNIFORM, Codebook: CODEBOOK, Floats: FLOATS}
+NUMBERS, UNIFORM, CODEBOOK, FLOATS = "numbers", "uniform", "codebook", "floats"
+KINDS = {Dense: NUMBERS, Uniform: UNIFORM, Codebook: CODEBOOK, Floats: FLOATS}
 NOTHING = -1  # the place of what a segment does not have
 
 
@@ -57,12 +57,12 @@ def placed(side: SideLayout, layout: PageLayout) -> tuple[PlacedSegment, ...]:
 
 def _placed(segment: Segment, offsets: dict[str, int], strides: dict[str, int], channel: int) -> PlacedSegment:
     start = KINDS[type(segment)], segment, channel, segment.channels
-    if isinstance(segment, Numbers):
+    if isinstance(segment, Dense):
         return PlacedSegment(*start, ((offsets[segment.field], strides[segment.field], 0),))
     planes = tuple((offsets[p.field] + p.start, strides[p.field], p.width) for p in segment.planes)
     if isinstance(segment, Codebook):
         shared = 1, segment.channels, offsets[segment.norm]
-        return PlacedSegment(*start, planes, *shared, levels=len(segment.book) - 1)
+        return PlacedSegment(*start, planes, *shared, levels=len(segment.codebook) - 1)
     if isinstance(segment, Floats):
         page_scale = NOTHING if segment.page_scale is None else offsets[segment.page_scale]
         return PlacedSegment(*start, planes, 1, segment.channel_group, offsets[segment.scale], page_scale=page_scale)
@@ -73,7 +73,7 @@ def _placed(segment: Segment, offsets: dict[str, int], strides: dict[str, int], 
     return PlacedSegment(*start, planes, *shared, offsets[segment.zero], levels=most)
 
 
-def reason(sides: Sides, why: Callable[[Segment, SideLayout], str | None]) -> str | None:
+def reason(sides: KVLayout, why: Callable[[Segment, SideLayout], str | None]) -> str | None:
     """The first reason that `why` gives against a segment of a side; None: it gives none."""
     each = (why(segment, side) for side in sides for segment in side.segments)
     return next((found for found in each if found is not None), None)
@@ -81,6 +81,6 @@ def reason(sides: Sides, why: Callable[[Segment, SideLayout], str | None]) -> st
 
 def unwritable(segment: Segment, side: SideLayout) -> str | None:
     """Why no kernel writes a segment; None: one may."""
-    if isinstance(segment, Codebook) and segment.middles is None and side.gain is None:
+    if isinstance(segment, Codebook) and segment.thresholds is None and side.gain is None:
         return "codes that follow from more than their segment"
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout, Summary
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 
 from .contract import Backend, Case, PageCodec, PagesView, Reduce
 
@@ -95,6 +95,7 @@ class Triton(Backend):
         softcap: float | None,
         prior: Part | None,
         workspace: Tensor | None,
+        host: bool = True,
     ) -> Part:
         from . import triton
 
@@ -106,7 +107,7 @@ class Triton(Backend):
         ids: Tensor,
         keys: Tensor,
         values: Tensor,
-        sides: Sides,
+        sides: KVLayout,
         layout: PageLayout,
         rows: Tensor | None,
     ) -> None:

@@ -29,7 +29,7 @@ class Plane:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Dense:
     """Channels that are stored as float32, float16 or bfloat16 numbers in `field` [P, channels]."""
 
     channels: int
@@ -58,17 +58,17 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Codebook:
-    """x = book[code] * norm, with a book float32 [2^bits] and float16 norms [P, 1] in a field.
+    """x = codebook[code] * norm, with a codebook float32 [2^bits] and float16 norms [P, 1] in a field.
 
-    middles: float32 [2^bits - 1], ascending: norm is |x| / channels^1/2, and the code how many of them x / |x| exceeds.
+    thresholds: float32 [2^bits - 1], ascending: norm is |x| / channels^1/2, the code how many of them x / |x| exceeds.
     None: what is written follows from more than the segment: see `Gain`.
     """
 
     channels: int
     planes: tuple[Plane, ...]
     norm: str
-    book: Tensor = field(repr=False)
-    middles: Tensor | None = field(default=None, repr=False)
+    codebook: Tensor = field(repr=False)
+    thresholds: Tensor | None = field(default=None, repr=False)
     centre: str | None = None
 
 
@@ -91,12 +91,12 @@ class Floats:
     centre: str | None = None
 
 
-Segment = Numbers | Uniform | Codebook | Floats
+Segment = Dense | Uniform | Codebook | Floats
 
 
 def centre_of(segment: Segment) -> str | None:
     """The field of a segment's centre; None: it has none."""
-    return None if isinstance(segment, Numbers) else segment.centre
+    return None if isinstance(segment, Dense) else segment.centre
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Gain:
 class SideLayout:
     """K or V of a page: its segments, in the order of their channels.
 
-    gain: how they are written together; `Codec.kernel_input` has each token's norm behind its coordinates then. None:
+    gain: how they are written together; `Codec.kernel_input` has each token's norm after its coordinates then. None:
     each is written by itself.
     """
 
@@ -127,6 +127,7 @@ class SideLayout:
 
     @cached_property
     def channels(self) -> int:
+        """Coordinates of a token, of all segments together."""
         return sum(segment.channels for segment in self.segments)
 
     @property
@@ -145,7 +146,7 @@ def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:
     return SideLayout(tuple(s for side in known for s in side.segments)) if len(known) == len(parts) else None
 
 
-Sides = tuple[SideLayout, SideLayout]
+KVLayout = tuple[SideLayout, SideLayout]
 
 
 def centres(side: SideLayout) -> dict[str, slice]:
@@ -159,12 +160,12 @@ def centres(side: SideLayout) -> dict[str, slice]:
     return found
 
 
-def alone(sides: Sides) -> bool:
+def alone(sides: KVLayout) -> bool:
     """Whether a token can be written without the others of its page, as far as centres go."""
     return not any(centres(side) for side in sides)
 
 
-def memo(sides: Sides) -> dict[Any, Any]:
+def memo(sides: KVLayout) -> dict[Any, Any]:
     """What kernels made of K and V, by what it is for: it goes with the sides, and must not hold them.
 
     Entries are never replaced, as other threads may be reading what one points at: add them with `setdefault`.

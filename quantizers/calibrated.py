@@ -13,7 +13,7 @@ from kvcomp.stages import Codec, PageShape, Quantizer
 from kvcomp.state import State, described
 
 from .basis import Basis
-from .codecs import GridCodec, Side
+from .codecs import Grid, GridCodec
 
 NEAR = 1e-2  # to the identity is the product of a matrix and its inverse
 ROUNDING = 1e-5  # of the norms of their columns is added for float32
@@ -41,7 +41,7 @@ class CalibratedQuantizer(Calibrated, Quantizer):
     def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+    def sides(self, shape: PageShape) -> tuple[Grid, Grid]:
         """The grids of K and of V."""
         raise NotImplementedError
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.layout import CENTRE, Field
-from kvcomp.segments import Numbers, SideLayout
+from kvcomp.segments import Dense, SideLayout
 from kvcomp.stages import PageShape
 
-from .codecs import Side
+from .codecs import Grid
 
 DTYPE = torch.float16
 HUGE = torch.finfo(DTYPE).max
@@ -26,7 +26,7 @@ def centre(x: Tensor) -> Tensor:
     """float16 [M, 1, D]: the mean of x [M, P, D] over the tokens of each page, rounded within +-65504.
 
     It is taken of the sums of four tokens each, without the least and the greatest one of each channel where there are
-    three or more: a loud token does not move it. The order of all sums is part of the definition, for kernels give the
+    three or more: an outlier token does not move it. The order of all sums is part of the definition: kernels give the
     same bits: four tokens in pairs, then one such sum after another; of each with the least and the greatest before it,
     the middle one counts. Where P is no multiple of 4, zeros follow, and nothing is left out.
     """
@@ -49,7 +49,7 @@ def centre(x: Tensor) -> Tensor:
     return (total * (1 / tokens)).nan_to_num(0.0).clamp(-HUGE, HUGE).to(DTYPE)[:, None]
 
 
-def anchored(c: Tensor, x: Tensor, grid: Side) -> Tensor:
+def anchored(c: Tensor, x: Tensor, grid: Grid) -> Tensor:
     """float16 [M, 1, D]: the centres c of pages x [M, P, D], moved so that `grid` has each page's first token exactly.
 
     Nearly every head of a language model looks at the first token of a text, often with half of its attention, and that
@@ -72,7 +72,7 @@ def without_centres(x: Tensor, page_size: int) -> Tensor:
     return torch.cat([run.float() - centre(run).float() for run in x.split(page_size, 1)], 1)
 
 
-class Grid(Side, Protocol):
+class CentrableGrid(Grid, Protocol):
     """A side that is one segment of `dim` channels."""
 
     @property
@@ -85,7 +85,7 @@ class Grid(Side, Protocol):
 
 
 @dataclass(frozen=True)
-class CentredSide:
+class CentredGrid:
     """Coordinates of K in a page on a grid, less the page's `centre` c: x ~ c + decode(encode(x - c)).
 
     Some models (Qwen2 and others with large key biases) have keys that are nearly constant over neighbouring tokens. A
@@ -93,7 +93,7 @@ class CentredSide:
     a constant with the position, so that it is one of a page rather than of a text. c takes 16 bits a channel and page.
     """
 
-    grid: Grid
+    grid: CentrableGrid
 
     @property
     def name(self) -> str:
@@ -129,13 +129,13 @@ class CentredSide:
         if side is None:
             return None
         (segment,) = side.segments
-        assert not isinstance(segment, Numbers)
+        assert not isinstance(segment, Dense)
         return SideLayout((replace(segment, centre=self.field),))
 
     def constants(self) -> list[Tensor]:
         return self.grid.constants()
 
 
-def centred(grid: Grid, shape: PageShape) -> Grid:
+def centred(grid: CentrableGrid, shape: PageShape) -> CentrableGrid:
     """The grid, of keys less their page's centre where pages of this shape have one."""
-    return CentredSide(grid) if shape.centred else grid
+    return CentredGrid(grid) if shape.centred else grid

@@ -37,9 +37,9 @@ def float8_values(format: torch.dtype, device: torch.device) -> Tensor:
     return torch.arange(256, device=device).to(torch.uint8).view(format).float()
 
 
-def look_up(book: Tensor, codes: Tensor) -> Tensor:
-    """book[codes] of codes of any shape and integer type; on CPUs several times faster than indexing."""
-    return book.index_select(0, codes.flatten().int()).view(codes.shape)
+def look_up(codebook: Tensor, codes: Tensor) -> Tensor:
+    """codebook[codes] of codes of any shape and integer type; on CPUs several times faster than indexing."""
+    return codebook.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def to_e2m1(x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def e2m1_error(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FloatSide:
+class FloatGrid:
     """K or V of a page as 8-bit floats with a scale per token: x ~ code * scale.
 
     scale = max |x| / the largest number of `format`, bfloat16: it needs range, not precision. Rounding it moves the
@@ -78,7 +78,7 @@ class FloatSide:
     page_size: int
     dim: int
     format: torch.dtype
-    book: Tensor  # float32 [256], as of `float8_values`: torch converts E4M3 five times slower than it looks it up
+    codebook: Tensor  # float32 [256], as of `float8_values`: torch converts E4M3 five times slower than it looks it up
     anchored: ClassVar[bool] = True
 
     @property
@@ -107,14 +107,14 @@ class FloatSide:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = page[f"{self.name}.codes8"].view(torch.uint8)
-        return look_up(self.book, codes).mul_(page[f"{self.name}.scale"].float())
+        return look_up(self.codebook, codes).mul_(page[f"{self.name}.scale"].float())
 
     def constants(self) -> list[Tensor]:
-        return [self.book]
+        return [self.codebook]
 
 
 @dataclass(frozen=True)
-class BlockSide:
+class BlockGrid:
     """K or V of a page as E2M1 codes with a scale per token and `block` channels: x ~ value(code) * scale.
 
     Where `block` does not divide the channels, the last block is shorter and has a scale of its own. The format of the
@@ -128,7 +128,7 @@ class BlockSide:
     name: str
     page_size: int
     dim: int
-    book: Tensor  # float32 [16], as of `e2m1_values`
+    codebook: Tensor  # float32 [16], as of `e2m1_values`
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -163,7 +163,8 @@ class BlockSide:
     def _blocked(self, x: Tensor) -> Tensor:
         """[M, P, D] -> [M, P, B, block], a view where `block` divides D, otherwise filled up with zeros."""
         missing = self.blocks * self.block - self.dim
-        return (pad(x, (0, missing)) if missing else x).unflatten(2, (-1, self.block))
+        blocks: Tensor = (pad(x, (0, missing)) if missing else x).unflatten(2, (-1, self.block))
+        return blocks
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
@@ -174,15 +175,15 @@ class BlockSide:
 
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
-        values = look_up(self.book, unpack_codes(self.name, page, 4))
+        values = look_up(self.codebook, unpack_codes(self.name, page, 4))
         return (self._blocked(values) * self.decode_scales(page)[..., None]).flatten(2)[..., : self.dim]
 
     def constants(self) -> list[Tensor]:
-        return [self.book]
+        return [self.codebook]
 
 
 @dataclass(frozen=True)
-class NvSide(BlockSide):
+class NVGrid(BlockGrid):
     """Blocks of 16 with E4M3 scales, under a float32 scale per page (NVIDIA's NVFP4, arXiv 2509.25149).
 
     page = max |x| of the page / (6 * 448); scale = page * E4M3(max |x| of the block / 6 / page). A block scale that
@@ -211,7 +212,7 @@ class NvSide(BlockSide):
 
 
 @dataclass(frozen=True)
-class MxSide(BlockSide):
+class MXGrid(BlockGrid):
     """Blocks of 32 with E8M0 scales, powers of two (OCP Microscaling Formats 1.0, sections 5.4.1 and 6.3).
 
     scale = 2^e or 2^(e + 1), e = floor(log2(max |x| of the block)) - 2, from -127 to 125: the one under which the

@@ -12,19 +12,21 @@ from kvcomp.stages.registry import register
 
 from .centred import centred
 from .codecs import GridCodec
-from .floats import FloatSide, float8_values
+from .floats import FloatGrid, float8_values
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @register("fp8")
 @dataclass(frozen=True)
-class Fp8(Quantizer):
+class FP8(Quantizer):
     """8-bit floats with a bfloat16 scale per token and head: 8 + 16 / D effective bits, 8.25 at D = 64, and
     8 / P for K's centres.
 
     The relative error of a number does not depend on the others of its token, as it does with integers: an outlier
     channel costs its neighbours nothing until they are a 2^14th of it (E4M3) or a 2^29th (E5M2).
+
+    Paper: arXiv 2209.05433.
     """
 
     paper: ClassVar[str] = "arXiv:2209.05433"
@@ -37,8 +39,8 @@ class Fp8(Quantizer):
 
     def codec(self, shape: PageShape) -> GridCodec:
         dtype = FORMATS[self.format]
-        book = float8_values(dtype, shape.device)
+        codebook = float8_values(dtype, shape.device)
         return GridCodec(
-            centred(FloatSide("k", shape.page_size, shape.k_dim, dtype, book), shape),
-            FloatSide("v", shape.page_size, shape.v_dim, dtype, book),
+            centred(FloatGrid("k", shape.page_size, shape.k_dim, dtype, codebook), shape),
+            FloatGrid("v", shape.page_size, shape.v_dim, dtype, codebook),
         )

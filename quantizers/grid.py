@@ -37,7 +37,7 @@ def channel_group(stage: str, group: int, dim: int, step: int) -> int:
 
 
 @dataclass(frozen=True)
-class UniformSide:
+class UniformGrid:
     """K or V of a page on a uniform grid: x ~ code * scale + zero, scale and zero shared by blocks.
 
     A block is `token_group` x `channel_group` elements: KIVI's keys are (group, 1), per channel; a per-token grid is
@@ -74,7 +74,7 @@ class UniformSide:
 
     @property
     def anchored(self) -> bool:
-        """As in `centred.Grid`: where tokens are coded one by one, and in two bits or more."""
+        """As in `centred.CentrableGrid`: where tokens are coded one by one, and in two bits or more."""
         return self.token_group == 1 and self.bits > 1
 
     @property
@@ -88,7 +88,8 @@ class UniformSide:
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[M, P, D] -> [M, P / tg, tg, D / cg, cg], a view."""
-        return x.unflatten(2, (-1, self.channel_group)).unflatten(1, (-1, self.token_group))
+        blocks: Tensor = x.unflatten(2, (-1, self.channel_group)).unflatten(1, (-1, self.token_group))
+        return blocks
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.stages import Codec, PageShape, arg
+from kvcomp.stages import Alias, Codec, PageShape, arg
 from kvcomp.stages.registry import register
 
 from .basis import BASES
 from .centred import centred
 from .codecs import GridCodec
-from .grid import UniformSide, channel_group
+from .grid import UniformGrid, channel_group
 from .widths import BITS, WidthQuantizer
 
 TOKEN, CHANNEL = "token", "channel"
@@ -26,9 +27,12 @@ class Int(WidthQuantizer):
     One float16 scale and zero per token and `group` channels (all channels by default): bits + 32 / group effective
     bits, half of that overhead where symmetric; at D = 128 int4 is 4.25 bits. Per channel, a group is as many tokens.
     K's centres are 8 / P more, where channels have no zero of their own.
+
+    Papers: arXiv 2404.00456, 2604.19157.
     """
 
     paper: ClassVar[str] = "arXiv:2404.00456, arXiv:2604.19157"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"clip_ratio": "clip"}
     widths: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)
 
     bits: int | float | None = arg(4, f"{BITS}, 2 to 8")
@@ -54,11 +58,11 @@ class Int(WidthQuantizer):
     def page_multiple(self) -> int:
         return self.group or 1 if self.per == CHANNEL else 1
 
-    def _side(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformSide:
+    def _side(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformGrid:
         tokens, channels = self.group or shape.page_size, 1
         if self.per == TOKEN:
             tokens, channels = 1, channel_group(self.name, self.group or dim, dim, 8)
-        return UniformSide(
+        return UniformGrid(
             name, shape.page_size, dim, int(bits), tokens, channels, symmetric=self.symmetric, clip=self.clip
         )
 
@@ -68,9 +72,9 @@ class Int(WidthQuantizer):
         return self.symmetric or self.per == TOKEN
 
     def codec(self, shape: PageShape) -> Codec:
-        k_side = self._side("k", shape, shape.k_dim, self.k_bits)
+        k_grid = self._side("k", shape, shape.k_dim, self.k_bits)
         return GridCodec(
-            centred(k_side, shape) if self._centres else k_side,
+            centred(k_grid, shape) if self._centres else k_grid,
             self._side("v", shape, shape.v_dim, self.v_bits),
             BASES[self.basis](shape.k_dim, shape.device),
             BASES[self.basis](shape.v_dim, shape.device),

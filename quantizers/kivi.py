@@ -9,18 +9,20 @@ from kvcomp.stages import PageShape, arg
 from kvcomp.stages.registry import register
 
 from .codecs import GridCodec
-from .grid import UniformSide, channel_group
+from .grid import UniformGrid, channel_group
 from .widths import BITS, WidthQuantizer
 
 
 @register("kivi")
 @dataclass(frozen=True)
-class Kivi(WidthQuantizer):
+class KIVI(WidthQuantizer):
     """KIVI: asymmetric integers, keys quantized per channel and values per token.
 
     Keys share a scale and a zero along `group` tokens of a channel, values along `group` channels of a token. Group 32
     is the authors' example, a full-precision residual of 128 tokens their LongBench setting. Effective bits:
     bits + 32 / group (a float16 scale and zero per group), plus the window.
+
+    Paper: arXiv 2402.02750.
     """
 
     paper: ClassVar[str] = "arXiv:2402.02750"
@@ -45,6 +47,6 @@ class Kivi(WidthQuantizer):
     def codec(self, shape: PageShape) -> GridCodec:
         channels = channel_group(self.name, self.group, shape.v_dim, 16)
         return GridCodec(
-            UniformSide("k", shape.page_size, shape.k_dim, int(self.k_bits), self.group, 1),
-            UniformSide("v", shape.page_size, shape.v_dim, int(self.v_bits), 1, channels),
+            UniformGrid("k", shape.page_size, shape.k_dim, int(self.k_bits), self.group, 1),
+            UniformGrid("v", shape.page_size, shape.v_dim, int(self.v_bits), 1, channels),
         )

@@ -14,7 +14,7 @@ from kvcomp.calibration.fitting import QueryMoments
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.layout import Field
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 from kvcomp.stages import Codec, PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State, described
@@ -22,12 +22,12 @@ from kvcomp.state import State, described
 from .calibrated import CalibratedQuantizer
 from .directions import scaled_directions, singular
 from .grid import SCALE
-from .transform import MEAN, KltSide
+from .transform import MEAN, KLTGrid
 from .waterfill import allocate
 from .widths import BITS, WidthQuantizer
 
 
-class KltCodec(Codec):
+class KLTCodec(Codec):
     """K and V in bases of their own: given per head, or fitted to the first tokens that a stream encodes.
 
     To fit, the second moment of a stream's queries is gathered until its first page, and dropped then.
@@ -35,13 +35,13 @@ class KltCodec(Codec):
 
     hosted = True
 
-    def __init__(self, k_side: KltSide, v_side: KltSide, fitted_heads: bool = False) -> None:
-        self.k_side, self.v_side, self.fitted_heads = k_side, v_side, fitted_heads
-        self.queries = QueryMoments(k_side.dim, k_side.device)
+    def __init__(self, k_grid: KLTGrid, v_grid: KLTGrid, fitted_heads: bool = False) -> None:
+        self.k_grid, self.v_grid, self.fitted_heads = k_grid, v_grid, fitted_heads
+        self.queries = QueryMoments(k_grid.dim, k_grid.device)
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        return self.k_side.fields + self.v_side.fields
+        return self.k_grid.fields + self.v_grid.fields
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         if not self.fitted_heads:
@@ -55,80 +55,87 @@ class KltCodec(Codec):
             return
         ours = streams[new]
         weight = self.queries.take(ours)
-        identity = torch.eye(self.v_side.dim, device=weight.device, dtype=torch.float32)
-        self.k_side.fit(ours, keys[new], weight)
-        self.v_side.fit(ours, values[new], identity.expand(len(ours), -1, -1))
+        identity = torch.eye(self.v_grid.dim, device=weight.device, dtype=torch.float32)
+        self.k_grid.fit(ours, keys[new], weight)
+        self.v_grid.fit(ours, values[new], identity.expand(len(ours), -1, -1))
 
     def _room(self, streams: int) -> None:
-        for side in (self.k_side, self.v_side):
-            side.room(streams)
+        for side in (self.k_grid, self.v_grid):
+            side.reserve(streams)
 
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
-        return self.k_side.encode(keys, streams) | self.v_side.encode(values, streams)
+        return self.k_grid.encode(keys, streams) | self.v_grid.encode(values, streams)
 
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.k_side.coordinates(keys, streams), self.v_side.coordinates(values, streams)
+        k, v = self.k_grid.coordinates(keys, streams), self.v_grid.coordinates(values, streams)
         return torch.cat(k, -1), torch.cat(v, -1)
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.k_side.decode(page), self.v_side.decode(page)
+        return self.k_grid.decode(page), self.v_grid.decode(page)
 
-    def kernel_sides(self) -> Sides:
-        return self.k_side.kernel_layout, self.v_side.kernel_layout
+    def kernel_layouts(self) -> KVLayout:
+        return self.k_grid.kernel_layout, self.v_grid.kernel_layout
 
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.fitted_heads:
             self._room(len(queries))
-        basis = self.k_side.basis()
+        basis = self.k_grid.basis()
         return basis.read(queries), basis.offset(queries)
 
     def read_output(self, output: Tensor) -> Tensor:
-        return self.v_side.basis().inverse(output, torch.arange(len(output), device=output.device))
+        return self.v_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
+
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        basis = self.v_grid.basis()
+        return basis.read(queries), basis.offset(queries)
+
+    def read_key_output(self, output: Tensor) -> Tensor:
+        return self.k_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
 
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k_side.basis().inverse(keys, streams), self.v_side.basis().inverse(values, streams)
+        return self.k_grid.basis().inverse(keys, streams), self.v_grid.basis().inverse(values, streams)
 
     def select(self, streams: Tensor) -> None:
         if self.fitted_heads:
             return
         self._room(int(streams.max()) + 1 if len(streams) else 0)
         self.queries.select(streams)
-        for side in (self.k_side, self.v_side):
+        for side in (self.k_grid, self.v_grid):
             side.select(streams)
 
-    def fork(self) -> KltCodec:
+    def fork(self) -> KLTCodec:
         twin = copy(self)
-        twin.k_side, twin.v_side, twin.queries = copy(self.k_side), copy(self.v_side), self.queries.fork()
+        twin.k_grid, twin.v_grid, twin.queries = copy(self.k_grid), copy(self.v_grid), self.queries.fork()
         return twin
 
     def constants(self) -> list[Tensor]:
-        return [*self.k_side.constants(), *self.v_side.constants(), *self.queries.constants()]
+        return [*self.k_grid.constants(), *self.v_grid.constants(), *self.queries.constants()]
 
     def adapted(self) -> list[Tensor]:
-        return [] if self.fitted_heads else [*self.k_side.constants(), *self.v_side.constants()]
+        return [] if self.fitted_heads else [*self.k_grid.constants(), *self.v_grid.constants()]
 
     def state(self) -> dict[str, Tensor]:
         if self.fitted_heads:
             return {}  # the calibration file says it all
-        return self.k_side.state() | self.v_side.state() | self.queries.state()
+        return self.k_grid.state() | self.v_grid.state() | self.queries.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         if self.fitted_heads:
             return
         self.queries.restore(state)
-        for side in (self.k_side, self.v_side):
+        for side in (self.k_grid, self.v_grid):
             side.restore(state)
 
     def lacks(self, paged: Tensor) -> str | None:
         if self.fitted_heads:
             return None
-        why = self.queries.lacks(paged, *self.k_side.constants(), *self.v_side.constants())
-        return why or self.k_side.lacks(paged) or self.v_side.lacks(paged)
+        why = self.queries.lacks(paged, *self.k_grid.constants(), *self.v_grid.constants())
+        return why or self.k_grid.lacks(paged) or self.v_grid.lacks(paged)
 
 
 @register("klt")
 @dataclass(frozen=True)
-class Klt(WidthQuantizer, CalibratedQuantizer):
+class KLT(WidthQuantizer, CalibratedQuantizer):
     """Transform coding: an attention-weighted Karhunen-Loeve basis per head, with bits where the variance is.
 
     Per KV head, with S the second moment of its queries and C the covariance of its keys, the eigenvectors of
@@ -139,6 +146,8 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
     rows share it.
 
     `bits` + 16 / D effective bits, plus the basis. Of equal sums, more bits for K than for V find more needles.
+
+    Ours; compare arXiv 2511.01815.
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2511.01815"
@@ -179,10 +188,10 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
             layer.require(not bool(singular(stored).any()), f"{name}.basis has no inverse")
         layer.finite("k.mean", layer["k.variance"].shape, torch.float32)
 
-    def _sides(self, shape: PageShape) -> tuple[KltSide, KltSide]:
+    def _sides(self, shape: PageShape) -> tuple[KLTGrid, KLTGrid]:
         return (
-            KltSide("k", shape.page_size, shape.k_dim, self.k_bits, shape.device, centred=True),
-            KltSide("v", shape.page_size, shape.v_dim, self.v_bits, shape.device, centred=False),
+            KLTGrid("k", shape.page_size, shape.k_dim, self.k_bits, shape.device, centred=True),
+            KLTGrid("v", shape.page_size, shape.v_dim, self.v_bits, shape.device, centred=False),
         )
 
     def fields(self, shape: PageShape) -> tuple[Field, ...]:
@@ -193,7 +202,7 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
         return 0 if self.calibration else bases + shape.k_dim * MEAN.itemsize
 
     def codec(self, shape: PageShape) -> Codec:
-        return KltCodec(*self._sides(shape)) if self.calibration is None else super().codec(shape)
+        return KLTCodec(*self._sides(shape)) if self.calibration is None else super().codec(shape)
 
     def made_of(self, calibration: Tensors, shape: PageShape) -> Codec:
         sides, heads = self._sides(shape), torch.arange(shape.heads, device=shape.device)
@@ -203,4 +212,4 @@ class Klt(WidthQuantizer, CalibratedQuantizer):
             mean = torch.zeros_like(variance) if side.mean is None else calibration.tensor("k.mean", shape, side.dim)
             side.widths = allocate((variance / variance.sum(-1, keepdim=True)).mean(0), side.total)
             side.take(heads, basis, mean)
-        return KltCodec(*sides, fitted_heads=True)
+        return KLTCodec(*sides, fitted_heads=True)

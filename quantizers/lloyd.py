@@ -16,7 +16,7 @@ from .grid import HUGE, SCALE, TINY
 from .packing import code_fields, code_planes, pack_codes, unpack_codes
 
 POINTS = 1 << 17  # of the numeric integrals
-FEW = 16  # entries of a book that are compared one by one
+FEW = 16  # entries of a codebook that are compared one by one
 
 
 @cache
@@ -45,25 +45,25 @@ def sphere_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     return centroids.float().to(device)
 
 
-def between(book: Tensor) -> Tensor:
-    """[n - 1]: the numbers halfway between the neighbours of a book [n]."""
-    return (book[1:] + book[:-1]) / 2
+def between(codebook: Tensor) -> Tensor:
+    """[n - 1]: the numbers halfway between the neighbours of a codebook [n]."""
+    return (codebook[1:] + codebook[:-1]) / 2
 
 
-def nearest(x: Tensor, book: Tensor) -> Tensor:
-    """uint8, as x: which entry of the ascending `book` [n], n <= 256, is nearest; the lower one of two equally near."""
-    middles = between(book)
-    if len(book) > FEW:
-        return torch.bucketize(x, middles).to(torch.uint8)
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """uint8, as x: the nearest entry of the ascending `codebook` [n], n <= 256; the lower one of two equally near."""
+    thresholds = between(codebook)
+    if len(codebook) > FEW:
+        return torch.bucketize(x, thresholds).to(torch.uint8)
     codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    for middle in middles:  # a pass each is several times faster than a search for each number
+    for middle in thresholds:  # a pass each is several times faster than a search for each number
         codes += (x > middle).view(torch.uint8)
     return codes
 
 
 @dataclass(frozen=True)
-class LloydSide:
-    """K or V of a page as a norm per token and Lloyd-Max codes of the direction: x ~ |x| book[code].
+class LloydGrid:
+    """K or V of a page as a norm per token and Lloyd-Max codes of the direction: x ~ |x| codebook[code].
 
     What is stored is |x| / D^(1/2), which float16 can hold wherever it can hold x.
 
@@ -74,11 +74,11 @@ class LloydSide:
     page_size: int
     dim: int
     bits: int
-    book: Tensor  # float32 [2^bits], as of `sphere_codebook`
+    codebook: Tensor  # float32 [2^bits], as of `sphere_codebook`
 
     @property
     def anchored(self) -> bool:
-        """As in `centred.Grid`: in two bits, a token is so far off that the others would pay for it by a tenth."""
+        """As in `centred.CentrableGrid`: in two bits, a token is so far off that the others would pay for it by a tenth."""
         return self.bits > 2
 
     @property
@@ -91,7 +91,7 @@ class LloydSide:
         x = x.float()
         norm = (x.norm(dim=-1, keepdim=True) / self.dim**0.5).nan_to_num(HUGE).clamp_max(HUGE).to(SCALE)
         unit = x / (norm.float() * self.dim**0.5).clamp_min(TINY)
-        return pack_codes(self.name, nearest(unit, self.book), self.bits) | {f"{self.name}.norm": norm}
+        return pack_codes(self.name, nearest(unit, self.codebook), self.bits) | {f"{self.name}.norm": norm}
 
     def kernel_input(self, x: Tensor) -> Tensor:
         return x
@@ -99,12 +99,13 @@ class LloydSide:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = unpack_codes(self.name, page, self.bits).int()
-        return (self.book * self.dim**0.5)[codes] * page[f"{self.name}.norm"].float()
+        x: Tensor = (self.codebook * self.dim**0.5)[codes] * page[f"{self.name}.norm"].float()
+        return x
 
     @cached_property
     def kernel_layout(self) -> SideLayout:
-        planes, book = code_planes(self.name, self.bits), self.book * self.dim**0.5
-        return SideLayout((Codebook(self.dim, planes, f"{self.name}.norm", book, between(self.book)),))
+        planes, codebook = code_planes(self.name, self.bits), self.codebook * self.dim**0.5
+        return SideLayout((Codebook(self.dim, planes, f"{self.name}.norm", codebook, between(self.codebook)),))
 
     def constants(self) -> list[Tensor]:
-        return [self.book]
+        return [self.codebook]

@@ -14,17 +14,19 @@ from kvcomp.stages.registry import register
 from .basis import BASES
 from .centred import centred
 from .codecs import GridCodec
-from .floats import MxSide, e2m1_values
+from .floats import MXGrid, e2m1_values
 
 
 @register("mxfp4")
 @dataclass(frozen=True)
-class MxFp4(Quantizer):
+class MXFP4(Quantizer):
     """MXFP4: E2M1 codes with an E8M0 scale, a power of two, per token and 32 channels: 4.25 effective bits,
     and 8 / P for K's centres.
 
     Where 32 does not divide D, the last block is shorter and has a scale of its own: 4 + 8 ceil(D / 32) / D effective
     bits, 4.3 at D = 80.
+
+    Papers: arXiv 2310.10537, 2509.23202.
     """
 
     paper: ClassVar[str] = "arXiv:2310.10537, arXiv:2509.23202"
@@ -40,10 +42,10 @@ class MxFp4(Quantizer):
         return ("basis",) if self.basis == "identity" else ()  # hashes of stacks that knew no basis stay theirs
 
     def codec(self, shape: PageShape) -> GridCodec:
-        book = e2m1_values(shape.device)
+        codebook = e2m1_values(shape.device)
         return GridCodec(
-            centred(MxSide("k", shape.page_size, shape.k_dim, book), shape),
-            MxSide("v", shape.page_size, shape.v_dim, book),
+            centred(MXGrid("k", shape.page_size, shape.k_dim, codebook), shape),
+            MXGrid("v", shape.page_size, shape.v_dim, codebook),
             BASES[self.basis](shape.k_dim, shape.device),
             BASES[self.basis](shape.v_dim, shape.device),
         )

@@ -19,22 +19,22 @@ from kvcomp.state import State
 
 from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer, check_inverse
-from .centred import CentredSide, Grid, centre, centred
-from .codecs import Side
-from .grid import UniformSide, channel_group
+from .centred import CentrableGrid, CentredGrid, centre, centred
+from .codecs import Grid
+from .grid import UniformGrid, channel_group
 from .int import LEAST_CLIP
 from .widths import BITS, WidthQuantizer
 
 
 @dataclass(frozen=True)
-class ClippedSide:
-    """A grid behind a clip: coordinates beyond a quantile of their token's magnitudes saturate.
+class ClippedGrid:
+    """A grid after a clip: coordinates beyond a quantile of their token's magnitudes saturate.
 
     The limit is the magnitude of rank floor(quantile * D), counted from 0 and upwards, among the D of a token: at 0.96
     and D = 128 the five largest come down to the sixth. Where the grid is centred, magnitudes are about the centre.
     """
 
-    grid: Grid
+    grid: CentrableGrid
     quantile: float = 1.0
 
     @property
@@ -49,7 +49,7 @@ class ClippedSide:
         return self.grid.kernel_input(self._clipped(x))
 
     def _clipped(self, x: Tensor) -> Tensor:
-        about = centre(x).float() if isinstance(self.grid, CentredSide) else x.new_zeros(())
+        about = centre(x).float() if isinstance(self.grid, CentredGrid) else x.new_zeros(())
         y = x - about
         rank = min(int(self.quantile * self.grid.dim), self.grid.dim - 1)
         limit = y.abs().kthvalue(rank + 1, dim=-1, keepdim=True).values
@@ -68,7 +68,7 @@ class ClippedSide:
 
 @register("oscar")
 @dataclass(frozen=True)
-class Oscar(WidthQuantizer, CalibratedQuantizer):
+class OSCAR(WidthQuantizer, CalibratedQuantizer):
     """OSCAR: clipped integers per token, in a rotation in which every channel matters equally to attention.
 
     Needs a file of `kvcomp calibrate --method oscar`. K is rotated by the eigenvectors of the mean of q q', V by those
@@ -76,6 +76,8 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
     order. Of each token the largest magnitudes, beyond the quantile `k_clip` or `v_clip`, saturate. Group, clips and
     window are the authors'. bits + 32 / group effective bits (a float16 scale and zero per group), 8 / P
     for K's centres, plus the window.
+
+    Paper: arXiv 2605.17757.
     """
 
     paper: ClassVar[str] = "arXiv:2605.17757"
@@ -109,13 +111,13 @@ class Oscar(WidthQuantizer, CalibratedQuantizer):
         for name in ("k", "v"):
             check_inverse(layer, name, name)
 
-    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+    def sides(self, shape: PageShape) -> tuple[Grid, Grid]:
         k = self._grid("k", shape, shape.k_dim, self.k_bits)
         v = self._grid("v", shape, shape.v_dim, self.v_bits)
-        return ClippedSide(centred(k, shape), self.k_clip), ClippedSide(v, self.v_clip)
+        return ClippedGrid(centred(k, shape), self.k_clip), ClippedGrid(v, self.v_clip)
 
-    def _grid(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformSide:
-        return UniformSide(name, shape.page_size, dim, int(bits), 1, channel_group(self.name, self.group, dim, 8))
+    def _grid(self, name: str, shape: PageShape, dim: int, bits: float) -> UniformGrid:
+        return UniformGrid(name, shape.page_size, dim, int(bits), 1, channel_group(self.name, self.group, dim, 8))
 
     def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         return (
@@ -138,7 +140,8 @@ def spread_rotation(moment: Tensor) -> Tensor:
     mixing = hadamard(dim, torch.device("cpu")).matrix
     assert mixing is not None
     columns = (torch.arange(blocks, device="cpu") * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
-    return (vectors @ mixing.to(moment.dtype))[..., columns]
+    directions: Tensor = (vectors @ mixing.to(moment.dtype))[..., columns]
+    return directions
 
 
 def bit_reversed(size: int) -> Tensor:

@@ -76,13 +76,17 @@ class OutlierCodec(GridCodec):
         for side, basis in self._outliers.items():
             basis.fit(streams, given[side], due)
 
-    def room(self, streams: int) -> None:
+    def reserve(self, streams: int) -> None:
         for basis in self._outliers.values():
-            basis.orders.room(streams)
+            basis.orders.reserve(streams)
 
     def read_output(self, output: Tensor) -> Tensor:
-        self.room(len(output))
+        self.reserve(len(output))
         return super().read_output(output)
+
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.reserve(len(queries))
+        return super().read_value_query(queries)
 
     def select(self, streams: Tensor) -> None:
         for basis in self._outliers.values():

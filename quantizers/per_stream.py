@@ -19,7 +19,7 @@ class PerStream:
     """A vector per stream, settled once.
 
     values [S, D], until settled zeros, or 0, 1, ... where they are `counted`; settled bool [S]. Streams come as they
-    are named. Once there is room for all of them, both tensors are changed in place.
+    are named. Once there is memory for all of them, both tensors are changed in place.
 
     shared: there are n values for n heads, and stream s has value s mod n.
     """
@@ -31,7 +31,7 @@ class PerStream:
         self.values = torch.zeros(0, dim, dtype=dtype, device=device)
         self.settled = torch.zeros(0, dtype=torch.bool, device=device)
 
-    def room(self, streams: int) -> None:
+    def reserve(self, streams: int) -> None:
         """Know so many streams."""
         missing = streams - len(self.settled)
         if missing > 0 and not self.shared:
@@ -41,7 +41,7 @@ class PerStream:
     def new(self, streams: Tensor, due: Tensor | None) -> Tensor | None:
         """bool [s]: those of `streams` that are to be settled, as `Codec.fit` has them; None: surely none is."""
         if due is None:
-            self.room(int(streams.max()) + 1)
+            self.reserve(int(streams.max()) + 1)
         settled = self.settled[self._at(streams)]
         if due is None and settled.is_cpu and bool(settled.all()):  # elsewhere the host would wait
             return None
@@ -59,7 +59,7 @@ class PerStream:
 
     def all(self, streams: int) -> Tensor:
         """[streams, D]: of all streams in order."""
-        self.room(streams)
+        self.reserve(streams)
         return self.values.repeat(streams // len(self.values), 1) if self.shared else self.values
 
     def share(self, values: Tensor, settled: Tensor) -> None:
@@ -84,7 +84,7 @@ class PerStream:
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""
         if len(streams):
-            self.room(int(streams.max()) + 1)
+            self.reserve(int(streams.max()) + 1)
         at = self._at(streams)
         self.values, self.settled, self.shared = self.values[at], self.settled[at], False
 
@@ -120,10 +120,10 @@ class PerStream:
 
 
 def weights(x: Tensor, loud: float = LOUD) -> tuple[Tensor, Tensor]:
-    """[s, n, 1]: what each token of x [s, n, D] counts for, 1 or less, single loud ones as `loud` usual ones at most;
+    """[s, n, 1]: what each token of x [s, n, D] counts for, 1 or less, single outliers as `loud` usual ones at most;
     and [s, 1, 1]: how large a usual one is; of x's dtype, a float of 32 bits or more.
 
-    w_t = min(1, loud m / |x_t|); |.| is the largest magnitude and m its median over tokens.
+    w_t = min(1, `loud` m / |x_t|); |.| is the largest magnitude and m its median over tokens.
     """
     size = x.abs().amax(-1, keepdim=True)
     unit = size.median(1, keepdim=True).values

@@ -13,8 +13,8 @@ from kvcomp.layout import Field
 from kvcomp.segments import SideLayout, joined
 
 from .basis import rotation
-from .codecs import Side
-from .lloyd import LloydSide, sphere_codebook
+from .codecs import Grid
+from .lloyd import LloydGrid, sphere_codebook
 
 
 @cache
@@ -42,7 +42,7 @@ def projection(dim: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ResidualSide:
+class ResidualGrid:
     """K or V of a page on a grid, and the signs of what the grid leaves over: x ~ a + b S'.
 
     a [M, P, D] is x as the grid has it, b [M, P, D] the signs of (x - a) S, times its norm and the codebook's size.
@@ -50,8 +50,8 @@ class ResidualSide:
     so that q . x ~ (q D) . a + (q D S) . b needs no S per token.
     """
 
-    grid: Side
-    signs: LloydSide
+    grid: Grid
+    signs: LloydGrid
     projection: Tensor  # S, float32 [D, D]
 
     @property

@@ -12,14 +12,14 @@ from torch import Tensor
 from kvcomp.layout import Field
 from kvcomp.segments import SideLayout, joined
 
-from .codecs import Side
+from .codecs import Grid
 
 
 @dataclass(frozen=True)
-class SegmentedSide:
+class SegmentedGrid:
     """K or V of a page in runs of channels: `sizes[i]` channels on the grid `sides[i]`, in order."""
 
-    sides: tuple[Side, ...]
+    sides: tuple[Grid, ...]
     sizes: tuple[int, ...]
 
     @property

@@ -17,22 +17,24 @@ from kvcomp.state import State
 
 from .basis import Basis, hadamard
 from .calibrated import CalibratedQuantizer, check_inverse
-from .codecs import RawSide, Side
-from .grid import UniformSide
+from .codecs import Grid, RawGrid
+from .grid import UniformGrid
 
 MULTIPLE = 8  # channels: codes of any width then fill bytes
 
 
 @register("svd")
 @dataclass(frozen=True)
-class Svd(CalibratedQuantizer):
+class SVD(CalibratedQuantizer):
     """Low rank: each KV head keeps the few directions of K and V that matter most, as they are or as integers.
 
     Needs a file of `kvcomp calibrate --method svd`, which serves every rank. K's directions have the least expected
-    squared error of q . k, V's the least behind the output projection; what is dropped is replaced by its mean. Nothing
+    squared error of q . k, V's the least after the output projection; what is dropped is replaced by its mean. Nothing
     is trained, and K is taken post-RoPE, where Palu and MHA2MLA compress it before RoPE. With `bits`, coordinates are
     mixed by a Hadamard matrix, as in Palu, and stored as integers per token. Effective bits of a side: rank / D of the
     dtype's, or (bits * rank + 32) / D.
+
+    Papers: arXiv 2407.21118, 2502.14837.
     """
 
     paper: ClassVar[str] = "arXiv:2407.21118, arXiv:2502.14837"
@@ -71,7 +73,7 @@ class Svd(CalibratedQuantizer):
             check_inverse(layer, name, f"{name}_dual")
             layer.finite(f"{name}_mean", layer[name].shape[:2], torch.float32)
 
-    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+    def sides(self, shape: PageShape) -> tuple[Grid, Grid]:
         return self._side("k", shape, shape.k_dim), self._side("v", shape, shape.v_dim)
 
     def _kept(self, name: str, dim: int) -> int:
@@ -79,11 +81,11 @@ class Svd(CalibratedQuantizer):
             return kept(self.v_rank, dim, "svd", "v_rank")
         return kept(self.rank, dim, "svd", "rank")
 
-    def _side(self, name: str, shape: PageShape, dim: int) -> Side:
+    def _side(self, name: str, shape: PageShape, dim: int) -> Grid:
         rank = self._kept(name, dim)
         if self.bits is None:
-            return RawSide(name, shape.page_size, rank, shape.dtype)
-        return UniformSide(name, shape.page_size, rank, self.bits, 1, rank)
+            return RawGrid(name, shape.page_size, rank, shape.dtype)
+        return UniformGrid(name, shape.page_size, rank, self.bits, 1, rank)
 
     def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:
         return self._basis("k", calibration, shape, shape.k_dim), self._basis("v", calibration, shape, shape.v_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,29 +12,32 @@ from torch.nn import functional as F
 
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
-from kvcomp.stages import PageShape, arg
+from kvcomp.stages import Alias, PageShape, arg, dropped_share
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
 from .basis import IDENTITY, Basis
 from .calibrated import CalibratedQuantizer
-from .codecs import RawSide, Side
-from .grid import UniformSide, channel_group
+from .codecs import Grid, RawGrid
+from .grid import UniformGrid, channel_group
 from .svd import check_amount, kept
 
 
 @register("think")
 @dataclass(frozen=True)
-class Think(CalibratedQuantizer):
+class ThinK(CalibratedQuantizer):
     """ThinK: of K only the channels with the largest E[q_c^2] E[k_c^2]; of V all.
 
-    Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the prompt at hand and the
+    Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the current prompt and the
     queries of its last 32 tokens. Keeping 0.6 and 32 exact tokens are the authors'. With `bits`, K and V are stored as
     KIVI stores them, integers per channel and per token. Effective bits: (keep + 1) / 2 of the dtype's, or of
     bits + 32 / group.
+
+    Paper: arXiv 2407.21018.
     """
 
     paper: ClassVar[str] = "arXiv:2407.21018"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"key_channel_compression_ratio": dropped_share("keep")}
 
     keep: int | float = arg(0.6, "channels of K kept: how many, or a share of all (to a multiple of 8)")
     bits: int | None = arg(None, "bits per element, 2 to 8; None: the model's dtype")
@@ -66,17 +70,17 @@ class Think(CalibratedQuantizer):
         layer.require(bool((score >= 0).all()), "score is negative")
         layer.require(bool((score > 0).any(-1).all()), "score of a head is 0 everywhere")
 
-    def sides(self, shape: PageShape) -> tuple[Side, Side]:
+    def sides(self, shape: PageShape) -> tuple[Grid, Grid]:
         channels = kept(self.keep, shape.k_dim, "think", "keep")
         if self.bits is None:
             return (
-                RawSide("k", shape.page_size, channels, shape.dtype),
-                RawSide("v", shape.page_size, shape.v_dim, shape.dtype),
+                RawGrid("k", shape.page_size, channels, shape.dtype),
+                RawGrid("v", shape.page_size, shape.v_dim, shape.dtype),
             )
         group = channel_group(self.name, self.group, shape.v_dim, 16)
         return (
-            UniformSide("k", shape.page_size, channels, self.bits, self.group, 1),
-            UniformSide("v", shape.page_size, shape.v_dim, self.bits, 1, group),
+            UniformGrid("k", shape.page_size, channels, self.bits, self.group, 1),
+            UniformGrid("v", shape.page_size, shape.v_dim, self.bits, 1, group),
         )
 
     def bases(self, calibration: Tensors, shape: PageShape) -> tuple[Basis, Basis]:

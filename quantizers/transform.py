@@ -27,7 +27,7 @@ SHORT = 2.0  # the norm of a value is at most so many times that of its coordina
 LARGEST = 1e30  # keys and values beyond saturate, which float16 norms do far earlier
 
 
-class KltSide:
+class KLTGrid:
     """K or V of a page: a norm per token, and Lloyd-Max codes of the rest in a basis per stream or per head.
 
     Coordinates are sorted by weighted variance and scaled to variance 1; units of 8 channels have 0 to 8 bits, the same
@@ -74,7 +74,7 @@ class KltSide:
             x = x / rms(x).clamp_min(TINY)
             mean, moment = x.mean(1), x.mT @ x / n
             centred = moment - mean[:, :, None] * mean[:, None]
-        else:  # in which single loud tokens count for little
+        else:  # in which single outlier tokens count for little
             mean = weighted(x)[0]
             _, centred = weighted(x - mean[:, None])
             moment = centred
@@ -84,7 +84,7 @@ class KltSide:
 
     def take(self, streams: Tensor, dual: Tensor, mean: Tensor) -> None:
         """Use the basis `dual` [s, d, d] and mean [s, d] for `streams`, which have no pages yet."""
-        self.room(int(streams.max()) + 1)
+        self.reserve(int(streams.max()) + 1)
         dual = dual.clone()
         if self.mean is not None:  # the norm of a token carries the size, whatever float16 can hold
             dual = dual / dual.square().mean((1, 2), keepdim=True).sqrt().clamp_min(TINY)
@@ -93,7 +93,7 @@ class KltSide:
         if self.mean is not None:
             self.mean = self.mean.index_put((streams,), mean.to(MEAN))
 
-    def room(self, streams: int) -> None:
+    def reserve(self, streams: int) -> None:
         """Have matrices for so many streams; zero until they are taken."""
         missing = streams - len(self.dual)
         if missing > 0:
@@ -128,10 +128,10 @@ class KltSide:
         for bits, n in runs(self.widths):
             part = z[..., at : at + n].contiguous()
             at += n
-            book = codebook(self.live, bits, self.device)
-            codes = nearest(part, book)
+            codebook = scaled_codebook(self.live, bits, self.device)
+            codes = nearest(part, codebook)
             weight = _weight(bits)
-            coded = book[codes.int()]
+            coded = codebook[codes.int()]
             own += weight * part.square().sum(-1, keepdim=True)
             shrunk += weight * (coded * (coded if self.mean is None else part)).sum(-1, keepdim=True)
             left = bits
@@ -152,7 +152,7 @@ class KltSide:
                 plane = unpack(rows[..., at : at + n * width // 8].contiguous(), width).int()
                 codes = (codes << width) | plane
                 at += n * width // 8
-            parts.append(codebook(self.live, bits, self.device)[codes])
+            parts.append(scaled_codebook(self.live, bits, self.device)[codes])
         return torch.cat(parts, -1) * page[f"{self.name}.norm"].float()
 
     @property
@@ -187,9 +187,10 @@ class KltSide:
 
 
 @cache
-def codebook(dim: int, bits: int, device: torch.device) -> Tensor:
+def scaled_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     """float32 [2^bits]: centroids for coordinates of variance 1 whose vectors in R^dim have the norm dim^(1/2)."""
-    return sphere_codebook(dim, bits, device) * dim**0.5
+    codebook: Tensor = sphere_codebook(dim, bits, device) * dim**0.5
+    return codebook
 
 
 def _weight(bits: int) -> float:
@@ -206,7 +207,7 @@ def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device, cen
         for width in planes(bits):
             found.append(Plane(f"{name}.codes", width, at))
             at += n * width // 8
-        segments.append(Codebook(n, tuple(found), f"{name}.norm", codebook(live, bits, device)))
+        segments.append(Codebook(n, tuple(found), f"{name}.norm", scaled_codebook(live, bits, device)))
     weights = tuple(_weight(bits) for bits, _ in runs(widths))
     return SideLayout(tuple(segments), Gain(weights, 1.0 if centred else 0.5, LONGEST))
 
@@ -214,4 +215,5 @@ def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device, cen
 @cache
 def _mixing(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """float32 [live, live]: a random rotation of each run of equal width."""
-    return torch.block_diag(*(rotation(n, device).matrix for _, n in runs(widths)))
+    matrix: Tensor = torch.block_diag(*(rotation(n, device).matrix for _, n in runs(widths)))
+    return matrix

@@ -15,12 +15,12 @@ from kvcomp.stages.registry import register
 
 from .basis import Basis, rotation
 from .centred import centred
-from .codecs import Side
-from .lloyd import LloydSide, sphere_codebook
+from .codecs import Grid
+from .lloyd import LloydGrid, sphere_codebook
 from .outliers import ORDER, OutlierBasis, OutlierCodec
 from .packing import planes
-from .qjl import ResidualSide, projection, sign_codebook
-from .segments import SegmentedSide
+from .qjl import ResidualGrid, projection, sign_codebook
+from .segments import SegmentedGrid
 from .widths import BITS, WidthQuantizer
 
 MSE, PROD = "mse", "prod"
@@ -44,6 +44,8 @@ class TurboQuant(WidthQuantizer):
     prod: one bit of K goes to the signs of the residual, with its norm (16 / D more), which make q . k unbiased. They
     add variance, and attention suffers more from that than from the bias of mse, the default. V needs no inner
     products and is stored as in mse.
+
+    Paper: arXiv 2504.19874.
     """
 
     paper: ClassVar[str] = "arXiv:2504.19874"
@@ -65,24 +67,24 @@ class TurboQuant(WidthQuantizer):
         return (shape.k_dim, self.k_bits), (shape.v_dim, self.v_bits)
 
     def codec(self, shape: PageShape) -> OutlierCodec:
-        k_side, k_basis = self._part("k", shape, shape.k_dim, self.k_bits, self.variant == PROD)
-        v_side, v_basis = self._part("v", replace(shape, centred=False), shape.v_dim, self.v_bits, False)
-        return OutlierCodec(k_side, v_side, k_basis, v_basis)
+        k_grid, k_basis = self._part("k", shape, shape.k_dim, self.k_bits, self.variant == PROD)
+        v_grid, v_basis = self._part("v", replace(shape, centred=False), shape.v_dim, self.v_bits, False)
+        return OutlierCodec(k_grid, v_grid, k_basis, v_basis)
 
-    def _part(self, name: str, shape: PageShape, dim: int, bits: float, unbiased: bool) -> tuple[Side, Basis]:
+    def _part(self, name: str, shape: PageShape, dim: int, bits: float, unbiased: bool) -> tuple[Grid, Basis]:
         """The grid and the basis of K or of V."""
         device = shape.device
         if not unbiased:
             side, sizes = self._grid(name, shape, dim, bits)
             return side, _basis(sizes, shape)
         if bits == 1:
-            signs = LloydSide(name, shape.page_size, dim, 1, sign_codebook(dim, device))
+            signs = LloydGrid(name, shape.page_size, dim, 1, sign_codebook(dim, device))
             return centred(signs, shape), rotation(dim, device)
         side, sizes = self._grid(name, shape, dim, bits - 1)
-        signs = LloydSide(f"{name}.residual", shape.page_size, dim, 1, sign_codebook(dim, device))
-        return ResidualSide(side, signs, projection(dim, device)), _basis(sizes, shape, _with_residual(sizes, device))
+        signs = LloydGrid(f"{name}.residual", shape.page_size, dim, 1, sign_codebook(dim, device))
+        return ResidualGrid(side, signs, projection(dim, device)), _basis(sizes, shape, _with_residual(sizes, device))
 
-    def _grid(self, name: str, shape: PageShape, dim: int, bits: float) -> tuple[Side, tuple[int, ...]]:
+    def _grid(self, name: str, shape: PageShape, dim: int, bits: float) -> tuple[Grid, tuple[int, ...]]:
         """Codes of `bits` per element on average, and how many channels each rotation mixes."""
         low = int(bits)
         if bits == low:
@@ -95,10 +97,10 @@ class TurboQuant(WidthQuantizer):
                 f"in {widths[1]}, which do not fill whole bytes: use whole bits"
             )
         parts = zip(("outliers", "rest"), sizes, widths, strict=True)
-        return SegmentedSide(tuple(self._lloyd(f"{name}.{what}", shape, n, w) for what, n, w in parts), sizes), sizes
+        return SegmentedGrid(tuple(self._lloyd(f"{name}.{what}", shape, n, w) for what, n, w in parts), sizes), sizes
 
-    def _lloyd(self, name: str, shape: PageShape, dim: int, bits: int) -> Side:
-        return centred(LloydSide(name, shape.page_size, dim, bits, sphere_codebook(dim, bits, shape.device)), shape)
+    def _lloyd(self, name: str, shape: PageShape, dim: int, bits: int) -> Grid:
+        return centred(LloydGrid(name, shape.page_size, dim, bits, sphere_codebook(dim, bits, shape.device)), shape)
 
 
 def _basis(sizes: tuple[int, ...], shape: PageShape, dual: Tensor | None = None) -> Basis:
@@ -113,11 +115,12 @@ def _basis(sizes: tuple[int, ...], shape: PageShape, dual: Tensor | None = None)
 def _rotations(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """float32 [D, D]: a random rotation of each run of channels. All layers share it."""
     blocks = [rotation(n, device).matrix for n in sizes]
-    return torch.block_diag(*blocks)
+    matrix: Tensor = torch.block_diag(*blocks)
+    return matrix
 
 
 @cache
 def _with_residual(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """float32 [D, 2 D]: what queries are read with where a `ResidualSide` decodes. All layers share it."""
+    """float32 [D, 2 D]: what queries are read with where a `ResidualGrid` decodes. All layers share it."""
     matrix = _rotations(sizes, device)
     return torch.cat([matrix, matrix @ projection(len(matrix), device)], 1)

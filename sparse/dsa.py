@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from kvcomp.calibration.stage import FILE, Calibrated
 from kvcomp.calibration.statistics import weighted_directions
-from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages import Alias, Choice, Index, PageShape, Summaries, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
@@ -50,7 +51,7 @@ class Indexer(Index):
     """The indexer of a layer: k [H, D, r] and offset [H, r] give the index keys in steps, q [H, G, D, r] the index
     queries of each query head, times the steps, weight [H, G, D] and bias [H, G] how much each of them counts."""
 
-    def __init__(self, selector: Dsa, shape: PageShape) -> None:
+    def __init__(self, selector: DSA, shape: PageShape) -> None:
         super().__init__(selector)
         file, dim, rank = selector.load(), shape.k_dim, selector.rank
         self.bits, self.heads = selector.bits, shape.heads
@@ -68,7 +69,7 @@ class Indexer(Index):
         q = rearrange(queries.float(), "(b h) g d -> b h g d", h=self.heads)
         index = torch.einsum("bhgd,hgdr->bhgr", q, self.query).flatten(0, 1)
         weight = (torch.einsum("bhgd,hgd->bhg", q, self.weight) + self.bias).flatten(0, 1)[:, None]
-        assert isinstance(self.selector, Dsa)
+        assert isinstance(self.selector, DSA)
         scores = torch.bmm(weight, self.selector.logits(index, held.fields).relu())  # [S, 1, n * P]
         return self.selector.best(scores, 1.0, held)
 
@@ -78,7 +79,7 @@ class Indexer(Index):
 
 @register("dsa")
 @dataclass(frozen=True)
-class Dsa(TokenSelector, Calibrated):
+class DSA(TokenSelector, Calibrated):
     """DSA: a decode query reads the tokens with the highest index scores, sum_g w_g relu(q_g . k).
 
     The lightning indexer of DeepSeek-V3.2, distilled for models that have none, by `kvcomp calibrate --method dsa`: per
@@ -86,9 +87,12 @@ class Dsa(TokenSelector, Calibrated):
     queries, trained until softmax(score) is the attention of the group (the KL divergence of the published warm-up).
     Published are 64 heads of 128 channels in FP8 over a model trained for them, and one choice for all heads. Tokens
     are read one by one where the quantizer's fields are per token, else pages by the sum of their tokens' shares.
+
+    Paper: arXiv 2512.02556.
     """
 
     paper: ClassVar[str] = "arXiv:2512.02556"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"index_topk": "tokens"}
     seen: ClassVar[type[Traces]] = Traces
 
     tokens: int | None = arg(None, "tokens that a query reads, in full pages (none of the five: 2048)")

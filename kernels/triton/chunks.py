@@ -18,15 +18,15 @@ from torch import Tensor
 
 from kvcomp.kernels.placed import CODEBOOK, FLOATS, NOTHING, NUMBERS, PlacedSegment, placed, reason
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Floats, Numbers, Segment, SideLayout, Sides, Uniform
+from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform
 
-BOOK = CODEBOOK  # x = book[code] * norm of the token; FLOATS: x = number of a format * scale; NUMBERS: x = number
+# Kinds of chunks. CODEBOOK: x = codebook[code] * norm of the token; FLOATS: x = number of a format * scale; NUMBERS: x.
 OF_TOKEN, OF_CHANNEL, OF_BLOCK = "token", "channel", "block"  # x = code * scale + zero, by what has a scale in a chunk
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NARROWEST, WIDEST = 16, 128  # columns: what tensor cores take, and what registers hold
 IDLE = 1.75  # what tiles may have in channels, of those that there are
 FOLDED = 32  # columns with a common scale from which on it folds into a product of its own
-TILE = 64  # tokens at once, at most: half where books, floats or several chunks a side, a quarter where many tiles
+TILE = 64  # tokens at once, at most: half where codebooks, floats or several chunks a side, a quarter where many tiles
 MANY = 16
 
 
@@ -37,7 +37,7 @@ class Chunk:
     columns: how many there are, in a tile of `block`. planes: (offset, bytes from a token to the next, width) of each,
     the highest bits first. scale, zero: of the segment, float16 in rows of `groups`, a row for each `token_group`
     tokens; `inner` is the chunk's first channel in the segment. middle: the code that is read as 0, for codes about 0
-    lose less in 16 bits; the zeros that are stored are those of code 0. book: its first entry among the side's.
+    lose less in 16 bits; the zeros that are stored are those of code 0. codebook: its first entry among the side's.
     Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them. centre: offset of the
     float16 numbers that the chunk's channels gain in all tokens of a page.
     """
@@ -56,7 +56,7 @@ class Chunk:
     channel_group: int = 1
     groups: int = 1
     inner: int = 0
-    book: int = NOTHING
+    codebook: int = NOTHING
     format: str = ""
     scale_format: str = ""
     page_scale: int = NOTHING
@@ -98,25 +98,25 @@ def numbers(channels: int, dtype: torch.dtype, channel: int = 0, offset: int = 0
 def chunks(side: SideLayout, layout: PageLayout) -> Chunks:
     """A side of pages."""
     found: list[Chunk] = []
-    book = 0
+    codebook = 0
     for at in placed(side, layout):
-        if isinstance(at.segment, Numbers):
+        if isinstance(at.segment, Dense):
             found += numbers(at.channels, at.segment.dtype, at.channel, *at.planes[0][:2])
         else:
-            found += _codes(at, at.segment, book)
+            found += _codes(at, at.segment, codebook)
         if isinstance(at.segment, Codebook):
-            book += len(at.segment.book)
+            codebook += len(at.segment.codebook)
     return tuple(found)
 
 
-def _codes(at: PlacedSegment, segment: Uniform | Codebook | Floats, book: int) -> list[Chunk]:
-    """The chunks of a segment of codes, whose book's first entry is `book` of the side's."""
+def _codes(at: PlacedSegment, segment: Uniform | Codebook | Floats, codebook: int) -> list[Chunk]:
+    """The chunks of a segment of codes, whose codebook's first entry is `codebook` of the side's."""
     lanes = lanes_of(segment)
     columns = run = at.channels // lanes
     shared: dict[str, Any] = {"scale": at.scale, "channel_group": at.channel_group}
     if isinstance(segment, Codebook):
-        kind = BOOK
-        shared |= {"book": book}
+        kind = CODEBOOK
+        shared |= {"codebook": codebook}
     elif isinstance(segment, Floats):
         kind = FLOATS
         formats = {"format": segment.format, "scale_format": segment.scale_format, "page_scale": at.page_scale}
@@ -206,12 +206,12 @@ def _chunk(fields: list[Any]) -> Chunk:
     return Chunk(*fields)
 
 
-def described(sides: Sides, layout: PageLayout) -> Description:
+def described(sides: KVLayout, layout: PageLayout) -> Description:
     """Pages of this layout whose K and V are to be read as `sides` say."""
     shared = [s.token_group for side in sides for s in side.segments if isinstance(s, Uniform) and s.token_group > 1]
     k, v = (chunks(side, layout) for side in sides)
     description = Description(k, v, layout.page_size, TILE)
-    full = any(c.kind in (BOOK, FLOATS) for c in (*k, *v)) or min(len(k), len(v)) > 1  # of registers
+    full = any(c.kind in (CODEBOOK, FLOATS) for c in (*k, *v)) or min(len(k), len(v)) > 1  # of registers
     many = description.lanes >= MANY or (description.centred and len(k) > 1)
     most = TILE // 4 if many else TILE // 2 if full else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
@@ -223,19 +223,19 @@ def within_pages(description: Description) -> Description:
     return replace(description, tile=min(description.tile, size & -size))
 
 
-def books(side: SideLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The entries [n] of all books of a side in the order of its segments; one idle entry where it has none."""
-    found = [s.book for s in side.segments if isinstance(s, Codebook)]
+def codebooks(side: SideLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The entries [n] of all codebooks of a side in the order of its segments; one idle entry where it has none."""
+    found = [s.codebook for s in side.segments if isinstance(s, Codebook)]
     return torch.cat([b.to(device, dtype) for b in found]) if found else torch.zeros(1, dtype=dtype, device=device)
 
 
-def obstacle(sides: Sides) -> str | None:
+def obstacle(sides: KVLayout) -> str | None:
     """Why the kernel cannot read pages; None: it can."""
     return reason(sides, _unreadable)
 
 
 def _unreadable(segment: Segment, side: SideLayout) -> str | None:
-    if isinstance(segment, Numbers):
+    if isinstance(segment, Dense):
         return None if segment.dtype in DTYPES else f"numbers of {segment.dtype}"
     if [p.width for p in segment.planes] != sorted((p.width for p in segment.planes), reverse=True):
         return "planes of codes that are not in the order of their widths"

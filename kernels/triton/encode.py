@@ -1,7 +1,7 @@
 """Pages written from K and V in basis coordinates; what codecs `encode` is its specification, bit for bit.
 
   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, without zero
-  codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
+  codebook  norm = |x| / D^1/2, code = how many thresholds of the codebook x / |x| exceeds
   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
   floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale; of
             two powers of two (E8M0) the one under which the block's squared error is less
@@ -33,7 +33,7 @@ from .unpack import chunk
 TINY = tl.constexpr(2.0**-24)  # as in quantizers/grid.py
 
 
-ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no room for fractions
+ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no bits for fractions
 
 
 @triton.jit
@@ -99,44 +99,44 @@ def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constex
 
 
 @triton.jit
-def exceeded(x, middles, C: tl.constexpr):
-    """How many of a book's middles each of x exceeds, int32: a search by halves, for middles ascend."""
-    FIRST: tl.constexpr = C.middles
+def exceeded(x, thresholds, C: tl.constexpr):
+    """How many of a codebook's thresholds each of x exceeds, int32: a search by halves, for thresholds ascend."""
+    FIRST: tl.constexpr = C.thresholds
     BITS: tl.constexpr = width(C)
     codes = tl.zeros_like(x).to(tl.int32)
     for i in tl.static_range(BITS):
         half = 1 << (BITS - 1 - i)
-        codes = tl.where(x > tl.load(middles + (FIRST + half - 1) + codes), codes + half, codes)
+        codes = tl.where(x > tl.load(thresholds + (FIRST + half - 1) + codes), codes + half, codes)
     return codes
 
 
 @triton.jit
-def book_codes(x, middles, C: tl.constexpr):
+def codebook_codes(x, thresholds, C: tl.constexpr):
     """Norms float16 [T, 1, 1] of x float32 [T, 1, R], and codes of its directions."""
     ROOT: tl.constexpr = C.channels**0.5
     norm = tl.div_rn(tl.sqrt_rn(tl.sum(x * x, 2, keep_dims=True)), ROOT)
     norm = tl.where(norm < HUGE, norm, HUGE).to(tl.float16)  # HUGE of no number, too
     unit = tl.div_rn(x, tl.maximum(norm.to(tl.float32) * ROOT, TINY))
-    return norm, exceeded(unit, middles, C)
+    return norm, exceeded(unit, thresholds, C)
 
 
 @triton.jit
-def put_book(record, x, middles, token, run, seen, C: tl.constexpr):
-    """Writes x float32 [T, 1, R] as codes of a book and a norm for each token."""
+def put_codebook(record, x, thresholds, token, run, seen, C: tl.constexpr):
+    """Writes x float32 [T, 1, R] as codes of a codebook and a norm for each token."""
     SCALE: tl.constexpr = C.scale
-    norm, codes = book_codes(x, middles, C)
+    norm, codes = codebook_codes(x, thresholds, C)
     put_codes(record, codes, token, run, seen, C)
     put_halves(record, SCALE + token * 2, norm, seen)
 
 
 @triton.jit
-def coded(x, middles, there, C: tl.constexpr):
+def coded(x, thresholds, there, C: tl.constexpr):
     """x float32 [T, G, R] as its codes have it, where tokens are coded one by one."""
     KIND: tl.constexpr = C.kind
-    if KIND == "book":
-        BOOK: tl.constexpr = C.middles + C.levels
-        norm, codes = book_codes(x, middles, C)
-        found = tl.load(middles + BOOK + codes, mask=there, other=0) * norm.to(tl.float32)
+    if KIND == "codebook":
+        FIRST: tl.constexpr = C.thresholds + C.levels
+        norm, codes = codebook_codes(x, thresholds, C)
+        found = tl.load(thresholds + FIRST + codes, mask=there, other=0) * norm.to(tl.float32)
     elif KIND == "floats":
         found = floats_coded(x, there, C)
     else:
@@ -157,7 +157,7 @@ def anchored(piece: Any) -> bool:
 
 
 @triton.jit
-def anchor(centre, x, page, middles, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+def anchor(centre, x, page, thresholds, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
     """The centre float16 [1, G, R], moved by the error of a page's first token under it."""
     FEW: tl.constexpr = min(PAGE, 4)
     c = centre.to(tl.float32)
@@ -165,7 +165,7 @@ def anchor(centre, x, page, middles, channel, live, DIM: tl.constexpr, PAGE: tl.
     most = tl.zeros_like(c)
     for token in tl.static_range(1, FEW):
         most = tl.maximum(most, tl.abs(load(x, page, token, channel, live, DIM, PAGE, C).to(tl.float32) - c))
-    error = first - coded(first, middles, live, C)
+    error = first - coded(first, thresholds, live, C)
     error = tl.where(error == error, error, 0)
     c += tl.minimum(tl.maximum(error, -most), most)
     return tl.minimum(tl.maximum(c, -HUGE), HUGE).to(tl.float16)
@@ -173,25 +173,25 @@ def anchor(centre, x, page, middles, channel, live, DIM: tl.constexpr, PAGE: tl.
 
 @triton.jit
 def put_part(
-    record, page, shift, source, norm, middles, tile, POWER: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    record, page, shift, source, norm, thresholds, tile, POWER: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
     """Writes the codes of a part, and gives its two sums of the gain [T, 1, 1], without their weight."""
     LEVELS: tl.constexpr = C.levels
-    FIRST: tl.constexpr = C.middles
+    FIRST: tl.constexpr = C.thresholds
     token, run, channel, seen, live = place(page, tile, PAGE, C)
     there = seen & live
     x = tl.div_rn(load(source, page, token, channel, there, DIM, PAGE, C), norm)
-    codes = exceeded(x, middles, C)
+    codes = exceeded(x, thresholds, C)
     put_codes(record, codes, token + shift, run, seen, C)
-    book = tl.load(middles + FIRST + LEVELS + codes, mask=there, other=0)
-    other = book if POWER < 1 else x
-    return tl.sum(x * x, 2, keep_dims=True), tl.sum(book * other, 2, keep_dims=True)
+    codebook = tl.load(thresholds + FIRST + LEVELS + codes, mask=there, other=0)
+    other = codebook if POWER < 1 else x
+    return tl.sum(x * x, 2, keep_dims=True), tl.sum(codebook * other, 2, keep_dims=True)
 
 
 @triton.jit
-def put_joint(record, page, shift, source, middles, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes behind the coordinates of `source`."""
+def put_joint(record, page, shift, source, thresholds, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes after the coordinates of `source`."""
     COUNT: tl.constexpr = len(C.parts)
     SCALE: tl.constexpr = C.parts[0].scale
     POWER: tl.constexpr = C.power
@@ -201,7 +201,7 @@ def put_joint(record, page, shift, source, middles, tile, DIM: tl.constexpr, PAG
     least = tl.maximum(norm, TINY)
     own, coded = tl.zeros_like(norm), tl.zeros_like(norm)
     for i in tl.static_range(COUNT):
-        a, b = put_part(record, page, shift, source, least, middles, tile, POWER, DIM, PAGE, chunk(C.parts, i))
+        a, b = put_part(record, page, shift, source, least, thresholds, tile, POWER, DIM, PAGE, chunk(C.parts, i))
         own += a * chunk(C.weights, i)
         coded += b * chunk(C.weights, i)
     gain = tl.minimum(tl.div_rn(own, tl.maximum(coded, TINY)), MOST)
@@ -231,18 +231,18 @@ def clear(record, GAP: tl.constexpr):
 
 @triton.jit
 def put(
-    record, page, shift, keys, values, k_middles, v_middles, tile,
+    record, page, shift, keys, values, k_thresholds, v_thresholds, tile,
     K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile of a piece; shift: where in the record its first token goes."""
     KIND: tl.constexpr = C.kind
     DIM: tl.constexpr = V_DIM if C.side else K_DIM
     if C.side:
-        source, middles = values, v_middles
+        source, thresholds = values, v_thresholds
     else:
-        source, middles = keys, k_middles
+        source, thresholds = keys, k_thresholds
     if KIND == "joint":
-        put_joint(record, page, shift, source, middles, tile, DIM, PAGE, C)
+        put_joint(record, page, shift, source, thresholds, tile, DIM, PAGE, C)
     else:
         token, run, channel, seen, live = place(page, tile, PAGE, C)
         there = seen & live
@@ -252,14 +252,14 @@ def put(
             ACROSS: tl.constexpr = C.tiles[1]
             centre = page_centre(source, page, channel, live, DIM, PAGE, C)
             if anchored(C):
-                centre = anchor(centre, source, page, middles, channel, live, DIM, PAGE, C)
+                centre = anchor(centre, source, page, thresholds, channel, live, DIM, PAGE, C)
             put_halves(record, CENTRE + channel * 2, centre, live & (tile < ACROSS))
             x = tl.where(there, x.to(tl.float32) - centre.to(tl.float32), 0)
         token += shift
         if KIND == "numbers":
             put_numbers(record, x, token, channel, there, C)
-        elif KIND == "book":
-            put_book(record, x.to(tl.float32), middles, token, run, seen, C)
+        elif KIND == "codebook":
+            put_codebook(record, x.to(tl.float32), thresholds, token, run, seen, C)
         elif KIND == "floats":
             most = 0.0
             if C.page_scale >= 0:
@@ -271,21 +271,9 @@ def put(
 
 @triton.jit
 def encode_kernel(
-    keys,
-    values,
-    pool,
-    ids,
-    rows,
-    k_middles,
-    v_middles,
-    PIECES: tl.constexpr,
-    GAPS: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    SINGLE: tl.constexpr,
-):
+    keys, values, pool, ids, rows, k_thresholds, v_thresholds, PIECES: tl.constexpr, GAPS: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
     """keys [M, P, Dk] and values [M, P, Dv] into the pages ids [M] of a pool uint8 in records of BYTES, those below 0
     left out; SINGLE: of one token each (P = 1), which goes to rows [M] of its page. Grid: (M, programs of a page)."""
     page = tl.program_id(0).to(tl.int64)
@@ -300,5 +288,18 @@ def encode_kernel(
             clear(record, chunk(GAPS, i))
     for i in tl.static_range(len(PIECES)):
         if (tile >= 0) & (tile < programs(PIECES, i)):
-            put(record, page, shift, keys, values, k_middles, v_middles, tile, K_DIM, V_DIM, PAGE, chunk(PIECES, i))
+            put(
+                record,
+                page,
+                shift,
+                keys,
+                values,
+                k_thresholds,
+                v_thresholds,
+                tile,
+                K_DIM,
+                V_DIM,
+                PAGE,
+                chunk(PIECES, i),
+            )
         tile -= programs(PIECES, i)

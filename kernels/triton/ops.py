@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from kvcomp.operators import operator
+
 from . import attention, chunks, merge
 from .plan import blocked, tokens_tile
 
@@ -27,7 +29,7 @@ def attention_constants(
 ) -> dict[str, Any]:
     """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
     of a program; `exact` takes the most room."""
-    books = layout.centred and any(chunk.kind == chunks.BOOK for chunk in layout.k)  # 8 bytes would spill on sm_100
+    codebooks = layout.centred and any(chunk.kind == chunks.CODEBOOK for chunk in layout.k)  # 8 bytes spill on sm_100
     return {
         "K": layout.k,
         "V": layout.v,
@@ -41,7 +43,7 @@ def attention_constants(
         "EXACT": exact,
         "num_warps": WARPS if rows == chunks.NARROWEST else 2 * WARPS,
         "num_stages": STAGES,
-        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded or books else REGISTERS,
+        "maxnreg": ALL_REGISTERS if exact or rows > chunks.NARROWEST or layout.crowded or codebooks else REGISTERS,
     }
 
 
@@ -50,15 +52,27 @@ def workspace_size(streams: int, rows: int, splits: int, v_dim: int) -> int:
     return streams * rows * splits * (v_dim + 1)
 
 
-@torch.library.custom_op("kvcomp::attend_pages", mutates_args=("workspace",))
+def _results(
+    queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `attend_pages` returns."""
+    streams, rows, _ = queries.shape
+    v_dim = values.shape[2] if values is not None else chunks.parsed(description).v_dim
+    pages = ids.shape[1] if lse_of_pages and ids is not None else 0
+    shapes = (streams, rows, v_dim), (streams, rows), (streams, rows, pages)
+    out, lse, groups = (torch.empty(shape, dtype=torch.float32, device=queries.device) for shape in shapes)
+    return out, lse, groups
+
+
+@operator("attend_pages", _results, mutates=("workspace",))
 def attend_pages(
     queries: Tensor,
     bias: Tensor | None,
     pool: Tensor | None,
     ids: Tensor | None,
     counts: Tensor | None,
-    k_book: Tensor | None,
-    v_book: Tensor | None,
+    k_codebook: Tensor | None,
+    v_codebook: Tensor | None,
     keys: Tensor | None,
     values: Tensor | None,
     token_counts: Tensor | None,
@@ -79,7 +93,7 @@ def attend_pages(
     what came before (prior).
 
     queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
-    k_book, v_book: as of `chunks.books`; split_pages: pages that a split has room for; workspace: float32 of
+    k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split can hold; workspace: float32
     `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
     """
     streams, rows, k_dim = queries.shape
@@ -112,21 +126,11 @@ def attend_pages(
     with torch.cuda.device_of(queries):
         attention.attend_kernel[(streams * triton.cdiv(rows, block), splits)](
             queries,
-            *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_book, v_book)),
+            *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_codebook, v_codebook)),
             *(idle if x is None else x for x in (keys, values, token_counts)),
-            workspace,
-            partial_lse,
-            lse_of_tiles,
-            rows,
-            k_dim,
-            v_dim,
-            0 if ids is None else ids.stride(0),
-            *strides,
-            0 if token_bias is None else token_bias.shape[2],
-            tiles,
-            split_pages,
-            scale,
-            softcap,
+            *(workspace, partial_lse, lse_of_tiles, rows, k_dim, v_dim),
+            *(0 if ids is None else ids.stride(0), *strides, 0 if token_bias is None else token_bias.shape[2]),
+            *(tiles, split_pages, scale, softcap),
             **attention_constants(layout, 0 if pool is None else pool.stride(0), tokens, window, block, exact),
             BIAS=bias is not None,
             TOKEN_BIAS=token_bias is not None,
@@ -135,17 +139,9 @@ def attend_pages(
             IN_TOKENS=in_tokens,
         )
         merge.merge_kernel[(streams * rows,)](
-            workspace,
-            partial_lse,
-            idle if prior_out is None else prior_out,
-            idle if prior_lse is None else prior_lse,
-            idle if counts is None else counts,
-            out,
-            lse,
-            splits,
-            split_pages,
-            rows,
-            v_dim,
+            *(workspace, partial_lse),
+            *(idle if x is None else x for x in (prior_out, prior_lse, counts)),
+            *(out, lse, splits, split_pages, rows, v_dim),
             PAGE=layout.page_size,
             IN_TOKENS=in_tokens,
             TOKENS=keys is not None,
@@ -156,43 +152,4 @@ def attend_pages(
         )
     if lse_of_pages and pages:
         groups = lse_of_tiles.unflatten(-1, (pages, -1)).logsumexp(-1)
-    return out, lse, groups
-
-
-@attend_pages.register_fake
-def _(
-    queries: Tensor,
-    bias: Tensor | None,
-    pool: Tensor | None,
-    ids: Tensor | None,
-    counts: Tensor | None,
-    k_book: Tensor | None,
-    v_book: Tensor | None,
-    keys: Tensor | None,
-    values: Tensor | None,
-    token_counts: Tensor | None,
-    prior_out: Tensor | None,
-    prior_lse: Tensor | None,
-    workspace: Tensor | None,
-    description: str,
-    split_pages: int,
-    scale: float,
-    softcap: float,
-    lse_of_pages: bool,
-    exact: bool,
-    in_tokens: bool = False,
-    token_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(queries, ids, values, description, lse_of_pages)
-
-
-def _results(
-    queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `attend_pages` returns."""
-    streams, rows, _ = queries.shape
-    v_dim = values.shape[2] if values is not None else chunks.parsed(description).v_dim
-    pages = ids.shape[1] if lse_of_pages and ids is not None else 0
-    shapes = (streams, rows, v_dim), (streams, rows), (streams, rows, pages)
-    out, lse, groups = (torch.empty(shape, dtype=torch.float32, device=queries.device) for shape in shapes)
     return out, lse, groups

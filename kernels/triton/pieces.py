@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvcomp.kernels.placed import CODEBOOK, NOTHING, PlacedSegment, placed, reason, unwritable
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Floats, Segment, SideLayout, Sides, Uniform
+from kvcomp.segments import Codebook, Floats, KVLayout, Segment, SideLayout, Uniform
 
 from .chunks import obstacle as read_obstacle
 
@@ -34,9 +34,9 @@ class Piece:
     """A segment of a side: `channels` channels of its coordinates from `channel` on.
 
     planes: (offset, bytes from a token to the next, width) of each, the highest bits first. scale, zero: offsets.
-    levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; middles: its first in the side's table.
+    levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; thresholds: its first in the side's.
     format, scale_format, page_scale, centre: as in `chunks.Chunk`.
-    step: tokens of a tile, of which it has room for T; tiles: of a page, along tokens and along channels.
+    step: tokens of a tile, of which it can hold T; tiles: of a page, along tokens and along channels.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Piece:
     zero: int
     levels: int
     clip: float
-    middles: int
+    thresholds: int
     format: str
     scale_format: str
     page_scale: int
@@ -144,15 +144,15 @@ def _segment_piece(fields: list[Any]) -> Piece:
     return Piece(*fields)
 
 
-def described(sides: Sides, layout: PageLayout, single: bool = False) -> Description:
+def described(sides: KVLayout, layout: PageLayout, single: bool = False) -> Description:
     """Pages of this layout whose K and V are to be written as `sides` say; `single`: one token of a page."""
     size = 1 if single else layout.page_size
     found: list[Piece | Joint] = []
     for i, side in enumerate(sides):
-        middles, parts = 0, []
+        thresholds, parts = 0, []
         for at in placed(side, layout):
-            parts.append(_piece_of(at, size, i, middles))
-            middles += len(_table(at.segment, side))
+            parts.append(_piece_of(at, size, i, thresholds))
+            thresholds += len(_table(at.segment, side))
         found += parts if side.gain is None else [_joint(side, parts)]
     ends = {f.name: layout.offsets[f.name] + f.nbytes for f in layout.fields}
     gaps = () if single else tuple((end, -end % 16) for end in ends.values() if end % 16)
@@ -160,7 +160,7 @@ def described(sides: Sides, layout: PageLayout, single: bool = False) -> Descrip
     return Description(tuple(found), k, v, size, gaps)
 
 
-def _piece_of(at: PlacedSegment, size: int, side: int, middles: int) -> Piece:
+def _piece_of(at: PlacedSegment, size: int, side: int, thresholds: int) -> Piece:
     """A segment, of which `size` tokens of a page are written at once."""
     segment, channels, tokens, group = at.segment, at.channels, at.token_group, at.channel_group
     clip = segment.clip if isinstance(segment, Uniform) else 1.0
@@ -178,7 +178,20 @@ def _piece_of(at: PlacedSegment, size: int, side: int, middles: int) -> Piece:
     tiles = -(-size // step), -(-channels // (run * groups))
     shape = room, groups, width
     return Piece(
-        *(at.kind, side, at.channel, channels, at.planes, tokens, group, at.scale, at.zero, at.levels, clip, middles),
+        *(
+            at.kind,
+            side,
+            at.channel,
+            channels,
+            at.planes,
+            tokens,
+            group,
+            at.scale,
+            at.zero,
+            at.levels,
+            clip,
+            thresholds,
+        ),
         *(*formats, at.page_scale, at.centre, step, run, shape, tiles),
     )
 
@@ -198,9 +211,9 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def middles(sides: Sides, device: torch.device) -> list[Tensor]:
-    """float32 [n], the tables of K and of V: the middles of all books in the order of segments, each followed by its
-    book where there is a gain or a centre; one idle entry where there are none."""
+def thresholds(sides: KVLayout, device: torch.device) -> list[Tensor]:
+    """float32 [n], the tables of K and of V: the thresholds of all codebooks in the order of segments, each followed by
+    its codebook where there is a gain or a centre; one idle entry where there are none."""
     found = [torch.cat([_table(segment, side).to(device) for segment in side.segments]) for side in sides]
     return [table if len(table) else torch.zeros(1, device=device, dtype=torch.float32) for table in found]
 
@@ -208,14 +221,14 @@ def middles(sides: Sides, device: torch.device) -> list[Tensor]:
 def _table(segment: Segment, side: SideLayout) -> Tensor:
     """A segment's part of the table."""
     if isinstance(segment, Codebook) and side.gain is not None:
-        book = segment.book.float()
-        return torch.cat([(book[1:] + book[:-1]) / 2, book])
-    if isinstance(segment, Codebook) and segment.middles is not None:
-        return torch.cat([segment.middles.float(), segment.book.float()][: 1 if segment.centre is None else 2])
+        codebook = segment.codebook.float()
+        return torch.cat([(codebook[1:] + codebook[:-1]) / 2, codebook])
+    if isinstance(segment, Codebook) and segment.thresholds is not None:
+        return torch.cat([segment.thresholds.float(), segment.codebook.float()][: 1 if segment.centre is None else 2])
     return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 
-def obstacle(sides: Sides) -> str | None:
+def obstacle(sides: KVLayout) -> str | None:
     """Why the kernel cannot write pages; None: it can."""
     return read_obstacle(sides) or reason(sides, _unwritable)
 

@@ -90,12 +90,12 @@ def centre_logits(logits, q, base, seen, C: tl.constexpr, WITHIN: tl.constexpr):
 
 @triton.jit
 def key_logits(
-    logits, q, base, first, token, seen, book, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr
+    logits, q, base, first, token, seen, codebook, C: tl.constexpr, EXACT: tl.constexpr, WITHIN: tl.constexpr
 ):  # fmt: skip
     """Adds q . k [R, T] over a chunk's channels; q: its lanes."""
     KIND: tl.constexpr = C.kind
     LANES: tl.constexpr = C.lanes
-    BOOK: tl.constexpr = C.book
+    CODEBOOK: tl.constexpr = C.codebook
     DTYPE: tl.constexpr = dtype_of(C, EXACT, tl.float16)
     if C.centre >= 0:  # before the tile is unpacked, whose registers it would share otherwise
         logits = centre_logits(logits, q, base, seen, C, WITHIN)
@@ -126,8 +126,8 @@ def key_logits(
             part = tl.zeros_like(logits)
             scale, zero = token_grid(base, token, seen, C)
             for i in tl.static_range(LANES):
-                if KIND == "book":
-                    x = tl.load(book + BOOK + lane_codes(packed, C, i))
+                if KIND == "codebook":
+                    x = tl.load(codebook + CODEBOOK + lane_codes(packed, C, i))
                 else:
                     x = lane_numbers(packed, C, i).to(DTYPE)
                 part = dot(q[i], x.trans(), part, DTYPE)
@@ -138,11 +138,11 @@ def key_logits(
 
 
 @triton.jit
-def add_values(sums, p, keep, base, first, token, seen, book, C: tl.constexpr, EXACT: tl.constexpr):
+def add_values(sums, p, keep, base, first, token, seen, codebook, C: tl.constexpr, EXACT: tl.constexpr):
     """sums * keep + p v over a tile's tokens: a tile [R, columns] a lane, then what all channels gain [R], if any."""
     KIND: tl.constexpr = C.kind
     LANES: tl.constexpr = C.lanes
-    BOOK: tl.constexpr = C.book
+    CODEBOOK: tl.constexpr = C.codebook
     DTYPE: tl.constexpr = dtype_of(C, EXACT, tl.bfloat16)
     keeps = keep[:, None]
     found = ()
@@ -171,8 +171,8 @@ def add_values(sums, p, keep, base, first, token, seen, book, C: tl.constexpr, E
             scale, zero = token_grid(base, token, seen, C)
             weights = p * scale[None, :]
             for i in tl.static_range(LANES):
-                if KIND == "book":
-                    x = tl.load(book + BOOK + lane_codes(packed, C, i))
+                if KIND == "codebook":
+                    x = tl.load(codebook + CODEBOOK + lane_codes(packed, C, i))
                 else:
                     x = lane_numbers(packed, C, i).to(DTYPE)
                 found = found + (dot(weights, x, sums[i] * keeps, DTYPE),)

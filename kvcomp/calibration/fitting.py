@@ -20,14 +20,14 @@ class QueryMoments:
         self.sums = torch.zeros(0, dim, dim, device=device, dtype=torch.float32)
         self.fitted = torch.zeros(0, dtype=torch.bool, device=device)
 
-    def room(self, streams: int) -> None:
+    def reserve(self, streams: int) -> None:
         """Know so many streams."""
         if streams > len(self.fitted):
             self.fitted = F.pad(self.fitted, (0, streams - len(self.fitted)))
 
     def add(self, streams: Tensor, queries: Tensor) -> None:
         """See queries [s, R, D] of `streams` (int64 [s])."""
-        self.room(int(streams.max()) + 1)
+        self.reserve(int(streams.max()) + 1)
         mine = ~self.fitted[streams]
         if bool(mine.any()):
             self.sums = F.pad(self.sums, (0, 0, 0, 0, 0, len(self.fitted) - len(self.sums)))
@@ -36,7 +36,7 @@ class QueryMoments:
 
     def missing(self, streams: Tensor) -> Tensor:
         """bool [s]: those of `streams` that nothing was fitted to."""
-        self.room(int(streams.max()) + 1)
+        self.reserve(int(streams.max()) + 1)
         return ~self.fitted[streams]
 
     def take(self, streams: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class QueryMoments:
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""
         most = int(streams.max()) + 1 if len(streams) else 0
-        self.room(most)
+        self.reserve(most)
         self.fitted = self.fitted[streams]
         if len(self.sums):
             self.sums = F.pad(self.sums, (0, 0, 0, 0, 0, max(most - len(self.sums), 0)))[streams]

@@ -38,7 +38,7 @@ def bound(setup: Setup, biases: Turned | None = None) -> Pages:
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_token_by_token_makes_the_same_pages(stack: str, biased: bool) -> None:
-    """In any order behind those that begin pages, and in any company; padding is written nowhere."""
+    """In any order after those that begin pages, and in any company; padding is written nowhere."""
     setup = setup_of(stack)
     assert setup.by_token
     size = setup.page_size
@@ -46,8 +46,8 @@ def test_token_by_token_makes_the_same_pages(stack: str, biased: bool) -> None:
     biases = turned(bias, frequencies, 1.0) if biased else None
     k, v = torch.randn(2, 2 * size, HEADS, DIM)
     if biased:
-        middles = middle(torch.arange(2), size).repeat_interleave(size)
-        k += torch.einsum("tf,fhd->thd", turns(frequencies, middles), turned(bias, frequencies, 1.0).weights)
+        thresholds = middle(torch.arange(2), size).repeat_interleave(size)
+        k += torch.einsum("tf,fhd->thd", turns(frequencies, thresholds), turned(bias, frequencies, 1.0).weights)
     slots = torch.cat([5 * size + torch.arange(size), 2 * size + torch.arange(size)])  # blocks 5 and 2
     one_by_one, together = bound(setup, biases), bound(setup, biases)
     order = torch.cat([torch.tensor([0, size]), torch.randperm(2 * size)])
@@ -132,7 +132,7 @@ def test_what_needs_a_window(stack: str) -> None:
     "stack", ["int8", "int8 + window(sinks=4, recent=70)", "kivi(bits=2)", "streaming(sinks=4, recent=64) + int8"]
 )
 def test_every_token_is_read_once(stack: str) -> None:
-    """Pages, exact tokens and what streaming let go are all tokens before the step's own, of each request."""
+    """Pages, exact tokens and what streaming evict are all tokens before the step's own, of each request."""
     setup = setup_of(stack)
     table = torch.arange(1, 1 + 3 * 20).view(3, 20)
     for past in (0, 1, 3, 63, 64, 65, 133, 138, 139, 300):

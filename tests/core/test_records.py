@@ -73,7 +73,7 @@ def test_ids_below_0_are_written_nowhere(spec: str, ids: list[list[int]], path: 
         every.encode(page, k, v, streams)
         if unseen:  # as where graphs are recorded
             due = torch.ones(STREAMS, dtype=torch.bool)
-            some.codec.room(STREAMS)
+            some.codec.reserve(STREAMS)
             with LooksAtNothing():
                 some.encode(place, k, v, streams, due)
         else:

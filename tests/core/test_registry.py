@@ -53,7 +53,7 @@ def test_a_name_has_one_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(Quantizer):
         """Somebody else's."""
 
-    with pytest.raises(SpecError, match=r"'kivi'.*quantizers\.kivi\.Kivi"):
+    with pytest.raises(SpecError, match=r"'kivi'.*quantizers\.kivi\.KIVI"):
         register("kivi")(Other)
     assert find("kivi") is owner
     assert register("kivi")(owner) is owner  # a module that is loaded twice

@@ -108,7 +108,7 @@ def test_klt_fits_each_fork_to_its_own_tokens(prompt: int) -> None:
     for seed, x in enumerate(caches):
         ids = torch.cat([document, tokens(1, 150, seed=seed)], 1)
         assert_equal(greedy(model, ids, x), greedy(model, ids, filled(model, stack, document)))
-    bases = [x._compressed()[0].store.codec.k_side.dual for x in caches]
+    bases = [x._compressed()[0].store.codec.k_grid.dual for x in caches]
     assert not torch.equal(bases[0], bases[1])
     assert not torch.equal(bases[1], bases[2])
 

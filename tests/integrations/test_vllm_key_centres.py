@@ -59,12 +59,12 @@ def test_they_are_the_biases_as_keys_have_them(saved: tuple[Path, Qwen2ForCausal
     centres = torch.einsum("tf,fhd->htd", turns(found.frequencies, torch.arange(POSITIONS)), found.weights)
     assert float((keys - centres).norm() / keys.norm()) < 0.1
     page = centres.unflatten(1, (-1, 64))
-    middles = torch.einsum(
+    thresholds = torch.einsum(
         "tf,fhd->htd", turns(found.frequencies, middle(torch.arange(POSITIONS // 64), 64)), found.weights
     )
     slow = found.frequencies < 0.01
     slow = torch.cat([slow, slow])
-    assert float((page - middles[:, :, None])[..., slow].norm() / page[..., slow].norm()) < 0.2
+    assert float((page - thresholds[:, :, None])[..., slow].norm() / page[..., slow].norm()) < 0.2
 
 
 def test_models_without_biases_have_none(tmp_path: Path) -> None:

@@ -40,11 +40,11 @@ def built(spec: str) -> tuple[Codec, PageLayout]:
 
 def case_of(spec: str, **others: Any) -> Case:
     codec, layout = built(spec)
-    return Case(codec.kernel_sides(), HOST, layout=layout, rotates=codec.rotates)._replace(**others)
+    return Case(codec.kernel_layouts(), HOST, layout=layout, rotates=codec.rotates)._replace(**others)
 
 
 class Counting(Reference):
-    """Serves what it has no reason against, and counts what it is asked and handed."""
+    """Serves what it has no reason against, and counts what it is asked and given."""
 
     name = "Counting"
 
@@ -118,7 +118,7 @@ def test_a_case_is_remembered_by_all_that_backends_may_decide_by(changed: dict[s
 
 def test_sides_that_differ_are_asked_about_each_by_itself() -> None:
     """K and V of one codec, and either of them beside another's."""
-    (k, v), (other, _) = (built(spec)[0].kernel_sides() for spec in ("kivi", "fp8"))
+    (k, v), (other, _) = (built(spec)[0].kernel_layouts() for spec in ("kivi", "fp8"))
     case = case_of("kivi")
     assert backends.able("attend", case._replace(sides=(k, v)))[:-1] == backends.able("attend", case)[:-1]
     for sides in ((other, v), (k, other), (other, other)):
@@ -127,7 +127,7 @@ def test_sides_that_differ_are_asked_about_each_by_itself() -> None:
 
 
 def test_what_is_remembered_of_sides_goes_with_them() -> None:
-    sides = tuple(SideLayout(side.segments, side.gain) for side in built("turboquant(bits=2)")[0].kernel_sides())
+    sides = tuple(SideLayout(side.segments, side.gain) for side in built("turboquant(bits=2)")[0].kernel_layouts())
     before = len(backends._known)
     backends.able("attend", case_of("turboquant(bits=2)", sides=sides))
     assert memo(sides)
@@ -139,7 +139,7 @@ def test_what_is_remembered_of_sides_goes_with_them() -> None:
 
 
 def test_threads_that_begin_at_once_share_what_is_remembered() -> None:
-    sides = [built("kivi")[0].kernel_sides() for _ in range(50)]
+    sides = [built("kivi")[0].kernel_layouts() for _ in range(50)]
     with ThreadPoolExecutor(8) as pool:
         for one in sides:
             found = list(pool.map(memo, [one] * 16))
@@ -149,7 +149,7 @@ def test_threads_that_begin_at_once_share_what_is_remembered() -> None:
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_of_a_side_remember_nothing(copied: Any) -> None:
     codec, layout = built("kivi")
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     backends.able("attend", Case(sides, HOST, layout=layout))
     twins = tuple(copied(side) for side in sides)
     assert not memo(twins)
@@ -160,7 +160,7 @@ def test_reasons_of_every_backend_and_of_none() -> None:
     codec, layout = built("kivi")
     with dispatch.reference_only():
         assert dispatch.obstacle(codec, layout, HOST) == "it was asked for"
-        assert dispatch.write_obstacle(codec.kernel_sides(), layout, HOST) == "it was asked for"
+        assert dispatch.write_obstacle(codec.kernel_layouts(), layout, HOST) == "it was asked for"
     assert dispatch.obstacle(codec, layout, torch.device("meta")) == "there is no other kernel for meta"
     with dispatch.using(Counting("it rains"), Counting("it snows")):
         assert dispatch.obstacle(codec, layout, HOST) == "it snows"
@@ -198,7 +198,7 @@ def test_received_is_its_definition(reduce: Any, softcap: float | None, hidden: 
 
 
 DOORS = {"backends", "contract", "dispatch", "received", "reference", "select"}
-INSIDE = {  # what needs more than an operation: room for a graph's kernels, and a peer to be timed against
+INSIDE = {  # what needs more than an operation: space for a graph's kernels, and a peer to be timed against
     ("decode.py", "triton"),
     ("peers.py", "flashinfer"),
     ("resources.py", "placed"),
@@ -207,7 +207,7 @@ INSIDE = {  # what needs more than an operation: room for a graph's kernels, and
 
 
 def test_nobody_asks_what_is_installed_but_the_backends() -> None:
-    """Outside of kernels/, modules import the doors alone, and so no kernel of any backend."""
+    """Outside of kernels/, modules import the entries alone, and so no kernel of any backend."""
     found = set()
     for folder in ("policies", "quantizers", "sparse", "kvcomp", "integrations", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -17,10 +17,10 @@ from kvcomp.kernels.cpu import compiled as compiled_kernel
 from kvcomp.kernels.cpu import encode
 from kvcomp.kernels.cpu.backend import C
 from kvcomp.layout import PageLayout
-from kvcomp.quantizers.codecs import GridCodec, RawSide
-from kvcomp.quantizers.grid import UniformSide
-from kvcomp.quantizers.segments import SegmentedSide
-from kvcomp.segments import Codebook, Floats, Numbers, Plane, Segment, SideLayout
+from kvcomp.quantizers.codecs import GridCodec, RawGrid
+from kvcomp.quantizers.grid import UniformGrid
+from kvcomp.quantizers.segments import SegmentedGrid
+from kvcomp.segments import Codebook, Dense, Floats, Plane, Segment, SideLayout
 from kvcomp.stages import Codec, PageShape
 
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler")
@@ -100,7 +100,7 @@ def compared(
     pool.data.fill_(0xFF)
     found = pool.data.clone()
     pool.write(ids, codec.encode(k, v, streams))
-    sides, x = codec.kernel_sides(), codec.kernel_input(k, v, streams)
+    sides, x = codec.kernel_layouts(), codec.kernel_input(k, v, streams)
     assert sides is not None
     assert x is not None
     assert encode.obstacle(sides) is None
@@ -184,11 +184,11 @@ def test_products_are_rounded_before_they_are_added(level: int, monkeypatch: pyt
 def test_what_no_quantizer_of_ours_asks_for(pages: int, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of tokens and channels, 1 bit, K and V of other sizes, a segment without a grid beside one that has it."""
     torch.manual_seed(pages)
-    one, other = UniformSide("k", 12, 40, 1, 4, 8), UniformSide("v", 12, 24, 3, 3, 12, symmetric=True, clip=0.7)
-    raw, codes = RawSide("raw", 12, 5, torch.float32), UniformSide("codes", 12, 19, 8, 6, 19)
-    mixed = SegmentedSide((raw, codes), (5, 19))
-    for k_side, v_side, k_dim in [(one, other, 40), (one, mixed, 40), (mixed, other, 24)]:
-        codec = GridCodec(k_side, v_side)
+    one, other = UniformGrid("k", 12, 40, 1, 4, 8), UniformGrid("v", 12, 24, 3, 3, 12, symmetric=True, clip=0.7)
+    raw, codes = RawGrid("raw", 12, 5, torch.float32), UniformGrid("codes", 12, 19, 8, 6, 19)
+    mixed = SegmentedGrid((raw, codes), (5, 19))
+    for k_grid, v_grid, k_dim in [(one, other, 40), (one, mixed, 40), (mixed, other, 24)]:
+        codec = GridCodec(k_grid, v_grid)
         k, v = torch.randn(pages, 12, k_dim) * 10, torch.randn(pages, 12, 24) * 10
         expected, found = compared(codec, PageLayout(12, codec.fields), k, v, level, monkeypatch)
         assert torch.equal(found, expected)
@@ -218,7 +218,7 @@ def test_tokens_written_one_by_one_make_the_same_pages(
     codec, layout = built(spec, 64, size, dtype, centred=False)
     k, v = (difficult(pages, size, 64, dtype, 1e4) for _ in range(2))
     _, whole = compared(codec, layout, k, v, level, monkeypatch)
-    x, sides = codec.kernel_input(k, v, torch.zeros(pages, dtype=torch.int64)), codec.kernel_sides()
+    x, sides = codec.kernel_input(k, v, torch.zeros(pages, dtype=torch.int64)), codec.kernel_layouts()
     assert x is not None
     assert sides is not None
     token = torch.randperm(pages * size)[1:]
@@ -238,7 +238,7 @@ def test_tokens_written_one_by_one_make_the_same_pages(
 @pytest.mark.parametrize("spec", [spec for spec in SINGLE if spec != "none" and "klt" not in spec])
 def test_single_tokens_have_no_centre_of_their_own(spec: str) -> None:
     codec, layout = built(spec, 64, 16, torch.float32)
-    sides, pool = codec.kernel_sides(), torch.zeros(1, layout.bytes_per_page, dtype=torch.uint8)
+    sides, pool = codec.kernel_layouts(), torch.zeros(1, layout.bytes_per_page, dtype=torch.uint8)
     x, at = torch.randn(1, 1, 64), torch.zeros(1, dtype=torch.int64)
     assert sides is not None
     with pytest.raises(KvcompError, match="share scales or a centre"):
@@ -275,11 +275,11 @@ def test_no_pages_change_nothing(spec: str, level: int, monkeypatch: pytest.Monk
 @compiled
 @pytest.mark.parametrize("spec", ["kivi(bits=4)", "int(bits=3)"])
 def test_threads_share_pages(spec: str) -> None:
-    """More work than one thread does alone, of V that is not contiguous, into records that lie apart in the pool."""
+    """More work than one thread does alone, of V that is not contiguous, into records with gaps between them."""
     torch.manual_seed(0)
     codec, layout = built(spec, 128, 32, torch.float32)
     k, v, streams = torch.randn(41, 32, 128), torch.randn(41, 128, 32).mT, torch.zeros(41, dtype=torch.int64)
-    sides, x = codec.kernel_sides(), codec.kernel_input(k, v, streams)
+    sides, x = codec.kernel_layouts(), codec.kernel_input(k, v, streams)
     assert sides is not None
     assert x is not None
     ids, expected = torch.randperm(50)[:41], PagePool(layout, HOST)
@@ -366,18 +366,18 @@ def test_a_codec_without_input_for_kernels_encodes_itself() -> None:
             return None
 
     assert isinstance(codec, GridCodec)
-    own, pool = Own(codec.k_side, codec.v_side), PagePool(layout, HOST)
+    own, pool = Own(codec.k_grid, codec.v_grid), PagePool(layout, HOST)
     k, streams = torch.randn(2, 32, 64), torch.zeros(2, dtype=torch.int64)
     assert not dispatch.encode_pages(pool.data, pool.allocate(2), layout, own, k, k, streams)
 
 
 def test_obstacles_name_what_is_wrong() -> None:
-    plane, book = (Plane("k.codes4", 4),), torch.zeros(16)
+    plane, codebook = (Plane("k.codes4", 4),), torch.zeros(16)
     segments: list[tuple[Segment, str]] = [
-        (Numbers(64, "k", torch.float64), "numbers of torch.float64"),
+        (Dense(64, "k", torch.float64), "numbers of torch.float64"),
         (Floats(64, plane, "e2m1", 16, "k.scale", "e4m3"), "floating-point codes"),
-        (Codebook(64, plane, "k.norm", book), "more than their segment"),
-        (Codebook(64, plane, "k.norm", book.to("meta"), torch.zeros(15)), "another device"),
+        (Codebook(64, plane, "k.norm", codebook), "more than their segment"),
+        (Codebook(64, plane, "k.norm", codebook.to("meta"), torch.zeros(15)), "another device"),
     ]
     for segment, words in segments:
         assert words in str(encode.obstacle((SideLayout((segment,)), SideLayout(()))))

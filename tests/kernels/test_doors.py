@@ -1,4 +1,4 @@
-"""Whatever tensors the C operators are handed, they read what those hold, or refuse them: never foreign memory."""
+"""Whatever tensors the C operators are given, they read what those hold, or refuse them: never foreign memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ COUNTS = torch.tensor([2, 1, 2])
 
 def attend(spec: str) -> Door:
     pool, layout, codec = pool_of(spec)
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     given = {
         "queries": numbers(STREAMS, ROWS, DIM),
@@ -82,7 +82,7 @@ def attend(spec: str) -> Door:
 
 def write(spec: str, single: bool = False) -> Door:
     pool, layout, codec = pool_of(spec, centred=not single)
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     tokens = 1 if single else layout.page_size
     made = codec.kernel_input(
@@ -191,10 +191,10 @@ def runs() -> Door:
 
 DOORS: dict[str, Callable[[], Door]] = {
     "attend, uniform": lambda: attend("int(bits=4)"),
-    "attend, books": lambda: attend("turboquant(bits=2)"),
+    "attend, codebooks": lambda: attend("turboquant(bits=2)"),
     "attend, numbers": lambda: attend("none"),
     "write, uniform": lambda: write("int(bits=4)"),
-    "write, books": lambda: write("klt(bits=2)"),
+    "write, codebooks": lambda: write("klt(bits=2)"),
     "write, numbers": lambda: write("none"),
     "write, tokens": lambda: write("int8", single=True),
     "append": append,

@@ -22,7 +22,7 @@ from kvcomp.kernels import backends, dispatch, flashinfer, reference
 from kvcomp.kernels.cpu.backend import C
 from kvcomp.kernels.triton_backend import Triton
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 from kvcomp.stages import Codec, PageShape
 from kvcomp.stages.stack import Stack
 
@@ -117,10 +117,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Wrapper]]:
     flashinfer._workspace.cache_clear()
 
 
-def built(spec: str, dims: tuple[int, int], dtype: torch.dtype) -> tuple[Codec, PageLayout, Sides]:
+def built(spec: str, dims: tuple[int, int], dtype: torch.dtype) -> tuple[Codec, PageLayout, KVLayout]:
     plan = Stack.parse(f"{spec} + window(recent=0)").plan(0, 1)
     codec, layout = plan.build(PageShape(plan.page_size, *dims, 1, dtype, torch.device("cpu"), 0))
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     return codec, layout, sides
 

@@ -70,7 +70,7 @@ def test_what_c_may_be_reading_is_never_replaced(described: Callable[..., object
     keys = torch.randn(1, 300, 64)
     for codec, _ in built:
         codec.fit(torch.zeros(1, dtype=torch.int64), keys, keys)
-    sides = built[0][0].kernel_sides()
+    sides = built[0][0].kernel_layouts()
     first = described(sides, built[0][1])
     for _, layout in built:
         described(sides, layout)
@@ -80,7 +80,7 @@ def test_what_c_may_be_reading_is_never_replaced(described: Callable[..., object
 def test_what_is_known_of_a_side_goes_with_it() -> None:
     plan = Stack.parse("turboquant(bits=2) + window(recent=0)").plan(0, 1)
     codec, layout = plan.build(PageShape(plan.page_size, 64, 64, 1, torch.float32, torch.device("cpu"), 0))
-    sides = tuple(type(side)(side.segments, side.gain) for side in codec.kernel_sides())
+    sides = tuple(type(side)(side.segments, side.gain) for side in codec.kernel_layouts())
     made = [weakref.ref(one) for side in (cpu, encode) for one in side.described(sides, layout)]
     assert len(memo(sides)) == 2
     del sides

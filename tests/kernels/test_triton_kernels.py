@@ -21,7 +21,7 @@ from kvcomp.cache.pool import PagePool
 from kvcomp.kernels import dispatch, reference
 from kvcomp.kernels.triton_backend import Triton
 from kvcomp.layout import PageLayout, Summary
-from kvcomp.segments import Sides
+from kvcomp.segments import KVLayout
 from kvcomp.stages import Codec, PageShape
 from kvcomp.stages.plan import LayerPlan
 
@@ -106,8 +106,8 @@ def filled(spec: str, pages: int, dims: tuple[int, int], dtype: torch.dtype) -> 
     return pool, stack, codec
 
 
-def sides_of(codec: Codec) -> Sides:
-    sides = codec.kernel_sides()
+def sides_of(codec: Codec) -> KVLayout:
+    sides = codec.kernel_layouts()
     assert sides is not None
     assert kernels.obstacle(sides) is None
     return sides
@@ -316,7 +316,20 @@ def test_operators_keep_their_promises() -> None:
     given = small()
     made = given.prepared
     q = torch.randn(2, 3, 64, device=DEVICE)
-    args = (q, None, *given[:3], made.k_book, made.v_book, *[None] * 6, made.description, 1, 0.1, 0.0, True, True)
+    args = (
+        q,
+        None,
+        *given[:3],
+        made.k_codebook,
+        made.v_codebook,
+        *[None] * 6,
+        made.description,
+        1,
+        0.1,
+        0.0,
+        True,
+        True,
+    )
     torch.library.opcheck(ops.attend_pages, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -327,7 +340,7 @@ def test_what_kernels_cannot_read() -> None:
     ]:
         stack = Stack.parse(spec).plan(0, 1)
         codec, _ = stack.build(PageShape(stack.page_size, 96, 96, 1, torch.float32, DEVICE, 0))
-        sides = codec.kernel_sides()
+        sides = codec.kernel_layouts()
         assert sides is not None
         assert words in str(kernels.obstacle(sides))
 

@@ -127,7 +127,7 @@ def written(
     pool.data.fill_(0xFF)
     found = pool.data.clone().to(DEVICE)
     pool.write(ids, codec.encode(k, v, streams))
-    sides, x = codec.kernel_sides(), codec.kernel_input(k, v, streams)
+    sides, x = codec.kernel_layouts(), codec.kernel_input(k, v, streams)
     assert sides is not None
     assert x is not None
     assert kernels.write_obstacle(sides) is None
@@ -170,7 +170,7 @@ def test_powers_of_two_are_the_codecs_where_two_are_nearly_as_good(dim: int) -> 
     assert int(turns.sum()) > size // 4
     assert torch.equal(torch.nextafter(low, high)[turns], high[turns])
     pool = PagePool(layout, HOST)
-    ids, sides = pool.allocate(2), codec.kernel_sides()
+    ids, sides = pool.allocate(2), codec.kernel_layouts()
     pool.data.zero_()
     found = pool.data.clone().to(DEVICE)
     pages = torch.cat([page(low), page(high)])
@@ -287,7 +287,7 @@ def test_a_store_writes_its_pages_so(spec: str, monkeypatch: pytest.MonkeyPatch)
 def test_descriptions_survive_as_text() -> None:
     for spec, dim in [*((spec, dims[0]) for spec, dims in UNIFORM + BOOKS), *(case[:2] for case in JOINT)]:
         codec, layout = built(spec, dim, torch.bfloat16)
-        sides = codec.kernel_sides()
+        sides = codec.kernel_layouts()
         assert sides is not None
         found = pieces.described(sides, layout)
         assert pieces.parsed(str(found)) == found
@@ -295,12 +295,12 @@ def test_descriptions_survive_as_text() -> None:
 
 def test_the_operator_keeps_its_promises() -> None:
     codec, layout = built("kivi(bits=4)", 64, torch.float32)
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     how = kernels.written(sides, layout, DEVICE)
     pool = torch.zeros(3, layout.bytes_per_page, dtype=torch.uint8, device=DEVICE)
     x, ids = torch.randn(2, layout.page_size, 64, device=DEVICE), torch.tensor([2, 0], device=DEVICE)
-    args = (pool, ids, x, x, how.k_middles, how.v_middles, how.description)
+    args = (pool, ids, x, x, how.k_thresholds, how.v_thresholds, how.description)
     torch.library.opcheck(ops_records.write_pages, args, test_utils=("test_schema", "test_faketensor"))
 
     def step(pool: Tensor, x: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def capacity() -> tuple[kernels.Pages, Tokens, Tensor]:
     codec, layout = stack.build(PageShape(stack.page_size, 64, 64, 1, torch.float32, DEVICE, 0))
     pool = torch.zeros(8, layout.bytes_per_page, dtype=torch.uint8, device=DEVICE)
     k, v = (torch.randn(7, stack.page_size, 64, device=DEVICE) for _ in range(2))
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     kernels.write(pool, torch.arange(7, device=DEVICE), k, v, kernels.written(sides, layout, DEVICE))
     for name, x in stack.selector.summarize(k, v).items():
@@ -272,7 +272,7 @@ def test_a_step_reads_nothing_on_the_host(capacity: tuple[kernels.Pages, Tokens,
     layout, (pool, ids, of_codes) = pages.prepared.layout, coded(3, 16, 2, 64, 4)
     x = torch.randn(2, layout.page_size, 64, device=DEVICE)
     codec, _ = CAPACITY.build(PageShape(layout.page_size, 64, 64, 1, torch.float32, DEVICE, 0))
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     assert sides is not None
     how = kernels.written(sides, layout, DEVICE)
     with nothing_read():

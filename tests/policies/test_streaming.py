@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvcomp import SpecError, Stack
 from kvcomp.cache.layer import LayerStore
-from kvcomp.policies.streaming import Streaming
+from kvcomp.policies.streaming import StreamingLLM
 from kvcomp.stages import Chunk
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvcomp.KvcompWarning")  # drop + select, here on purpose
@@ -42,7 +42,7 @@ def test_a_chunk_keeps_its_sinks_and_its_newest(
     window = min(window, n - sinks)
     x = torch.randn(2, 3, n, 4)
     alive = torch.rand(2, 3, n) >= dead
-    kept = Streaming(sinks=9, recent=recent).select(Chunk(None, x, x, alive, past, sinks, window, 1.0, 0, 1))
+    kept = StreamingLLM(sinks=9, recent=recent).select(Chunk(None, x, x, alive, past, sinks, window, 1.0, 0, 1))
     for b, h, t in [(b, h, t) for b in range(2) for h in range(3) for t in range(n)]:
         wanted = past > 0 or t < sinks or n - t <= max(recent, window)  # of later chunks pages leave, not tokens
         assert bool(kept[b, h, t]) == (wanted and bool(alive[b, h, t]))

@@ -49,8 +49,8 @@ def nearest(x: Tensor, values: Tensor) -> Tensor:
 
 def clear(x: Tensor, values: Tensor) -> Tensor:
     """Whether float64 |x| is so far from every rounding boundary that float32 arithmetic cannot cross one."""
-    middles = (values[1:] + values[:-1]) / 2
-    return ((x.abs()[..., None] - middles).abs() > 1e-5 * middles).all(-1)
+    thresholds = (values[1:] + values[:-1]) / 2
+    return ((x.abs()[..., None] - thresholds).abs() > 1e-5 * thresholds).all(-1)
 
 
 def build(spec: str, k_dim: int, v_dim: int | None = None, page_size: int = 16) -> Codec:
@@ -93,17 +93,17 @@ def test_e2m1_errors_are_those_of_the_codes_for_every_half() -> None:
 
 def test_e2m1_codes_stand_for_sign_exponent_and_mantissa() -> None:
     assert E2M1.tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    book = e2m1_values(CPU)
-    assert torch.equal(book.double(), torch.cat([E2M1, -E2M1]))
-    assert torch.equal(to_e2m1(book), torch.arange(16, dtype=torch.uint8))
+    codebook = e2m1_values(CPU)
+    assert torch.equal(codebook.double(), torch.cat([E2M1, -E2M1]))
+    assert torch.equal(to_e2m1(codebook), torch.arange(16, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name", FLOAT8)
 def test_float8_codes_stand_for_what_torch_and_the_definition_say(name: str) -> None:
-    values, book = NUMBERS[name], float8_values(FLOAT8[name], CPU).double()
-    assert torch.equal(book[: len(values)], values)
-    assert torch.equal(book[128 : 128 + len(values)], -values)
-    assert not book[len(values)].isfinite()
+    values, codebook = NUMBERS[name], float8_values(FLOAT8[name], CPU).double()
+    assert torch.equal(codebook[: len(values)], values)
+    assert torch.equal(codebook[128 : 128 + len(values)], -values)
+    assert not codebook[len(values)].isfinite()
     assert float(values[-1]) == torch.finfo(FLOAT8[name]).max
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomp import SpecError
-from kvcomp.quantizers.grid import UniformSide
+from kvcomp.quantizers.grid import UniformGrid
 from kvcomp.quantizers.packing import pack, unpack
 
 
@@ -45,7 +45,7 @@ def test_the_error_is_half_a_step_and_what_float16_costs(
     torch.manual_seed(seed)
     tokens, channels = groups
     x = (size * torch.randn(3, 32, 64) + offset * torch.randn(3, 1, 64)).to(dtype)
-    side = UniformSide("k", 32, 64, bits, tokens, channels)
+    side = UniformGrid("k", 32, 64, bits, tokens, channels)
     fields = side.encode(x)
     assert {name: (t.dtype, tuple(t.shape[1:])) for name, t in fields.items()} == {
         f.name: (f.dtype, f.shape) for f in side.fields
@@ -69,7 +69,7 @@ def test_the_error_is_half_a_step_and_what_float16_costs(
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_constant_block_is_exact(value: float, bits: int) -> None:
     value = float(torch.tensor(value).half())
-    side = UniformSide("v", 16, 64, bits, 1, 32)
+    side = UniformGrid("v", 16, 64, bits, 1, 32)
     x = torch.full((2, 16, 64), value)
     fields = side.encode(x)
     assert torch.equal(side.decode(fields), x)
@@ -82,14 +82,14 @@ def test_the_ends_of_a_block_are_on_the_grid(bits: int) -> None:
     levels = 2**bits - 1
     x = (torch.randint(0, levels + 1, (2, 16, 32)) * 0.5 - 4).float()
     x[:, 0], x[:, 1] = -4, -4 + 0.5 * levels
-    side = UniformSide("k", 16, 32, bits, 16, 1)
+    side = UniformGrid("k", 16, 32, bits, 16, 1)
     assert torch.equal(side.decode(side.encode(x)), x)
 
 
 def test_groups_do_not_know_each_other() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 32, 32)
-    side = UniformSide("k", 32, 32, 4, 16, 8)
+    side = UniformGrid("k", 32, 32, 4, 16, 8)
     before = side.decode(side.encode(x))
     x[0, 3, 9] = 1e3  # tokens 0..15, channels 8..15
     changed = side.decode(side.encode(x)) != before
@@ -101,7 +101,7 @@ def test_groups_do_not_know_each_other() -> None:
 def test_pages_do_not_know_each_other() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 16, 32)
-    side = UniformSide("k", 16, 32, 2, 16, 1)
+    side = UniformGrid("k", 16, 32, 2, 16, 1)
     whole = side.decode(side.encode(x))
     for i in range(5):
         assert torch.equal(side.decode(side.encode(x[i : i + 1])), whole[i : i + 1])
@@ -109,12 +109,12 @@ def test_pages_do_not_know_each_other() -> None:
 
 def test_codes_that_do_not_fill_bytes_are_refused() -> None:
     with pytest.raises(SpecError, match="75 channels"):
-        _ = UniformSide("k", 16, 75, 4, 1, 75).fields
+        _ = UniformGrid("k", 16, 75, 4, 1, 75).fields
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_values_beyond_float16_saturate(bits: int) -> None:
-    side = UniformSide("k", 16, 16, bits, 1, 16)
+    side = UniformGrid("k", 16, 16, bits, 1, 16)
     x = torch.linspace(-7e4, 7e4, 256).view(1, 16, 16)
     assert side.decode(side.encode(x)).isfinite().all()
 
@@ -123,7 +123,7 @@ def test_values_beyond_float16_saturate(bits: int) -> None:
 @pytest.mark.parametrize("per", [(1, 32), (16, 1)])
 def test_symmetric_integers_store_no_zero(bits: int, per: tuple[int, int]) -> None:
     """Nearest multiples of max |x| / (2^(bits - 1) - 1); zero stays zero."""
-    side = UniformSide("k", 16, 32, bits, *per, symmetric=True)
+    side = UniformGrid("k", 16, 32, bits, *per, symmetric=True)
     x = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
     x[:, 3] = 0
     page = side.encode(x)
@@ -140,13 +140,13 @@ def test_clip_trades_the_extremes_for_finer_steps(symmetric: bool) -> None:
     x = torch.randn(4, 64, 128, generator=torch.Generator().manual_seed(0))
 
     def error(clip: float) -> torch.Tensor:
-        side = UniformSide("k", 64, 128, 2, 1, 128, symmetric=symmetric, clip=clip)
+        side = UniformGrid("k", 64, 128, 2, 1, 128, symmetric=symmetric, clip=clip)
         return (side.decode(side.encode(x)) - x).abs()
 
     whole, clipped = error(1.0), error(0.7)
     assert (clipped**2).mean() < (whole**2).mean()
     outermost = x.argmax(2, keepdim=True)
     assert clipped.gather(2, outermost).mean() > whole.gather(2, outermost).mean()
-    side = UniformSide("k", 64, 128, 8, 1, 128, clip=0.5)
+    side = UniformGrid("k", 64, 128, 8, 1, 128, clip=0.5)
     low, high = x.amin(2), x.amax(2)
     torch.testing.assert_close(side.decode(side.encode(x)).amax(2), high - (high - low) / 4, atol=0.02, rtol=0)

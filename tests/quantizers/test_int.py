@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcomp import SpecError, Stack
 from kvcomp.quantizers.basis import Basis
 from kvcomp.quantizers.codecs import GridCodec
-from kvcomp.quantizers.grid import UniformSide
+from kvcomp.quantizers.grid import UniformGrid
 from kvcomp.quantizers.int import Int
 from kvcomp.quantizers.none import NoQuantizer
 from kvcomp.quantizers.packing import unpack_codes
@@ -75,7 +75,7 @@ class Rotated(Quantizer):
 
     def codec(self, shape: PageShape) -> GridCodec:
         k, v = (Basis(torch.linalg.qr(torch.randn(d, d)).Q) for d in (shape.k_dim, shape.v_dim))
-        sides = (UniformSide(n, 16, d, 8, 1, d) for n, d in (("k", shape.k_dim), ("v", shape.v_dim)))
+        sides = (UniformGrid(n, 16, d, 8, 1, d) for n, d in (("k", shape.k_dim), ("v", shape.v_dim)))
         return GridCodec(*sides, k, v)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.quantizers.kivi import Kivi
+from kvcomp.quantizers.kivi import KIVI
 from kvcomp.quantizers.packing import unpack_codes
 from kvcomp.stages import PageShape
 
@@ -42,7 +42,7 @@ def asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_codes_and_values_are_the_papers(seed: int, bits: int, group: int, k_dim: int, v_dim: int, pages: int) -> None:
     torch.manual_seed(seed)
     size = 64
-    codec = Kivi(bits=bits, group=group).codec(shape(size, k_dim, v_dim))
+    codec = KIVI(bits=bits, group=group).codec(shape(size, k_dim, v_dim))
     k, v = torch.randn(pages, size, k_dim), torch.randn(pages, size, v_dim)
     page = codec.encode(k, v, torch.zeros(pages, dtype=torch.int64))
     decoded = codec.decode(page)
@@ -76,7 +76,7 @@ def test_bytes_are_codes_and_a_scale_and_zero_per_group(bits: int, group: int, d
 
 def test_a_key_channel_and_a_value_token_keep_their_outliers_to_themselves() -> None:
     torch.manual_seed(0)
-    codec = Kivi(bits=4, group=32).codec(shape(32, 64, 64))
+    codec = KIVI(bits=4, group=32).codec(shape(32, 64, 64))
     k, v = torch.randn(1, 32, 64), torch.randn(1, 32, 64)
     k[:, :, 5] *= 100  # the paper's key outliers sit in channels
     v[:, 7] *= 100
@@ -88,7 +88,7 @@ def test_a_key_channel_and_a_value_token_keep_their_outliers_to_themselves() -> 
 
 
 def test_the_read_side_is_the_identity() -> None:
-    codec = Kivi().codec(shape(32, 64, 64))
+    codec = KIVI().codec(shape(32, 64, 64))
     x = torch.randn(3, 5, 64)
     assert torch.equal(codec.read_query(x)[0], x)
     assert codec.read_query(x)[1] is None
@@ -100,19 +100,19 @@ def test_the_read_side_is_the_identity() -> None:
 
 def test_defaults_are_those_of_the_paper() -> None:
     """Group 32 and a full-precision residual of 128 tokens."""
-    assert Kivi() == Kivi(bits=2, group=32)
-    assert Kivi().default_window == (0, 128)
+    assert KIVI() == KIVI(bits=2, group=32)
+    assert KIVI().default_window == (0, 128)
     assert Stack.parse("kivi").page_size == 32
 
 
 @pytest.mark.parametrize("v_dim", [72, 80, 100, 112])
 def test_a_group_that_does_not_divide_the_values_is_refused_with_those_that_do(v_dim: int) -> None:
     with pytest.raises(SpecError, match=rf"group=32.*{v_dim} channels") as error:
-        Kivi(group=32).codec(shape(32, 64, v_dim))
+        KIVI(group=32).codec(shape(32, 64, v_dim))
     offered = [int(g) for g in str(error.value).split("use a group of ")[1].split(" or ")]
     assert offered
     for group in offered:
-        codec = Kivi(group=group).codec(shape(group, 64, v_dim))
+        codec = KIVI(group=group).codec(shape(group, 64, v_dim))
         x = torch.randn(1, group, v_dim)
         back = codec.decode(codec.encode(torch.randn(1, group, 64), x, torch.zeros(1, dtype=torch.int64)))[1]
         assert (back - x).abs().max() < 2

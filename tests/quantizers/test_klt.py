@@ -10,8 +10,8 @@ from kvcomp import SpecError, Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.quantizers import directions
 from kvcomp.quantizers.directions import scaled_directions
-from kvcomp.quantizers.klt import KltCodec
-from kvcomp.quantizers.transform import KltSide
+from kvcomp.quantizers.klt import KLTCodec
+from kvcomp.quantizers.transform import KLTGrid
 from kvcomp.quantizers.waterfill import DISTORTION, UNIT, allocate, runs
 from kvcomp.stages import PageShape
 from kvcomp.stages.plan import held_parts, read_by_stream
@@ -114,8 +114,8 @@ def test_attention_over_codes_is_attention_over_what_they_decode_to(
     k_bits: float, v_bits: float, calibrated: bool
 ) -> None:
     k, v = low_rank(4, 192, 64), low_rank(4, 192, 80, seed=1)
-    sides = KltSide("k", 64, 64, k_bits, CPU, True), KltSide("v", 64, 80, v_bits, CPU, False)
-    codec = KltCodec(*sides, fitted_heads=calibrated)
+    sides = KLTGrid("k", 64, 64, k_bits, CPU, True), KLTGrid("v", 64, 80, v_bits, CPU, False)
+    codec = KLTCodec(*sides, fitted_heads=calibrated)
     streams = torch.arange(4)
     if calibrated:
         for side, x in zip(sides, (k, v), strict=True):
@@ -157,7 +157,7 @@ def test_what_is_stored_is_not_shorter_than_what_came_in(layer_inputs: tuple[Ten
     store.start(k, v)
     store.write(k, v, None, None)
     pages = store.table.longest * 64
-    for back, x, side in zip(store.dense(), (k, v), (store.codec.k_side, store.codec.v_side), strict=True):
+    for back, x, side in zip(store.dense(), (k, v), (store.codec.k_grid, store.codec.v_grid), strict=True):
         basis = side.basis()
         mean = 0 if basis.mean is None else basis.mean[:, None]
         back, x = (y[:, :, :pages].flatten(0, 1) - mean for y in (back, x))
@@ -226,7 +226,7 @@ def test_a_basis_of_few_tokens_serves_later_ones_that_vary_elsewhere(
     errors = []
     for doubt in (directions.DOUBT, 0.0):
         monkeypatch.setattr(directions, "DOUBT", doubt)
-        side = KltSide("k", 64, 64, 3, CPU, centred=True)
+        side = KLTGrid("k", 64, 64, 3, CPU, centred=True)
         side.fit(torch.arange(2), x[:, :tokens], torch.eye(64).expand(2, -1, -1))
         pages = x[:, tokens:].unflatten(1, (16, 64)).flatten(0, 1)
         owner = torch.arange(2).repeat_interleave(16)

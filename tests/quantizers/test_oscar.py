@@ -10,10 +10,10 @@ from synthetic import chunk, statistics, write
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.quantizers.centred import CentredSide
+from kvcomp.quantizers.centred import CentredGrid
 from kvcomp.quantizers.codecs import GridCodec
-from kvcomp.quantizers.grid import UniformSide
-from kvcomp.quantizers.oscar import ClippedSide, Oscar, bit_reversed, spread_rotation
+from kvcomp.quantizers.grid import UniformGrid
+from kvcomp.quantizers.oscar import OSCAR, ClippedGrid, bit_reversed, spread_rotation
 from kvcomp.stages import PageShape
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def shape(heads: int, k_dim: int, v_dim: int | None = None) -> PageShape:
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 112, 128])
 def test_the_rotation_is_orthogonal_and_mixes_every_direction_evenly(dim: int) -> None:
     stats = statistics(3, dim)
-    found = Oscar.calibrate(stats)
+    found = OSCAR.calibrate(stats)
     for matrix, moment in ((found["k"], stats.queries), (found["v"], stats.value_scored)):
         torch.testing.assert_close(matrix.mT @ matrix, torch.eye(dim).double().expand(3, -1, -1))
         # what attention reads of each code's error is nearly the same; exactly, where there is one Hadamard block
@@ -70,8 +70,8 @@ def test_the_largest_magnitudes_come_down_to_the_quantile(dim: int, quantile: fl
     x = torch.randn(2, 64, dim, generator=torch.Generator().manual_seed(dim))
     limit = x.abs().sort(-1).values[..., min(int(quantile * dim), dim - 1)]
     expected = torch.maximum(torch.minimum(x, limit[..., None]), -limit[..., None])
-    plain = UniformSide("k", 64, dim, 2, 1, group or dim)
-    clipped = ClippedSide(plain, quantile)
+    plain = UniformGrid("k", 64, dim, 2, 1, group or dim)
+    clipped = ClippedGrid(plain, quantile)
     ours, theirs = clipped.encode(x), plain.encode(expected)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert clipped.fields == plain.fields
@@ -85,7 +85,7 @@ def test_the_largest_magnitudes_come_down_to_the_quantile(dim: int, quantile: fl
 def test_centred_keys_are_clipped_about_their_centre(shift: float) -> None:
     """A constant does not change what saturates, and kernels get what the codec encodes."""
     x = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
-    side = ClippedSide(CentredSide(UniformSide("k", 64, 128, 4, 1, 128)), 0.96)
+    side = ClippedGrid(CentredGrid(UniformGrid("k", 64, 128, 4, 1, 128)), 0.96)
     y = x + shift * torch.randn(2, 1, 128, generator=torch.Generator().manual_seed(1)).half().float()
     errors = [float((side.decode(side.encode(z)) - z).square().mean()) for z in (x, y)]
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
@@ -100,7 +100,7 @@ def test_clipping_helps_at_two_bits() -> None:
     errors = [
         float((side.decode(side.encode(x)) - x).square().mean())
         for q in (1.0, 0.96)
-        for side in [ClippedSide(UniformSide("k", 4096, 128, 2, 1, 128), q)]
+        for side in [ClippedGrid(UniformGrid("k", 4096, 128, 2, 1, 128), q)]
     ]
     assert errors[1] < 0.8 * errors[0]
 
@@ -113,7 +113,7 @@ def test_bytes_are_codes_and_a_scale_and_zero_per_group(dim: int, k: int, v: int
 
 
 def test_defaults_are_the_authors() -> None:
-    assert Oscar() == Oscar(bits=2, group=128, k_clip=0.96, v_clip=0.92)
+    assert OSCAR() == OSCAR(bits=2, group=128, k_clip=0.96, v_clip=0.92)
     assert (Stack.parse("oscar").window.sinks, Stack.parse("oscar").window.recent) == (64, 256)
     with pytest.raises(SpecError, match=r"group=128.*192 channels"):
         Stack.parse("oscar").plan(0, 1).layout(shape(1, 192))
@@ -125,7 +125,7 @@ def test_every_row_uses_its_heads_matrix_and_nothing_is_rotated_back_to_attend(
 ) -> None:
     path = write(tmp_path / "c", "oscar", 3, *dims)
     codec, _ = Stack.parse(f"oscar(bits=4, calibration={str(path)!r})").plan(0, 1).build(shape(3, *dims))
-    expected = Oscar.calibrate(statistics(3, *dims))
+    expected = OSCAR.calibrate(statistics(3, *dims))
     k, v = (torch.randn(6, 64, dim, generator=torch.Generator().manual_seed(dim)) for dim in dims)
     assert isinstance(codec, GridCodec)
     coordinates = codec.k_basis.write(k, torch.arange(6))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.quantizers.basis import rotation
-from kvcomp.quantizers.lloyd import LloydSide, sphere_codebook
-from kvcomp.quantizers.qjl import ResidualSide, projection, sign_codebook
+from kvcomp.quantizers.lloyd import LloydGrid, sphere_codebook
+from kvcomp.quantizers.qjl import ResidualGrid, projection, sign_codebook
 
 CPU = torch.device("cpu")
 
@@ -35,8 +35,8 @@ def test_signs_of_rotated_vectors_are_unbiased_for_every_vector(dim: int) -> Non
     r = torch.randn(dim, generator=torch.Generator().manual_seed(0))
     r /= r.norm()
     s = rotations(n, dim, seed=1)
-    book = sign_codebook(dim, CPU)
-    back = (s @ book[((r @ s) > 0).long()][..., None])[..., 0]  # [n, dim]
+    codebook = sign_codebook(dim, CPU)
+    back = (s @ codebook[((r @ s) > 0).long()][..., None])[..., 0]  # [n, dim]
     along, spread = back @ r, (back - r).square().sum(-1).mean()
     assert abs(along.mean() - 1) < 3.5 * along.std() / n**0.5
     assert along.std() / n**0.5 < 0.004
@@ -53,11 +53,11 @@ def test_a_grid_and_the_signs_of_its_residual_are_unbiased_over_seeds(bits: int)
     dim, n = 64, 1500
     x, q = torch.randn(2, 16, dim, generator=torch.Generator().manual_seed(0)).unbind()
     q = q + x
-    grid = LloydSide("k", 16, dim, bits, sphere_codebook(dim, bits, CPU))
-    signs = LloydSide("k.residual", 16, dim, 1, sign_codebook(dim, CPU))
+    grid = LloydGrid("k", 16, dim, bits, sphere_codebook(dim, bits, CPU))
+    signs = LloydGrid("k.residual", 16, dim, 1, sign_codebook(dim, CPU))
     off = []
     for s in rotations(n, dim, seed=3):
-        side = ResidualSide(grid, signs, s)
+        side = ResidualGrid(grid, signs, s)
         a, b = side.decode(side.encode(x[None]))[0].split(dim, -1)
         off.append((q * (a + b @ s.mT - x)).sum(-1))
     z = torch.stack(off).mean(0) / (torch.stack(off).std(0) / n**0.5)  # [16]
@@ -71,8 +71,8 @@ def test_a_grid_and_the_signs_of_its_residual_are_unbiased_over_seeds(bits: int)
 def test_what_the_grid_has_exactly_leaves_no_residual() -> None:
     """A page of zeros decodes to zeros, in both halves."""
     dim = 64
-    grid = LloydSide("k", 16, dim, 2, sphere_codebook(dim, 2, CPU))
-    side = ResidualSide(grid, LloydSide("k.residual", 16, dim, 1, sign_codebook(dim, CPU)), projection(dim, CPU))
+    grid = LloydGrid("k", 16, dim, 2, sphere_codebook(dim, 2, CPU))
+    side = ResidualGrid(grid, LloydGrid("k.residual", 16, dim, 1, sign_codebook(dim, CPU)), projection(dim, CPU))
     fields = side.encode(torch.zeros(1, 16, dim))
     assert set(fields) == {f.name for f in side.fields}
     assert not side.decode(fields).any()

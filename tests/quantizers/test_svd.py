@@ -11,7 +11,7 @@ from synthetic import chunk, statistics, write
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
-from kvcomp.quantizers.svd import Svd, kept
+from kvcomp.quantizers.svd import SVD, kept
 from kvcomp.stages import PageShape
 
 CPU = torch.device("cpu")
@@ -62,10 +62,10 @@ def test_values_are_weighted_by_the_output_projection() -> None:
     stats = statistics(2, 16)
     seen = torch.zeros(2, 16, 16).double()
     seen[:, [2, 5, 11], [2, 5, 11]] = 1
-    found = Svd.calibrate(replace(stats, output=seen), damping=1e-8)
+    found = SVD.calibrate(replace(stats, output=seen), damping=1e-8)
     left = (found["v_dual"][..., :3] @ found["v"][..., :3].mT)[:, [2, 5, 11]][:, :, [2, 5, 11]]
     torch.testing.assert_close(left, torch.eye(3).double().expand(2, -1, -1), rtol=0, atol=1e-5)
-    plain = Svd.calibrate(stats)
+    plain = SVD.calibrate(stats)
     assert (plain["v_dual"] - plain["v"]).abs().max() < 1e-9  # without one: orthonormal
 
 
@@ -77,7 +77,7 @@ def test_every_row_uses_its_heads_matrix_and_nothing_is_mapped_back_to_attend(bi
     decoded = codec.decode(codec.encode(k, v, torch.arange(6)))
     assert [x.shape[-1] for x in decoded] == [16, 16]
     plain_k, plain_v = codec.inverse(*decoded, torch.arange(6))
-    found = Svd.calibrate(statistics(3, 32, 48))
+    found = SVD.calibrate(statistics(3, 32, 48))
     for stream in range(6):
         h = stream % 3
         for x, back, name in ((k, plain_k, "k"), (v, plain_v, "v")):
@@ -110,7 +110,7 @@ def test_values_may_keep_more_than_keys(file: Path) -> None:
     layout = Stack.parse("svd(rank=0.25, v_rank=48, bits=4)").plan(0, 1).layout(shape(1, 64))
     assert 8 * layout.bytes_per_page == 64 * (4 * (16 + 48) + 2 * 32)
     assert str(Stack.parse("svd(rank=0.5, v_rank=0.5)")) == "svd(rank=0.5)"
-    assert Stack.parse("svd(rank=1, v_rank=1.0)").quantizer == Svd(rank=1, v_rank=1.0)
+    assert Stack.parse("svd(rank=1, v_rank=1.0)").quantizer == SVD(rank=1, v_rank=1.0)
     with pytest.raises(SpecError, match=r"svd\(v_rank=65\): there are 64 channels"):
         Stack.parse("svd(v_rank=65)").plan(0, 1).layout(shape(1, 64))
     with pytest.raises(SpecError, match=r"svd\(v_rank=2.0\)"):

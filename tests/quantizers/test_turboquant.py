@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp import SpecError, Stack
 from kvcomp.cache.pool import PagePool
 from kvcomp.kernels.reference import attend_pages
-from kvcomp.quantizers.lloyd import LloydSide, sphere_codebook
+from kvcomp.quantizers.lloyd import LloydGrid, sphere_codebook
 from kvcomp.stages import PageShape
 
 CPU = torch.device("cpu")
@@ -60,16 +60,16 @@ def loud_keys(*shape: int, seed: int = 0, factor: float = 10) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("bits", sorted(OPTIMAL))
 def test_codebook_of_128_dimensions(bits: int) -> None:
-    book = sphere_codebook(128, bits, CPU) * 128**0.5
-    torch.testing.assert_close(book[1 << (bits - 1) :], torch.tensor(OPTIMAL[bits][0]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(book, -book.flip(0))
+    codebook = sphere_codebook(128, bits, CPU) * 128**0.5
+    torch.testing.assert_close(codebook[1 << (bits - 1) :], torch.tensor(OPTIMAL[bits][0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(codebook, -codebook.flip(0))
 
 
 @pytest.mark.parametrize("bits", sorted(GAUSSIAN))
 def test_many_dimensions_are_gaussian(bits: int) -> None:
-    book = sphere_codebook(16384, bits, CPU) * 16384**0.5
+    codebook = sphere_codebook(16384, bits, CPU) * 16384**0.5
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
-    error = (x - book[torch.bucketize(x, (book[1:] + book[:-1]) / 2)]).square().mean()
+    error = (x - codebook[torch.bucketize(x, (codebook[1:] + codebook[:-1]) / 2)]).square().mean()
     assert float(error) == pytest.approx(GAUSSIAN[bits], rel=0.01)
 
 
@@ -151,7 +151,7 @@ def test_what_is_encoded_stays_readable_whatever_comes_later() -> None:
 
 @pytest.mark.parametrize("bits", sorted(FRACTIONS))
 def test_a_row_does_not_depend_on_the_rows_beside_it(bits: float) -> None:
-    """Channels that are loud in one row are not in the other."""
+    """Channels that are large in one row are not in the other."""
     k = torch.randn(2, 1, 128, 64, generator=torch.Generator().manual_seed(0))
     k[0, ..., :16] *= 20
     k[1, ..., 32:48] *= 20
@@ -246,7 +246,7 @@ def test_attention_needs_no_rotating_back(spec: str, dims: tuple[int, int]) -> N
     k, v = (torch.randn(12, 64, dim, generator=generator) for dim in dims)
     q = torch.randn(4, 3, dims[0], generator=generator)
     streams = torch.arange(4).repeat_interleave(3)
-    k[..., :5] *= 1 + 4 * (streams[:, None, None] % 2)  # heads differ in their loud channels
+    k[..., :5] *= 1 + 4 * (streams[:, None, None] % 2)  # heads differ in their large channels
     pool = PagePool(layout, CPU)
     ids = pool.allocate(12)
     pool.write(ids, codec.encode(k, v, streams))
@@ -327,7 +327,7 @@ def test_coordinates_that_a_rotation_made_no_numbers_give_the_largest_norm() -> 
     """inf - inf in a sum of numbers near the largest, which depends on the order that torch's library sums in."""
     x = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
     x[0, 3, 2], x[0, 5] = torch.nan, torch.inf
-    side = LloydSide("k", 16, 8, 2, torch.tensor([-0.5, -0.1, 0.1, 0.5]))
+    side = LloydGrid("k", 16, 8, 2, torch.tensor([-0.5, -0.1, 0.1, 0.5]))
     page = side.encode(x)
     assert page["k.norm"][0, [3, 5], 0].tolist() == [65504.0, 65504.0]
     assert bool(side.decode(page).isfinite().all())

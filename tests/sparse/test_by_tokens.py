@@ -17,7 +17,7 @@ from kvcomp.calibration.file import CalibrationError
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import code_dots, regroup
 from kvcomp.sparse.codes import CODES, code_fields, encode, step
-from kvcomp.sparse.dsa import CONTEXTS, Dsa, Traces
+from kvcomp.sparse.dsa import CONTEXTS, DSA, Traces
 from kvcomp.stages.plan import read_parts
 
 TOKENWISE = ("none", "int(bits=4)", "int8", "fp8", "turboquant(bits=2.5)", "klt(bits=2)", "mxfp4")
@@ -169,7 +169,7 @@ def test_distillation_brings_the_indexer_near_the_attention() -> None:
     seen, recall = traces(), {}
     shapes = {"k": (2, 64, 16), "mean": (2, 16), "deviation": (2, 16), "q": (2, 2, 64, 16), "weight": (2, 2, 64)}
     for steps in (1, 100):
-        found = Dsa.calibrate(seen, steps=steps)
+        found = DSA.calibrate(seen, steps=steps)
         assert {name: tuple(t.shape) for name, t in found.items()} == {**shapes, "bias": (2, 2)}
         at, q, k = (x.float() for x in seen.kept[0])
         past = k[:, : int(at[0])]
@@ -184,7 +184,7 @@ def test_the_indexer_of_a_layer_is_what_the_file_says(tmp_path: Path) -> None:
     file = save(tmp_path / "dsa.safetensors", "dsa", [traces()])
     store, q = written(f"dsa(tokens=32, calibration={str(file)!r}, bits=8) + window(sinks=0, recent=0)", 512)
     _, k, _ = low_rank(513)
-    found = Dsa.calibrate(traces())
+    found = DSA.calibrate(traces())
     rows = [scores(found, q[b].view(2, 2, 1, 64), k[b, :, :512]).squeeze(1) for b in range(2)]
     expected = torch.cat(rows).topk(32).indices
     choice, _ = choose(store.records, store.storage.view(), q.view(4, 2, 64), 0.125)

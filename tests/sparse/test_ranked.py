@@ -19,7 +19,7 @@ from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.reader import choose
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import vectors
-from kvcomp.sparse.dsa import Dsa, Traces
+from kvcomp.sparse.dsa import DSA, Traces
 from kvcomp.sparse.moba import MEAN, MoBA
 from kvcomp.sparse.nsa import NSA
 from kvcomp.sparse.quest import MAX, MIN, Quest
@@ -183,7 +183,7 @@ def test_rules_are_their_definitions(
 
 
 def test_one_rule_at_a_time() -> None:
-    defaults = ((Quest, "pages=64"), (MoBA, "pages=12"), (NSA, "pages=16"), (Sketch, "keep=0.1"), (Dsa, "tokens=2048"))
+    defaults = ((Quest, "pages=64"), (MoBA, "pages=12"), (NSA, "pages=16"), (Sketch, "keep=0.1"), (DSA, "tokens=2048"))
     for cls, rule in defaults:
         assert str(Stack((cls(),))) == f"{cls.name}({rule})"
         assert Stack((cls(keep=0.1),)) == Stack.parse(str(Stack((cls(keep=0.1),))))
@@ -302,8 +302,9 @@ def test_what_is_not_read_is_never_touched(name: str, quantizer: str, rule: str)
     assert store.records.by_tokens == (name in BY_TOKENS and "kivi" not in quantizer)
     assert 0 < int(read.sum()) < store.table.total * each
     pages = int(read.sum()) // each * store.layout.body_bytes
-    if store.records.by_tokens:  # q . centre of every page is added to the logits of its tokens
-        pages += store.table.total * store.layout.centre_bytes
+    if store.records.by_tokens:  # q . centre is added to logits: those of all pages, or of each of fewer tokens
+        few = int(read.sum(1).max()) < store.table.longest
+        pages += (int(read.sum()) if few else store.table.total) * store.layout.centre_bytes
     assert store.read["pages"] == pages
     unread = (torch.arange(read.shape[1]) < store.table.counts[:, None] * each) & ~read
     if store.records.by_tokens:

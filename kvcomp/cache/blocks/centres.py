@@ -80,7 +80,7 @@ class Centres:
     def __init__(self, codec: Codec, layout: PageLayout, weights: Tensor) -> None:
         self.codec, self.layout = codec, layout
         self.parts: list[tuple[Field, slice, Tensor]] = []  # channels, weights of their coordinates [F, H * channels]
-        sides, (count, heads, _) = codec.kernel_sides(), weights.shape
+        sides, (count, heads, _) = codec.kernel_layouts(), weights.shape
         if not layout.centres or sides is None:
             return
         self.channels, self.v_dim = sides[0].channels, sides[1].channels

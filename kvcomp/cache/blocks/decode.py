@@ -29,7 +29,7 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
     if (why := dispatch.obstacle(pages.codec, pages.layout, device, rows)) is not None:
         return why
     codec, on = pages.token_codec, pages.pool.device
-    sides = codec.kernel_sides()
+    sides = codec.kernel_layouts()
     token = torch.zeros(1, 1, pages.setup.dim, dtype=torch.float32, device=on)
     if sides is None or codec.kernel_input(token, token, torch.zeros(1, dtype=torch.int64, device=on)) is None:
         return "no kernel writes its tokens"
@@ -38,7 +38,7 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
 
 def most_channels(codecs: Sequence[Codec]) -> int:
     """Of values, in the coordinates of the codecs' pages."""
-    return max(sides[1].channels for codec in codecs if (sides := codec.kernel_sides()) is not None)
+    return max(sides[1].channels for codec in codecs if (sides := codec.kernel_layouts()) is not None)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DecodeStep:
     ) -> None:
         """Write tokens of key and value [T, H, D], and attention of query [T, Hq, D] to out [T, Hq, D]; T is R or more.
 
-        Rows of padding become 0, those behind R stay.
+        Rows of padding become 0, those after R stay.
         """
         pages.write_tokens(key, value, self.cells)
         streams, requests = len(self.ids), len(self.ids) // pages.heads
@@ -142,7 +142,7 @@ class Decoder:
 
     def plan(self, table: Tensor, lengths: Tensor, slots: Tensor) -> DecodeStep:
         """The step of R requests with lengths [R] tokens, the new one among them; 0: padding. table int32 [R, m]: their
-        blocks of one page, of which what lies behind a request's length may be anything. slots int64 [R]: places of the
+        blocks of one page, of which what lies after a request's length may be anything. slots int64 [R]: places of the
         new tokens in the pool; -1: nowhere. All on the device; nothing waits for it.
         """
         requests, heads, size = len(lengths), self.heads, self.page_size
