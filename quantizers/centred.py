@@ -91,6 +91,7 @@ class CentredGrid:
     Some models (Qwen2 and others with large key biases) have keys that are nearly constant over neighbouring tokens. A
     grid that spans a token, or a norm, then resolves the constant and not what differs. The rotary embedding turns such
     a constant with the position, so that it is one of a page rather than of a text. c takes 16 bits a channel and page.
+    Where tokens are coded one by one, c is `anchored`: the first token of each page is exact.
     """
 
     grid: CentrableGrid

@@ -78,7 +78,7 @@ class LloydGrid:
 
     @property
     def anchored(self) -> bool:
-        """As in `centred.CentrableGrid`: in two bits, a token is so far off that the others would pay for it by a tenth."""
+        """As in `centred.CentrableGrid`: in two bits, the other tokens would have a tenth more error."""
         return self.bits > 2
 
     @property
