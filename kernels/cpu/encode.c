@@ -66,10 +66,14 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
             else
                 put_centre(g, x, side->dim, tokens, record, c, rest, BFLOAT16);
         }
-        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, c, rest, &stride);
+        /* numbers that are read where they lie become less their centre as they are read */
+        int fused = c && side->dtype == FLOAT32 && g->kind == UNIFORM && g->token_group == 1;
+        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, fused ? 0 : c, rest, &stride);
         rest = from == rest ? rest + tokens * g->channels : rest;
-        if (g->kind == UNIFORM)
-            put_uniform(g, from, stride, tokens, first, record, codes, rest);
+        if (fused)
+            put_uniform(g, from, stride, tokens, first, record, codes, rest, c);
+        else if (g->kind == UNIFORM)
+            put_uniform(g, from, stride, tokens, first, record, codes, rest, 0);
         else
             put_codebook(g, from, stride, tokens, first, record, codes, rest);
     }
