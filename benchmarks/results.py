@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcomp.benchmarks.records import ACCURACY, NLL, Record, RunError, config_of
+from kvcomp.benchmarks.records import ACCURACY, FIDELITY, NLL, Record, RunError, config_of
 from kvcomp.benchmarks.schema import SchemaError, parse_json
 from kvcomp.errors import KvcompWarning
 from kvcomp.text import quote
 
-__all__ = ["ACCURACY", "NLL", "Record", "Results", "Run", "RunError", "locked", "read_run", "write_text"]
+__all__ = ["ACCURACY", "FIDELITY", "NLL", "Record", "Results", "Run", "RunError", "locked", "read_run", "write_text"]
 
 CONFIG, SAMPLES, LOCK, SCRATCH = "config.json", "samples.jsonl", ".lock", ".part"
 PARTS = ("settings", "data", "versions", "machine")  # of a configuration, that a run may differ in
@@ -26,7 +26,7 @@ class Results:
     """The folder of a run: `config.json`, and `samples.jsonl` that grows by a line per record.
 
     Opening a folder that holds the same configuration continues it; any other one is refused and left as it
-    is. A new folder appears with its first record, so that a run that cannot start leaves nothing behind. Who writes
+    is. A new folder appears with its first record, so that a run that cannot start leaves no files. Who writes
     records holds the folder's lock from before it is opened (`locked`).
     """
 

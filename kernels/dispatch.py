@@ -130,7 +130,7 @@ def encode_pages(
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`.
     """
-    sides = codec.kernel_layouts()
+    sides = codec.write_layouts()
     if sides is None:
         return False
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):
@@ -142,7 +142,7 @@ def encode_pages(
 
 
 def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Write one token of each stream, keys and values [B, H, 1, D], behind the counts [S] that k and v [S, N, D] hold,
+    """Write one token of each stream, keys and values [B, H, 1, D], after the counts [S] that k and v [S, N, D] hold,
     and count it; False, and nothing done, where no kernel takes these tensors."""
     return any(b.append(k, v, counts, keys, values) for b in backends.on("append", keys.device))
 

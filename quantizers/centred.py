@@ -26,7 +26,7 @@ def centre(x: Tensor) -> Tensor:
     """float16 [M, 1, D]: the mean of x [M, P, D] over the tokens of each page, rounded within +-65504.
 
     It is taken of the sums of four tokens each, without the least and the greatest one of each channel where there are
-    three or more: a loud token does not move it. The order of all sums is part of the definition, for kernels give the
+    three or more: an outlier token does not move it. The order of all sums is part of the definition: kernels give the
     same bits: four tokens in pairs, then one such sum after another; of each with the least and the greatest before it,
     the middle one counts. Where P is no multiple of 4, zeros follow, and nothing is left out.
     """

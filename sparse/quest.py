@@ -28,6 +28,8 @@ class Quest(VectorSelector):
     taken before quantization. The query heads of a KV head choose together: their softmax over the bounds is averaged.
     Defaults as published: pages of 16 tokens, the first 2 layers dense, at least 3 pages; 64 pages is its budget of
     1024 tokens.
+
+    Paper: arXiv 2406.10774.
     """
 
     paper: ClassVar[str] = "arXiv:2406.10774"

@@ -9,6 +9,7 @@ model's own attention.
 
 from .accounting import memory_of
 from .cache import CompressedCache
+from .compact import Compaction
 from .prefill import Prefilled, prefill
 
-__all__ = ["CompressedCache", "Prefilled", "memory_of", "prefill"]
+__all__ = ["Compaction", "CompressedCache", "Prefilled", "memory_of", "prefill"]

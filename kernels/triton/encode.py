@@ -30,7 +30,7 @@ from .unpack import chunk
 TINY = tl.constexpr(2.0**-24)  # as in quantizers/grid.py
 
 
-ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no room for fractions
+ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no bits for fractions
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def put_part(
 
 @triton.jit
 def put_joint(record, page, shift, source, thresholds, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes behind the coordinates of `source`."""
+    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes after the coordinates of `source`."""
     COUNT: tl.constexpr = len(C.parts)
     SCALE: tl.constexpr = C.parts[0].scale
     POWER: tl.constexpr = C.power

@@ -36,7 +36,7 @@ class Piece:
     planes: (offset, bytes from a token to the next, width) of each, the highest bits first. scale, zero: offsets.
     levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; thresholds: its first in the side's.
     format, scale_format, page_scale, centre: as in `chunks.Chunk`.
-    step: tokens of a tile, of which it has room for T; tiles: of a page, along tokens and along channels.
+    step: tokens of a tile, of which it can hold T; tiles: of a page, along tokens and along channels.
     """
 
     kind: str

@@ -68,6 +68,12 @@ class OneSidedCodec(Codec):
     def read_output(self, output: Tensor) -> Tensor:
         return self.codec.read_output(output)[..., : self.shape.v_dim]
 
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.codec.read_value_query(_fill(queries))
+
+    def read_key_output(self, output: Tensor) -> Tensor:
+        return self.codec.read_key_output(output)[..., : self.shape.k_dim]
+
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.codec.inverse(keys, values, streams)
         return k[..., : self.shape.k_dim], v[..., : self.shape.v_dim]

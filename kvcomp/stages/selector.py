@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcomp.attention import Part
 from kvcomp.layout import Field, Summary
 
+from .arguments import Alias
 from .quantizer import PageShape
 from .stage import Stage
 
@@ -108,6 +109,7 @@ class Selector(Stage):
     """Decides which pages, or tokens, a decode query reads."""
 
     family: ClassVar[str] = "selector"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"page_budget": "pages", "token_budget": "tokens"}  # Quest
     by_tokens: ClassVar[bool] = False  # chooses single tokens, where the fields of pages allow to read them
 
     @property
@@ -139,6 +141,7 @@ class Selector(Stage):
         return {}
 
     def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
+        """Fields of a page that hold its summary; their names begin with `SUMMARY`."""
         raise NotImplementedError
 
     def summarize(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ def test_any_channels_may_have_it(spec: str) -> None:
     ],
 )
 def test_shapes_of_models(spec: str, dims: tuple[int, int], group: int, n: int) -> None:
-    """Tokens behind the last whole page wait in the window."""
+    """Tokens after the last whole page wait in the window."""
     usual = error(spec, *tokens(0, n=n, dims=dims, group=group))
     assert error(spec, *tokens(80, n=n, dims=dims, group=group, turn=3e-4)) < 1.5 * usual
 
