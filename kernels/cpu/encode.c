@@ -71,9 +71,9 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
         const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, fused ? 0 : c, rest, &stride);
         rest = from == rest ? rest + tokens * g->channels : rest;
         if (fused)
-            put_uniform(g, from, stride, tokens, first, record, codes, rest, c);
+            put_less(g, from, stride, tokens, first, record, codes, rest, c);
         else if (g->kind == UNIFORM)
-            put_uniform(g, from, stride, tokens, first, record, codes, rest, 0);
+            put_uniform(g, from, stride, tokens, first, record, codes, rest);
         else
             put_codebook(g, from, stride, tokens, first, record, codes, rest);
     }

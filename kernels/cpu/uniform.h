@@ -108,11 +108,17 @@ INLINE void put_blocks(const Piece *g, const float *x, int64_t stride, int64_t t
     if (g->zero != NOTHING) put_halves(record + g->zero + at, zeros, rows * groups);
 }
 
-INLINE void put_uniform(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
-                        uint8_t *codes, float *room, const float *centre) {
+/* `put_blocks` of x, or of x less a centre. */
+INLINE void put_less(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
+                     uint8_t *codes, float *room, const float *centre) {
     switch (g->channel_group) { /* where the compiler knows that they are few, they are one vector */
         case 8: put_blocks(g, x, stride, tokens, first, record, codes, room, centre, 8); break;
         case 16: put_blocks(g, x, stride, tokens, first, record, codes, room, centre, 16); break;
         default: put_blocks(g, x, stride, tokens, first, record, codes, room, centre, g->channel_group);
     }
+}
+
+INLINE void put_uniform(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
+                        uint8_t *codes, float *room) {
+    put_less(g, x, stride, tokens, first, record, codes, room, 0);
 }
