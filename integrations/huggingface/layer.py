@@ -16,7 +16,7 @@ from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, given_dtypes, outside_graph
-from .held import HeldLayer
+from .held import HeldLayer, check_pair
 from .masks import Seen, read_mask
 from .pending import Pending
 from .rows import WAY_ON, follow_mask
@@ -58,9 +58,10 @@ class CompressedLayer(HeldLayer):
         if earlier is None and (self.pending is not None or self.unsettled or self.ends):
             self.commit()
         if not self.is_initialized:
+            check_pair(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         _refuse_nothing(n)
-        self.check_rows(key_states)
+        self.check_shapes(key_states, value_states)
         length = self.get_seq_length()
         if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
             seen = int(self.counted()[0].max()) + n

@@ -20,7 +20,7 @@ from .output import Document, Json
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-    from kvcomp import CompressedCache
+    from kvcomp import CompressedCache, Traffic
 
 DOCUMENT = Document(
     model="the model's name as given",
@@ -93,12 +93,12 @@ def generate(
     if as_json:
         _print_json(model, cache, length, len(new), tokenizer.decode(new, skip_special_tokens=True))
         return
-    memory, traffic = cache.memory(), cache.traffic()
+    memory, traffic = cache.memory(), _traffic(cache)
     table = Table(title=f"{parsed}, {length} prompt tokens", title_justify="left")
     for column in ("", "this stack", "dense", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("held", size_text(memory.held), size_text(memory.dense), f"{memory.ratio:.2f}x")
-    if traffic.read:
+    if traffic is not None:
         table.add_row(
             "read by the last step", size_text(traffic.read), size_text(traffic.dense), f"{traffic.ratio:.2f}x"
         )
@@ -127,8 +127,7 @@ def _streamer(tokenizer: Any, until_first_token: ExitStack, quiet: bool) -> Base
 
 
 def _print_json(model: str, cache: CompressedCache, prompt_tokens: int, new_tokens: int, text: str) -> None:
-    memory, traffic = cache.memory(), cache.traffic()
-    read = traffic.read or None
+    memory, traffic = cache.memory(), _traffic(cache)
     DOCUMENT.print(
         model=model,
         stack=str(cache.stack),
@@ -139,11 +138,19 @@ def _print_json(model: str, cache: CompressedCache, prompt_tokens: int, new_toke
         held=memory.held,
         held_dense=memory.dense,
         held_ratio=memory.ratio,
-        read=read,
-        read_dense=read and traffic.dense,
-        read_ratio=read and traffic.ratio,
+        read=traffic and traffic.read,
+        read_dense=traffic and traffic.dense,
+        read_ratio=traffic and traffic.ratio,
         effective_bits=memory.effective_bits,
     )
+
+
+def _traffic(cache: CompressedCache) -> Traffic | None:
+    """What the last decode step read; None if the only token came from the prompt."""
+    try:
+        return cache.traffic()
+    except KvcompError:
+        return None
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
