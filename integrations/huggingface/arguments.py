@@ -47,7 +47,8 @@ class CheckedRows(Cache):
     """A cache whose rows are chosen by numbers of rows that it has."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(self._rows("reorder_cache", beam_idx, 0))
+        rows: Any = self._rows("reorder_cache", beam_idx, 0)  # int64, which transformers annotates as LongTensor
+        super().reorder_cache(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(self._rows("batch_select_indices", indices, None))
