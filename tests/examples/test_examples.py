@@ -51,7 +51,7 @@ def test_examples_are_short_documented_and_tested(path: Path) -> None:
 def test_one_document_many_questions(example: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
     found = example("many_questions").main(fillers=16)
     assert found["right"] >= 3  # of four
-    assert found["one"] < found["held"] < found["dense"] / 2
+    assert found["one"] < found["held"] < found["dense"]  # five conversations in less than one DynamicCache
     assert "times less" in capsys.readouterr().out
 
 
