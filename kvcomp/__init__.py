@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from kvcomp.errors import KvcompError, KvcompWarning, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
+    from kvcomp.cache.layer import roundtrip as roundtrip
     from kvcomp.integrations.huggingface.accounting import memory_of
     from kvcomp.integrations.huggingface.cache import CompressedCache
     from kvcomp.integrations.huggingface.compact import Compaction
@@ -178,11 +179,13 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        found = globals()[name] = getattr(import_module(_HOMES[name]), name)
-        return found
-    raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+            return found
+        raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from kvcomp.text import quote
+
 fcntl: Any
 try:
     import fcntl
@@ -59,13 +61,21 @@ def whole(path: FilePath) -> Iterator[Path]:
         os.replace(scratch, target)
 
 
+def named(path: FilePath) -> str:
+    """The path as messages show it, whatever was given for one."""
+    return quote(os.fspath(path) if isinstance(path, str | os.PathLike) else path)
+
+
 def usable(path: FilePath) -> Path:
     """The path, if a file can have that name.
 
     Raises:
         OSError: it has NUL characters or surrogates.
     """
-    text = os.fspath(path)
+    try:
+        text = os.fsdecode(path)
+    except TypeError as error:
+        raise OSError(errno.EINVAL, f"a path is text, no {type(path).__name__}") from error
     try:
         if b"\0" in os.fsencode(text):
             raise OSError(errno.EINVAL, "a file name has no NUL characters")

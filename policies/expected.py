@@ -75,7 +75,8 @@ class ExpectedAttention(ScoredPolicy):
         keys = keys[:, :, None, sinks:]  # [b, Hkv, 1, m, D]
 
         def grouped(x: Tensor) -> Tensor:
-            return x.unflatten(1, (keys.shape[1], -1))
+            heads: Tensor = x.unflatten(1, (keys.shape[1], -1))
+            return heads
 
         logits = chunk.scale * (keys @ grouped(mean @ turn).mT)[..., 0]  # [b, Hkv, G, m]
         if self.covariance:

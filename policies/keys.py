@@ -28,7 +28,8 @@ class KNorm(ScoredPolicy):
     scores_within: ClassVar[tuple[float, float]] = (-1e30, 0.0)
 
     def scores(self, chunk: Chunk) -> Tensor:
-        return -chunk.keys.float().norm(dim=-1)
+        norms: Tensor = chunk.keys.float().norm(dim=-1)
+        return -norms
 
 
 @register("keydiff")

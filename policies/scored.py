@@ -214,4 +214,5 @@ def output_norms(chunk: Chunk) -> Tensor:
     norms = torch.stack(
         [(chunk.values[:, h // group].float() @ w).abs().sum(-1) for h, w in enumerate(weight)], 1
     )  # a head at a time: [b, n, M] is as large as the hidden states
-    return norms.unflatten(1, (-1, group)).mean(2)
+    means: Tensor = norms.unflatten(1, (-1, group)).mean(2)
+    return means

@@ -21,7 +21,8 @@ LOUD = 4.0  # as in `weights`: at 2, the outlier tokens that texts have by thems
 def singular(matrices: Tensor) -> Tensor:
     """bool [n]: which of float32 [n, d, d] have no inverse."""
     inverse, info = torch.linalg.inv_ex(matrices)
-    return (info != 0) | ~inverse.isfinite().all(-1).all(-1)
+    singular: Tensor = (info != 0) | ~inverse.isfinite().all(-1).all(-1)
+    return singular
 
 
 def rms(x: Tensor) -> Tensor:

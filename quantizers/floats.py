@@ -161,7 +161,8 @@ class BlockGrid:
     def _blocked(self, x: Tensor) -> Tensor:
         """[M, P, D] -> [M, P, B, block], a view where `block` divides D, otherwise filled up with zeros."""
         missing = self.blocks * self.block - self.dim
-        return (pad(x, (0, missing)) if missing else x).unflatten(2, (-1, self.block))
+        blocks: Tensor = (pad(x, (0, missing)) if missing else x).unflatten(2, (-1, self.block))
+        return blocks
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""

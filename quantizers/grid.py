@@ -83,7 +83,8 @@ class UniformGrid:
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[M, P, D] -> [M, P / tg, tg, D / cg, cg], a view."""
-        return x.unflatten(2, (-1, self.channel_group)).unflatten(1, (-1, self.token_group))
+        blocks: Tensor = x.unflatten(2, (-1, self.channel_group)).unflatten(1, (-1, self.token_group))
+        return blocks
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""

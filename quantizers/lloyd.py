@@ -94,7 +94,8 @@ class LloydGrid:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = unpack_codes(self.name, page, self.bits).int()
-        return self.codebook[codes] * (page[f"{self.name}.norm"].float() * self.dim**0.5)
+        x: Tensor = self.codebook[codes] * (page[f"{self.name}.norm"].float() * self.dim**0.5)
+        return x
 
     @cached_property
     def kernel_layout(self) -> SideLayout:

@@ -140,7 +140,8 @@ def spread_rotation(moment: Tensor) -> Tensor:
     mixing = hadamard(dim, torch.device("cpu")).matrix
     assert mixing is not None
     columns = (torch.arange(blocks, device="cpu") * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
-    return (vectors @ mixing.to(moment.dtype))[..., columns]
+    directions: Tensor = (vectors @ mixing.to(moment.dtype))[..., columns]
+    return directions
 
 
 def bit_reversed(size: int) -> Tensor:

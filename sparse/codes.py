@@ -53,7 +53,8 @@ class TokenSelector(RankedSelector):
 def step(deviation: Tensor, bits: int) -> Tensor:
     """How far codes of coordinates of that standard deviation differ; never 0."""
     tiny = torch.finfo(torch.float32).tiny ** 0.5
-    return (deviation * (2 * CLIP[bits] / 2**bits)).clamp_min(tiny)
+    spacing: Tensor = (deviation * (2 * CLIP[bits] / 2**bits)).clamp_min(tiny)
+    return spacing
 
 
 def code_fields(page_size: int, rank: int, bits: int) -> tuple[Field, ...]:

@@ -164,7 +164,7 @@ def test_help_teaches(run: Run) -> None:
         (["--stack", "kivvi"], ["kivi"]),
         (["--assume", "latent"], ["assume", "NAME/FACTOR"]),
         (["--weight-bits", "0"], ["weight-bits"]),
-        (["--model", "deepseek-v3", "--stack", "snapkv"], ["MLA", "quantizer alone"]),
+        (["--model", "deepseek-v3", "--stack", "criticalkv"], ["MLA", "snapkv"]),
         (["--model", "gpt-oss-20b", "--stack", "kivi(bits=2, group=48)"], ["kivi(group=48)", "use a group"]),
     ],
 )

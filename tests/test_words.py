@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kvcomp", "policies", "quantizers", "sparse", "kernels", "integrations", "benchmarks", "examples", "tests")
 GENERATED = {"docs/models.md"}  # from the sentences of the source
-PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
 DOCUMENTS = [path for path in PAGES if path.relative_to(ROOT).as_posix() not in GENERATED]
 
 # A pattern, and what to write instead.

@@ -16,7 +16,7 @@ from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, given_dtypes, outside_graph
-from .held import HeldLayer
+from .held import HeldLayer, check_pair
 from .masks import Seen, read_mask
 from .pending import Pending
 from .rows import WAY_ON, follow_mask
@@ -38,7 +38,8 @@ class CompressedLayer(HeldLayer):
             self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
         if torch.compiler.is_compiling():
             with given_dtypes(key_states.device):
-                return outside_graph(self._update, *new)
+                handles: tuple[Handle, Handle] = outside_graph(self._update, *new)
+                return handles
         if torch.is_autocast_enabled(key_states.device.type):
             with given_dtypes(key_states.device):
                 return self._update(*new)
@@ -57,9 +58,10 @@ class CompressedLayer(HeldLayer):
         if earlier is None and (self.pending is not None or self.unsettled or self.ends):
             self.commit()
         if not self.is_initialized:
+            check_pair(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         _refuse_nothing(n)
-        self.check_rows(key_states)
+        self.check_shapes(key_states, value_states)
         length = self.get_seq_length()
         if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
             seen = int(self.counted()[0].max()) + n

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from kvcomp.attention import causal
 from kvcomp.errors import UnsupportedError
+from kvcomp.state import FLOATS, described
 
 
 class Seen(NamedTuple):
@@ -69,13 +70,19 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
         return Seen(None, None, None)
     known = _read_masks.get(mask)
     if known is not None and known[0] == (past, n):
-        return known[1]
+        seen: Seen = known[1]
+        return seen
     if mask.shape[-1] != past + n:
         raise UnsupportedError(f"attention mask of length {mask.shape[-1]} for {past} cached and {n} new tokens")
     if isinstance(mask, BlockMask):
         allowed = dense_mask(mask)
     elif mask.dtype == torch.bool or mask.dim() == 2:
         allowed = mask.bool()
+    elif mask.dtype not in FLOATS:
+        raise UnsupportedError(
+            f"attention_mask: {described(mask)}: expected bool, True where a token is seen, or a dtype that computes, "
+            "whose numbers are added to the logits"
+        )
     else:
         low = torch.finfo(mask.dtype).min / 2
         allowed = mask > low

@@ -57,7 +57,8 @@ class WindowSpec(CircularBufferSpec):
     kept_blocks: int = 1
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        return self.blocks * self.page_size_bytes
+        size: int = self.blocks * self.page_size_bytes
+        return size
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         return self.blocks

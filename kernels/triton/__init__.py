@@ -213,7 +213,8 @@ def vector_dots(
         [floats("queries", q, pool.device, (streams, rows, dim), exact=True) for q in queries.values()]
     )
     fields = [layout.offsets[name] for name in queries]
-    return ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
+    dots: Tensor = ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
+    return dots
 
 
 def code_dots(
@@ -227,7 +228,8 @@ def code_dots(
     codes = next(f.shape[0] for f in layout.fields if f.name == field)
     x = floats("queries", queries, pool.device, (*queries.shape[:2], codes * 8 // bits), exact=True)
     ids, counts = _pages(pool, ids, counts, layout, *x.shape[:2])
-    return ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
+    dots: Tensor = ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
+    return dots
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
@@ -238,7 +240,8 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     ids, _ = _pages(pool, ids, None, layout, len(tokens))
     fields, size, _, body = ops_records.regrouped(layout)
     flat = [x for field in fields for x in field]
-    return ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
+    records: Tensor = ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
+    return records
 
 
 def _pages(
@@ -268,7 +271,8 @@ def attention_received(
     the queries, or the `most` of any; causal; visible bool [B, Hkv, n] hides keys. A query that sees none gives 0."""
     visible = None if visible is None else visible.contiguous()
     on = processors(queries.device)
-    return ops_scores.attention_received(*_alike(queries, keys), visible, scale, softcap or 0.0, most, on)
+    votes: Tensor = ops_scores.attention_received(*_alike(queries, keys), visible, scale, softcap or 0.0, most, on)
+    return votes
 
 
 def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ def stored(chunk: Any) -> Any:
 @triton.constexpr_function
 def room_of(chunk: Any) -> int:
     """Scales of a token that a tile of a chunk can hold."""
-    return max(chunk.block * chunk.lanes // chunk.channel_group, 1)
+    groups: int = max(chunk.block * chunk.lanes // chunk.channel_group, 1)
+    return groups
 
 
 @triton.jit

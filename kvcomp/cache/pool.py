@@ -51,7 +51,8 @@ class PagePool(PageMemory):
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream of some table owns."""
         none = torch.zeros(0, dtype=torch.int64, device="cpu")
-        return torch.cat([none, *(table.owned() for table in self.tables)]).unique()
+        owned: Tensor = torch.cat([none, *(table.owned() for table in self.tables)]).unique()
+        return owned
 
     def allocate(self, n: int) -> Tensor:
         """int64 [n] page ids (host). Their bytes are undefined until written.
@@ -195,7 +196,8 @@ class PageTable:
 
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream owns."""
-        return self.rows[torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]].unique().long()
+        ids: Tensor = self.rows[torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]].unique().long()
+        return ids
 
     def places(self, owned: Tensor) -> Tensor:
         """int32 [S, longest]: where each page is among the sorted ids `owned`, which name them all."""

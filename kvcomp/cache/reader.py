@@ -143,7 +143,7 @@ def received(read: Read, lse: Tensor, queries: int, places: int) -> Tensor | Non
     groups = read.parts[0].groups if read.parts else None
     if groups is None:
         return None
-    mass = (groups - lse[..., None]).exp().unflatten(1, (-1, queries)).mean(1).sum(1)  # [S, k]
+    mass: Tensor = (groups - lse[..., None]).exp().unflatten(1, (-1, queries)).mean(1).sum(1)  # [S, k]
     if read.positions is None:
         return mass
     return mass.new_zeros(len(mass), places).scatter_add(1, read.positions, mass)

@@ -111,11 +111,13 @@ class Stage(metaclass=StageType):
 
         return Stack((self,)) + other
 
-    def __radd__(self, other: Any) -> Stack:
-        """Only reached where the left operand is neither a stage nor a stack: a SpecError."""
-        from kvcomp import Stack
+    if not TYPE_CHECKING:  # which refuses what is added in vain
 
-        return other + Stack((self,))
+        def __radd__(self, other: Any) -> Any:
+            """Only reached where the left operand is neither a stage nor a stack: a SpecError."""
+            from kvcomp import Stack
+
+            return other + Stack((self,))
 
     def shown(self) -> dict[str, Any]:
         """The arguments by which specs and `repr` name the stage: the first one, and those that are not the default."""

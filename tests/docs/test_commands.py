@@ -80,6 +80,7 @@ def test_the_command_exists(path: Path, words: list[str]) -> None:
         parse(typer.main.get_command(app), words[1:], "kvcomp")
     elif words[1] == "-m" and words[2].startswith("kvcomp.") and words[2] != "kvcomp.benchmarks.lm_eval":
         module = importlib.import_module(words[2])
+        assert "__main__" in documents.read(Path(str(module.__file__))), f"{words[2]} is no command"
         if hasattr(module, "typer"):
             solo = typer.Typer(add_completion=False)
             solo.command()(module.main)
