@@ -67,9 +67,13 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
             else
                 put_shift(g, x, side->dim, tokens, record, codes, c, rest, BFLOAT16);
         }
-        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, c, rest, &stride);
+        /* numbers that are read where they lie become less their centre as they are read */
+        int fused = c && side->dtype == FLOAT32 && g->kind == UNIFORM && g->token_group == 1;
+        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, fused ? 0 : c, rest, &stride);
         rest = from == rest ? rest + tokens * g->channels : rest;
-        if (g->kind == UNIFORM)
+        if (fused)
+            put_less(g, from, stride, tokens, first, record, codes, rest, c);
+        else if (g->kind == UNIFORM)
             put_uniform(g, from, stride, tokens, first, record, codes, rest);
         else
             put_codebook(g, from, stride, tokens, first, record, codes, rest);
