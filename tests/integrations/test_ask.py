@@ -80,7 +80,7 @@ def test_a_policy_that_repeats_the_context(loaded: tuple[Any, Any], tokenizer: A
         loaded[0], tokenizer, CONTEXT, QUESTIONS, "kvzip(keep=0.5) + int(bits=4) + window(recent=16)", max_new_tokens=2
     )
     assert len(found.texts) == 2
-    assert found.cache.memory().held < 0.7 * found.cache.memory().dense  # short of a page, half of the tokens stay exact
+    assert found.cache.memory().held < 0.7 * found.cache.memory().dense  # half of the tokens, exact
 
 
 def test_what_cannot_be_asked(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
