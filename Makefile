@@ -102,6 +102,7 @@ clean: ## remove everything that make made (the converted model in the user's ca
 .venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
 	$(call say,Installing the test and lint tools)
 	@$(PIP) --editable ".[dev]"
+	@$(PIP) --quiet --no-deps --upgrade --target .venv/torchao torchao  # apart: where it is installed, transformers imports it
 	@touch $@
 
 .venv/docs.stamp: pyproject.toml constraints.txt .venv/demo.stamp

@@ -56,7 +56,7 @@ def anchored(c: Tensor, x: Tensor, grid: Grid) -> Tensor:
     token opens a page. The error of its logit shifts what all other tokens share; a grid whose steps grow with the
     numbers makes a large one. c + e, where e is the error of the first token under c, makes that error 0, up to the
     rounding of c, and moves the other tokens by a fraction of a step. |e| is at most the largest |x_t - c| of the three
-    tokens that follow, channel by channel: a loud first token does not spoil the page.
+    tokens that follow, channel by channel: an outlier there does not spoil the page.
     """
     c = c.float()
     first = x[:, :1].float() - c
@@ -137,6 +137,6 @@ class CentredGrid:
         return self.grid.constants()
 
 
-def centred(grid: CentrableGrid, shape: PageShape) -> CentrableGrid:
+def centred(grid: CentrableGrid, shape: PageShape) -> CentredGrid | CentrableGrid:
     """The grid, of keys less their page's centre where pages of this shape have one."""
     return CentredGrid(grid) if shape.centred else grid

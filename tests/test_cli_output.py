@@ -201,7 +201,7 @@ def test_a_shell_completes_commands_options_and_values(tmp_path: Path) -> None:
     assert completed("kvcomp", "do") == ["doctor"]
     assert completed("kvcomp", "data", "") == ["check"]
     assert "--stack" in completed("kvcomp", "bench", "--st")
-    assert completed("kvcomp", "plan", "--gpu", "h1") == ["H100"]
+    assert completed("kvcomp", "plan", "--gpu", "h1") == ["h100"]
     (tmp_path / "model").mkdir()
     (tmp_path / "model.gguf").touch()
     (tmp_path / "model.txt").touch()

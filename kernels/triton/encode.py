@@ -153,7 +153,7 @@ def coded(x, thresholds, there, C: tl.constexpr):
 @triton.constexpr_function
 def anchored(piece: Any) -> bool:
     """Whether a piece's centre is `quantizers.centred.anchored`."""
-    return piece.anchored
+    return bool(piece.anchored)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def ask(
     from kvcomp.integrations.huggingface.ask import STACK, parts
     from kvcomp.integrations.huggingface.models import load_model
 
-    parsed = None if load is not None else Stack.parse(stack or STACK)
+    parsed = Stack.parse(stack or STACK)
     with waiting(f"Loading {model}"):
         network, tokenizer = load_model(model)
         chat = False if plain else None
