@@ -16,9 +16,7 @@ from transformers import DynamicCache
 
 from kvcomp import CompressedCache
 from kvcomp.integrations.huggingface.models import load_model
-from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.stages import Chunk, arg
-from kvcomp.stages.registry import register
+from kvcomp.stages import Chunk, ScoredPolicy, arg, register
 
 TEXT = "The bridge of Arlen was opened in 1712. The bridge of Corvan was opened in 1846. "
 STACKS = ("valuenorm(keep=0.5)", "valuenorm(keep=0.25, power=2) + kivi(bits=4)", "snapkv(keep=0.25) + kivi(bits=4)")

@@ -58,7 +58,7 @@ def able(operation: str, case: Case) -> tuple[Backend, ...]:
 
 def on(operation: str, device: torch.device, rows: int = 1) -> tuple[Backend, ...]:
     """As `able`, of operations that are the same for all pages, or on none."""
-    key = operation, _order.get(), device, rows > MOST_ROWS
+    key = operation, _order.get(), device, min(rows, MOST_ROWS + 1)
     found = _known.get(key)
     return _known.setdefault(key, _able(operation, Case(None, device, rows))) if found is None else found
 

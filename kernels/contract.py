@@ -12,7 +12,7 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
 from kvcomp.segments import KVLayout, centres
 
-MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
+MOST_ROWS = 128  # queries of a stream; for more it is faster to decode pages for all of them, and multiply matrices
 Reduce = Literal["sum", "max"]
 
 

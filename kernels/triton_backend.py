@@ -41,6 +41,10 @@ class Triton(Backend):
         why = self.missing()
         if why is None and operation in ("attend", "attend_tokens", "write", "vector_dots", "code_dots"):
             why = case.obstacle
+        if why is None and operation in ("vector_dots", "code_dots"):
+            from .triton.plan import MOST_ROWS
+
+            why = f"{case.rows} queries of a stream are more than {MOST_ROWS}" if case.rows > MOST_ROWS else None
         if why is None and case.sides is not None:
             from . import triton
 

@@ -79,6 +79,7 @@ class FloatGrid:
     dim: int
     format: torch.dtype
     codebook: Tensor  # float32 [256], as of `float8_values`: torch converts E4M3 five times slower than it looks it up
+    anchored: ClassVar[bool] = True
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -122,6 +123,7 @@ class BlockGrid:
 
     block: ClassVar[int]
     scale_format: ClassVar[str]
+    anchored: ClassVar[bool] = True
 
     name: str
     page_size: int
@@ -190,6 +192,7 @@ class NVGrid(BlockGrid):
 
     block: ClassVar[int] = 16
     scale_format: ClassVar[str] = "e4m3"
+    anchored: ClassVar[bool] = False  # the page's scale is not the first token's
 
     @property
     def scale_fields(self) -> tuple[Field, ...]:

@@ -73,6 +73,11 @@ class UniformGrid:
         )
 
     @property
+    def anchored(self) -> bool:
+        """As in `centred.CentrableGrid`: where tokens are coded one by one, and in two bits or more."""
+        return self.token_group == 1 and self.bits > 1
+
+    @property
     def _stored(self) -> tuple[str, ...]:
         return ("scale",) if self.symmetric else ("scale", "zero")
 

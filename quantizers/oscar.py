@@ -34,7 +34,7 @@ class ClippedGrid:
     and D = 128 the five largest come down to the sixth. Where the grid is centred, magnitudes are about the centre.
     """
 
-    grid: CentrableGrid
+    grid: CentredGrid | CentrableGrid
     quantile: float = 1.0
 
     @property

@@ -57,7 +57,8 @@ def test_what_type_checkers_are_told_is_what_is_imported(module: str) -> None:
     assert found.__all__ == sorted(found.__all__, key=_isort)
     assert len(set(found.__all__)) == len(found.__all__)
     homes = getattr(found, "_HOMES", {})
-    assert declared.keys() == homes.keys() & set(found.__all__)
+    assert declared.keys() == homes.keys()
+    assert declared.keys() - set(found.__all__) <= {"roundtrip"}  # by which `Stack.roundtrip` reaches the cache
     for name, base in declared.items():
         home = importlib.import_module(base, module)
         assert getattr(home, name) is getattr(found, name)

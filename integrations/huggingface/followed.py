@@ -276,8 +276,8 @@ class LatentHandles(HandleLayer):
 def _follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function of torch gives, where that is followed; None: it is not."""
     if func is F.linear and args and isinstance(args[0], Latent):
-        named = [kwargs.get(name) for name in ("weight", "bias")]
-        weight, bias = list(args[1:]) + named[len(args) - 1 :]
+        weight: Any = args[1] if len(args) > 1 else kwargs.get("weight")
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return Projected(args[0], weight) if bias is None and _plain(weight, args[0]) else None
     if func in (torch.split, torch.functional.split) and args and isinstance(args[0], ByHead):
         return args[0].split(*args[1:], **{"sizes" if k.startswith("split") else k: v for k, v in kwargs.items()})

@@ -33,6 +33,8 @@ class CompressedLayer(HeldLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
+        if not self.is_initialized:
+            check_pair(key_states, value_states)
         new = self.as_held(key_states, value_states)
         if self.loaded:
             self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
@@ -58,7 +60,6 @@ class CompressedLayer(HeldLayer):
         if earlier is None and (self.pending is not None or self.unsettled or self.ends):
             self.commit()
         if not self.is_initialized:
-            check_pair(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         _refuse_nothing(n)
         self.check_shapes(key_states, value_states)

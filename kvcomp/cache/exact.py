@@ -1,4 +1,12 @@
-"""The exact buffer: the sinks and the recent window of every stream, in the model's dtype."""
+"""The exact buffer: the sinks and the recent window of every stream, in the model's dtype.
+
+It is no ring, as the window in an engine's blocks is (`geometry.slot`). Kernels read a stream's first tokens,
+[:counts], in place. A ring whose oldest page has left begins and ends anywhere: every kernel (C, Triton, PyTorch) would
+need a start per stream and a second run of tokens, or a gather of the window in each step, as blocks do it. Sums would
+have another order, so that results would no longer be equal to the bit; crops, beams and saved caches, which have the
+oldest token first, would have to turn it. What a ring would save is the move of `recent` tokens once in P steps: of
+recent / P tokens a step, beside sinks + recent + P / 2 that attention reads in each.
+"""
 
 from __future__ import annotations
 

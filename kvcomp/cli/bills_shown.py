@@ -27,7 +27,7 @@ def remarks(shape: ModelShape, longest: int, assumed: bool, compressed: bool) ->
         )
     if LayerKind.LATENT in shape.kinds:
         notes.append(
-            "A latent cache, read as it is (absorbed attention); transformers expands it to heads in every step."
+            "A latent cache, read as it is (absorbed attention); DynamicCache's is expanded to heads in every step."
         )
     if shape.total_experts:
         notes.append(

@@ -208,6 +208,14 @@ def test_a_cache_that_another_model_filled(changes: dict[str, Any], hooked: bool
         other(IDS[:, :1], past_key_values=cache)
 
 
+@pytest.mark.parametrize("preallocate", [None, 200])
+def test_a_model_without_weights(preallocate: int | None) -> None:
+    model = make("llama", num_hidden_layers=2).to("meta")
+    cache = CompressedCache(STACK, model, preallocate=preallocate)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"meta device.*kvcomp plan"):
+        model(IDS.to("meta"), past_key_values=cache)
+
+
 def four_dimensional(dtype: torch.dtype, n: int, length: int) -> Tensor:
     return torch.ones(n, length).tril(length - n).to(dtype)[None, None].expand(2, 1, n, length)
 

@@ -128,6 +128,60 @@ def test_any_channels_may_have_it(spec: str) -> None:
         assert error(spec, *tokens(50, channels=channels)) < 1.5 * usual
 
 
+ANCHORED = [
+    "int(bits=8)",
+    "int(bits=4)",
+    "int(bits=2, basis=hadamard)",
+    "int(bits=4, basis=random, group=16)",
+    "int(bits=4, symmetric=true)",
+    "int8",
+    "fp8",
+    "fp8(format=e5m2)",
+    "mxfp4",
+    "mxfp4(basis=random)",
+    "turboquant(bits=3)",
+    "turboquant(bits=4)",
+    "turboquant(bits=3.5)",
+]
+PAGE = 64
+
+
+def key_errors(spec: str, k: Tensor) -> Tensor:
+    """Squared errors [P] of the tokens of pages, of keys [B, H, n, D]."""
+    with reference_only():
+        back, _ = Stack.parse(spec).roundtrip(k, k)
+    return (back - k).square().unflatten(2, (-1, PAGE)).mean((0, 1, 2, 4))
+
+
+@pytest.mark.parametrize("spec", ANCHORED)
+@pytest.mark.parametrize("size", [0.0, 30.0])
+@pytest.mark.parametrize("first", [1.0, 3.0])
+def test_the_first_token_of_a_page_is_exact(
+    spec: str, size: float, first: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most heads look at the first token of a text. The others pay little for it, however large it is."""
+    _, k, _ = tokens(size, n=6 * PAGE)
+    k[:, :, ::PAGE] += (first - 1) * k[:, :, ::PAGE].sign()
+    found = key_errors(spec, k)
+    monkeypatch.setattr("kvcomp.quantizers.centred.anchored", lambda c, x, grid: c)
+    usual = key_errors(spec, k)
+    share = 0.02
+    if spec.startswith(("turboquant", "int(bits=2")):  # coded twice, it has another norm; a step is a token's size
+        share = 0.5 if spec == "turboquant(bits=3.5)" else 0.2  # three quarters of whose channels have three bits
+    rounding = 4.0**-11 * (1 + size**2 / 16)  # of centres
+    assert float(found[0]) < share * float(usual[0]) + rounding
+    assert float(found[1:].mean()) < (1.02 + 2 * float(usual[0])) * float(usual[1:].mean()) + rounding
+
+
+@pytest.mark.parametrize("spec", ANCHORED)
+@pytest.mark.parametrize("loud", [1e2, 1e4, 1e15])
+def test_a_loud_first_token_does_not_spoil_its_page(spec: str, loud: float) -> None:
+    _, k, _ = tokens(0, n=PAGE)
+    usual = float(key_errors(spec, k)[1:].mean())
+    k[:, :, 0] = loud * k[:, :, 0].sign()
+    assert float(key_errors(spec, k)[1:].mean()) < 4 * usual
+
+
 @pytest.mark.parametrize("spec", ["int(bits=4)", "int8", "turboquant(bits=4)", "fp8", "mxfp4"])
 @pytest.mark.parametrize(
     ("dims", "group", "n"),
