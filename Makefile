@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-models test-transformers test-vllm lint typecheck format clean
+.PHONY: help demo test test-models test-transformers test-vllm docs lint typecheck format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,7 +56,11 @@ test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM 
 	$(call say,Tests of the vLLM plugin: fifty engines in ten minutes on two cores)
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
 
-lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package
+docs: .venv/docs.stamp ## build the documentation site in build/site, with every link checked
+	$(call say,Documentation: build/site/index.html)
+	@NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+lint: .venv/dev.stamp typecheck ## ruff, ruff format, mypy on the installed package, mypy and pyright on a user's program
 	$(call say,ruff: lint and format)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -68,6 +72,8 @@ typecheck: .venv/dev.stamp
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/site .
 	@cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p kvcomp
+	$(call say,mypy --strict and pyright on a program of a user)
+	@$(BIN)/python tests/typing/check.py build/site
 
 format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix .
@@ -96,6 +102,12 @@ clean: ## remove everything that make made (the converted model in the user's ca
 .venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
 	$(call say,Installing the test and lint tools)
 	@$(PIP) --editable ".[dev]"
+	@$(PIP) --quiet --no-deps --upgrade --target .venv/torchao torchao  # apart: where it is installed, transformers imports it
+	@touch $@
+
+.venv/docs.stamp: pyproject.toml constraints.txt .venv/demo.stamp
+	$(call say,Installing MkDocs)
+	@$(PIP) --editable ".[docs]"
 	@touch $@
 
 # One package each, over what .venv holds: only transformers differs.

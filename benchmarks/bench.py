@@ -16,26 +16,27 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.compare import Comparison
-from kvcomp.benchmarks.decoding import Answer, Decoding, Reader, Surprise, run_all
+from kvcomp.benchmarks.decoding import Agreement, Answer, Decoding, Reader, Surprise, run_all
+from kvcomp.benchmarks.fidelity import Fidelity, dense_logits
 from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
 from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
-from kvcomp.benchmarks.results import ACCURACY, NLL, Record, Results, Run, RunError, locked
+from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked
 from kvcomp.benchmarks.samples import Sample
 from kvcomp.benchmarks.settings import HUGGING_FACE, VLLM, Settings, end_tokens
 from kvcomp.benchmarks.tasks import find_task, origins
+from kvcomp.console import progress, waiting
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
 from kvcomp.integrations.huggingface.models import load_model, on_disk
 from kvcomp.text import quote
 
 Missing = dict[tuple[str, int], dict[int, list[Stack]]]  # stacks by task and context, and by the index of a sample
-WORDS = {ACCURACY: "right", NLL: "perplexity"}
+WORDS = {ACCURACY: "right", NLL: "perplexity", FIDELITY: "1 - TVD"}
 APART = ("data", "engine", "named")  # settings that a configuration says elsewhere: in "data", "versions", "left_out"
 
 
@@ -124,18 +125,17 @@ def _measure(
     results: Results,
     console: Console,
 ) -> None:
-    console.print(f"Loading {settings.model} ...", soft_wrap=True)
-    model, tokenizer = load_model(settings.model)
+    with waiting(f"Loading {settings.model}"):
+        model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype) if settings.dtype else None)
     settle_model(results, fingerprint(model, settings.model))
     total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("writing prompts", total=total)
+    with progress(console=console) as shown:
+        bar = shown.add_task("writing prompts", total=total)
         for (name, context), wanted in missing.items():
             task = find_task(name, settings.chat)
             samples = task.generate(tokenizer, context, settings.samples, settings.seed, settings.data)
             for index, stacks in wanted.items():
-                progress.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
+                shown.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
                 scores: dict[str, str] = {}
                 dense_s = own_s = 0.0
                 for record in answer(
@@ -145,7 +145,7 @@ def _measure(
                     metric = record.metric
                     scores[record.hash] = _score(record)
                     dense_s, own_s = max(dense_s, record.prefill_s), own_s + (record.prefill_own_s or 0.0)
-                    progress.advance(bar)
+                    shown.advance(bar)
                 console.print(
                     f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
                     f"prefill {dense_s + own_s:.1f} s, "
@@ -179,7 +179,9 @@ def _measure_by_stack(
 
 
 def _score(record: Record) -> str:
-    return f"{record.score:.0%}" if record.metric == ACCURACY else f"{math.exp(record.score):.2f}"
+    if record.metric == NLL:
+        return f"{math.exp(record.score):.2f}"
+    return f"{record.score:.1%}" if record.metric == FIDELITY else f"{record.score:.0%}"
 
 
 @torch.inference_mode()
@@ -206,16 +208,23 @@ def answer(
     if isinstance(task, Perplexity):
         ids, rest = ids.split([ids.shape[1] - sample.max_new_tokens, sample.max_new_tokens], dim=1)
     caches = [CompressedCache(stack, model) for stack in stacks]
-    filled = prefill(model, ids[:, :-1], caches, tokenizer=tokenizer, chunk=prefill_chunk)
+    compared = [CompressedCache("none", model)] if isinstance(task, Fidelity) else []
+    filled = prefill(model, ids[:, :-1], [*caches, *compared], tokenizer=tokenizer, chunk=prefill_chunk)
     ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
 
     def text(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
+    first = int(ids[0, -1])
+    forced = [first, *rest[0, :limit].tolist()]
+    dense = [dense_logits(model, cache, forced) for cache in compared]
+    compared.clear()
+
     def reader() -> Reader:
-        first = int(ids[0, -1])
+        if dense:
+            return Agreement(forced, dense[0])
         if isinstance(task, Perplexity):
-            return Surprise([first, *rest[0, :limit].tolist()])
+            return Surprise(forced)
         asked = task
 
         def finished(tokens: list[int]) -> bool:
@@ -251,8 +260,20 @@ def answer(
             prefill_s=filled[at].dense_s,
             prefill_own_s=filled[at].own_s,
             peak=decoding.peak,
-            metric=NLL if isinstance(task, Perplexity) else ACCURACY,
+            metric=FIDELITY if dense else NLL if isinstance(task, Perplexity) else ACCURACY,
+            **_by_token(decoding.reader),
         )
+
+
+def _by_token(reader: Reader) -> dict[str, Any]:
+    """What a record of fidelity has for each token."""
+    if not isinstance(reader, Agreement):
+        return {}
+    return {"kl": _rounded(reader.kl), "overlap": _rounded(reader.overlap), "top1": reader.top1}
+
+
+def _rounded(figures: Sequence[float]) -> list[float]:
+    return [round(figure, 7) for figure in figures]
 
 
 def _versions(engine: str) -> dict[str, str]:

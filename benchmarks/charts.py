@@ -1,4 +1,4 @@
-"""Pictures of a report as SVG text, in the ink of the page that they stand in."""
+"""Pictures of a report as SVG text, in the text colour of the page around them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ class Point(NamedTuple):
     high: float
 
 
-def scatter(points: Sequence[Point], label: str) -> str:
-    """Draw accuracy over x, logarithmic: a numbered point each, with its interval."""
-    with _drawing(label, [point.x for point in points], label) as (axes, drawn):
+def scatter(points: Sequence[Point], label: str, what: str = ACCURACY, whole: bool = True) -> str:
+    """Draw accuracy (or `what` else, in percent) over x, logarithmic: a numbered point each, with its interval.
+
+    whole: the axis goes from 0 to 100; otherwise from what the lowest point needs, so that small losses show.
+    """
+    low = None if whole else 100 * min(min(point.accuracy for point in points), 0.99)
+    with _drawing(label, [point.x for point in points], label, what=what, low=low) as (axes, drawn):
         for point in points:
             _interval(axes, point, point.x)
             axes.plot([point.x], [100 * point.accuracy], "o", color=_colour(point), ms=9)
-        _number(axes, points)
+        _number(axes, points, within=None if low is None else 104 - low)
     return _svg(drawn)
 
 
@@ -58,12 +62,14 @@ def _interval(axes: Any, point: Point, x: float, scale: float = 100) -> None:
     axes.plot([x] * 2, [scale * point.low, scale * point.high], color=_colour(point), alpha=0.5, lw=2)
 
 
-def _number(axes: Any, points: Sequence[Point], scale: float = 100) -> None:
-    """Write each point's number beside it, higher where another one is in the way."""
+def _number(axes: Any, points: Sequence[Point], scale: float = 100, within: float | None = None) -> None:
+    """Write each point's number beside it, higher where another one is in the way. within: the height of the axis."""
     written: list[tuple[float, float]] = []
     for point in points:
         x, y = point.x, scale * point.accuracy
-        close = sum(1 / 1.2 < x / other < 1.2 and abs(y - height) < 0.12 * scale for other, height in written)
+        close = sum(
+            1 / 1.2 < x / other < 1.2 and abs(y - height) < 0.12 * (within or scale) for other, height in written
+        )
         axes.annotate(
             str(point.number), (x, y), (6 + 12 * (close // 3), 3 + 11 * (close % 3)), textcoords="offset points"
         )
@@ -72,7 +78,13 @@ def _number(axes: Any, points: Sequence[Point], scale: float = 100) -> None:
 
 @contextmanager
 def _drawing(
-    label: str, xs: Sequence[float], salt: str, exact: bool = False, what: str = ACCURACY, percent: bool = True
+    label: str,
+    xs: Sequence[float],
+    salt: str,
+    exact: bool = False,
+    what: str = ACCURACY,
+    percent: bool = True,
+    low: float | None = None,
 ) -> Iterator[tuple[Any, io.StringIO]]:
     """Give axes to draw on, and where their SVG will be. exact: ticks at the values instead of powers of two."""
     import matplotlib
@@ -97,13 +109,16 @@ def _drawing(
         axes.set_xscale("log", base=2)
         yield axes, drawn
         margin = 1.2 if exact else 1.5
-        low, high = min(xs) / margin, max(xs) * margin
-        axes.set_xlim(low, high)
-        ticks = sorted(set(xs)) if exact else [2.0**power for power in range(-20, 30) if low <= 2.0**power <= high]
+        left, right = min(xs) / margin, max(xs) * margin
+        axes.set_xlim(left, right)
+        ticks = sorted(set(xs)) if exact else [2.0**power for power in range(-20, 30) if left <= 2.0**power <= right]
         axes.set_xticks(ticks, [f"{tick:g}" if tick < 1e6 else f"{tick:.0f}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        if percent:
+        if low is not None:
+            spare = 0.08 * (100 - low)
+            axes.set_ylim(low - spare, 100 + 2 * spare)
+        elif percent:
             axes.set_ylim(-4, 118)
             axes.set_yticks(range(0, 101, 20))
         else:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from kvcomp.benchmarks import likelihood
+from kvcomp.benchmarks import divergence, likelihood
 from kvcomp.benchmarks.intervals import paired_interval, unpaired_interval
 from kvcomp.benchmarks.records import fingerprint_of, left_out
 from kvcomp.benchmarks.results import ACCURACY, Record, Run, RunError, differences
@@ -49,6 +49,7 @@ class Comparison:
     differing: dict[str, list[str]]
     notes: list[str]
     texts: list[likelihood.TextRow]  # what has no accuracy: texts scored by their likelihood
+    fidelity: list[divergence.FidelityRow]  # and by how much their distributions differ from the dense ones
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
@@ -62,7 +63,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise RunError("run: the same folder is given twice.")
     names = run_names(runs)
-    texts = likelihood.summarize(runs, names if len(runs) > 1 else ("",))
+    several = names if len(runs) > 1 else ("",)
+    texts, fidelity = likelihood.summarize(runs, several), divergence.summarize(runs, several)
     runs = [replace(run, records=[r for r in run.records if r.metric == ACCURACY]) for run in runs]
     lines = []
     for name, run in zip(names, runs, strict=True):
@@ -81,7 +83,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for n, run in zip(names, runs, strict=True)
         for line in left_out(run.config)
     ]
-    return Comparison(names, sorted(lines, key=lambda line: line.row.context), _differing(runs), notes, texts)
+    return Comparison(names, sorted(lines, key=lambda line: line.row.context), _differing(runs), notes, texts, fidelity)
 
 
 def run_names(runs: Sequence[Run]) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ def _prompts(run: Run) -> set[tuple[object, ...]]:
 
 
 def _dense(run: Run, runs: Sequence[Run]) -> list[Record] | None:
-    """Return the dense records of another run that stand in for those that `run` lacks."""
+    """Return the dense records of another run that replace those that `run` lacks."""
     if any(record.stack == DENSE for record in run.records):
         return None
     prompts = _prompts(run)

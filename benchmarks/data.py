@@ -7,8 +7,8 @@ to look, and everything here takes its value:
     "hub"       the source is downloaded with the `datasets` package
     None        only what travels with the package
 
-Which files a source accepts stands where it is registered, and for users in the README. A benchmark registers its
-sources when it is imported, and `kvcomp data check DIR` reads all of them:
+Which files a source accepts is documented where it is registered, and for users in docs/benchmarks.md. A benchmark
+registers its sources when it is imported, and `kvcomp data check DIR` reads all of them:
 
     QASPER = register(Source("longbench/qasper", ("qasper",), ("qasper.jsonl",), read_jsonl, fetch="..."))
     items = load(QASPER, data)
@@ -49,7 +49,7 @@ class Source(Generic[T]):
     read: returns the content of a file; whatever it raises becomes a DataError that names the file.
     fetch: what to put into the folder, as a phrase: "dev-v2.0.json of SQuAD 2.0 (...)".
     hub: downloads the same content; None where the hub does not have it.
-    fallback: returns what stands in for the source without --data, or where the folder does not have it.
+    fallback: returns what is read instead of the source without --data, or where the folder does not have it.
     fallback_name: says in words what that is, since results may depend on it.
     unit: what `len` of the content counts.
     listed: whether `kvcomp data check` names it as what its tasks are made of.

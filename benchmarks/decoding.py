@@ -39,7 +39,7 @@ class Reader(Protocol):
         ...
 
     def take(self, logits: Tensor) -> None:
-        """Logits [n, V] behind the n tokens that were fed."""
+        """Logits [n, V] after the n tokens that were fed."""
         ...
 
 
@@ -79,21 +79,29 @@ class Answer:
         self.token = self.tokens[-1] if more else None
 
 
-class Surprise:
-    """Feeds given tokens; the score is the mean nll of all but the first, in nats."""
+class Forced:
+    """Feeds all of the given tokens but the last, whatever is predicted."""
 
     prediction = ""
 
     def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.steps, self.nll = tokens, 0, 0.0
-
-    @property
-    def score(self) -> float:
-        return self.nll / self.steps
+        self.tokens, self.steps = tokens, 0
 
     def ahead(self, most: int) -> list[int]:
         last = len(self.tokens) - 2  # fed alone, so that what is read at the end is what a decode step reads
         return self.tokens[self.steps : max(min(self.steps + most, last), self.steps + 1)][: last + 1 - self.steps]
+
+
+class Surprise(Forced):
+    """The score is the mean nll of all tokens but the first, in nats."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__(tokens)
+        self.nll = 0.0
+
+    @property
+    def score(self) -> float:
+        return self.nll / self.steps
 
     def take(self, logits: Tensor) -> None:
         n = len(logits)
@@ -102,6 +110,34 @@ class Surprise:
         )
         self.nll += float(functional.cross_entropy(logits.float(), following, reduction="sum"))
         self.steps += n
+
+
+class Agreement(Forced):
+    """Compares the predicted distributions q with given ones p, a row of logits [n, V] for each of n fed tokens.
+
+    For each token: kl = sum p log(p / q) in nats, overlap = sum min(p, q) = 1 - TVD, and top1: whether both have the
+    same most likely token. The score is the mean overlap.
+    """
+
+    def __init__(self, tokens: list[int], dense: Tensor) -> None:
+        super().__init__(tokens)
+        self.dense = dense
+        self.kl: list[float] = []
+        self.overlap: list[float] = []
+        self.top1: list[int] = []
+
+    @property
+    def score(self) -> float:
+        return statistics.fmean(self.overlap)
+
+    def take(self, logits: Tensor) -> None:
+        for p, q in zip(self.dense[self.steps : self.steps + len(logits)], logits, strict=True):
+            p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+            kl = (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0.0).sum()
+            self.kl.append(float(kl.clamp(0, 1e9)))
+            self.overlap.append(float(torch.minimum(p, q).exp().sum().clamp(0, 1)))
+            self.top1.append(int(p.argmax() == q.argmax()))
+        self.steps += len(logits)
 
 
 @dataclass
@@ -170,7 +206,7 @@ def _alone(model: Any, decoding: Decoding, steps: int | None) -> None:
 
 
 def _step(model: Any, tokens: Sequence[Sequence[int]], cache: Any) -> Tensor:
-    """Logits [rows, n, V] behind n tokens of each row."""
+    """Logits [rows, n, V] after n tokens of each row."""
     ids = torch.tensor(tokens, device=model.device, dtype=torch.int64)
     logits: Tensor = model(input_ids=ids, **with_cache(model, cache), use_cache=True).logits
     return logits

@@ -2,7 +2,7 @@
 
 Bootstraps are BCa with 9999 resamples (Efron, 1987), seeded, so that the same samples give the same interval.
 Where a bootstrap sees no spread it has nothing to resample and would claim certainty; a bound by Wilson's
-interval (1927) stands in there: "all n agree" leaves room for as many others as n samples can hide. All of them
+interval (1927) replaces it there: "all n agree" allows as many others as n samples can hide. All of them
 take the samples as independent draws. With the few of a short run they are rough, and a bootstrap is too narrow.
 """
 
@@ -67,6 +67,11 @@ def unpaired_interval(scores: Sequence[float], others: Sequence[float]) -> Inter
         max(-1.0, first - second - math.hypot(first - low, other_high - second)),
         min(1.0, first - second + math.hypot(high - first, second - other_low)),
     )
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Return the interval of the mean of any numbers, a bootstrap; None where they show no spread."""
+    return None if _agree(values) else _bootstrap(values)
 
 
 def _agree(values: Sequence[float]) -> bool:

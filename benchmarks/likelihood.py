@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from rich import box
 from rich.table import Table
@@ -107,14 +108,33 @@ def cells(row: TextRow) -> dict[str, str]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def shown(rows: Sequence[TextRow]) -> list[str]:
+class OfText(costs.Costs, Protocol):
+    """A row of a table of texts: what `tables` and `write_csv` need to know of it."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def stack(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+
+
+R = TypeVar("R", bound=OfText)
+
+
+def shown(rows: Sequence[OfText], columns: Iterable[str] = COLUMNS) -> list[str]:
     """Return the columns that these rows have something for."""
     absent = set(costs.COLUMNS).difference(costs.present(rows))
-    return [column for column in COLUMNS if column not in absent] if rows else []
+    return [column for column in columns if column not in absent] if rows else []
 
 
-def tables(rows: Sequence[TextRow]) -> list[Table]:
-    """Return two terminal tables for every context and text, the second of prefill and peak."""
+def tables(rows: Sequence[R], columns: Iterable[str], cells: Callable[[R], dict[str, str]]) -> list[Table]:
+    """Return two terminal tables of `columns` for every context and text, the second of prefill and peak."""
+    main = [column for column in columns if column not in (costs.PREFILL, costs.PEAK)]
     made = []
     several = any(row.run for row in rows)
     for context, task in dict.fromkeys((row.context, row.task) for row in rows):
@@ -124,20 +144,19 @@ def tables(rows: Sequence[TextRow]) -> list[Table]:
         if several:
             table.add_column("run", overflow="fold")
         table.add_column("stack", min_width=18)
-        columns = [column for column in COLUMNS if column not in (costs.PREFILL, costs.PEAK)]
-        for column in columns:
+        for column in main:
             table.add_column(column, justify="right", no_wrap=True)
         for row in chosen:
             texts = cells(row)
-            table.add_row(*([row.run] if several else []), row.stack, *(texts[column] for column in columns))
+            table.add_row(*([row.run] if several else []), row.stack, *(texts[column] for column in main))
         apart = [costs.Line(row.run, row.stack, row) for row in chosen]
         made += [table, costs.table(f"{task}, {context} tokens: further figures", apart)]
     return made
 
 
-def write_csv(rows: Sequence[TextRow], file: Path) -> None:
-    """Write the rows; without peaks there is no column of them."""
+def write_csv(rows: Sequence[Any], file: Path) -> None:
+    """Write the rows, dataclasses of one kind and at least one; without peaks there is no column of them."""
     absent = {"peak_mib"} if all(row.peak_mib is None for row in rows) else set()
-    columns = [field.name for field in fields(TextRow) if field.name not in absent]
+    columns = [field.name for field in fields(rows[0]) if field.name not in absent]
     table = [columns, *([getattr(row, column) for column in columns] for row in rows)]
     write_text(file, csv_text(table, digits=6))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kvcomp.console import Plain, run, styled
+from kvcomp.console import Plain, run, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.ledger import MIB
 
@@ -75,7 +75,7 @@ def main(
     dense = 0
     for name in (DYNAMIC, *stack):
         options = ["--model", model, "--context", str(context), "--new-tokens", str(new_tokens), "--child"]
-        with console.status(styled(f"generating with {name}", "")):
+        with waiting(f"generating with {name}"):
             done = subprocess.run(
                 [sys.executable, "-m", "kvcomp.benchmarks.peak", "--stack", name, *options],
                 stdout=subprocess.PIPE,

@@ -114,8 +114,8 @@ def _read(file: Path) -> list[str]:
 def _read_book(file: Path) -> list[str]:
     """Return the book without Project Gutenberg's preface and licence."""
     text = file.read_text(encoding="utf-8-sig")
-    codebook = BOOK.search(text)
-    return _words(codebook[1] if codebook else text)
+    book = BOOK.search(text)
+    return _words(book[1] if book else text)
 
 
 @cache
@@ -133,7 +133,7 @@ def _standard_library() -> list[str]:
 TEXT = register(
     Source(
         name="perplexity/text",
-        tasks=("perplexity_text",),
+        tasks=("perplexity_text", "fidelity_text"),
         files=("perplexity.txt",),
         read=_read,
         fetch="any text of yours as perplexity.txt",
@@ -145,7 +145,7 @@ TEXT = register(
 WIKITEXT2 = register(
     Source(
         name="perplexity/wikitext2",
-        tasks=("perplexity_wikitext2",),
+        tasks=("perplexity_wikitext2", "fidelity_wikitext2"),
         files=("wiki.test.raw", "wiki.test.tokens", "wikitext*2*/test.txt"),
         read=_read,
         fetch="wiki.test.raw of WikiText-2, or a folder wikitext2 with its test.txt",
@@ -156,7 +156,7 @@ WIKITEXT2 = register(
 GUTENBERG = register(
     Source(
         name="perplexity/gutenberg",
-        tasks=("perplexity_gutenberg",),
+        tasks=("perplexity_gutenberg", "fidelity_gutenberg"),
         files=("pg[0-9]*.txt", "gutenberg*/*[0-9].txt"),
         read=_read_book,
         fetch="a book of Project Gutenberg as plain text: pg2701.txt, or a folder gutenberg with moby_dick_2701.txt",
@@ -166,7 +166,7 @@ GUTENBERG = register(
 CODE = register(
     Source(
         name="perplexity/code",
-        tasks=("perplexity_code",),
+        tasks=("perplexity_code", "fidelity_code"),
         files=("code.txt",),
         read=_read,
         fetch="any source code as code.txt",
@@ -175,6 +175,5 @@ CODE = register(
         unit="words",
     )
 )
-TASKS: dict[str, Perplexity] = {
-    source.tasks[0]: Perplexity(source.tasks[0], source) for source in (TEXT, WIKITEXT2, GUTENBERG, CODE)
-}
+SOURCES = (TEXT, WIKITEXT2, GUTENBERG, CODE)
+TASKS: dict[str, Perplexity] = {source.tasks[0]: Perplexity(source.tasks[0], source) for source in SOURCES}

@@ -13,13 +13,12 @@ from typing import Annotated, Any, Final
 
 import torch
 import typer
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from kvcomp.benchmarks.intervals import accuracy_interval, paired_interval
 from kvcomp.benchmarks.ruler.niah import NEEDLE, ONE, Niah
-from kvcomp.console import Plain, notes, run
+from kvcomp.console import Plain, run, track
 from kvcomp.ledger import MIB
 
 KIND: Final = "number"
@@ -95,8 +94,7 @@ def main(
     task = Niah("questions", haystack="essays", value=KIND, keys=questions)
     tallies = [Tally() for _ in stack]
     prompts = task.generate(tokenizer, context, samples, seed, data)
-    console = notes()
-    for sample in track(prompts, "contexts", console=console):
+    for sample in track(prompts, "contexts"):
         measure(network, tokenizer, sample.prompt, stack, tallies)
     table = Table(title=f"{model}, {context} tokens, {samples} contexts of {questions} questions")
     columns = ("stack", "bits", "held, MiB", "right, %", "against the first", "prefill, of dense")

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from einops import rearrange
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from kvcomp.attention import attend
 from kvcomp.benchmarks.charts import Point, lines
 from kvcomp.benchmarks.tabular import csv_text
 from kvcomp.cache.layer import LayerStore, Shared
-from kvcomp.console import Plain, notes, run
+from kvcomp.console import Plain, run, track
 from kvcomp.errors import KvcompError
 from kvcomp.stages import Index
 from kvcomp.stages.plan import read_by_stream
@@ -161,9 +160,8 @@ def main(
     network, tokenizer = load_model(model)
     found: list[Measured] = []
     steps = texts(network, tokenizer, text, contexts, start)
-    console = notes()
     with torch.inference_mode():
-        for layers in track(steps, "texts", total=len(contexts) * len(text), console=console):
+        for layers in track(steps, "texts", total=len(contexts) * len(text)):
             length = layers[0].keys.shape[2]
             layers = [layer.to(DTYPES[dtype]) for layer in layers]
             for series in stack:

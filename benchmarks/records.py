@@ -12,8 +12,9 @@ from kvcomp.errors import KvcompError
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.text import quote
 
-ACCURACY, NLL = "accuracy", "nll"  # what a score is: right answers, or nats per token, the lower the better
-SCORES = {ACCURACY: Range(0, 1), NLL: Range(0, 700)}  # e^700 is a float
+# What a score is: right answers; nats per token, the lower the better; 1 - TVD to the dense distributions.
+ACCURACY, NLL, FIDELITY = "accuracy", "nll", "fidelity"
+SCORES = {ACCURACY: Range(0, 1), NLL: Range(0, 700), FIDELITY: Range(0, 1)}  # e^700 is a float
 
 Name = Annotated[str, NAME]
 Count = Annotated[int, Range(1, 2**40)]
@@ -57,15 +58,23 @@ class Record:
     metric: Name = ACCURACY
     prefill_own_s: Seconds | None = None  # what this stack added, or all of its own; None: it is in prefill_s, of all
     peak: Annotated[int, Range(0, 2**60)] | None = None  # held when decoding began, and what memory grew by at most
+    # of fidelity, for each scored token: KL divergence in nats, 1 - TVD, and 1 where the most likely token is the same
+    kl: list[Annotated[float, Range(0, 1e9)]] | None = None
+    overlap: list[Annotated[float, Range(0, 1)]] | None = None
+    top1: list[Annotated[int, Range(0, 1)]] | None = None
 
     def __post_init__(self) -> None:
         try:
             check(self.metric, str, "metric")
             if self.metric not in SCORES:
-                raise SchemaError(f"metric is {quote(self.metric)}, expected {ACCURACY} or {NLL}")
+                raise SchemaError(f"metric is {quote(self.metric)}, expected {', '.join(SCORES)}")
             for name, hint in _hints().items():
                 rule = SCORES[self.metric] if name == "score" else None
                 object.__setattr__(self, name, check(getattr(self, name), hint, name, rule))
+            if self.metric == FIDELITY:
+                counts = [len(found or ()) for found in (self.kl, self.overlap, self.top1)]
+                if not counts[0] == counts[1] == counts[2] > 0:
+                    raise SchemaError(f"kl, overlap and top1 have {counts} values, expected one a scored token in each")
         except SchemaError as error:
             where = ", ".join(quote(value, 60) for value in (self.task, self.context, self.index, self.stack))
             raise RunError(f"record of {where}: {error}") from error
@@ -109,6 +118,7 @@ class Settings(TypedDict, total=False):
     max_new_tokens: Count | None
     chat: bool
     prefill_chunk: Count | None
+    dtype: Name | None
 
 
 class Machine(TypedDict, total=False):
@@ -121,7 +131,7 @@ class Machine(TypedDict, total=False):
 
 
 class Model(TypedDict):
-    """The fingerprint of the model that answered; weights: None where they were not at hand."""
+    """The fingerprint of the model that answered; weights: None where they were not available."""
 
     name: str
     config: Name

@@ -9,10 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
-from kvcomp.benchmarks import costs, likelihood
+from kvcomp.benchmarks import costs, divergence, likelihood
 from kvcomp.benchmarks.charts import PALETTE, Point, lines, scatter
 from kvcomp.benchmarks.compare import Comparison, Difference, Line, compare
 from kvcomp.benchmarks.results import Run, RunError, write_text
@@ -29,8 +26,8 @@ COLUMNS = {
     "of the paired differences, or a bound after Wilson where all pairs differ equally",
     **costs.COLUMNS,
 }
-APART = (costs.PREFILL, costs.PEAK)  # in a terminal they have a table of their own
 ON_ANY = "#808080"  # ink of a picture that stands on a page of unknown colour
+FIDELITY = ("kl", "overlap", "overlap_low", "overlap_high", "top1")  # columns of summary.csv, of `FidelityRow`
 FIRST = "vs first run"
 FIRST_MEANING = (
     "accuracy minus that of the same stack in the first run, with its 95% interval: paired as above over the common "
@@ -61,19 +58,35 @@ def publish(runs: Sequence[Run], out: Path) -> Comparison:
     """
     require_libraries()
     comparison = compare(runs)
-    more = [{"run": line.run, **_first(line.first)} for line in comparison.lines] if len(runs) > 1 else None
+    more = _further(comparison, len(runs) > 1)
     if comparison.lines:
         write_csv([line.row for line in comparison.lines], out / "summary.csv", more)
     if comparison.texts:
         likelihood.write_csv(comparison.texts, out / "perplexity.csv")
+    if comparison.fidelity:
+        divergence.write_csv(comparison.fidelity, out / "fidelity.csv")
     write_text(out / "report.html", _page(runs, comparison))
     series = _series(comparison)
+    for context, picture in _fidelity(comparison, series).items():
+        write_text(out / f"fidelity_{context}.svg", picture.replace("currentColor", ON_ANY))
     for context in dict.fromkeys(line.row.context for line in comparison.lines):
         for name, picture in _pareto(
             [line for line in comparison.lines if line.row.context == context], series
         ).items():
             write_text(out / f"{name}_{context}.svg", picture.replace("currentColor", ON_ANY))
     return comparison
+
+
+def _further(comparison: Comparison, several: bool) -> list[dict[str, object]]:
+    """Columns of `summary.csv` beside those of its rows: of the first run, and of fidelity where there is any."""
+    fidelity = {(row.run, row.context, row.stack): row for row in divergence.pooled(comparison.fidelity)}
+    made: list[dict[str, object]] = []
+    for line in comparison.lines:
+        made.append({"run": line.run, **_first(line.first)} if several else {})
+        if fidelity:
+            row = fidelity.get((line.run, line.row.context, line.row.stack))
+            made[-1] |= {name: row and getattr(row, name) for name in FIDELITY}
+    return made
 
 
 def _first(difference: Difference | None) -> dict[str, object]:
@@ -118,43 +131,6 @@ def _change(mean: float, low: float, high: float) -> str:
     return f"{mean:+d} [{low:+d}, {high:+d}]"
 
 
-def tables(report: Sequence[Line]) -> list[Table]:
-    """Return two terminal tables for every context, the second of prefill, peak and means over groups of tasks.
-
-    The intervals are left to the page and the CSV.
-    """
-    made = []
-    for context in dict.fromkeys(line.row.context for line in report):
-        chosen = [line for line in report if line.row.context == context]
-        several = any(line.run for line in report)
-        counts = sorted({line.row.samples for line in chosen})
-        samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        title = f"{context} tokens, {samples} samples a stack"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        if several:
-            table.add_column("run", overflow="fold")
-        table.add_column("stack", min_width=18)
-        shown = [column for column in cells(chosen[0]) if column not in APART]
-        for column in shown:
-            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-        for line in chosen:
-            texts = cells(line)
-            start = [line.run, line.row.stack] if several else [line.row.stack]
-            table.add_row(*start, *(_short(texts[column]) for column in shown))
-        apart = [
-            costs.Line(line.run, row.stack, row, {name: f"{mean.accuracy:.0%}" for name, mean in row.by_group.items()})
-            for line in chosen
-            for row in [line.row]
-        ]
-        made += [table, costs.table(f"{context} tokens: further figures", apart)]
-    return made
-
-
-def _short(text: str) -> str:
-    """Leave the interval out, and say "unpaired" with one sign."""
-    return text.split(" [")[0] + (" *" if text.endswith("unpaired") else "")
-
-
 def require_libraries() -> None:
     """Raise RunError where the packages that make the page are missing."""
     if any(importlib.util.find_spec(package) is None for package in ("jinja2", "matplotlib", "scipy")):
@@ -170,7 +146,7 @@ def _page(runs: Sequence[Run], comparison: Comparison) -> str:
     contexts = list(dict.fromkeys(line.row.context for line in report))
     meanings = {**COLUMNS, FIRST: FIRST_MEANING}
     columns = _shown(report)
-    text_columns = likelihood.shown(comparison.texts)
+    text_columns, fidelity_columns = likelihood.shown(comparison.texts), divergence.shown(comparison.fidelity)
     source = (files("kvcomp.benchmarks") / "templates" / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(
@@ -180,6 +156,12 @@ def _page(runs: Sequence[Run], comparison: Comparison) -> str:
         columns={column: meanings[column] for column in columns},
         texts=[(row, _choose(likelihood.cells(row), text_columns)) for row in comparison.texts],
         text_columns={column: likelihood.COLUMNS[column] for column in text_columns},
+        fidelity=[
+            (series[row.run, row.stack], row, _choose(divergence.cells(row), fidelity_columns))
+            for row in comparison.fidelity
+        ],
+        fidelity_charts=_fidelity(comparison, series),
+        fidelity_columns={column: divergence.COLUMNS[column] for column in fidelity_columns},
         first=FIRST,
         models=list(dict.fromkeys(run.config["settings"].get("model", "?") for run in runs)),
         runs=list(zip(comparison.names, (run.config for run in runs), strict=True)),
@@ -189,8 +171,18 @@ def _page(runs: Sequence[Run], comparison: Comparison) -> str:
 
 
 def _series(comparison: Comparison) -> dict[tuple[str, str], _Series]:
-    keys = dict.fromkeys(line.series for line in comparison.lines)
+    keys = dict.fromkeys([line.series for line in comparison.lines] + [(r.run, r.stack) for r in comparison.fidelity])
     return {key: _Series(number, *key) for number, key in enumerate(keys, start=1)}
+
+
+def _fidelity(comparison: Comparison, series: Mapping[tuple[str, str], _Series]) -> dict[int, str]:
+    """1 - TVD over bytes held, as SVG, by context."""
+    points: dict[int, list[Point]] = {}
+    for row in divergence.pooled(comparison.fidelity):
+        number = series[row.run, row.stack].number
+        place = Point(number, row.held_mib, row.overlap, row.overlap_low, row.overlap_high)
+        points.setdefault(row.context, []).append(place)
+    return {context: scatter(found, "MiB held", "1 - TVD, %", whole=False) for context, found in points.items()}
 
 
 def _choose(texts: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:

@@ -39,7 +39,7 @@ BY_TOKEN = ("none", "int(bits=4)", "int(bits=2)", "turboquant(bits=4)", "fp8", "
 @dataclass(frozen=True)
 class Resources:
     """Of a kernel on a chip: registers a thread, bytes of stack and local memory a thread (what is spilled), bytes of
-    shared memory a program, and how many programs a processor has room for."""
+    shared memory a program, and how many programs fit a processor."""
 
     kernel: str
     stack: str

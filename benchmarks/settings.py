@@ -13,6 +13,7 @@ from kvcomp.text import quote
 HUGGING_FACE, VLLM = ENGINES = ("huggingface", "vllm")
 MOST = {"samples": 100_000, "max-new-tokens": 2**31, "prefill-chunk": 2**31, "context": 2**40}
 SEEDS = 2**53
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Settings:
 
     max_new_tokens: caps the new tokens of every task, and the scored ones of a text; None leaves each task its own.
     data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
-    chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
+    chat: put the prompts of LongBench into the model's chat template, except those of its few-shot and code tasks.
     prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
     engine: what answers, one of `ENGINES`.
+    dtype: of the model's weights and cache, one of `DTYPES`; None: float32 on a CPU, bfloat16 on a GPU.
     named: the tasks that were asked for by their own name, and not by a group's.
     """
 
@@ -38,13 +40,24 @@ class Settings:
     chat: bool = False
     prefill_chunk: int | None = None
     engine: str = HUGGING_FACE
+    dtype: str | None = None
     named: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise RunError(f"engine: {quote(self.engine)} is none of {', '.join(ENGINES)}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise RunError(f"dtype: {quote(self.dtype)} is none of {', '.join(DTYPES)}.")
+        if self.engine == VLLM and self.dtype not in (None, DTYPES[0]):
+            raise RunError(f"dtype: with --engine {VLLM} models run in {DTYPES[0]}, not in {self.dtype}.")
         object.__setattr__(self, "named", tuple(name for name in self.tasks if name not in GROUPS))
         tasks = expand(self.tasks, self.data)
+        compared = [task for task in tasks if task in GROUPS["fidelity"]]
+        if self.engine == VLLM and compared:
+            raise RunError(
+                f"tasks: {compared[0]} compares whole distributions, which vLLM does not give out: choose "
+                f"--engine {HUGGING_FACE}, or a task of perplexity."
+            )
         whole = [("samples", self.samples), ("max-new-tokens", self.max_new_tokens)]
         whole += [("prefill-chunk", self.prefill_chunk), *(("context", context) for context in self.contexts)]
         for argument, value in whole:

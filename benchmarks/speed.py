@@ -75,10 +75,12 @@ def attention(
     device: torch.device,
     layer: int,
     tell: Callable[[str], None] = lambda _: None,
+    tick: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Timing]:
     """One decode query of each row over random K and V of one layer; each stack is checked against the reference.
 
     tell: is called with a line about peers that are not timed, and why.
+    tick: is called after each turn with the turns done and their total.
 
     Raises:
         KvcompError: a kernel that does not agree with the reference.
@@ -111,7 +113,7 @@ def attention(
         store.write(k, v, None, seen if store.plan.needs_queries else None, scale)
         calls[str(stack)] = _checked(store, query, scale, str(stack))
         read[str(stack)] = sum(store.read.values())
-    return list(_timed(ATTENTION, calls, read, context, batch, steps, device))
+    return list(_timed(ATTENTION, calls, read, context, batch, steps, device, tick))
 
 
 def _checked(store: LayerStore, query: Tensor, scale: float, label: str) -> Callable[[], Any]:
@@ -128,9 +130,18 @@ def _checked(store: LayerStore, query: Tensor, scale: float, label: str) -> Call
 
 @torch.inference_mode()
 def model(
-    network: Any, tokenizer: Any, stacks: Sequence[str], context: int, batch: int, steps: int, peers: Sequence[str]
+    network: Any,
+    tokenizer: Any,
+    stacks: Sequence[str],
+    context: int,
+    batch: int,
+    steps: int,
+    peers: Sequence[str],
+    tick: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Timing]:
     """Whole decode steps of a model after a prompt of `context` tokens of text, in `batch` equal rows.
+
+    tick: is called after each turn with the turns done and their total.
 
     Raises:
         KvcompError: the packaged text is shorter, or the model's context is.
@@ -163,7 +174,7 @@ def model(
             read[label] = cache.traffic().read
         else:
             calls[label] = partial(_plain, network, token, with_cache(network, cache))
-    return list(_timed(MODEL, calls, read, context, batch, steps, network.device))
+    return list(_timed(MODEL, calls, read, context, batch, steps, network.device, tick))
 
 
 def _plain(network: Any, token: Tensor, cache: dict[str, Any]) -> None:
@@ -208,6 +219,7 @@ def _timed(
     batch: int,
     steps: int,
     device: torch.device,
+    tick: Callable[[int, int], None],
 ) -> Iterator[Timing]:
     """Run all in turns, and compare them with the first."""
     taken: dict[str, list[float]] = {label: [] for label in calls}
@@ -219,6 +231,7 @@ def _timed(
                 taken[label].append(1e3 * (_now(device) - start))
             else:
                 _now(device)
+        tick(step + 1, WARM + steps)
     first = statistics.median(next(iter(taken.values())))
     for label, times in taken.items():
         low, median, high = statistics.quantiles(times, n=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvcomp.benchmarks import longbench, perplexity, ruler
+from kvcomp.benchmarks import fidelity, longbench, perplexity, ruler
 from kvcomp.benchmarks.data import Data, DataError, origin
 from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.samples import Prompts, Task, TaskError
@@ -15,6 +15,7 @@ GROUPS: dict[str, Mapping[str, Prompts]] = {
     "longbench": longbench.V1_TASKS,
     "longbench_e": longbench.E_TASKS,
     "perplexity": perplexity.TASKS,
+    "fidelity": fidelity.TASKS,
 }
 
 
@@ -29,6 +30,8 @@ def find_task(name: str, chat: bool = False) -> Task | Perplexity:
         return longbench.find_task(name, chat)
     if name in perplexity.TASKS:
         return perplexity.TASKS[name]
+    if name in fidelity.TASKS:
+        return fidelity.TASKS[name]
     groups = "; ".join(f"{group} stands for {', '.join(tasks)}" for group, tasks in GROUPS.items())
     rest = [task for task in longbench.TASKS if not any(task in tasks for tasks in GROUPS.values())]
     raise TaskError(f"tasks: no task {quote(name)}. {groups}; there is also {', '.join(rest)}.")
@@ -36,7 +39,7 @@ def find_task(name: str, chat: bool = False) -> Task | Perplexity:
 
 def all_tasks() -> tuple[str, ...]:
     """Return the names of all tasks."""
-    return (*ruler.TASKS, *longbench.TASKS, *perplexity.TASKS)
+    return (*ruler.TASKS, *longbench.TASKS, *perplexity.TASKS, *fidelity.TASKS)
 
 
 def choose(names: Sequence[str], data: Data) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -24,11 +24,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kvcomp import Stack
-from kvcomp.cache.blocks.layer import BlockLayer
-from kvcomp.cache.blocks.pages import Pages
-from kvcomp.cache.blocks.setup import Setup
-from kvcomp.cache.blocks.step import Step
+from kvcomp import StackLike
+from kvcomp.cache.blocks import BlockLayer, Pages, Setup, Step
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.integrations.huggingface.models import load_model
 
@@ -67,12 +64,12 @@ class Request:
 class Engine:
     """Requests wait, run and finish; those that run bring their new tokens in one forward of the model."""
 
-    def __init__(self, model: Any, stack: str, blocks: int = 256, running: int = 8) -> None:
+    def __init__(self, model: Any, stack: StackLike, blocks: int = 256, running: int = 8) -> None:
         """blocks: how many the pool has; running: the most requests in a step."""
         modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
         config = model.config.get_text_config()
         self.heads, self.dim, query_heads = config.num_key_value_heads, modules[0].head_dim, config.num_attention_heads
-        self.setup = setup = Setup(Stack.parse(stack), len(modules), self.dim, model.dtype)
+        self.setup = setup = Setup(stack, len(modules), self.dim, model.dtype)
         if not setup.by_token:
             raise UnsupportedError(f"{stack}: this engine writes token by token: use int(bits=4), fp8 or turboquant")
         self.model, self.limit, self.device = model, running, model.device

@@ -6,13 +6,14 @@ Nothing else asks what is installed, or where a tensor lies. Tests and checks ch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from kvcomp.errors import KvcompWarning
 from kvcomp.segments import memo
@@ -23,6 +24,7 @@ from .flashinfer import FlashInfer
 from .reference.backend import Reference
 from .triton_backend import Triton
 
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 REFERENCE = Reference()
 ALL: tuple[Backend, ...] = (FlashInfer(), Triton(), C(), REFERENCE)  # the fastest first
 _order: ContextVar[tuple[Backend, ...]] = ContextVar("backends", default=ALL)  # of each thread
@@ -56,9 +58,20 @@ def able(operation: str, case: Case) -> tuple[Backend, ...]:
 
 def on(operation: str, device: torch.device, rows: int = 1) -> tuple[Backend, ...]:
     """As `able`, of operations that are the same for all pages, or on none."""
-    key = operation, _order.get(), device, rows > MOST_ROWS
+    key = operation, _order.get(), device, min(rows, MOST_ROWS + 1)
     found = _known.get(key)
     return _known.setdefault(key, _able(operation, Case(None, device, rows))) if found is None else found
+
+
+def door(specification: Operation) -> Operation:
+    """The operation that the reference specifies, by the first backend that serves it where its first tensor lies."""
+    name = specification.__name__
+
+    @wraps(specification)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(on(name, x.device)[0], name)(x, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def _able(operation: str, case: Case) -> tuple[Backend, ...]:

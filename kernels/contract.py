@@ -1,4 +1,4 @@
-"""What backends of kernels are asked and handed: the operations, the case that decides who serves one, and pages."""
+"""What backends of kernels are asked and given: the operations, the case that decides who serves one, and pages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, centres
 
-MOST_ROWS = 64  # queries of a stream from which on it is faster to decode pages for all of them, and multiply matrices
+MOST_ROWS = 128  # queries of a stream; for more it is faster to decode pages for all of them, and multiply matrices
 Reduce = Literal["sum", "max"]
 
 
@@ -22,6 +22,7 @@ class PageCodec(Protocol):
     @property
     def rotates(self) -> bool: ...
     def kernel_layouts(self) -> KVLayout | None: ...
+    def write_layouts(self) -> KVLayout | None: ...
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None: ...
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]: ...
@@ -48,7 +49,7 @@ class Case(NamedTuple):
     """What backends decide by: everything that is known on the host before an operation, and can be hashed.
 
     rows: queries of a stream; dtype: of queries. The others are of pages that are read or written; rotates: as of their
-    codec.
+    codec; host: whether PyTorch may look at counts that lie on the host.
     """
 
     sides: KVLayout | None
@@ -59,6 +60,7 @@ class Case(NamedTuple):
     rotates: bool = False
     lse_of_pages: bool = False
     in_tokens: bool = False
+    host: bool = True
 
     @property
     def obstacle(self) -> str | None:
@@ -69,19 +71,21 @@ class Case(NamedTuple):
             return None
         if self.sides is None:
             return "the codec does not tell kernels how to read its pages"
+        if centres(self.sides[1]):
+            return "values less a centre"  # of latents, in pages of caches saved when those were centred
         return None if all(side.channels for side in self.sides) else "keys or values of no channels"
 
 
 class Backend:
     """Kernels of one kind, which serve those operations that a subclass has.
 
-    An operation takes what its door takes, a function of the same name in `dispatch`, `select` or `received`, but for
+    An operation takes what its entry takes, a function of the same name in `dispatch`, `select` or `received`, but for
 
       attend(queries, pages: PagesView, codec, case, scale, softcap, tokens, workspace), with tokens that it `joins`
-      attend_tokens(queries, tokens, scale, softcap, prior, workspace)
+      attend_tokens(queries, tokens, scale, softcap, prior, workspace, host)
       write(pool, ids, keys, values, sides, layout, rows), with K and V as `Codec.kernel_input` gives them
 
-    `obstacle` decides by the case. Attention and `append` may still decline what they are handed, with None or False as
+    `reason` decides by the case. Attention and `append` may still decline what they are given, with None or False as
     result: then nothing was done, and the next backend is asked.
     """
 

@@ -10,12 +10,15 @@ from kvcomp.layout import PageLayout
 from kvcomp.segments import KVLayout
 
 from . import backends
-from .backends import REFERENCE, reference_only, using
+from .backends import REFERENCE, door, reference_only, using
 from .contract import MOST_ROWS, Case, PageCodec, PagesView
+from .reference import tokens as tokens_reference
+from .select import regroup, token_bias
 
 __all__ = [
     "MOST_ROWS",
     "append",
+    "attend_chosen",
     "attend_pages",
     "attend_tokens",
     "encode_pages",
@@ -42,13 +45,15 @@ def attend_pages(
     in_tokens: bool = False,
     workspace: Tensor | None = None,
     token_bias: Tensor | None = None,
+    host: bool = True,
 ) -> Part:
     """As `reference.attend_pages`, and over exact `tokens` too.
 
-    workspace: float32 that Triton kernels use instead of allocating it, as in a CUDA graph; see `triton.attend`.
+    host: whether PyTorch may look at counts that lie on the host. workspace: float32 that Triton kernels use instead of
+    allocating it, as in a CUDA graph; see `triton.attend`.
     """
     pages = PagesView(pool, ids, counts, layout, codec.kernel_layouts(), in_tokens, token_bias)
-    asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens
+    asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens, host
     case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):
         joined = tokens if tokens is not None and backend.joins(codec, case, tokens) else None
@@ -57,8 +62,36 @@ def attend_pages(
             continue
         if tokens is None or joined is not None:
             return part
-        return attend_tokens(queries, tokens, scale, softcap, part, workspace)._replace(groups=part.groups)
+        return attend_tokens(queries, tokens, scale, softcap, part, workspace, host)._replace(groups=part.groups)
     raise AssertionError("the reference declines nothing")
+
+
+def attend_chosen(
+    queries: Tensor,
+    pool: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    layout: PageLayout,
+    codec: PageCodec,
+    scale: float,
+    softcap: float | None = None,
+    lse_of_pages: bool = False,
+    tokens: Tokens | None = None,
+    by_tokens: bool = False,
+    host: bool = True,
+) -> Part:
+    """As `attend_pages`, of those pages alone that lie at positions int64 [S, k] of ids [S, n], the first valid int64
+    [S] of them; by_tokens: of the tokens at positions of the n * P in pages, in numbers that fill pages."""
+    bias = None
+    if by_tokens:
+        bias = token_bias(queries, codec, layout, pool, ids, positions)
+        pool, valid = regroup(layout, pool, ids, positions), valid // layout.page_size
+        ids = torch.arange(len(pool), device=pool.device).view(len(ids), -1)
+    else:
+        ids = ids.gather(1, positions)
+    how = layout, codec, scale, softcap, lse_of_pages, tokens
+    return attend_pages(queries, pool, ids, valid, *how, token_bias=bias, host=host)
 
 
 def attend_tokens(
@@ -68,12 +101,13 @@ def attend_tokens(
     softcap: float | None = None,
     prior: Part | None = None,
     workspace: Tensor | None = None,
+    host: bool = True,
 ) -> Part:
-    """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to."""
+    """Attention of queries [S, R, Dk] over exact tokens and what `prior` attended to; host: as in `attend_pages`."""
     if not (tokens.keys.shape[2] and tokens.values.shape[2]):  # no channels
-        return REFERENCE.attend_tokens(queries, tokens, scale, softcap, prior, workspace)
+        return REFERENCE.attend_tokens(queries, tokens, scale, softcap, prior, workspace, host)
     for backend in backends.on("attend_tokens", queries.device, queries.shape[1]):
-        part = backend.attend_tokens(queries, tokens, scale, softcap, prior, workspace)
+        part = backend.attend_tokens(queries, tokens, scale, softcap, prior, workspace, host)
         if part is not None:
             return part
     raise AssertionError("the reference declines nothing")
@@ -96,7 +130,7 @@ def encode_pages(
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`.
     """
-    sides = codec.kernel_layouts()
+    sides = codec.write_layouts()
     if sides is None:
         return False
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):
@@ -108,14 +142,12 @@ def encode_pages(
 
 
 def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Write one token of each stream, keys and values [B, H, 1, D], behind the counts [S] that k and v [S, N, D] hold,
+    """Write one token of each stream, keys and values [B, H, 1, D], after the counts [S] that k and v [S, N, D] hold,
     and count it; False, and nothing done, where no kernel takes these tensors."""
     return any(b.append(k, v, counts, keys, values) for b in backends.on("append", keys.device))
 
 
-def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
-    """[..., width]: of x [N] the runs of so many elements that begin at starts int64 [...]."""
-    return backends.on("runs", x.device)[0].runs(x, starts, width)
+runs = door(tokens_reference.runs)
 
 
 def _reads(codec: PageCodec, layout: PageLayout, device: torch.device, rows: int) -> Case:

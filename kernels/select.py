@@ -10,6 +10,7 @@ from kvcomp.layout import PageLayout, Summary
 from kvcomp.segments import centres
 
 from . import backends
+from .backends import door
 from .contract import PageCodec
 from .reference import select as reference
 from .reference.select import by_unit, forced, scaled, vectors
@@ -58,37 +59,7 @@ def code_dots(queries: Tensor, summary: Mapping[str, Tensor], name: str, bits: i
     return backend.code_dots(queries, summary, name, bits)
 
 
-def shares(logits: Tensor, counts: Tensor) -> Tensor:
-    """[S, n] float32: the softmax over the first counts [S] of logits [S, G, n], averaged over G; 0 for the others.
-
-    A head counts 0 where it has none, or logits that are not finite. The logits may be overwritten.
-    """
-    return backends.on("shares", logits.device)[0].shares(logits, counts)
-
-
-def choose(
-    logits: Tensor,
-    scale: float,
-    counts: Tensor,
-    unit: int,
-    wanted: Tensor,
-    width: int,
-    pages: int,
-    ends: tuple[int, int],
-) -> Tensor:
-    """int64 [S, width]: of what a stream's first counts [S] of `pages` pages hold, the wanted [S] of the largest
-    `shares` by logits [S, G, pages * u] times scale, ascending; then the last place there is.
-
-    unit 1: pages, by the sum of their u shares; else u: each by itself. ends: so many first and last pages are among
-    them. The logits may be overwritten.
-    """
-    backend = backends.on("choose", logits.device)[0]
-    return backend.choose(logits, scale, counts, unit, wanted, width, pages, ends)
-
-
-def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
-    """int64 [S, width]: where the wanted [S] <= width largest of x [S, n] are, ascending, and then n - 1."""
-    return backends.on("largest", x.device)[0].largest(x, wanted, width)
+shares, choose, largest = door(reference.shares), door(reference.choose), door(reference.largest)
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
@@ -113,9 +84,16 @@ def token_bias(
         return None
     sides, (rotated, _) = codec.kernel_layouts(), codec.read_query(queries.float())
     assert sides is not None
-    bias, channels = rotated.new_zeros(*rotated.shape[:2], ids.shape[1]), centres(sides[0])
+    pages, channels = tokens // layout.page_size, centres(sides[0])
+    each = few_centres(ids.shape[1], tokens.shape[1])  # of each token, rather than of all pages
+    ids = ids.gather(1, pages) if each else ids
+    bias = rotated.new_zeros(*rotated.shape[:2], ids.shape[1])
     for field in layout.centres:
         held = layout.view(pool, field)[ids.long(), 0].float()  # [S, n, channels]
         bias += rotated[..., channels[field.name]] @ held.mT
-    page = (tokens // layout.page_size)[:, None].expand(-1, rotated.shape[1], -1)
-    return bias.gather(2, page)
+    return bias if each else bias.gather(2, pages[:, None].expand(-1, rotated.shape[1], -1))
+
+
+def few_centres(pages: int, tokens: int) -> bool:
+    """Whether `token_bias` reads a centre for each of the tokens chosen, rather than those of all pages."""
+    return tokens < pages

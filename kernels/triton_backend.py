@@ -41,6 +41,11 @@ class Triton(Backend):
         why = self.missing()
         if why is None and operation in ("attend", "attend_tokens", "write", "vector_dots", "code_dots"):
             why = case._replace(rows=1).obstacle if operation == "attend" and self._many(case) else case.obstacle
+        if why is None and operation in ("vector_dots", "code_dots"):
+            from .triton import plan
+
+            most = plan.MOST_ROWS
+            why = f"{case.rows} queries of a stream are more than {most}" if case.rows > most else None
         if why is None and case.sides is not None:
             from . import triton
 
@@ -111,6 +116,7 @@ class Triton(Backend):
         softcap: float | None,
         prior: Part | None,
         workspace: Tensor | None,
+        host: bool = True,
     ) -> Part:
         from . import triton
 

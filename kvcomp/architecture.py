@@ -17,7 +17,7 @@ class Traits:
     """What a stack may do with a kind of layer.
 
     does: what the layer does, of a model that has one. packed: its keys and values, or what it caches for them, go
-    through the stack. scored: policies and selectors can tell its tokens apart. fixed: its decode steps have fixed
+    through the stack. scored: policies and selectors can distinguish its tokens. fixed: its decode steps have fixed
     shapes in a preallocated cache. calibrated: what calibrated stages need can be gathered from it. engine: an engine
     that owns the memory, such as vLLM, can hold its pages.
     """
@@ -34,7 +34,7 @@ class LayerKind(Enum):
     """The kinds of decoder layers, by what they cache."""
 
     FULL = Traits("attends to all tokens", packed=True, scored=True, fixed=True, calibrated=True, engine=True)
-    LATENT = Traits("caches latents (MLA)", packed=True)
+    LATENT = Traits("caches latents (MLA)", packed=True, scored=True)
     INDEXED = Traits("chooses tokens by an indexer of its own", packed=True)
     SLIDING = Traits("attends to a sliding window")
     SHARED = Traits("reads the cache of another layer, or none")
@@ -54,7 +54,14 @@ def without(kinds: Iterable[LayerKind], trait: str) -> LayerKind | None:
 def obstacle(kinds: Iterable[LayerKind], stack: Stack) -> str | None:
     """Why a model with layers of these kinds cannot be served by the stack, and what can; None: it can."""
     names = " and ".join(s.name for s in (*stack.policies, stack.selector) if s is not None)
+    kinds = list(kinds)
     kind = without(kinds, "scored")
+    asking = next((policy.name for policy in stack.policies if policy.needs_model), None)
+    if LayerKind.LATENT in kinds and asking is not None:
+        return (
+            f"{LayerKind.LATENT.traits.does}, of which {asking} does not know the weights that it asks for: use a "
+            "policy that asks for none, such as snapkv"
+        )
     if not names or kind is None:
         return None
     return f"{kind.traits.does}, which {names} cannot score yet: use a stack of a quantizer alone"
@@ -97,6 +104,16 @@ class LayerShape:
         """(query, key) pairs of a causal prefill of `tokens` tokens."""
         inside = self.seen(tokens)
         return inside * (inside + 1) // 2 + (tokens - inside) * inside
+
+
+def engine_obstacle(layers: Iterable[LayerShape], dim: int) -> str | None:
+    """Why an engine's blocks, for heads of `dim` channels, cannot hold these layers; None: they can."""
+    for layer in layers:
+        if not layer.kind.traits.engine:
+            return layer.kind.traits.does
+        if (layer.k_dim, layer.v_dim) != (dim, dim):
+            return f"has keys of {layer.k_dim} and values of {layer.v_dim} channels, not {dim} of each"
+    return None
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,8 @@ def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float, s
 
 def by_efficient(queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None) -> Part:
     """Attention on a GPU of queries [S, R, Dk] over keys [S, N, Dk] and values [S, N, Dv] of 16 bits, by torch's
-    kernel, which holds no logits. hidden [S, N]: `HIDDEN` of tokens that are not seen, whose numbers must be finite, else 0."""
+    kernel, which holds no logits. hidden [S, N]: `HIDDEN` for tokens that are not seen, whose numbers must be finite;
+    0 for others."""
     rows = queries.shape[1]
     q, k, v = (x[:, None] for x in (queries, keys, values))
     extra = None if hidden is None else hidden[:, None, None].expand(-1, 1, rows, -1)

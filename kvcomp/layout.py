@@ -29,6 +29,7 @@ class Field:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the field in a page, without the padding to 16."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -50,6 +51,7 @@ class PageLayout:
 
     @cached_property
     def bytes_per_page(self) -> int:
+        """Bytes of a record: every field, padded to 16 bytes."""
         return sum(round_up(f.nbytes, ALIGN) for f in self.fields)
 
     @cached_property
@@ -102,7 +104,8 @@ class PageLayout:
     def view(self, records: Tensor, field: Field, start: int = 0) -> Tensor:
         """A field of page records [..., bytes] uint8 as a strided view [..., *shape]; start: as of `views`."""
         at = self.offsets[field.name] - start
-        return records[..., at : at + field.nbytes].view(field.dtype).unflatten(-1, field.shape)
+        view: Tensor = records[..., at : at + field.nbytes].view(field.dtype).unflatten(-1, field.shape)
+        return view
 
     def views(self, records: Tensor, summary: bool = False, start: int = 0) -> dict[str, Tensor]:
         """Fields of page records [..., bytes] uint8 as strided views [..., *shape], without a copy.

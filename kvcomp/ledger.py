@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvcomp.text import size_text
+
 MIB = 1 << 20
 
 
@@ -29,6 +31,10 @@ class Memory:
         """How many times smaller than dense."""
         return self.dense / self.held if self.held else float("nan")
 
+    def __repr__(self) -> str:
+        bits = f", {self.effective_bits:.2f} effective bits" if self.held else ""
+        return f"Memory(held={size_text(self.held)}, dense={size_text(self.dense)}{bits}{_by_part(self.parts)})"
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -42,6 +48,13 @@ class Traffic:
     def ratio(self) -> float:
         """How many times less than dense."""
         return self.dense / self.read if self.read else float("nan")
+
+    def __repr__(self) -> str:
+        return f"Traffic(read={size_text(self.read)}, dense={size_text(self.dense)}{_by_part(self.parts)})"
+
+
+def _by_part(parts: Mapping[str, int]) -> str:
+    return "".join(f", {name} {size_text(size)}" for name, size in parts.items())
 
 
 class ReadPlan:
@@ -78,7 +91,7 @@ def add_counts(parts: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def storage_bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
-    """Bytes of the distinct storages behind `tensors`; those in `seen` (addresses) are skipped and new ones added."""
+    """Bytes of the distinct storages of `tensors`; those in `seen` (addresses) are skipped and new ones added."""
     seen = set() if seen is None else seen
     total = 0
     for tensor in tensors:

@@ -118,7 +118,7 @@ class Gain:
 class SideLayout:
     """K or V of a page: its segments, in the order of their channels.
 
-    gain: how they are written together; `Codec.kernel_input` has each token's norm behind its coordinates then. None:
+    gain: how they are written together; `Codec.kernel_input` has each token's norm after its coordinates then. None:
     each is written by itself.
     """
 
@@ -127,6 +127,7 @@ class SideLayout:
 
     @cached_property
     def channels(self) -> int:
+        """Coordinates of a token, of all segments together."""
         return sum(segment.channels for segment in self.segments)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.stages import Chunk, arg
+from kvcomp.stages import Alias, Chunk, arg
 from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
@@ -23,14 +24,21 @@ BLOCK = 512  # of them at a time: D x D matrices of that many are held at once
 class ExpectedAttention(ScoredPolicy):
     """ExpectedAttention: keeps the tokens that queries of the next `future` positions are expected to attend to.
 
-    The prompt's queries before their rotary embedding, the first `sinks` apart, give a mean m and a covariance C; with
-    R the mean rotation of the positions to come, m' = R m and C' = R C R'. Of a query head,
+    The prompt's queries before their rotary embedding, without the first `sinks`, give mean m and covariance C; with R
+    the mean rotation of the positions to come, m' = R m and C' = R C R'. Of a query head,
     score_j = softmax_j(s k_j . m' + s^2 k_j' C' k_j / 2) with the softmax scale s: the expectation of exp(s q . k_j) of
     a Gaussian q. It is averaged over the query heads of a KV head, and multiplied by |v_j|. The first `sinks` tokens
     are always kept.
+
+    Paper: arXiv 2510.00636.
     """
 
     paper: ClassVar[str] = "arXiv:2510.00636"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "n_future_positions": "future",
+        "use_covariance": "covariance",
+        "use_vnorm": "norms",
+    }
     needs_queries: ClassVar[bool] = True
     scores_within: ClassVar[tuple[float, float]] = (0.0, 1e30)
 
@@ -67,7 +75,8 @@ class ExpectedAttention(ScoredPolicy):
         keys = keys[:, :, None, sinks:]  # [b, Hkv, 1, m, D]
 
         def grouped(x: Tensor) -> Tensor:
-            return x.unflatten(1, (keys.shape[1], -1))
+            heads: Tensor = x.unflatten(1, (keys.shape[1], -1))
+            return heads
 
         logits = chunk.scale * (keys @ grouped(mean @ turn).mT)[..., 0]  # [b, Hkv, G, m]
         if self.covariance:

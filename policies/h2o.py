@@ -23,6 +23,8 @@ class H2O(ScoredPolicy):
     over the attention in blocks, never an n x n matrix. Half of the budget goes to the newest tokens; by default both
     halves are a tenth of the prompt, as published. With an absolute budget it is kept while generating: there whole
     pages leave, by the attention that they received since they were written.
+
+    Paper: arXiv 2306.14048.
     """
 
     paper: ClassVar[str] = "arXiv:2306.14048"
@@ -50,7 +52,8 @@ class H2O(ScoredPolicy):
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         votes = received(chunk.queries, chunk.keys, chunk.scale, chunk.alive)
-        return votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / chunk.queries.shape[2]
+        means: Tensor = votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / chunk.queries.shape[2]
+        return means
 
 
 @register("tova")
@@ -60,6 +63,8 @@ class TOVA(ScoredPolicy):
 
     With an absolute budget it is kept while generating: there whole pages leave, by the attention that they received
     since they were written.
+
+    Paper: arXiv 2401.06104.
     """
 
     paper: ClassVar[str] = "arXiv:2401.06104"
@@ -79,4 +84,5 @@ class TOVA(ScoredPolicy):
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         votes = received(chunk.queries[:, :, -1:], chunk.keys, chunk.scale, chunk.alive)
-        return votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+        means: Tensor = votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+        return means

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvcomp.stages import Chunk, arg
+from kvcomp.stages import Alias, Chunk, arg
 from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
@@ -18,19 +19,26 @@ from .scored import ScoredPolicy
 @register("knorm")
 @dataclass(frozen=True)
 class KNorm(ScoredPolicy):
-    """L2 norm: keeps the keys of least norm, which many queries attend to."""
+    """L2 norm: keeps the keys of least norm, which many queries attend to.
+
+    Paper: arXiv 2406.11430.
+    """
 
     paper: ClassVar[str] = "arXiv:2406.11430"
     scores_within: ClassVar[tuple[float, float]] = (-1e30, 0.0)
 
     def scores(self, chunk: Chunk) -> Tensor:
-        return -chunk.keys.float().norm(dim=-1)
+        norms: Tensor = chunk.keys.float().norm(dim=-1)
+        return -norms
 
 
 @register("keydiff")
 @dataclass(frozen=True)
 class KeyDiff(ScoredPolicy):
-    """KeyDiff: keeps the keys that differ most from the mean direction of all keys, by cosine."""
+    """KeyDiff: keeps the keys that differ most from the mean direction of all keys, by cosine.
+
+    Paper: arXiv 2504.15364.
+    """
 
     paper: ClassVar[str] = "arXiv:2504.15364"
     scores_within: ClassVar[tuple[float, float]] = (-1.0, 1.0)
@@ -44,15 +52,18 @@ class KeyDiff(ScoredPolicy):
 @register("lagkv")
 @dataclass(frozen=True)
 class LagKV(ScoredPolicy):
-    """LagKV: keeps tokens whose keys and values spread most, relative to the range of the partition behind theirs.
+    """LagKV: keeps tokens whose keys and values spread most, relative to the range of the partition after theirs.
 
     After `first` tokens the prompt is cut into partitions of `lag` tokens. With each channel scaled by its minimum and
     maximum over the following partition, a token's score is the softmax, over its partition, of the standard deviation
     over its channels; keys and values count the same. Tokens are ranked within their partition, so that all partitions
     keep alike; the first tokens, the last whole partition and what follows it are kept.
+
+    Paper: arXiv 2504.04704.
     """
 
     paper: ClassVar[str] = "arXiv:2504.04704"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"lag_size": "lag", "n_sink": "first"}
     scores_within: ClassVar[tuple[float, float]] = (0.0, 3.0)
 
     lag: int = arg(128, "tokens of a partition")
@@ -89,7 +100,10 @@ class LagKV(ScoredPolicy):
 @register("random")
 @dataclass(frozen=True)
 class Random(ScoredPolicy):
-    """Chance, the same in every run: what any score has to beat."""
+    """Chance, the same in every run: what any score has to beat.
+
+    Ours: the floor.
+    """
 
     paper: ClassVar[str] = "kvcomp"
     scores_within: ClassVar[tuple[float, float]] = (0.0, 1.0)

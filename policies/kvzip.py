@@ -25,7 +25,8 @@ def most_received(queries: Tensor, keys: Tensor, scale: float, softcap: float | 
     queries [b, Hq, w, D] of the last w tokens, keys [b, Hkv, n, D]; causal.
     """
     most = received(queries, keys, scale, softcap=softcap, reduce="max")
-    return most.unflatten(1, (keys.shape[1], -1)).amax(2)
+    largest: Tensor = most.unflatten(1, (keys.shape[1], -1)).amax(2)
+    return largest
 
 
 @register("kvzip")
@@ -36,6 +37,8 @@ class KVzip(Policy):
     The score of a token is the most attention that it gets from any query and any head of its group in that pass, which
     `kvcomp.prefill` runs; no question is needed, so that one prefill serves many. All heads of all layers share one
     budget, as published, or those of a layer do. Tokens that come later are kept.
+
+    Paper: arXiv 2505.23416.
     """
 
     paper: ClassVar[str] = "arXiv:2505.23416"

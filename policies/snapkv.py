@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.kernels.received import received
-from kvcomp.stages import Chunk, arg
+from kvcomp.stages import Alias, Chunk, arg
 from kvcomp.stages.registry import register
 
 from .scored import ScoredPolicy
@@ -23,6 +24,8 @@ class SnapKV(ScoredPolicy):
     score_j = pool(mean over the window's queries of softmax(q k_j)), averaged over the query heads of a KV head; the
     window itself is always kept. Defaults are the authors' class: window 64, capacity 320, average pooling over 5.
     Of a prompt in chunks each round (`ScoredPolicy`) is scored by its own last queries.
+
+    Paper: arXiv 2404.14469.
     """
 
     paper: ClassVar[str] = "arXiv:2404.14469"
@@ -58,13 +61,17 @@ class SnapKV(ScoredPolicy):
         prefix = votes[..., : votes.shape[-1] - window]
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         pooled = pool(prefix, self.kernel, 1, self.kernel // 2) if prefix.shape[-1] else prefix
-        return F.pad(pooled, (0, window)).unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / window
+        means: Tensor = F.pad(pooled, (0, window)).unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / window
+        return means
 
 
 @register("pyramidkv")
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """PyramidKV: SnapKV's votes, with budgets that fall linearly from the first layer to the last at the same sum."""
+    """PyramidKV: SnapKV's votes, with budgets that fall linearly from the first layer to the last at the same sum.
+
+    Paper: arXiv 2406.02069.
+    """
 
     paper: ClassVar[str] = "arXiv:2406.02069"
 
@@ -74,9 +81,13 @@ class PyramidKV(SnapKV):
 @register("adakv")
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """AdaKV: SnapKV's votes, with one budget per layer that its heads share: a head keeps what scores best anywhere."""
+    """AdaKV: SnapKV's votes, with one budget per layer that its heads share: a head keeps what scores best anywhere.
+
+    Paper: arXiv 2407.11550.
+    """
 
     paper: ClassVar[str] = "arXiv:2407.11550"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"floor_alpha": "floor", "base_capacity": "budget"}
 
     heads: str = arg("adaptive", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
 
@@ -84,7 +95,10 @@ class AdaKV(SnapKV):
 @register("criticalkv")
 @dataclass(frozen=True)
 class CriticalKV(SnapKV):
-    """CriticalKV: half of the tokens by SnapKV's votes, the others by votes times |W_o v|, which they can change."""
+    """CriticalKV: half of the tokens by SnapKV's votes, the others by votes times |W_o v|, which they can change.
+
+    Paper: arXiv 2502.03805.
+    """
 
     paper: ClassVar[str] = "arXiv:2502.03805"
 
@@ -94,9 +108,13 @@ class CriticalKV(SnapKV):
 @register("chunkkv")
 @dataclass(frozen=True)
 class ChunkKV(SnapKV):
-    """ChunkKV: SnapKV's votes, summed over runs of 10 tokens and all heads: whole runs stay or leave."""
+    """ChunkKV: SnapKV's votes, summed over runs of 10 tokens and all heads: whole runs stay or leave.
+
+    Paper: arXiv 2502.00299.
+    """
 
     paper: ClassVar[str] = "arXiv:2502.00299"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"chunk_length": "span"}
 
     heads: str = arg("common", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
     span: int = arg(10, "neighbouring tokens that stay or leave together")

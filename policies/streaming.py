@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvcomp.stages import Chunk, Held, Policy, arg
+from kvcomp.stages import Alias, Chunk, Held, Policy, arg
 from kvcomp.stages.registry import register
 
 
@@ -23,9 +24,16 @@ class StreamingLLM(Policy):
     With `chunk` the prompt enters in chunks, and later ones see only sinks and recent tokens, as in the authors'
     endless streams; what a prefill keeps is then up to a page more. Without it the prompt is prefilled densely and
     dropped afterwards.
+
+    Paper: arXiv 2309.17453.
     """
 
     paper: ClassVar[str] = "arXiv:2309.17453"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "start_size": "sinks",
+        "recent_size": "recent",
+        "window_size": "recent",
+    }
 
     sinks: int = arg(4, "first tokens to keep for ever, in full precision")
     recent: int = arg(1024, "last tokens to keep")

@@ -53,6 +53,7 @@ class Basis:
 
     @property
     def is_identity(self) -> bool:
+        """Whether coordinates are x itself."""
         return not self.tensors
 
     @property
@@ -61,6 +62,7 @@ class Basis:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """Tensors that a layer holds for the basis."""
         return [t for t in (self.matrix, self.dual, self.mean) if t is not None]
 
 

@@ -19,20 +19,36 @@ from .basis import IDENTITY, Basis
 
 
 class Grid(Protocol):
-    """The grid of K or of V: x [M, P, D] in basis coordinates to fields of a page and back, float32."""
+    """The grid of K or of V: x [M, P, D] in basis coordinates to fields of a page and back.
+
+    A subclass defines `fields`, `encode` and `decode`; where it defines no more, pages are decoded in PyTorch.
+    """
 
     @property
-    def fields(self) -> tuple[Field, ...]: ...
-    def encode(self, x: Tensor) -> dict[str, Tensor]: ...
-    def kernel_input(self, x: Tensor) -> Tensor | None:
-        """What kernels write of x, as in `Codec.kernel_input`."""
+    def fields(self) -> tuple[Field, ...]:
+        """Fields of a page, whose names begin with "k" or "v"."""
+        raise NotImplementedError
 
-    def decode(self, page: Mapping[str, Tensor]) -> Tensor: ...
-    def constants(self) -> list[Tensor]: ...
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """x [M, P, D], finite -> fields [M, *shape] of M pages."""
+        raise NotImplementedError
+
+    def decode(self, page: Mapping[str, Tensor]) -> Tensor:
+        """Fields [M, *shape] -> x [M, P, D] float32."""
+        raise NotImplementedError
+
+    def kernel_input(self, x: Tensor) -> Tensor | None:
+        """What kernels write of x [M, P, D], as in `Codec.kernel_input`; None: they cannot."""
+        return None
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that a layer holds besides pages, such as a codebook."""
+        return []
 
     @property
     def kernel_layout(self) -> SideLayout | None:
-        """How kernels can read it, as in `Codec.kernel_layouts`."""
+        """How kernels can read it, as in `Codec.kernel_layouts`; None: they cannot."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -98,9 +114,13 @@ class GridCodec(Codec):
         return self.k_basis.read(queries), self.k_basis.offset(queries)
 
     def read_output(self, output: Tensor) -> Tensor:
-        if self.v_basis.is_identity:
-            return output
-        return self.v_basis.inverse(output, torch.arange(len(output), device=output.device))
+        return _output(self.v_basis, output)
+
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.v_basis.read(queries), self.v_basis.offset(queries)
+
+    def read_key_output(self, output: Tensor) -> Tensor:
+        return _output(self.k_basis, output)
 
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         return self.k_basis.inverse(keys, streams), self.v_basis.inverse(values, streams)
@@ -111,6 +131,11 @@ class GridCodec(Codec):
 
     def constants(self) -> list[Tensor]:
         return [*self.k_basis.tensors, *self.v_basis.tensors, *self.k_grid.constants(), *self.v_grid.constants()]
+
+
+def _output(basis: Basis, output: Tensor) -> Tensor:
+    """Attention output [S, R, D'] of all streams, in the coordinates of a basis, in original ones."""
+    return output if basis.is_identity else basis.inverse(output, torch.arange(len(output), device=output.device))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class FP8(Quantizer):
 
     The relative error of a number does not depend on the others of its token, as it does with integers: an outlier
     channel costs its neighbours nothing until they are a 2^14th of it (E4M3) or a 2^29th (E5M2).
+
+    Paper: arXiv 2209.05433.
     """
 
     paper: ClassVar[str] = "arXiv:2209.05433"

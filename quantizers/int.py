@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.stages import Codec, PageShape, arg
+from kvcomp.stages import Alias, Codec, PageShape, arg
 from kvcomp.stages.registry import register
 
 from .basis import BASES
@@ -26,9 +27,12 @@ class Int(WidthQuantizer):
     One float16 scale and zero per token and `group` channels (all channels by default): bits + 32 / group effective
     bits, half of that overhead where symmetric; at D = 128 int4 is 4.25 bits. Per channel, a group is as many tokens.
     K's centres are 8 / P more, where channels have no zero of their own.
+
+    Papers: arXiv 2404.00456, 2604.19157.
     """
 
     paper: ClassVar[str] = "arXiv:2404.00456, arXiv:2604.19157"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"clip_ratio": "clip"}
     widths: ClassVar[tuple[float, ...]] = (2, 3, 4, 5, 6, 7, 8)
 
     bits: int | float | None = arg(4, f"{BITS}, 2 to 8")

@@ -17,6 +17,8 @@ class Int8(Quantizer):
     """Symmetric 8-bit integers, a float16 scale per token and head: `int(bits=8, symmetric=true)`.
 
     scale = max |x| / 127; 8 + 16 / D effective bits, 8.25 at D = 64, and 8 / P for K's centres.
+
+    Paper: arXiv 2208.07339.
     """
 
     paper: ClassVar[str] = "arXiv:2208.07339"

@@ -21,6 +21,8 @@ class KIVI(WidthQuantizer):
     Keys share a scale and a zero along `group` tokens of a channel, values along `group` channels of a token. Group 32
     is the authors' example, a full-precision residual of 128 tokens their LongBench setting. Effective bits:
     bits + 32 / group (a float16 scale and zero per group), plus the window.
+
+    Paper: arXiv 2402.02750.
     """
 
     paper: ClassVar[str] = "arXiv:2402.02750"

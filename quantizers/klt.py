@@ -85,6 +85,13 @@ class KLTCodec(Codec):
     def read_output(self, output: Tensor) -> Tensor:
         return self.v_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
 
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        basis = self.v_grid.basis()
+        return basis.read(queries), basis.offset(queries)
+
+    def read_key_output(self, output: Tensor) -> Tensor:
+        return self.k_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
+
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         return self.k_grid.basis().inverse(keys, streams), self.v_grid.basis().inverse(values, streams)
 
@@ -139,6 +146,8 @@ class KLT(WidthQuantizer, CalibratedQuantizer):
     rows share it.
 
     `bits` + 16 / D effective bits, plus the basis. Of equal sums, more bits for K than for V find more needles.
+
+    Ours; compare arXiv 2511.01815.
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2511.01815"

@@ -25,6 +25,8 @@ class MXFP4(Quantizer):
 
     Where 32 does not divide D, the last block is shorter and has a scale of its own: 4 + 8 ceil(D / 32) / D effective
     bits, 4.3 at D = 80.
+
+    Papers: arXiv 2310.10537, 2509.23202.
     """
 
     paper: ClassVar[str] = "arXiv:2310.10537, arXiv:2509.23202"

@@ -14,7 +14,10 @@ from .codecs import RawCodec
 @register("none")
 @dataclass(frozen=True)
 class NoQuantizer(Quantizer):
-    """Full precision: K and V in the model's dtype, through the same pages and code as every other stack."""
+    """Full precision: K and V in the model's dtype, through the same pages and code as every other stack.
+
+    Ours: the dense baseline.
+    """
 
     paper: ClassVar[str] = "-"
 

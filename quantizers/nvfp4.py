@@ -22,6 +22,8 @@ class NVFP4(Quantizer):
     page has one for K and one for V: its bytes depend on nothing outside it. Effective bits: 4.5, and 128 / (P * D)
     for the page's scale, which takes 16 bytes where fields are aligned; 4.53 at P = D = 64. Where 16 does not divide
     D, the last block is shorter: 4 + 8 ceil(D / 16) / D. K's centres are 8 / P more.
+
+    Paper: arXiv 2509.25149.
     """
 
     paper: ClassVar[str] = "arXiv:2509.25149"

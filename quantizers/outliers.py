@@ -84,6 +84,10 @@ class OutlierCodec(GridCodec):
         self.reserve(len(output))
         return super().read_output(output)
 
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.reserve(len(queries))
+        return super().read_value_query(queries)
+
     def select(self, streams: Tensor) -> None:
         for basis in self._outliers.values():
             basis.orders.select(streams)

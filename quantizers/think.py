@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
-from kvcomp.stages import PageShape, arg
+from kvcomp.stages import Alias, PageShape, arg, dropped_share
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
@@ -27,13 +28,16 @@ from .svd import check_amount, kept
 class ThinK(CalibratedQuantizer):
     """ThinK: of K only the channels with the largest E[q_c^2] E[k_c^2]; of V all.
 
-    Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the prompt at hand and the
+    Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the current prompt and the
     queries of its last 32 tokens. Keeping 0.6 and 32 exact tokens are the authors'. With `bits`, K and V are stored as
     KIVI stores them, integers per channel and per token. Effective bits: (keep + 1) / 2 of the dtype's, or of
     bits + 32 / group.
+
+    Paper: arXiv 2407.21018.
     """
 
     paper: ClassVar[str] = "arXiv:2407.21018"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"key_channel_compression_ratio": dropped_share("keep")}
 
     keep: int | float = arg(0.6, "channels of K kept: how many, or a share of all (to a multiple of 8)")
     bits: int | None = arg(None, "bits per element, 2 to 8; None: the model's dtype")

@@ -44,6 +44,8 @@ class TurboQuant(WidthQuantizer):
     prod: one bit of K goes to the signs of the residual, with its norm (16 / D more), which make q . k unbiased. They
     add variance, and attention suffers more from that than from the bias of mse, the default. V needs no inner
     products and is stored as in mse.
+
+    Paper: arXiv 2504.19874.
     """
 
     paper: ClassVar[str] = "arXiv:2504.19874"
@@ -113,7 +115,8 @@ def _basis(sizes: tuple[int, ...], shape: PageShape, dual: Tensor | None = None)
 def _rotations(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """float32 [D, D]: a random rotation of each run of channels. All layers share it."""
     blocks = [rotation(n, device).matrix for n in sizes]
-    return torch.block_diag(*blocks)
+    matrix: Tensor = torch.block_diag(*blocks)
+    return matrix
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from kvcomp.calibration.stage import FILE, Calibrated
 from kvcomp.calibration.statistics import weighted_directions
-from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages import Alias, Choice, Index, PageShape, Summaries, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
@@ -86,9 +87,12 @@ class DSA(TokenSelector, Calibrated):
     queries, trained until softmax(score) is the attention of the group (the KL divergence of the published warm-up).
     Published are 64 heads of 128 channels in FP8 over a model trained for them, and one choice for all heads. Tokens
     are read one by one where the quantizer's fields are per token, else pages by the sum of their tokens' shares.
+
+    Paper: arXiv 2512.02556.
     """
 
     paper: ClassVar[str] = "arXiv:2512.02556"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"index_topk": "tokens"}
     seen: ClassVar[type[Traces]] = Traces
 
     tokens: int | None = arg(None, "tokens that a query reads, in full pages (none of the five: 2048)")

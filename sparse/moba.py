@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.kernels.select import vector_dots
 from kvcomp.layout import SUMMARY, Field
-from kvcomp.stages import PageShape, arg
+from kvcomp.stages import Alias, PageShape, arg
 from kvcomp.stages.registry import register
 
 from .summaries import SCALE, VectorSelector, encode, vector_fields
@@ -27,9 +27,12 @@ class MoBA(VectorSelector):
     itself, here those of a KV head together. Defaults are the authors' example: 12 blocks, the current one counted. A
     block is the stack's page: 64 tokens, or what another stage asks for, where theirs are 512 to 4096 and models are
     trained for them. At a given share of the cache (`keep`) smaller blocks choose finer and scan more.
+
+    Paper: arXiv 2502.13189.
     """
 
     paper: ClassVar[str] = "arXiv:2502.13189"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"moba_topk": "pages"}
 
     pages: int | None = arg(None, "pages that a query reads (none of the five: 12)")
     last: int = arg(1, "newest pages, read in any case")

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcomp.attention import Part, attend
 from kvcomp.kernels.select import vector_dots, vectors
 from kvcomp.layout import SUMMARY, Field
-from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
+from kvcomp.stages import Alias, Choice, Index, PageShape, Summaries, arg
 from kvcomp.stages.registry import register
 
 from .summaries import VectorSelector, encode, vector_fields
@@ -58,9 +58,12 @@ class NSA(VectorSelector):
     overlap (stride 16) and are compressed by a small network; those of a page are disjoint.
 
     Defaults as published: pages of 64, 16 of them with the first and the two newest, blocks of 32, a window of 512.
+
+    Paper: arXiv 2502.11089.
     """
 
     paper: ClassVar[str] = "arXiv:2502.11089"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"block_counts": "pages"}
 
     pages: int | None = arg(None, "pages that a query reads (none of the five: 16)")
     first: int = arg(1, "oldest pages, read in any case")

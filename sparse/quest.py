@@ -28,6 +28,8 @@ class Quest(VectorSelector):
     taken before quantization. The query heads of a KV head choose together: their softmax over the bounds is averaged.
     Defaults as published: pages of 16 tokens, the first 2 layers dense, at least 3 pages; 64 pages is its budget of
     1024 tokens.
+
+    Paper: arXiv 2406.10774.
     """
 
     paper: ClassVar[str] = "arXiv:2406.10774"
@@ -52,5 +54,7 @@ class Quest(VectorSelector):
         return encode({MIN: (low, -1), MAX: (high, 1)}, self.summary_bits)
 
     def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
-        """Upper bounds of q . k over a page: sum_d max(q_d low_d, q_d high_d) = relu(q) . high - relu(-q) . low."""
+        """[S, G, n] float32: upper bounds of q . k over a page,
+
+        sum_d max(q_d low_d, q_d high_d) = relu(q) . high - relu(-q) . low."""
         return vector_dots(queries, summary, (MIN, MAX), SCALE)

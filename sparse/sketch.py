@@ -104,6 +104,8 @@ class Sketch(TokenSelector):
     attention, where methods of pages mix near and far. Tokens are read one by one where the quantizer's fields are per
     token (none, int8, turboquant, klt, ...); else, as with kivi, whole pages by the sum of what their tokens promise.
     Cf. Loki (principal components of keys) and Double Sparsity (a few of their channels).
+
+    Ours; compare arXiv 2406.02542 and 2408.07092.
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2406.02542, arXiv:2408.07092"

@@ -9,7 +9,7 @@ FOLDERS = ("kvcomp", "policies", "quantizers", "sparse", "kernels", "integration
 # From the ground up. What shares a floor knows nothing of its neighbours; the ground floor is small modules.
 FLOORS = (
     ("errors", "text", "modes", "finite", "state", "files", "console", "fingerprint", "ledger", "geometry"),
-    ("attention", "layout", "segments"),
+    ("attention", "layout", "operators", "segments"),
     ("kernels",),
     ("stages",),
     ("architecture",),
@@ -24,6 +24,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOOR = "kvcomp"  # the package itself offers names of all floors, and imports none before it is asked
+PORCH = "kvcomp.stages"  # offers authors of methods names of higher floors, declared for type checkers alone
 
 
 def sources() -> dict[str, Path]:
@@ -41,7 +42,12 @@ def imports(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
     """The project's modules that a module imports anywhere, for type checkers too; not the packages around it."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if name == PORCH:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -29,7 +29,7 @@ from kvcomp.errors import KvcompError
 from kvcomp.integrations.huggingface import CompressedCache, prefill
 from kvcomp.integrations.huggingface.forward import generating_with, with_cache
 from kvcomp.integrations.huggingface.models import load_model
-from kvcomp.stages.stack import Stack
+from kvcomp.stages.stack import Stack, StackLike
 
 from . import tasks as lm_eval_tasks
 
@@ -43,12 +43,12 @@ class KvcompLM(HFLM):
 
     Args:
         pretrained: as for `kvcomp generate`: an alias, a .gguf file, a folder, a hub id; or a model object.
-        stack: a stack spec; `;` may stand for `,` between the arguments of a stage.
+        stack: a stack, or its spec, where `;` may stand for `,` between the arguments of a stage.
         kwargs: what lm-eval's own `hf` model takes.
     """
 
-    def __init__(self, pretrained: Any, stack: str = "none", tokenizer: Any = None, **kwargs: Any) -> None:
-        self.stack = Stack.parse(stack.replace(";", ","))
+    def __init__(self, pretrained: Any, stack: StackLike = "none", tokenizer: Any = None, **kwargs: Any) -> None:
+        self.stack = Stack.parse(stack.replace(";", ",") if isinstance(stack, str) else stack)
         if isinstance(pretrained, str):
             wanted = kwargs.pop("device", None)
             device = wanted if wanted and (wanted == "cpu" or torch.cuda.is_available()) else None

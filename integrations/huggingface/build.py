@@ -7,12 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from kvcomp.architecture import LayerKind
 from kvcomp.cache.layer import Shared
 from kvcomp.errors import KvcompWarning
 from kvcomp.stages.stack import Stack
 
-from ..configs import cache_layers, field, library_layer
+from ..configs import cache_layers, field, layer_kinds, library_layer
 from .indexed import IndexedLayer
+from .latent import LatentLayer
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
 from .turns import Turns
@@ -28,13 +30,16 @@ def layers_of(stack: Stack, config: PreTrainedConfig, max_tokens: int | None, pr
     full = [i for i, kind in enumerate(types) if kind in OURS]
     choices: dict[int, Shared] = {}
     layers: list[Any] = []
+    latent = [kind is LayerKind.LATENT for kind in layer_kinds(config)]
     for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
         if kind in OURS:
             plan = stack.plan(i, len(types), full)
             if preallocate is not None:
                 layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
             else:
-                layers.append(OURS[kind](plan, max_tokens, stack.prefill_chunk, choices))
+                layers.append(
+                    (LatentLayer if latent[i] else OURS[kind])(plan, max_tokens, stack.prefill_chunk, choices)
+                )
         else:
             layers.append(library_layer(kind, options))
     if not any(isinstance(layer, CompressedLayer) for layer in layers):

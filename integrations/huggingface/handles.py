@@ -1,4 +1,4 @@
-"""Handles that stand in for a layer's keys and values, and the base of the layers that give them out."""
+"""Handles that replace a layer's keys and values, and the base of the layers that give them out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import output_capturing
 
+from .expansion import Expansion
 from .masks import Mask, chunk_mask
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -39,7 +40,10 @@ def as_called(function: Attention, device: torch.device) -> Attention:
 
 class Call(NamedTuple):
     """What a model asks of its attention function: query [B, Hq, n, Dk], and `base`, its own implementation, which
-    transformers knows by `name`."""
+    transformers knows by `name`.
+
+    latent: how the module's keys and values follow from what the layer holds, where that is latents.
+    """
 
     base: Attention
     module: torch.nn.Module
@@ -48,17 +52,30 @@ class Call(NamedTuple):
     scaling: float | None
     kwargs: dict[str, Any]
     name: str
+    latent: Expansion | None = None
 
     def dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention over keys [B, Hkv, N, Dk] and values [B, Hkv, N, Dv]."""
+        """The model's own attention over keys [B, Hkv, N, Dk] and values [B, Hkv, N, Dv], as the layer holds them."""
+        if self.latent is not None:
+            keys, values = self.latent.expanded(keys)
         return self.base(self.module, self.query, keys, values, self.mask, scaling=self.scaling, **self.kwargs)
 
     def dense_behind(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `dense`, over N tokens of which the queries are the newest, behind our own mask function."""
+        """As `dense`, over N tokens of which the queries are the newest, masked by our own mask function."""
         mask, n, length = self.mask, self.query.shape[2], keys.shape[2]
         if 1 < n < length and isinstance(mask, Tensor) and mask.dim() == 2:
             mask = chunk_mask(self.name, self.query, length, mask)
         return self._replace(mask=mask).dense(keys, values)
+
+    @property
+    def tracked(self) -> bool:
+        """Whether the answer has a gradient, but for that of keys and values."""
+        return self.query.requires_grad or (self.latent is not None and self.latent.weight.requires_grad)
+
+    @property
+    def asked(self) -> Tensor:
+        """The queries of what the layer holds: absorbed, where that is latents."""
+        return self.query if self.latent is None else self.latent.absorbed(self.query)
 
     @property
     def causal(self) -> bool:
@@ -143,7 +160,7 @@ class HandleLayer(CacheLayerMixin):
 
 
 class Handle:
-    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning.
+    """Replaces all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning.
 
     It has the operators and methods of tensors, but is no `Tensor` to `isinstance`: dynamo could not follow that.
     """
@@ -183,6 +200,10 @@ class Handle:
             and (self.which, values.which) == (0, 1)
             and values.length == self.length
         )
+
+    def expansion(self, values: Any) -> Expansion | None:
+        """How these keys and `values`, their pair, follow from what the layer holds; None: they are that."""
+        return None
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As of tensors: the handle itself where nothing changes."""

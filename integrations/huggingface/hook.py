@@ -83,7 +83,8 @@ def _attention_function(base: str) -> Attention:
                     f"{type(module).__name__} passes sliding_window={window} to {base} attention in a layer of full "
                     f"attention that holds {key.length} tokens: load the model with attn_implementation='sdpa'"
                 )
-            return key.layer.answer(Call(function, module, query, attention_mask, scaling, kwargs, base))
+            latent = key.expansion(value)
+            return key.layer.answer(Call(function, module, query, attention_mask, scaling, kwargs, base, latent))
         return plain(function, base, module, query, key, value, attention_mask, scaling, kwargs)
 
     return kvcomp_attention

@@ -43,7 +43,7 @@ class IndexedLayer(CompressedLayer):
         are stored, as in transformers' own cache.
         """
         answer = call.dense(self.dense(0), self.dense(1))
-        self._hold(None, call.query, call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+        self._hold(None, call, call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
         return answer
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -16,7 +16,7 @@ from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, given_dtypes, outside_graph
-from .held import HeldLayer
+from .held import HeldLayer, check_pair
 from .masks import Seen, read_mask
 from .pending import Pending
 from .rows import WAY_ON, follow_mask
@@ -33,12 +33,15 @@ class CompressedLayer(HeldLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
+        if not self.is_initialized:
+            check_pair(key_states, value_states)
         new = self.as_held(key_states, value_states)
         if self.loaded:
             self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
         if torch.compiler.is_compiling():
             with given_dtypes(key_states.device):
-                return outside_graph(self._update, *new)
+                handles: tuple[Handle, Handle] = outside_graph(self._update, *new)
+                return handles
         if torch.is_autocast_enabled(key_states.device.type):
             with given_dtypes(key_states.device):
                 return self._update(*new)
@@ -59,7 +62,7 @@ class CompressedLayer(HeldLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         _refuse_nothing(n)
-        self.check_rows(key_states)
+        self.check_shapes(key_states, value_states)
         length = self.get_seq_length()
         if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
             seen = int(self.counted()[0].max()) + n
@@ -93,12 +96,12 @@ class CompressedLayer(HeldLayer):
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
-        tracked = torch.is_grad_enabled() and (call.query.requires_grad or self._tracked())
+        tracked = torch.is_grad_enabled() and (call.tracked or self._tracked())
         try:
             if torch.is_inference_mode_enabled():
                 with normal_tensors():
                     return self._attention(call, tracked)
-            if not tracked or self.store.history.length == 0:
+            if not tracked or self.store.history.length == 0 or self.expands(call.query.shape[2], tracked):
                 return self._attention(call, tracked)
             with torch.no_grad():
                 out, weights = self._attention(call, tracked)
@@ -107,6 +110,11 @@ class CompressedLayer(HeldLayer):
             raise
         chunk = () if self.pending is None else self.pending[:2]
         return without_gradient(out, call.query, *chunk), weights
+
+    def expands(self, n: int, tracked: bool) -> bool:
+        """Whether n queries after tokens that are held are answered from those in full, by the model's attention.
+        tracked: a gradient is asked for."""
+        return False
 
     def _attention(self, call: Call, tracked: bool) -> tuple[Tensor, Tensor | None]:
         if self.pending is None or self.attended:
@@ -129,14 +137,18 @@ class CompressedLayer(HeldLayer):
         self._follow(call, seen, valid, past)
         if past == 0 and (n > 1 or tracked or self.to_come is not None):
             out, weights = call.dense(keys, values)
-            self._hold(valid, query, scale)
+            self._hold(valid, call, scale)
+            return out, weights
+        if self.expands(n, tracked):
+            out, weights = self._behind(call, keys, values)
+            self._hold(valid, call, scale)
             return out, weights
         softcap = call.kwargs.get("softcap")
         weights = self._weights(call, keys, values) if call.wants_weights else None
         if n == 1 and valid is None and not self.record_past and self.to_come is None:
             store.append(keys, values)
             self.cut |= tracked
-            part = store.attend(query, scale, softcap)
+            part = store.attend(call.asked, scale, softcap)
             self.pending, self.unsettled = None, True
             if not self.lends:
                 self.settle()
@@ -145,8 +157,8 @@ class CompressedLayer(HeldLayer):
             if call.mask is None and not call.causal:
                 own = torch.ones(1, n, n, dtype=torch.bool, device=query.device)
             visible = self.pending.visible(n, own)
-            part = store.attend(query, scale, softcap, (keys, values, visible))
-            self._hold(valid, query, scale)
+            part = store.attend(call.asked, scale, softcap, (keys, values, visible))
+            self._hold(valid, call, scale)
         return answered(part, call), weights
 
     def _weights(self, call: Call, keys: Tensor, values: Tensor) -> Tensor | None:
@@ -157,8 +169,20 @@ class CompressedLayer(HeldLayer):
                 f"output_attentions=True: {stages[0].name} leaves tokens out, which have no weight in decode steps: "
                 "use a stack of a quantizer alone, or generate without"
             )
-        held = self.store.padded()
-        return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))[1]
+        return self._behind(call, keys, values)[1]
+
+    def _behind(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention over all tokens, decoded, and the new ones."""
+        held = self._without_gradient(self.store.padded())
+        self._decoded_all(held[0].nbytes + (0 if self.plan.latent else held[1].nbytes))
+        return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))
+
+    def _without_gradient(self, held: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Decoded K and V, through which no gradient flows where tokens were written that had one."""
+        if not (self.cut and torch.is_grad_enabled()):
+            return held
+        source = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+        return without_gradient(held[0], source), without_gradient(held[1], source)
 
     def _notice(self, adapters: tuple[tuple[str, ...], ...], past: int) -> None:
         """Warn where a chunk comes through other adapters than those before it."""
@@ -192,7 +216,7 @@ class CompressedLayer(HeldLayer):
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
         reads, dense = store.reads, store.dense_read
-        part = store.attend(query, scale, softcap, chunk)
+        part = store.attend(call.asked, scale, softcap, chunk)
         store.reads = reads + store.reads
         store.dense_read += dense
         return answered(part, call), None
@@ -230,11 +254,11 @@ class CompressedLayer(HeldLayer):
         self.pending, self.earlier = self.earlier, None
         self.waiting = self.pending is not None
 
-    def _hold(self, valid: Tensor | None, query: Tensor, scale: float) -> None:
+    def _hold(self, valid: Tensor | None, call: Call, scale: float) -> None:
         """Complete the pending chunk and commit it, unless a crop or a choice is announced, or more of its prompt is to
         come."""
         assert self.pending is not None
-        n, queries = query.shape[2], query if self.plan.needs_queries else None
+        n, queries = call.query.shape[2], call.asked if self.plan.needs_queries else None
         self.pending, self.earlier = self.pending.completed(n, valid, queries, scale), None
         waits = self.plan.reconstructs and self.store.history.length == 0  # until the prompt was repeated
         announced, more = self.to_come is not None, self.gathers if self.to_come is None else self.to_come > n
@@ -267,15 +291,17 @@ class CompressedLayer(HeldLayer):
                 stacklevel=2,
             )
             self.warned = True
-        store = self.store
-        past, plan = store.padded()[which], ReadPlan()
-        if self.cut and torch.is_grad_enabled():
-            past = without_gradient(past, torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True))
+        past = self._without_gradient(self.store.padded())[which]
+        self._decoded_all(past.nbytes)
+        return torch.cat([past, new], 2)
+
+    def _decoded_all(self, copied: int) -> None:
+        """Count that all of the store was decoded, to so many bytes."""
+        store, plan = self._store, ReadPlan()
         plan.add("pages", store.layout.body_bytes, store.table.total)
         plan.add("window", store.exact.token_bytes, store.exact.counts)
-        plan.add("dense copy", past.nbytes)
+        plan.add("dense copy", copied)
         store.reads, store.dense_read = [*store.reads, plan], store.dense_bytes
-        return torch.cat([past, new], 2)
 
 
 def _refuse_nothing(tokens: int) -> None:
@@ -285,9 +311,10 @@ def _refuse_nothing(tokens: int) -> None:
 
 def answered(part: Part, call: Call) -> Tensor:
     """[B, Hq, n, Dv] float32, with the model's learned sinks where it has them (gpt-oss) -> what attention functions
-    return: [B, n, Hq, Dv] in the model's dtype."""
+    return: [B, n, Hq, Dv] in the model's dtype. Outputs over latents become those over values."""
     sinks = call.kwargs.get("s_aux")
     out = (part if sinks is None else sink_logit(part, sinks.view(1, -1, 1).expand_as(part.lse))).out
+    out = out if call.latent is None else call.latent.output(out)
     rows, heads, n, dim = out.shape
     out = out.transpose(1, 2) if n > 1 else out.view(rows, 1, heads, dim)
     return out.to(call.query.dtype).contiguous()

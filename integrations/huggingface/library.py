@@ -88,6 +88,6 @@ def _check_linear(state: State) -> None:
             there = isinstance(tensor, Tensor)
             state.require(said is None or said[i] is there, f"{name} {i} is {described(tensor)}, against what it says")
             if there:
-                state.require(tensor.dim() > 1 and tensor.is_floating_point(), f"{name} {i} is {described(tensor)}")
+                state.require(tensor.dim() > 1 and tensor.dtype in FLOATS, f"{name} {i} is {described(tensor)}")
                 rows.add(len(tensor))
     state.require(len(rows) < 2, f"its states have {' and '.join(map(str, sorted(rows)))} rows")

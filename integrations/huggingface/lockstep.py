@@ -11,7 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import CompressedCache
+from .followed import LatentHandles
 from .handles import Call, HandleLayer
+from .latent import LatentLayer
 from .layer import CompressedLayer
 from .masks import dense_mask
 
@@ -27,14 +29,17 @@ class Rows(HandleLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Give keys [n, H, 1, D] and values [n, H, 1, D] to the n members, a row each."""
         self.lazy_initialization(key_states, value_states)
-        held = [
-            member.update(key_states[i : i + 1].clone(), value_states[i : i + 1].clone(), *args, **kwargs)
-            for i, member in enumerate(self.members)
-        ]  # clones: a member that keeps its row must not keep the batch
+        rows = zip(self.members, key_states.split(1), value_states.split(1), strict=True)
+        held = [self.give(member, *row, *args, **kwargs) for member, *row in rows]
         if isinstance(self.members[0], CompressedLayer):
             return self.handles(key_states.shape, value_states.shape, held[0][0].length)
         k, v = (torch.cat(parts) for parts in zip(*held, strict=True))
         return k, v
+
+    def give(self, member: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Hand a member its row, as a copy: one that keeps it must not keep the batch."""
+        held: tuple[Any, Any] = member.update(keys.clone(), values.clone(), *args, **kwargs)
+        return held
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         outs, mask = [], dense_mask(call.mask) if isinstance(call.mask, BlockMask) else call.mask
@@ -55,9 +60,20 @@ class Rows(HandleLayer):
         return sizes
 
 
+class LatentRows(LatentHandles, Rows):
+    """`Rows` of layers that cache latents."""
+
+    def give(self, member: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.latent:
+            return super().give(member, keys, values, *args, **kwargs)
+        latents, rank = keys.clone(), values.shape[-1]
+        held: tuple[Any, Any] = member.hold(latents, latents[..., :rank])
+        return held
+
+
 def can_step_together(cache: CompressedCache) -> bool:
     """Whether all layers hold keys and values only, and a row can be taken out of a batch's."""
-    served = (CompressedLayer, DynamicLayer, DynamicSlidingWindowLayer)
+    served = (CompressedLayer, LatentLayer, DynamicLayer, DynamicSlidingWindowLayer)
     return all(type(layer) in served for layer in cache.layers)
 
 
@@ -66,4 +82,9 @@ def lockstep(caches: Sequence[CompressedCache]) -> Cache:
 
     Feeds the same model: input_ids [n, 1], row i going on from cache i, which takes the token as if it were alone.
     """
-    return Cache(layers=[Rows(at_layer) for at_layer in zip(*(cache.layers for cache in caches), strict=True)])
+    each = zip(*(cache.layers for cache in caches), strict=True)
+    return Cache(layers=[(LatentRows if _latent(at_layer[0]) else Rows)(at_layer) for at_layer in each])
+
+
+def _latent(layer: Any) -> bool:
+    return isinstance(layer, LatentLayer) and layer.latent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -175,7 +176,7 @@ def converted(alias: str) -> Path:
     """Return the folder with the packaged model as safetensors, converting it on first use (half a minute).
 
     The folder is `$XDG_CACHE_HOME/kvcomp/<alias>` (`~/.cache` without the variable). It appears by one
-    rename, so an interrupted conversion leaves nothing behind that looks finished.
+    rename, so an interrupted conversion leaves nothing that looks finished.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcomp"
     target = cache / alias
@@ -245,16 +246,19 @@ def _require_gguf(name: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the library's warnings, and its progress bars unless a person is watching."""
+    """Hold back the library's warnings, and its progress bars unless stderr is a terminal."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    silent: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        silent = contextlib.redirect_stderr(io.StringIO())  # the reader of GGUF files has a bar of its own
     try:
-        yield
+        with silent:
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

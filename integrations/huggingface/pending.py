@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from kvcomp.attention import causal
 from kvcomp.cache.layer import LayerStore
+from kvcomp.stages.latent import stored
 from kvcomp.state import FLOATS, State
 
 
 class Pending(NamedTuple):
-    """A chunk that was handed to `update` and is not committed yet, and those before it that wait for more.
+    """A chunk that was passed to `update` and is not committed yet, and those before it that wait for more.
 
     keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; valid bool [B, n], queries [B, Hq, n, Dk] and the softmax scale are
     known once attention ran.
@@ -79,6 +80,12 @@ class Pending(NamedTuple):
         chosen = None if self.chosen is None else self.chosen[:, :, :end]
         return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale, chosen)
 
+    def state(self, store: LayerStore) -> tuple[Any, ...]:
+        """What `restored` takes: latents as they were passed, c and r."""
+        if not store.plan.latent:
+            return tuple(self)
+        return self.values, self.keys[..., store.v_dim :], *self[2:]
+
     @classmethod
     def restored(cls, state: State, store: LayerStore, device: torch.device) -> Pending:
         """The chunk whose fields a state's `pending` has, on `device`, for the tokens that a store holds.
@@ -90,9 +97,13 @@ class Pending(NamedTuple):
         state = State(fields, f"{state.where}.pending")
         state.require(store.started, "there is a chunk, but no store")
         rows, heads = store.rows, store.heads
-        keys = state.tensor("keys", (rows, heads, None, store.k_dim), store.dtype)
+        given = stored(store.records.shape)
+        keys = state.tensor("keys", (rows, heads, None, given.k_dim), store.dtype)
         n = keys.shape[2]
-        state.tensor("values", (rows, heads, n, store.v_dim), store.dtype)
+        values = state.tensor("values", (rows, heads, n, given.v_dim), store.dtype)
+        if store.plan.latent:
+            fields["keys"] = torch.cat([keys, values], -1)
+            fields["values"] = fields["keys"][..., : store.v_dim]
         if fields["valid"] is not None:
             state.tensor("valid", (rows, n), torch.bool)
         if fields["queries"] is not None:
@@ -102,5 +113,5 @@ class Pending(NamedTuple):
             state.number("scale")
         if fields["chosen"] is not None:
             state.tensor("chosen", (rows, heads, n), torch.bool)
-        values: Any = (x.to(device) if isinstance(x, Tensor) else x for x in fields.values())
-        return cls(*values)
+        moved: Any = (x.to(device) if isinstance(x, Tensor) else x for x in fields.values())
+        return cls(*moved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,17 @@ from transformers.cache_utils import Cache
 
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages import Policy
+from kvcomp.state import described
+from kvcomp.text import quote
 
+from .arguments import is_count, token_ids
 from .cache import CompressedCache
+from .followed import LatentHandles
 from .forward import with_cache
 from .handles import Call, HandleLayer
+from .latent import LatentLayer
 from .layer import CompressedLayer
-from .reconstruct import received
+from .reconstruct import RepeatLatents, RepeatLayer, received
 from .timing import Stopwatch, clock
 
 
@@ -37,7 +43,8 @@ class SharedLayer(HandleLayer):
         chunk = self.members[0].pending
         assert chunk is not None
         result = call.dense(chunk.keys, chunk.values)
-        given = call._replace(base=lambda *args, **kwargs: result)
+        known = None if call.latent is None else replace(call.latent, expands=False)
+        given = call._replace(base=lambda *args, **kwargs: result, latent=known)
         for member, watch in zip(self.members, self.watches, strict=True):
             with watch.span(call.query.device):
                 member.attention(given)
@@ -45,6 +52,14 @@ class SharedLayer(HandleLayer):
 
     def dense(self, which: int) -> Tensor:
         return self.members[0].dense(which)
+
+
+class SharedLatents(LatentHandles, SharedLayer):
+    """A `SharedLayer` of members that cache latents."""
+
+    def take(self, keys: Tensor, values: Tensor) -> None:
+        for member in self.members:
+            (member.hold if self.latent else member.update)(keys, values)  # type: ignore[attr-defined]
 
 
 class Prefilled(NamedTuple):
@@ -59,6 +74,19 @@ class Prefilled(NamedTuple):
     dense_s: float
     own_s: float
 
+    def __repr__(self) -> str:
+        return f"Prefilled(logits={described(self.logits)}, dense_s={self.dense_s:.3f}, own_s={self.own_s:.3f})"
+
+
+def _check_caches(caches: Any) -> None:
+    """Raise a KvcompError unless these are different caches of ours."""
+    given = list(caches) if isinstance(caches, list | tuple) else [None]
+    wrong = next((cache for cache in given if not isinstance(cache, CompressedCache)), given)
+    if wrong is not given:
+        raise KvcompError(f"prefill(caches={quote(caches)}): expected a list of CompressedCache")
+    if len({id(cache) for cache in given}) < len(given):
+        raise KvcompError("prefill(caches=...): the same cache came twice: make one for each")
+
 
 class Prompt(NamedTuple):
     """ids [B, n] int64; mask [B, n], 0 where padding; positions [B, n] int64. None: no padding."""
@@ -68,7 +96,7 @@ class Prompt(NamedTuple):
     positions: Tensor | None
 
     def enter(self, model: PreTrainedModel, cache: Cache, start: int, end: int) -> Tensor:
-        """Feed tokens `start` to `end` behind those in the cache; returns logits [B, vocabulary] of the last one."""
+        """Feed tokens `start` to `end` after those in the cache; returns logits [B, vocabulary] of the last one."""
         out = model(
             input_ids=self.ids[:, start:end],
             attention_mask=None if self.mask is None else self.mask[:, :end],
@@ -116,21 +144,25 @@ def prefill(
     """
     if not caches:
         raise KvcompError("prefill(caches=[]): pass at least one cache")
-    if input_ids.dim() != 2 or input_ids.shape[1] < 2:
-        raise KvcompError(f"prefill(input_ids={tuple(input_ids.shape)}): expected [B, n] with at least 2 tokens")
+    _check_caches(caches)
+    token_ids("prefill(input_ids=", input_ids, 2)
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
+        said = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else quote(attention_mask)
+        raise KvcompError(f"prefill(attention_mask={said}): expected that of input_ids, {list(input_ids.shape)}")
     if any(cache.get_seq_length() for cache in caches):
         raise KvcompError("prefill: every cache must be empty; call reset() on those that are not")
     positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     prompt, tokens = Prompt(input_ids, attention_mask, positions), input_ids.shape[1]
-    if chunk is not None and chunk < 1:
-        raise KvcompError(f"prefill(chunk={chunk}): expected a positive number of tokens")
+    if chunk is not None and not is_count(chunk):
+        raise KvcompError(f"prefill(chunk={quote(chunk)}): expected a positive number of tokens")
     chunks = [min(chunk or tokens, cache.stack.prefill_chunk or tokens) for cache in caches]
     alone = [size < tokens for size in chunks]
     for cache, size, own in zip(caches, chunks, alone, strict=True):
         if (policy := _reconstructing(cache)) is not None:
-            if tokenizer is None:
+            if not callable(tokenizer):
                 raise KvcompError(
-                    f"prefill(tokenizer=None): {policy.name} asks the model to repeat its prompt: pass the tokenizer"
+                    f"prefill(tokenizer={quote(tokenizer)}): {policy.name} asks the model to repeat its prompt: "
+                    "pass the tokenizer"
                 )
             if own:
                 raise UnsupportedError(
@@ -155,8 +187,9 @@ def _together(
     watches = [Stopwatch() for _ in caches]
     layers: list[Any] = []
     for at_layer in zip(*(cache.layers for cache in caches), strict=True):
-        ours = isinstance(at_layer[0], CompressedLayer)
-        layers.append(SharedLayer(at_layer, watches) if ours else deepcopy(at_layer[0]))
+        first = at_layer[0]
+        shared = SharedLatents if isinstance(first, LatentLayer) and first.latent else SharedLayer
+        layers.append(shared(at_layer, watches) if isinstance(first, CompressedLayer) else deepcopy(first))
     for cache in caches:
         if (turns := cache._turns()) is not None:
             turns.announce(prompt.ids)
@@ -198,7 +231,8 @@ def _repeat(
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer):
                 assert layer.pending is not None
-                layers.append(tuple(x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2]))
+                repeats = RepeatLatents if layer.plan.latent else RepeatLayer
+                layers.append(repeats(*(x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2])))
             elif rows > 1 or len(tokens) < n:
                 raise UnsupportedError(
                     f"{cache.stack}: of a model with other layers than full attention, one row at a time can be "

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from kvcomp.errors import UnsupportedError
 from kvcomp.policies.kvzip import most_received
 
+from .followed import LatentHandles
 from .forward import with_cache
 from .handles import Call, HandleLayer
 from .masks import chunk_mask
@@ -25,7 +26,7 @@ SINKS = 4  # first tokens, among which a query's attention is shared out, too
 
 
 class RepeatLayer(HandleLayer):
-    """A full-attention layer behind the K and V of a prompt, of which it repeats tokens `start` to `end`.
+    """A full-attention layer after the K and V of a prompt, of which it repeats tokens `start` to `end`.
 
     keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]; received [1, Hkv, n] float32: the most attention that a token got,
     among those of its part, the sinks and the repetition. The repetition itself is forgotten.
@@ -51,8 +52,8 @@ class RepeatLayer(HandleLayer):
     def _watch(self, call: Call) -> None:
         sinks, (keys, _) = min(SINKS, self.start), self.prompt
         keys = torch.cat([keys[:, :, :sinks], keys[:, :, self.start : self.end], self.own[0]], 2)
-        scale = keys.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        most = most_received(call.query, keys, scale, call.kwargs.get("softcap"))
+        scale = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+        most = most_received(call.asked, keys, scale, call.kwargs.get("softcap"))
         part = self.received[..., self.start : self.end]
         torch.maximum(part, most[..., sinks : sinks + part.shape[-1]], out=part)
 
@@ -61,6 +62,10 @@ class RepeatLayer(HandleLayer):
             "this model reads keys and values as tensors instead of through its attention function, so that nothing "
             "says what its tokens receive: use a policy that does not let it repeat the prompt"
         )
+
+
+class RepeatLatents(LatentHandles, RepeatLayer):
+    """A `RepeatLayer` after keys [c, r] and values c of latents."""
 
 
 @torch.no_grad()
@@ -77,8 +82,8 @@ def received(
         model: a hooked model.
         tokenizer: the model's, for the request to repeat.
         ids: [1, n], without padding.
-        layers: of all the model's layers, (keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]) where they are ours, and the
-            library's cache layer after the prompt where not.
+        layers: of all the model's layers, (keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]) where they are ours, or a
+            `RepeatLayer` after those, and the library's cache layer after the prompt where not.
 
     Returns:
         [1, Hkv, n] float32 of each layer that is ours.
@@ -88,7 +93,8 @@ def received(
         found = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         return torch.as_tensor(found, dtype=ids.dtype, device=ids.device)
 
-    ours = {i: RepeatLayer(*layer) for i, layer in enumerate(layers) if isinstance(layer, tuple)}
+    each = [RepeatLayer(*layer) if isinstance(layer, tuple) else layer for layer in layers]
+    ours = {i: layer for i, layer in enumerate(each) if isinstance(layer, RepeatLayer)}
     n = ids.shape[1]
     for start in range(0, n, chunk):
         end = min(start + chunk, n)

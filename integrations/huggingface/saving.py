@@ -17,6 +17,7 @@ from kvcomp.state import FLOATS, DamagedError, State
 
 from ..configs import field
 from .fingerprint import ESSENTIALS, fingerprint
+from .latent import LatentLayer
 from .layer import CompressedLayer
 from .library import restore_library
 from .preallocated import PreallocatedLayer
@@ -30,7 +31,7 @@ def essentials(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def digests(model: Any) -> dict[str, str | None]:
-    """What a file says of a model's weights; None for a config, or where they are not at hand."""
+    """What a file says of a model's weights; None for a config, or where they are not available."""
     if not isinstance(model, torch.nn.Module):
         return {"weights": None, "parameters": None}
     found = fingerprint(model)
@@ -61,8 +62,8 @@ def layer_state(layer: Any) -> dict[str, Any]:
 
 
 def _kind(layer: Any) -> str:
-    """A layer's class, but for how it decodes, which is not saved."""
-    return (CompressedLayer if isinstance(layer, PreallocatedLayer) else type(layer)).__name__
+    """A layer's class, but for how it decodes, which is not saved; all of them were once one."""
+    return (CompressedLayer if isinstance(layer, PreallocatedLayer | LatentLayer) else type(layer)).__name__
 
 
 def check_kinds(layers: Sequence[Any], saved: Saved) -> None:
@@ -79,7 +80,7 @@ def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) ->
     """Make new layers those whose `layer_state` was saved, on `device`; the states' tensors lie on the host.
 
     Raises:
-        KvcompError: pages of another layout, or more tokens than the layers have room for.
+        KvcompError: pages of another layout, or more tokens than the layers can hold.
         DamagedError: the states are none of such layers.
     """
     for i, (layer, state) in enumerate(zip(layers, saved.layers, strict=True)):

@@ -16,13 +16,14 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
+from kvcomp.architecture import LayerKind
 from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import KvcompError, UnsupportedError
 
-from .checks import accepted
+from .checks import accepted, check_layer
 from .config import report_prompt_lengths
 from .specs import EvictingSpec
 
@@ -68,20 +69,13 @@ class PageBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """The same blocks, with the bytes of a page record in each (block, KV head)."""
         setup = cls.setup
-        if not isinstance(spec, FullAttentionSpec) or spec.sliding_window is not None:
-            raise UnsupportedError(
-                f"{setup.stack}: the model has layers with {type(spec).__name__}, and a stack compresses full "
-                "attention alone: serve this model without a stack"
-            )
+        full = isinstance(spec, FullAttentionSpec) and spec.sliding_window is None
+        kind = LayerKind.FULL if full else LayerKind.SLIDING
+        check_layer(setup, kind, spec.head_size, getattr(spec, "head_size_v", spec.head_size))
         if spec.block_size % setup.page_size:
             raise UnsupportedError(
                 f"{setup.stack}: blocks of {spec.block_size} tokens do not hold whole pages of {setup.page_size}: "
                 f"use --block-size {setup.page_size}"
-            )
-        if (spec.head_size, spec.head_size_v) != (setup.dim, setup.dim):
-            raise UnsupportedError(
-                f"{setup.stack}: the model has layers of {spec.head_size} and {spec.head_size_v} channels beside those "
-                f"of {setup.dim}: serve this model without a stack"
             )
         record = setup.record_bytes(spec.num_kv_heads)
         if setup.stack.policies:
@@ -164,5 +158,5 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
 
 @cache
 def backend_for(setup: Setup) -> type[PageBackend]:
-    """The backend of one setup: vLLM asks classes, not objects, and not always where its config is at hand."""
+    """The backend of one setup: vLLM asks classes, not objects, and not always where its config is available."""
     return type("PageBackend", (PageBackend,), {"setup": setup})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvcomp.architecture import LayerKind, LayerShape, engine_obstacle
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import UnsupportedError
 from kvcomp.stages import Policy
@@ -24,15 +25,21 @@ def accepted(config: VllmConfig) -> Setup:
     assert stack is not None
     model, speculative = config.model_config, config.speculative_config
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
-    if model.use_mla:
-        raise UnsupportedError(
-            f"{stack}: the model's attention is latent (MLA), its cache has no KV heads to compress: serve it "
-            "without a stack"
-        )
     setup = Setup(stack, model.get_total_num_hidden_layers(), model.get_head_size(), model.dtype, drafts)
+    check_layer(setup, LayerKind.LATENT if model.use_mla else LayerKind.FULL, setup.dim, setup.dim)
     check_stages(setup, config.parallel_config.tensor_parallel_size)
     check_engine(setup, config)
     return setup
+
+
+def check_layer(setup: Setup, kind: LayerKind, k_dim: int, v_dim: int) -> None:
+    """Raise an UnsupportedError where blocks cannot hold a layer of this kind, with heads of so many channels."""
+    why = engine_obstacle([LayerShape(k_dim=k_dim, v_dim=v_dim, kind=kind)], setup.dim)
+    if why is not None:
+        raise UnsupportedError(
+            f"{setup.stack}: a layer of the model {why}, which compressed pages do not serve in vLLM: serve this model "
+            "without a stack"
+        )
 
 
 def check_engine(setup: Setup, config: VllmConfig) -> None:

@@ -12,13 +12,14 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from kvcomp.architecture import LayerKind
 from kvcomp.cache.blocks.decode import DecodeStep
 from kvcomp.cache.blocks.layer import BlockLayer
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import UnsupportedError
 
-from .checks import accepted
+from .checks import accepted, check_layer
 from .key_centres import turned_biases
 from .window import Window
 
@@ -44,11 +45,12 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         self.setup, self.model, self.ranks = accepted(config), config.model_config, config.parallel_config
         refused = {
             "position biases (ALiBi)": alibi_slopes,
-            "a sliding window": sliding_window,
             "another kind than decoding": attn_type != AttentionType.DECODER or None,
-            "the cache of another layer": kv_sharing_target_layer_name,
             "learned sinks": more.get("sinks"),
         }
+        kinds = {LayerKind.SLIDING: sliding_window, LayerKind.SHARED: kv_sharing_target_layer_name}
+        kind = next((kind for kind, given in kinds.items() if given is not None), LayerKind.FULL)
+        check_layer(self.setup, kind, head_size, head_size)
         for what, given in refused.items():
             if given is not None:
                 raise UnsupportedError(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-from kvcomp.errors import KvcompError
-
 from .loading import MISSING, load
 
 LEVELS = ("portable", "AVX2", "AVX-512")
@@ -41,10 +39,3 @@ def functions() -> ctypes.CDLL:
 def level() -> int:
     """The best of `LEVELS` on this machine."""
     return int(functions().kvcomp_level())
-
-
-def error(code: int) -> Exception:
-    """What a number that a function returned stands for."""
-    if code == 1:
-        return MemoryError("no memory for a step of attention over compressed pages")
-    return KvcompError("counts, ids or places are below 0, or beyond what there is: the cache is damaged")

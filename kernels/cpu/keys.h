@@ -115,21 +115,39 @@ INLINE void NAME(v_block)(float *out, int64_t room, const float *p, int64_t p_ro
     }
 }
 
-/* q . k over the rows: acc[r, t] = sum_d q[r, d] x[t, d] for n tokens, x [n, x_room] float32. */
+/* q . k of RN rows and TN tokens: acc[r, t] += sum_d q[r, d] x[t, d], x [TN, x_room] float32. */
+INLINE void NAME(dots_of)(float *acc, int64_t room, const float *q, int64_t q_room, const float *x, int64_t x_room,
+                          int channels, const int RN, const int TN) {
+    vf a[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < TN; t++) a[r][t] = all(0);
+    for (int d = 0; d < channels; d += VL) {
+        vf y[4];
+#pragma GCC unroll 4
+        for (int t = 0; t < TN; t++) y[t] = load(x + t * x_room + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++) {
+            vf z = load(q + r * q_room + d);
+#pragma GCC unroll 4
+            for (int t = 0; t < TN; t++) a[r][t] += z * y[t];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < TN; t++) acc[r * room + t] += NAME(sum)(a[r][t]);
+}
+
+/* q . k over the rows: acc[r, t] += sum_d q[r, d] x[t, d] for n tokens, x [n, x_room] float32; as many tokens at a time as
+ * there are registers for. */
 INLINE void NAME(dot_block)(float *acc, int64_t room, const float *q, int64_t q_room, const float *x, int64_t x_room,
                             int channels, int n, const int RN) {
-    for (int t = 0; t < n; t++) {
-        vf a[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < RN; r++) a[r] = all(0);
-        for (int d = 0; d < channels; d += VL) {
-            vf y = load(x + t * x_room + d);
-#pragma GCC unroll 4
-            for (int r = 0; r < RN; r++) a[r] += load(q + r * q_room + d) * y;
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < RN; r++) acc[r * room + t] += NAME(sum)(a[r]);
-    }
+    const int many = LEVEL == 2 ? 4 : 2;
+    int t = 0;
+    for (; t + many <= n; t += many) NAME(dots_of)(acc + t, room, q, q_room, x + t * x_room, x_room, channels, RN, many);
+    for (; t < n; t++) NAME(dots_of)(acc + t, room, q, q_room, x + t * x_room, x_room, channels, RN, 1);
 }
 
 /* A call for each number of rows, at most 4 at a time. */

@@ -11,6 +11,8 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
+from kvcomp.errors import KvcompError
+
 from .sources import digest
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -70,7 +72,10 @@ def compiled_from(library: ctypes.CDLL) -> str | None:
 
 
 def declared(found: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the signatures of its functions."""
+    """The library with the signatures of its functions.
+
+    They raise a MemoryError, or a KvcompError where counts, ids or places are beyond what there is.
+    """
     number, place = c_int64, c_void_p
     three, five, six = [number] * 3, [number] * 5, [number] * 6
     signatures = {
@@ -82,24 +87,17 @@ def declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "kvcomp_append": [*[place] * 5, *five],
         "kvcomp_shares": [place, place, *three, place],
         "kvcomp_largest": [place, place, *three, place],
-        "kvcomp_regroup": [
-            place,
-            number,
-            number,
-            place,
-            number,
-            number,
-            place,
-            *three,
-            place,
-            place,
-            number,
-            place,
-            number,
-        ],
+        "kvcomp_regroup": [*[place, number, number] * 2, place, *three, place, place, number, place, number],
         "kvcomp_runs": [place, number, place, *three, place],
     }
     for name, takes in signatures.items():
         function = getattr(found, name)
-        function.argtypes, function.restype = takes, c_int
+        function.argtypes, function.restype, function.errcheck = takes, c_int, _checked
     return found
+
+
+def _checked(code: int, *_: object) -> None:
+    if code == 1:
+        raise MemoryError("no memory for a step of attention over compressed pages")
+    if code:
+        raise KvcompError("counts, ids or places are below 0, or beyond what there is: the cache is damaged")

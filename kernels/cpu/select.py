@@ -22,7 +22,7 @@ _VECTORS = Struct("18qi4x")  # a structure of the C kernel, as one row of number
 
 
 def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Write one token of each stream, keys and values [B, H, 1, D], behind the counts [S] that k and v [S, N, D] hold,
+    """Write one token of each stream, keys and values [B, H, 1, D], after the counts [S] that k and v [S, N, D] hold,
     and count it; False, and nothing done, where dtypes differ, or something is a view or on another device."""
     if keys.dtype is not k.dtype or values.dtype is not v.dtype:
         return False
@@ -41,8 +41,7 @@ def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -
         raise KvcompError(f"counts are {counts.dtype} {list(counts.shape)}, and the C kernel counts int64 [{streams}]")
     k_bytes, v_bytes = k_dim * k.itemsize, v_dim * v.itemsize
     places = k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(), counts.data_ptr()
-    if failed := compiled.functions().kvcomp_append(*places, streams, k_room, v_room, k_bytes, v_bytes):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_append(*places, streams, k_room, v_room, k_bytes, v_bytes)
     return True
 
 
@@ -62,8 +61,7 @@ def vector_dots(queries: Tensor, summary: Summary, names: tuple[str, ...], scale
     problem = _VECTORS.pack(
         *listed, *sizes, scale_at, scales, layout.bytes_per_page - offsets[0], named, compiled.level()
     )
-    if failed := compiled.functions().kvcomp_vector_dots(problem):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_vector_dots(problem)
     return out
 
 
@@ -93,8 +91,7 @@ def code_dots(queries: Tensor, offset: Tensor, summary: Summary, name: str, bits
     places = queries.data_ptr(), offset.data_ptr(), base + summary.layout.offsets[name], stride, named
     listed = ids.data_ptr(), width, counts.data_ptr()
     sizes = streams, heads, rows, bits, pages, size
-    if failed := compiled.functions().kvcomp_code_dots(*places, *listed, *sizes, out.data_ptr()):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_code_dots(*places, *listed, *sizes, out.data_ptr())
     return out
 
 
@@ -104,10 +101,7 @@ def shares(logits: Tensor, counts: Tensor) -> Tensor:
     streams, heads, n = logits.shape
     counts = given("counts", counts, torch.int64, (streams,))
     out = logits.new_empty(streams, n)
-    if failed := compiled.functions().kvcomp_shares(
-        logits.data_ptr(), counts.data_ptr(), streams, heads, n, out.data_ptr()
-    ):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_shares(logits.data_ptr(), counts.data_ptr(), streams, heads, n, out.data_ptr())
     return out
 
 
@@ -115,8 +109,7 @@ def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
     """As `select.largest`, of `width` columns."""
     x, wanted = given("x", x, torch.float32, 2), given("wanted", wanted, torch.int64, (len(x),))
     out = wanted.new_empty(len(x), width)
-    if failed := compiled.functions().kvcomp_largest(x.data_ptr(), wanted.data_ptr(), *x.shape, width, out.data_ptr()):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_largest(x.data_ptr(), wanted.data_ptr(), *x.shape, width, out.data_ptr())
     return out
 
 
@@ -140,8 +133,7 @@ def choose(
         raise KvcompError(f"{n} logits are not the same number of each of {pages} pages, or of units of {unit}")
     sizes = streams, heads, pages, n // pages, unit
     places = wanted.data_ptr(), width, *ends, out.data_ptr()
-    if failed := compiled.functions().kvcomp_choose(logits.data_ptr(), scale, counts.data_ptr(), *sizes, *places):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_choose(logits.data_ptr(), scale, counts.data_ptr(), *sizes, *places)
     return out
 
 
@@ -154,13 +146,11 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor, made:
     if n * layout.page_size != streams * many:
         raise KvcompError(f"{streams * many} tokens do not fill {n} pages of {layout.page_size}")
     offsets, rows = _rows_of(layout)
-    failed = compiled.functions().kvcomp_regroup(
+    compiled.functions().kvcomp_regroup(
         *records("pool", pool, layout.body_bytes),
         *(ids.data_ptr(), width, listed, tokens.data_ptr(), streams, many, layout.page_size, offsets, rows),
         *(len(offsets), address, stride),
     )
-    if failed:
-        raise compiled.error(failed)
 
 
 def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
@@ -172,8 +162,7 @@ def runs(x: Tensor, starts: Tensor, width: int) -> Tensor:
     x, starts = x.contiguous(), given("starts", starts, torch.int64, starts.shape)
     out = x.new_empty(*starts.shape, width)
     places = x.data_ptr(), len(x), starts.data_ptr()
-    if failed := compiled.functions().kvcomp_runs(*places, x.itemsize, starts.numel(), width, out.data_ptr()):
-        raise compiled.error(failed)
+    compiled.functions().kvcomp_runs(*places, x.itemsize, starts.numel(), width, out.data_ptr())
     return out
 
 

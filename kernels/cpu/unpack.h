@@ -116,12 +116,7 @@ INLINE const float *NAME(rows_of)(const Segment *g, const uint8_t *page, int64_t
         } else if (g->kind == FLOAT16) {
             NAME(halves)(row, from, channels);
         } else {
-            for (int d = 0; d < channels; d++) {
-                uint16_t high;
-                memcpy(&high, from + 2 * d, 2);
-                uint32_t bits = (uint32_t)high << 16;
-                memcpy(row + d, &bits, 4);
-            }
+            NAME(brains)(row, from, channels);
         }
     }
     return to;

@@ -100,6 +100,29 @@ INLINE void NAME(halves)(float *to, const uint8_t *from, int64_t n) {
     }
 }
 
+/* n numbers of bfloat16. */
+INLINE void NAME(brains)(float *to, const uint8_t *from, int64_t n) {
+    int64_t i = 0;
+#if LEVEL == 2
+    for (; i + 16 <= n; i += 16) {
+        __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + 2 * i)));
+        _mm512_storeu_si512(to + i, _mm512_slli_epi32(x, 16));
+    }
+#endif
+#if LEVEL >= 1
+    for (; i + 8 <= n; i += 8) {
+        __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(from + 2 * i)));
+        _mm256_storeu_si256((__m256i *)(to + i), _mm256_slli_epi32(x, 16));
+    }
+#endif
+    for (; i < n; i++) {
+        uint16_t high;
+        memcpy(&high, from + 2 * i, 2);
+        uint32_t bits = (uint32_t)high << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
 /* exp(x) of x <= 0 to 2 units in the last place; 0 below -87. */
 INLINE vf NAME(exponential)(vf x) {
     vf shift = all(12582912.0f), n = x * 1.44269504f + shift;

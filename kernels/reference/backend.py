@@ -44,11 +44,18 @@ class Reference(Backend):
         *_: object,
     ) -> Part:
         pool, ids, counts, layout, _sides, in_tokens, token_bias = pages
-        ragged = None if pool.is_cpu else True  # reading counts would synchronize a GPU
+        ragged = None if pool.is_cpu and case.host else True  # reading counts would synchronize a GPU
         how = codec, scale, softcap, case.lse_of_pages, ragged, in_tokens, token_bias
         return of_pages.attend_pages(queries, pool, ids, counts, layout, *how)
 
     def attend_tokens(
-        self, queries: Tensor, tokens: Tokens, scale: float, softcap: float | None, prior: Part | None, *_: object
+        self,
+        queries: Tensor,
+        tokens: Tokens,
+        scale: float,
+        softcap: float | None,
+        prior: Part | None,
+        workspace: Tensor | None = None,
+        host: bool = True,
     ) -> Part:
-        return attend_tokens(queries, tokens, scale, softcap, prior)
+        return attend_tokens(queries, tokens, scale, softcap, prior, host)

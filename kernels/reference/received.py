@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcomp.kernels.contract import Reduce
+
 BLOCK = 1 << 22  # elements of attention weights held at once: 16 MiB
 
 
@@ -18,9 +20,14 @@ def received(
     scale: float,
     visible: Tensor | None = None,
     softcap: float | None = None,
-    reduce: str = "sum",
+    reduce: Reduce = "sum",
 ) -> Tensor:
-    """As `kernels.received.received`. Never more than `BLOCK` weights exist at once, whatever w is."""
+    """Attention weights of the last w queries, their sum or with reduce="max" the largest: [b, Hq, n] float32.
+
+    queries [b, Hq, w, D] of the last w tokens, keys [b, Hkv, n, D]; causal; visible bool [b, Hkv, n] hides keys, and a
+    query that sees none gives 0. No backend holds all w * n weights: here
+    `BLOCK` at once.
+    """
     b, hq, w, _ = queries.shape
     hkv, n = keys.shape[1], keys.shape[2]
     grouped = queries.float().unflatten(1, (hkv, -1)).flatten(0, 1) * scale  # [s, G, w, D] of s = b * Hkv streams

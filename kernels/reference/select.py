@@ -26,7 +26,8 @@ def vectors(summary: Mapping[str, Tensor], name: str, scale: str | None) -> Tens
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x [..., D] times the scale [..., g] of each run of D / g channels, float32."""
-    return (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)
+    numbers: Tensor = (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)
+    return numbers
 
 
 def code_dots(queries: Tensor, summary: Mapping[str, Tensor], name: str, bits: int) -> Tensor:
@@ -42,7 +43,10 @@ def code_dots(queries: Tensor, summary: Mapping[str, Tensor], name: str, bits: i
 
 
 def shares(logits: Tensor, counts: Tensor) -> Tensor:
-    """As `select.shares`."""
+    """[S, n] float32: the softmax over the first counts [S] of logits [S, G, n], averaged over G; 0 for the others.
+
+    A head counts 0 where it has none, or logits that are not finite. The logits may be overwritten.
+    """
     exists = torch.arange(logits.shape[-1], device=logits.device) < counts[:, None]
     right = (logits.isfinite() | ~exists[:, None]).all(-1, keepdim=True) & exists.any(-1)[:, None, None]
     each = logits.masked_fill(~exists[:, None], -torch.inf).softmax(-1)
@@ -59,7 +63,12 @@ def choose(
     pages: int,
     ends: tuple[int, int],
 ) -> Tensor:
-    """As `select.choose`."""
+    """int64 [S, width]: of what a stream's first counts [S] of `pages` pages hold, the wanted [S] of the largest
+    `shares` by logits [S, G, pages * u] times scale, ascending; then the last place there is.
+
+    unit 1: pages, by the sum of their u shares; else u: each by itself. ends: so many first and last pages are among
+    them. The logits may be overwritten.
+    """
     each = logits.shape[-1] // pages
     share = by_unit(shares(logits * scale, counts * each), pages, unit)
     return largest(forced(share, counts, unit, ends), wanted, width)
@@ -79,7 +88,7 @@ def forced(share: Tensor, counts: Tensor, unit: int, ends: tuple[int, int]) -> T
 
 
 def largest(x: Tensor, wanted: Tensor, width: int) -> Tensor:
-    """As `select.largest`."""
+    """int64 [S, width]: where the wanted [S] <= width largest of x [S, n] are, ascending, and then n - 1."""
     n = x.shape[1]
     top = x.topk(width, -1).indices
     surplus = torch.arange(width, device=x.device) >= wanted[:, None]

@@ -30,31 +30,16 @@ def tokens_held(counts, stream, PAGE: tl.constexpr, IN_TOKENS: tl.constexpr):
 @triton.jit
 def tokens_of_split(held, splits, split_pages, PAGE: tl.constexpr):
     """Tokens of one of a stream's splits: even shares of what it holds, of `LEAST` tokens or more, at most those that a
-    split has room for. A grid made for the longest stream there may be then serves short ones as well."""
+    split can hold. A grid made for the longest stream there may be then serves short ones as well."""
     share = tl.maximum(tl.cdiv(tl.cdiv(held, PAGE), splits), tl.cdiv(LEAST, PAGE))
     return tl.minimum(share, split_pages) * PAGE
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def merge_kernel(
-    partial,
-    partial_lse,
-    prior,
-    prior_lse,
-    counts,
-    out,
-    lse,
-    splits,
-    split_pages,
-    rows,
-    v_dim,
-    PAGE: tl.constexpr,
-    IN_TOKENS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PRIOR: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial, partial_lse, prior, prior_lse, counts, out, lse, splits, split_pages, rows, v_dim, PAGE: tl.constexpr,
+    IN_TOKENS: tl.constexpr, TOKENS: tl.constexpr, PRIOR: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """sum_i w_i out_i, w_i = exp(lse_i - lse), over splits and what came before. Grid: (stream * rows). partial [S,
     splits, R, Dv] with lse in base 2; prior and out [S, R, Dv], their lse [S, R] in base e. Of the splits of pages
     (PAGE = 0: there are none) those are read that were written, by the same counts [S]; TOKENS: the last is the exact

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from kvcomp.attention import HIDDEN
+from kvcomp.operators import operator
 
 from . import attention, chunks, decode, merge
 from .plan import blocked, tokens_tile
@@ -62,7 +63,19 @@ def workspace_size(streams: int, rows: int, splits: int, v_dim: int) -> int:
     return streams * rows * splits * (v_dim + 1)
 
 
-@torch.library.custom_op("kvcomp::attend_pages", mutates_args=("workspace",))
+def _results(
+    queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `attend_pages` returns."""
+    streams, rows, _ = queries.shape
+    v_dim = values.shape[2] if values is not None else chunks.parsed(description).v_dim
+    pages = ids.shape[1] if lse_of_pages and ids is not None else 0
+    shapes = (streams, rows, v_dim), (streams, rows), (streams, rows, pages)
+    out, lse, groups = (torch.empty(shape, dtype=torch.float32, device=queries.device) for shape in shapes)
+    return out, lse, groups
+
+
+@operator("attend_pages", _results, mutates=("workspace",))
 def attend_pages(
     queries: Tensor,
     bias: Tensor | None,
@@ -91,7 +104,7 @@ def attend_pages(
     what came before (prior).
 
     queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
-    k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split has room for; workspace: float32
+    k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split can hold; workspace: float32
     `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
     """
     streams, rows, k_dim = queries.shape
@@ -126,19 +139,9 @@ def attend_pages(
             queries,
             *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_codebook, v_codebook)),
             *(idle if x is None else x for x in (keys, values, token_counts)),
-            workspace,
-            partial_lse,
-            lse_of_tiles,
-            rows,
-            k_dim,
-            v_dim,
-            0 if ids is None else ids.stride(0),
-            *strides,
-            0 if token_bias is None else token_bias.shape[2],
-            tiles,
-            split_pages,
-            scale,
-            softcap,
+            *(workspace, partial_lse, lse_of_tiles, rows, k_dim, v_dim),
+            *(0 if ids is None else ids.stride(0), *strides, 0 if token_bias is None else token_bias.shape[2]),
+            *(tiles, split_pages, scale, softcap),
             **attention_constants(layout, 0 if pool is None else pool.stride(0), tokens, window, block, exact),
             BIAS=bias is not None,
             TOKEN_BIAS=token_bias is not None,
@@ -147,17 +150,9 @@ def attend_pages(
             IN_TOKENS=in_tokens,
         )
         merge.merge_kernel[(streams * rows,)](
-            workspace,
-            partial_lse,
-            idle if prior_out is None else prior_out,
-            idle if prior_lse is None else prior_lse,
-            idle if counts is None else counts,
-            out,
-            lse,
-            splits,
-            split_pages,
-            rows,
-            v_dim,
+            *(workspace, partial_lse),
+            *(idle if x is None else x for x in (prior_out, prior_lse, counts)),
+            *(out, lse, splits, split_pages, rows, v_dim),
             PAGE=layout.page_size,
             IN_TOKENS=in_tokens,
             TOKENS=keys is not None,
@@ -171,7 +166,17 @@ def attend_pages(
     return out, lse, groups
 
 
-@torch.library.custom_op("kvcomp::decode_pages", mutates_args=())
+def _decoded(pool: Tensor, ids: Tensor, description: str, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Room for what `decode_pages` returns."""
+    layout = chunks.parsed(description)
+    shapes = (layout.k_dim,), (layout.v_dim,), ()
+    k, v, hidden = (
+        torch.empty((len(ids), count * layout.page_size, *shape), dtype=dtype, device=pool.device) for shape in shapes
+    )
+    return k, v, hidden
+
+
+@operator("decode_pages", _decoded)
 def decode_pages(
     pool: Tensor,
     ids: Tensor,
@@ -206,68 +211,3 @@ def decode_pages(
             num_warps=DECODE_WARPS,
         )
     return keys, values, hidden
-
-
-@decode_pages.register_fake
-def _(
-    pool: Tensor,
-    ids: Tensor,
-    counts: Tensor,
-    k_codebook: Tensor,
-    v_codebook: Tensor,
-    description: str,
-    first: int,
-    count: int,
-    in_tokens: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _decoded(pool, ids, description, count, dtype)
-
-
-def _decoded(pool: Tensor, ids: Tensor, description: str, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Room for what `decode_pages` returns."""
-    layout = chunks.parsed(description)
-    shapes = (layout.k_dim,), (layout.v_dim,), ()
-    k, v, hidden = (
-        torch.empty((len(ids), count * layout.page_size, *shape), dtype=dtype, device=pool.device) for shape in shapes
-    )
-    return k, v, hidden
-
-
-@attend_pages.register_fake
-def _(
-    queries: Tensor,
-    bias: Tensor | None,
-    pool: Tensor | None,
-    ids: Tensor | None,
-    counts: Tensor | None,
-    k_codebook: Tensor | None,
-    v_codebook: Tensor | None,
-    keys: Tensor | None,
-    values: Tensor | None,
-    token_counts: Tensor | None,
-    prior_out: Tensor | None,
-    prior_lse: Tensor | None,
-    workspace: Tensor | None,
-    description: str,
-    split_pages: int,
-    scale: float,
-    softcap: float,
-    lse_of_pages: bool,
-    exact: bool,
-    in_tokens: bool = False,
-    token_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(queries, ids, values, description, lse_of_pages)
-
-
-def _results(
-    queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `attend_pages` returns."""
-    streams, rows, _ = queries.shape
-    v_dim = values.shape[2] if values is not None else chunks.parsed(description).v_dim
-    pages = ids.shape[1] if lse_of_pages and ids is not None else 0
-    shapes = (streams, rows, v_dim), (streams, rows), (streams, rows, pages)
-    out, lse, groups = (torch.empty(shape, dtype=torch.float32, device=queries.device) for shape in shapes)
-    return out, lse, groups

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from kvcomp.layout import PageLayout
+from kvcomp.operators import operator
 
 from . import encode, pieces, tokens
 
@@ -31,7 +32,7 @@ def encode_constants(layout: pieces.Description, record_bytes: int, single: bool
     }
 
 
-@torch.library.custom_op("kvcomp::write_pages", mutates_args=("pool",))
+@operator("write_pages", lambda: None, mutates=("pool",))
 def write_pages(
     pool: Tensor,
     ids: Tensor,
@@ -59,22 +60,8 @@ def write_pages(
         )
 
 
-@write_pages.register_fake
-def _(
-    pool: Tensor,
-    ids: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    k_thresholds: Tensor,
-    v_thresholds: Tensor,
-    description: str,
-    rows: Tensor | None = None,
-) -> None:
-    return None
-
-
 def regrouped(layout: PageLayout) -> tuple[tuple[tuple[int, int], ...], int, int, int]:
-    """What `regroup_kernel` is told of a layout: (offset, bytes a token) of each of its `token_fields`, tokens and
+    """What `regroup_kernel` gets to know of a layout: (offset, bytes a token) of each of its `token_fields`, tokens and
     bytes of a page, and those bytes of it that attention reads."""
     fields = tuple((layout.offsets[f.name], f.nbytes // layout.page_size) for f in layout.token_fields)
     return fields, layout.page_size, layout.bytes_per_page, layout.body_bytes
@@ -95,7 +82,11 @@ def regroup_constants(
     }
 
 
-@torch.library.custom_op("kvcomp::regroup", mutates_args=())
+def _records(pool: Tensor, chosen: Tensor, page_size: int, body_bytes: int) -> Tensor:
+    return torch.empty(chosen.numel() // page_size, body_bytes, dtype=torch.uint8, device=pool.device)
+
+
+@operator("regroup", _records)
 def regroup(
     pool: Tensor, ids: Tensor, chosen: Tensor, fields: list[int], page_size: int, page_bytes: int, body_bytes: int
 ) -> Tensor:
@@ -105,7 +96,7 @@ def regroup(
     fields: offset and bytes a token of each, in a row.
     """
     streams, count = chosen.shape
-    records = torch.empty(chosen.numel() // page_size, body_bytes, dtype=torch.uint8, device=pool.device)
+    records = _records(pool, chosen, page_size, body_bytes)
     if len(records) == 0:
         return records
     constants = regroup_constants(tuple(zip(fields[::2], fields[1::2], strict=True)), page_size, page_bytes, body_bytes)
@@ -114,10 +105,3 @@ def regroup(
             pool, ids, chosen, records, count, ids.stride(0), **constants
         )
     return records
-
-
-@regroup.register_fake
-def _(
-    pool: Tensor, ids: Tensor, chosen: Tensor, fields: list[int], page_size: int, page_bytes: int, body_bytes: int
-) -> Tensor:
-    return torch.empty(chosen.numel() // page_size, body_bytes, dtype=torch.uint8, device=pool.device)

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from kvcomp.kernels.placed import NOTHING
+from kvcomp.operators import operator
 
 from . import received, summaries, tokens
 from .chunks import NARROWEST
@@ -63,19 +64,23 @@ def received_constants(queries: int, dim: int, hiding: bool, capped: bool, exact
     }
 
 
-@torch.library.custom_op("kvcomp::vector_dots", mutates_args=())
+def _floats(queries: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, device=queries.device, dtype=torch.float32)
+
+
+@operator("vector_dots", lambda queries, ids, each: _floats(queries, *queries.shape[1:3], ids.shape[1] * each))
 def vector_dots(
     queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, fields: list[int], each: int, scale: int, run: int
 ) -> Tensor:
     """float32 [S, R, n * each]: queries [F, S, R, D], one for each field, times the field's `each` vectors in the pages
-    ids [S, n] of a pool uint8 [pages, bytes], summed over fields; -inf behind a stream's counts [S].
+    ids [S, n] of a pool uint8 [pages, bytes], summed over fields; -inf after a stream's counts [S].
 
     fields: offset of each in a page. scale: offset of the float16 scales of `run` channels of int8 each, or -1 where
     vectors are float16: then queries count with 22 bits, else with 11.
     """
     _, streams, rows, dim = queries.shape
     slots = ids.shape[1] * each
-    out = torch.empty(streams, rows, slots, device=queries.device, dtype=torch.float32)
+    out = _floats(queries, streams, rows, slots)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(queries):
@@ -90,22 +95,15 @@ def vector_dots(
     return out
 
 
-@vector_dots.register_fake
-def _(
-    queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, fields: list[int], each: int, scale: int, run: int
-) -> Tensor:
-    return torch.empty(*queries.shape[1:3], ids.shape[1] * each, device=queries.device, dtype=torch.float32)
-
-
-@torch.library.custom_op("kvcomp::code_dots", mutates_args=())
+@operator("code_dots", lambda queries, ids, page_size: _floats(queries, *queries.shape[:2], ids.shape[1] * page_size))
 def code_dots(
     queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, offset: int, bits: int, page_size: int
 ) -> Tensor:
     """float32 [S, J, n * P]: queries float32 [S, J, r] times what codes uint8 [r * bits / 8, P] stand for, which lie at
-    `offset` in the pages ids [S, n] of a pool uint8 [pages, bytes]; 0 behind a stream's counts [S]."""
+    `offset` in the pages ids [S, n] of a pool uint8 [pages, bytes]; 0 after a stream's counts [S]."""
     streams, rows, rank = queries.shape
     count = ids.shape[1] * page_size
-    out = torch.empty(streams, rows, count, device=queries.device, dtype=torch.float32)
+    out = _floats(queries, streams, rows, count)
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(queries):
@@ -117,12 +115,7 @@ def code_dots(
     return out
 
 
-@code_dots.register_fake
-def _(queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, offset: int, bits: int, page_size: int) -> Tensor:
-    return torch.empty(*queries.shape[:2], ids.shape[1] * page_size, device=queries.device, dtype=torch.float32)
-
-
-@torch.library.custom_op("kvcomp::attention_received", mutates_args=())
+@operator("attention_received", lambda queries, keys: _floats(queries, *queries.shape[:2], keys.shape[2]))
 def attention_received(
     queries: Tensor,
     keys: Tensor,
@@ -137,13 +130,13 @@ def attention_received(
     that sees none gives 0. softcap 0: none."""
     batch, heads, rows, dim = queries.shape
     n, group = keys.shape[2], heads // keys.shape[1]
-    out = torch.empty(batch, heads, n, device=queries.device, dtype=torch.float32)
+    out = _floats(queries, batch, heads, n)
     if out.numel() == 0:
         return out
     constants = received_constants(rows, dim, visible is not None, softcap > 0, queries.dtype == torch.float32)
     blocks, split = triton.cdiv(rows, constants["ROWS"]), split_keys(batch * heads, rows, n, processors)
     splits = triton.cdiv(n, split)
-    partial = torch.empty(batch * heads, rows, splits, device=queries.device, dtype=torch.float32)
+    partial = _floats(queries, batch * heads, rows, splits)
     hidden = queries if visible is None else visible.view(torch.uint8)
     with torch.cuda.device_of(queries):
         received.lse_kernel[(batch * heads * blocks, splits)](
@@ -154,16 +147,3 @@ def attention_received(
             queries, keys, hidden, lse, out, rows, n, scale, softcap, group, **constants, MOST=most
         )
     return out
-
-
-@attention_received.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    visible: Tensor | None,
-    scale: float,
-    softcap: float,
-    most: bool,
-    processors: int,
-) -> Tensor:
-    return torch.empty(*queries.shape[:2], keys.shape[2], device=queries.device, dtype=torch.float32)

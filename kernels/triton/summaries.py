@@ -47,25 +47,10 @@ def load_queries(q, field, row, rows, channel, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "ids_stride"])
 def scores_kernel(
-    q,
-    pool,
-    ids,
-    counts,
-    out,
-    rows,
-    slots,
-    ids_stride,
-    D: tl.constexpr,
-    BYTES: tl.constexpr,
-    FIELDS: tl.constexpr,
-    EACH: tl.constexpr,
-    SCALE: tl.constexpr,
-    RUN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    q, pool, ids, counts, out, rows, slots, ids_stride, D: tl.constexpr, BYTES: tl.constexpr, FIELDS: tl.constexpr,
+    EACH: tl.constexpr, SCALE: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Dots [S, R, n * EACH] float32, -inf of pages that do not exist.
 
     q [F, S, R, D]; pool uint8; ids [S, n]; counts [S]. FIELDS: offset in a page of each field's EACH vectors. SCALE:

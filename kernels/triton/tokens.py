@@ -21,23 +21,9 @@ from .unpack import chunk, dot
 
 @triton.jit(do_not_specialize=["count", "ids_stride"])
 def code_dots_kernel(
-    q,
-    pool,
-    ids,
-    counts,
-    out,
-    rows,
-    count,
-    ids_stride,
-    RANK: tl.constexpr,
-    BITS: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    q, pool, ids, counts, out, rows, count, ids_stride, RANK: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr,
+    BYTES: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """q float32 [S, J, r]; pool uint8 [pages, BYTES], of whose pages ids [S, n] a stream's first counts [S] exist, with
     codes uint8 [r bits / 8, P] at OFFSET: row c of 4-bit codes has channel c in the low bits and channel r / 2 + c in
     the high ones; out float32 [S, J, n P]. Grid: (S, blocks of tokens)."""
@@ -84,12 +70,14 @@ def word(field: Any) -> Any:
 def words(field: Any) -> int:
     """How many of them a row has."""
     _, size = field
-    return size // next(n for n in (8, 4, 2, 1) if size % n == 0)
+    count: int = size // next(n for n in (8, 4, 2, 1) if size % n == 0)
+    return count
 
 
 @triton.constexpr_function
 def room(field: Any) -> int:
-    return triton.next_power_of_2(words(field))
+    power: int = triton.next_power_of_2(words(field))
+    return power
 
 
 @triton.jit
@@ -109,18 +97,9 @@ def copy_rows(to, from_, place, inner, there, FIELD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "ids_stride"])
 def regroup_kernel(
-    pool,
-    ids,
-    tokens,
-    records,
-    count,
-    ids_stride,
-    FIELDS: tl.constexpr,
-    PAGE: tl.constexpr,
-    BYTES: tl.constexpr,
-    BODY: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
+    pool, ids, tokens, records, count, ids_stride, FIELDS: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr,
+    BODY: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
     """Tokens [S, count] of the pages ids [S, n] of a pool uint8 [pages, BYTES], in their order, to records uint8 [S *
     count / P, BODY]. FIELDS: (offset, bytes a token) of each. Grid: (S, blocks of tokens)."""
     stream = tl.program_id(0).to(tl.int64)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcomp.errors import UnsupportedError
 from kvcomp.layout import PageLayout
-from kvcomp.stages import Codec, ModelPart, PageShape
+from kvcomp.stages import Codec, ModelPart
 from kvcomp.stages.plan import LayerPlan
 
 from .compaction import CompactSpans
@@ -37,17 +37,16 @@ class LayerContent:
         self.prompt: tuple[list[int], list[int]] | None = None
         self.model: ModelPart | None = None
 
-    def start(self, keys: Tensor, values: Tensor, centred: bool = True) -> None:
+    def start(self, keys: Tensor, values: Tensor, centred: bool | None = None) -> None:
         """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv].
 
-        centred: as in `PageShape`.
+        centred: as in `LayerPlan.shape`.
         """
         plan = self.plan
         self.rows, self.heads, _, self.k_dim = keys.shape
         self.v_dim = values.shape[-1]
         self.dtype, self.device = keys.dtype, keys.device
-        dims = self.k_dim, self.v_dim, self.heads
-        shape = PageShape(plan.page_size, *dims, self.dtype, self.device, plan.layer, centred)
+        shape = plan.shape(self.k_dim, self.v_dim, self.heads, self.dtype, self.device, centred)
         self.storage = Growing.empty(Records(plan, shape), keys, values)
         self.history.start(self.rows)
         self.compacted: CompactSpans | None = None
@@ -130,10 +129,13 @@ class LayerContent:
             )
         valid = self.history.valid()
         shape = (self.rows * self.heads, self.history.length)
-        k, v = (torch.zeros(*shape, dim, dtype=self.dtype, device=self.device) for dim in (self.k_dim, self.v_dim))
+        k = torch.zeros(*shape, self.k_dim, dtype=self.dtype, device=self.device)
+        v = k[..., : self.v_dim] if self.plan.latent else k.new_zeros(*shape, self.v_dim)
         for s in range(shape[0]):
             where = slice(None) if valid is None else valid[s // self.heads].to(self.device)
-            k[s, where], v[s, where] = self._tokens(s)
+            k[s, where], values = self._tokens(s)
+            if not self.plan.latent:
+                v[s, where] = values
         return k.unflatten(0, (self.rows, self.heads)), v.unflatten(0, (self.rows, self.heads))
 
     def _tokens(self, stream: int) -> tuple[Tensor, Tensor]:
@@ -148,4 +150,4 @@ class LayerContent:
         """Bytes of full-precision K and V for all tokens seen, padding excluded."""
         if not self.started:
             return 0
-        return self.history.total * self.heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+        return self.history.total * self.heads * self.records.shape.channels * self.dtype.itemsize

@@ -1,4 +1,12 @@
-"""The exact buffer: the sinks and the recent window of every stream, in the model's dtype."""
+"""The exact buffer: the sinks and the recent window of every stream, in the model's dtype.
+
+It is no ring, as the window in an engine's blocks is (`geometry.slot`). Kernels read a stream's first tokens,
+[:counts], in place. A ring whose oldest page has left begins and ends anywhere: every kernel (C, Triton, PyTorch) would
+need a start per stream and a second run of tokens, or a gather of the window in each step, as blocks do it. Sums would
+have another order, so that results would no longer be equal to the bit; crops, beams and saved caches, which have the
+oldest token first, would have to turn it. What a ring would save is the move of `recent` tokens once in P steps: of
+recent / P tokens a step, beside sinks + recent + P / 2 that attention reads in each.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +26,28 @@ from kvcomp.state import State
 class ExactBuffer:
     """Sinks and window of S streams: k [S, room, Dk], v [S, room, Dv], of which a stream's first counts [S] are tokens.
 
+    Where the plan is latent, values are the first `width` channels of keys, and v holds none.
+
     A stream's first `plan.sinks` tokens stay where they are. When it is full (sinks + recent + one page), the oldest
-    page behind the sinks leaves, and the window moves up: a copy of the window every P tokens, never of the cache.
+    page after the sinks leaves, and the window moves up: a copy of the window every P tokens, never of the cache.
     """
 
     def __init__(self, plan: LayerPlan, keys: Tensor, values: Tensor) -> None:
         """Empty, for streams, dimensions, dtype and device of keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv]."""
         streams = keys.shape[0] * keys.shape[1]
-        k, v = keys.new_zeros(streams, 0, keys.shape[-1]), values.new_zeros(streams, 0, values.shape[-1])
-        self._hold(plan, k, v, torch.zeros(streams, dtype=COUNTER, device="cpu"))
+        width = values.shape[-1]
+        k, v = keys.new_zeros(streams, 0, keys.shape[-1]), values.new_zeros(streams, 0, 0 if plan.latent else width)
+        self._hold(plan, k, v, torch.zeros(streams, dtype=COUNTER, device="cpu"), width)
 
     @classmethod
     def over(cls, plan: LayerPlan, k: Tensor, v: Tensor, counts: Tensor) -> ExactBuffer:
         """In tensors that somebody else owns, k [S, slots, Dk] and v [S, slots, Dv]; counts [S] on the host."""
         made = cls.__new__(cls)
-        made._hold(plan, k, v, counts)
+        made._hold(plan, k, v, counts, v.shape[-1])
         return made
 
-    def _hold(self, plan: LayerPlan, k: Tensor, v: Tensor, counts: Tensor) -> None:
-        self.plan, self.k, self.v, self.counts = plan, k, v, counts
+    def _hold(self, plan: LayerPlan, k: Tensor, v: Tensor, counts: Tensor, width: int) -> None:
+        self.plan, self.k, self.v, self.counts, self.width = plan, k, v, counts, width
         self._bounds: tuple[int, int] | None = None  # forgotten wherever counts change by more than one for all
 
     @property
@@ -61,7 +72,9 @@ class ExactBuffer:
         end = at + k.shape[1]
         self._reserve(end)
         where = streams.to(self.k.device)
-        self.k[where, at:end], self.v[where, at:end] = k, v
+        self.k[where, at:end] = k
+        if not self.plan.latent:
+            self.v[where, at:end] = v
         self.recount(streams, end)
 
     def recount(self, streams: Tensor | slice | int, counts: Tensor | int) -> None:
@@ -73,6 +86,8 @@ class ExactBuffer:
         """One more token for every stream: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
         shortest, longest = self.bounds
         self._reserve(longest + 1)
+        if self.plan.latent:
+            values = values[..., :0]
         if append(self.k, self.v, self.counts, keys, values):
             self._bounds = shortest + 1, longest + 1
             return
@@ -86,21 +101,27 @@ class ExactBuffer:
         self._bounds = shortest + 1, longest + 1
 
     def window(self, streams: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Copies of what streams that hold `count` tokens have behind their sinks: [s, count - sinks, D]."""
+        """Copies of what streams that hold `count` tokens have after their sinks: [s, count - sinks, D]."""
         where, behind = streams.to(self.k.device), slice(self.plan.sinks, count)
-        return self.k[where, behind], self.v[where, behind]
+        k = self.k[where, behind]
+        return k, k[..., : self.width] if self.plan.latent else self.v[where, behind]
+
+    @property
+    def values(self) -> Tensor:
+        """[S, room, Dv], a view of the keys where those have them."""
+        return self.k[..., : self.width] if self.plan.latent else self.v
 
     def of(self, stream: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """One stream's sinks and window, each as keys [n, Dk] and values [n, Dv]."""
         count = int(self.counts[stream])
         sinks = min(self.plan.sinks, count)
-        k, v = self.k[stream], self.v[stream]
+        k, v = self.k[stream], self.values[stream]
         return (k[:sinks], v[:sinks]), (k[sinks:count], v[sinks:count])
 
     @property
     def tokens(self) -> Tokens:
         """All that is held, as attention reads it."""
-        return Tokens(self.k, self.v, self.counts)
+        return Tokens(self.k, self.values, self.counts)
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""
@@ -114,12 +135,14 @@ class ExactBuffer:
         return twin
 
     def state(self) -> dict[str, Tensor]:
-        """What `restore` takes; slots past a stream's count, which may hold forgotten tokens, are zero."""
+        """What `restore` takes; slots past a stream's count, which may hold forgotten tokens, are zero. k and v are
+        what is stored of a token: of a latent, it and its rotary key."""
+        k, v = (self.k[..., : self.width], self.k[..., self.width :]) if self.plan.latent else (self.k, self.v)
         idle = torch.arange(self.k.shape[1], device="cpu") >= self.counts[:, None]
         if bool(idle.any()):
             hidden = idle[..., None].to(self.k.device)
-            return {"k": self.k.masked_fill(hidden, 0), "v": self.v.masked_fill(hidden, 0), "counts": self.counts}
-        return {"k": self.k, "v": self.v, "counts": self.counts}
+            k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+        return {"k": k, "v": v, "counts": self.counts}
 
     def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Become the buffer whose `state` this is, on `device`: one of the same streams, dimensions and dtypes.
@@ -130,10 +153,13 @@ class ExactBuffer:
         state = State.of(state, "exact")
         state.only("k", "v", "counts")
         streams, slots = len(self.counts), self.plan.slots
-        k = state.tensor("k", (streams, None, self.k.shape[2]), self.k.dtype)
-        v = state.tensor("v", (streams, k.shape[1], self.v.shape[2]), self.v.dtype)
+        dims = (self.width, self.k.shape[2] - self.width) if self.plan.latent else (self.k.shape[2], self.v.shape[2])
+        k = state.tensor("k", (streams, None, dims[0]), self.k.dtype)
+        v = state.tensor("v", (streams, k.shape[1], dims[1]), self.v.dtype)
         state.require(k.shape[1] <= slots, f"{k.shape[1]} slots, expected at most {slots}")
         counts = state.numbers("counts", (streams,), COUNTER, 0, min(k.shape[1], slots - 1))  # the next has a slot
+        if self.plan.latent:
+            k, v = torch.cat([k, v], -1), v.new_zeros(*v.shape[:2], 0)
         self.k, self.v, self.counts, self._bounds = k.to(device), v.to(device), counts, None
 
     def _reserve(self, tokens: int) -> None:

@@ -92,7 +92,7 @@ class LayerStore(LayerContent):
             plan.add("compacted", self.compacted.nbytes)
         if chunk is not None:
             parts.append(self._attend_chunk(q.unflatten(1, (group, n)), *chunk, scale, softcap))
-            new = chunk[0].nbytes + chunk[1].nbytes
+            new = chunk[0].nbytes + (0 if self.plan.latent else chunk[1].nbytes)
             plan.add("chunk", new)
             self.dense_read += new
         self.reads = [plan]

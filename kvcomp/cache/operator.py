@@ -9,6 +9,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from kvcomp.operators import operator
+
 _STORES: WeakValueDictionary[str, Any] = WeakValueDictionary()  # `FixedStore`s
 _NUMBERS = count()
 
@@ -20,7 +22,13 @@ def published(store: Any) -> str:
     return name
 
 
-@torch.library.custom_op("kvcomp::decode_step", mutates_args=())
+def _results(queries: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    rows = queries.shape[:3]
+    out = queries.new_empty(*rows, values.shape[-1], dtype=torch.float32)
+    return out, queries.new_empty(rows, dtype=torch.float32)
+
+
+@operator("decode_step", _results)
 def decode_step(
     queries: Tensor,
     keys: Tensor,
@@ -35,19 +43,3 @@ def decode_step(
     softcap 0: none."""
     part = _STORES[store].step(queries, keys, values, mask, length, scale, softcap or None)
     return part.out, part.lse
-
-
-@decode_step.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    length: Tensor,
-    store: str,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    rows = queries.shape[:3]
-    out = queries.new_empty(*rows, values.shape[-1], dtype=torch.float32)
-    return out, queries.new_empty(rows, dtype=torch.float32)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
-from kvcomp.attention import attend as attend_exactly
-from kvcomp.kernels import reference
-from kvcomp.kernels.dispatch import attend_pages, attend_tokens, obstacle
-from kvcomp.kernels.select import regroup, token_bias
-from kvcomp.layout import PageLayout, Summary
+from kvcomp.kernels.dispatch import attend_chosen, attend_pages, attend_tokens
+from kvcomp.kernels.select import few_centres
+from kvcomp.layout import Summary
 from kvcomp.ledger import ReadPlan, storage_bytes
-from kvcomp.stages import Choice, Codec, Summaries
+from kvcomp.stages import Choice, Summaries
 
 from .records import Records
 
@@ -75,38 +73,31 @@ def attend(
     layers of this step chose that others follow, by layer.
     """
     layout, plan, tokens = records.layout, ReadPlan(), view.tokens
-    ids, counts, data, count = view.ids, view.counts, records.data, view.total
-    pages = ids.shape[1] > 0
-    unseen = data.is_cpu and not records.memory.host
-    unseen = unseen and obstacle(records.codec, layout, data.device, q.shape[1]) is not None
-    if not (pages or unseen):
-        return Read([] if tokens is None else [attend_tokens(q, tokens, scale, softcap)], None, plan)
+    ids, counts, data = view.ids, view.counts, records.data
+    host = records.memory.host or not data.is_cpu
+    if not ids.shape[1]:
+        return Read([] if tokens is None else [attend_tokens(q, tokens, scale, softcap, host=host)], None, plan)
+    plan.add("table", ids.nbytes)
+    if adapted := records.adapted_bytes():
+        plan.add("constants", adapted)
     choice = rest = None
-    biased: dict[str, Any] = {}
-    if pages:
-        plan.add("table", ids.nbytes)
-        if adapted := records.adapted_bytes():
-            plan.add("constants", adapted)
-        if single and records.plan.selector is not None:
-            choice, rest = choose(records, view, q, scale, softcap, choices, plan)
-        if choice is not None:
-            counts = choice.valid
-            if records.by_tokens:
-                counts = counts // layout.page_size
-                if layout.centres:
-                    biased["token_bias"] = token_bias(q, records.codec, layout, data, ids, choice.positions)
-                    plan.add("pages", layout.centre_bytes, view.total)
-                data = regroup(layout, data, ids, choice.positions)
-                ids = torch.arange(len(data), device=data.device).view(len(ids), -1)
-            else:
-                ids = ids.gather(1, choice.positions)
-            count = counts
-        plan.add("pages", layout.token_bytes if view.in_tokens else layout.body_bytes, count)
+    if single and records.plan.selector is not None:
+        choice, rest = choose(records, view, q, scale, softcap, choices, plan)
+    how = layout, records.codec, scale, softcap, watched, tokens
+    if choice is None:
+        size = layout.token_bytes if view.in_tokens else layout.body_bytes
+        plan.add("pages", size, view.total)
         if view.in_tokens and layout.centres:
             plan.add("pages", layout.centre_bytes, (counts + layout.page_size - 1) // layout.page_size)
-    how = q, data, ids, counts, layout, records.codec, scale, softcap, watched, tokens, view.in_tokens
-    parts = _unseen(*how, **biased) if unseen else [attend_pages(*how, **biased)]
-    return Read(parts if rest is None else [*parts, rest], None if choice is None else choice.positions, plan)
+        part = attend_pages(q, data, ids, counts, *how, view.in_tokens, host=host)
+        return Read([part], None, plan)
+    units = layout.page_size if records.by_tokens else 1
+    plan.add("pages", layout.body_bytes, choice.valid // units)
+    if records.by_tokens and layout.centres:
+        few = few_centres(ids.shape[1], choice.positions.shape[1])
+        plan.add("pages", layout.centre_bytes, choice.valid if few else view.total)
+    part = attend_chosen(q, data, ids, choice.positions, choice.valid, *how, by_tokens=records.by_tokens, host=host)
+    return Read([part] if rest is None else [part, rest], choice.positions, plan)
 
 
 def choose(
@@ -152,7 +143,7 @@ def received(read: Read, lse: Tensor, queries: int, places: int) -> Tensor | Non
     groups = read.parts[0].groups if read.parts else None
     if groups is None:
         return None
-    mass = (groups - lse[..., None]).exp().unflatten(1, (-1, queries)).mean(1).sum(1)  # [S, k]
+    mass: Tensor = (groups - lse[..., None]).exp().unflatten(1, (-1, queries)).mean(1).sum(1)  # [S, k]
     if read.positions is None:
         return mass
     return mass.new_zeros(len(mass), places).scatter_add(1, read.positions, mass)
@@ -161,29 +152,3 @@ def received(read: Read, lse: Tensor, queries: int, places: int) -> Tensor | Non
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether counts are equal, as far as that can be known without waiting for a device."""
     return one is other or (one.is_cpu and other.is_cpu and torch.equal(one, other))
-
-
-def _unseen(
-    q: Tensor,
-    data: Tensor,
-    ids: Tensor,
-    counts: Tensor,
-    layout: PageLayout,
-    codec: Codec,
-    scale: float,
-    softcap: float | None,
-    watched: bool,
-    tokens: Tokens | None,
-    in_tokens: bool,
-    token_bias: Tensor | None = None,
-) -> list[Part]:
-    """As `attend_pages` on the host, whose numbers are not looked at either: by the specification, behind masks."""
-    parts = []
-    if ids.shape[1]:
-        how = data, ids, counts, layout, codec, scale, softcap, watched, True, in_tokens, token_bias
-        parts.append(reference.attend_pages(q, *how))
-    if tokens is not None:
-        seen = torch.arange(tokens.keys.shape[1], device=q.device) < tokens.counts[:, None]
-        values = tokens.values.masked_fill(~seen[..., None], 0)
-        parts.append(attend_exactly(q, tokens.keys, values, scale, seen[:, None], softcap))
-    return parts

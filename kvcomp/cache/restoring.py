@@ -33,6 +33,8 @@ def restore(store: LayerContent, state: State, device: torch.device) -> None:
     dims = keys.shape[2], values.shape[2]
     state.require(0 < max(dims) <= WIDEST, f"heads have {dims[0]} and {dims[1]} channels")
     keys, values = (x[:, :0].unflatten(0, (rows, heads)).to(device) for x in (keys, values))
+    if plan.latent:
+        keys, values = torch.cat([keys, values], -1), keys
     for field in state.sequence("fields"):
         plain = isinstance(field, list) and all(type(part) in (str, int) for part in field)
         state.require(plain and len(field) > 0, f"fields have {described(field)}")

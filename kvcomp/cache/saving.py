@@ -21,9 +21,10 @@ from torch import Tensor
 
 from kvcomp import __version__
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.files import FilePath, readable, reason, whole
+from kvcomp.files import FilePath, named, readable, reason, whole
 from kvcomp.stages.stack import Stack
-from kvcomp.state import CHECKSUM, DamagedError, State, checksum, parsed
+from kvcomp.state import CHECKSUM, DamagedError, State, checksum, described, parsed
+from kvcomp.text import brief, quote
 
 FORMAT, VERSION = "kvcomp cache", "1"
 WORDS = ("format", "version", "kvcomp", "stack", "stack_hash", "dtype", "model", "layers")
@@ -77,7 +78,7 @@ def write(path: FilePath, saved: Saved) -> None:
         with whole(path) as scratch:
             save_file(tensors.by_name, scratch, metadata)
     except (OSError, SafetensorError) as error:
-        raise KvcompError(f"save({os.fspath(path)!r}): it cannot be written: {_reason(error)}") from error
+        raise KvcompError(f"save({named(path)}): it cannot be written: {_reason(error)}") from error
 
 
 def read(path: FilePath) -> Saved:
@@ -99,7 +100,7 @@ def opened(path: FilePath) -> Iterator[CacheFile]:
     Raises:
         KvcompError, SpecError: as `read`.
     """
-    asked = f"load({os.fspath(path)!r})"
+    asked = f"load({named(path)})"
     try:
         with _mapped(asked, path) as tensors:
             yield CacheFile(asked, tensors)
@@ -126,7 +127,7 @@ def _mapped(asked: str, path: FilePath) -> Any:
 class CacheFile:
     """An open file.
 
-    outline: what it says of itself, with None in place of tensors.
+    outline: its description, with None in place of tensors.
     """
 
     def __init__(self, asked: str, tensors: Any) -> None:
@@ -135,11 +136,11 @@ class CacheFile:
         if metadata.get("format") != FORMAT:
             raise KvcompError(f"{asked}: it holds tensors, but no cache: expected a file that save() wrote")
         words = State(metadata, "the header")
-        wrote = f"kvcomp {words.text('kvcomp')}"
+        wrote = f"kvcomp {brief(words.text('kvcomp'), 40)}"
         if words.text("version") != VERSION:
             raise KvcompError(
-                f"{asked}: format version {words['version']}, written by {wrote}; kvcomp {__version__} reads version "
-                f"{VERSION}"
+                f"{asked}: format version {brief(words['version'], 40)}, written by {wrote}; kvcomp "
+                f"{__version__} reads version {VERSION}"
             )
         if CHECKSUM not in metadata:
             words.only(*WORDS)
@@ -147,13 +148,15 @@ class CacheFile:
         stack = Stack.parse(words.text("stack"))
         if stack.hash != words.text("stack_hash"):
             raise KvcompError(
-                f"{asked}: {str(stack)!r} means something else here than where {wrote} wrote it: "
+                f"{asked}: {quote(str(stack))} means something else here than where {wrote} wrote it: "
                 "a default of a stage has changed, or the content of a file that the stack names"
             )
         self._layers, model = parsed(words, "layers", list), parsed(words, "model", dict)
         layers, used = _unpacked(self._layers, dict.fromkeys(self._names))
         words.require(used == set(self._names), "some tensors are in no layer")
-        self.outline = Saved(stack, words.text("dtype"), model, layers)
+        dtype = words.text("dtype")
+        words.require(dtype in ("", *DTYPES), f"dtype is {described(dtype)}")
+        self.outline = Saved(stack, dtype, model, layers)
 
     def saved(self) -> Saved:
         """All of it, on the host.

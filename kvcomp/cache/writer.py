@@ -6,9 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kvcomp.errors import UnsupportedError
-from kvcomp.stages import Chunk, Held
-
+from . import eviction
 from .content import LayerContent
 from .storage import Storage
 
@@ -35,8 +33,7 @@ def expire(content: LayerContent) -> None:
             before = torch.tensor(content.prompt[1], dtype=torch.int64, device="cpu")
         watched = table.attention() if policy.watches or before is not None else None
         attention, queries = (None, None) if watched is None else watched
-        own = attention, queries, before, plan.layer, plan.layers
-        held = Held(content.kept, table.counts, plan.page_size, plan.sinks, content.heads, *own)
+        held = eviction.held_by(plan, content.kept, table.counts, content.heads, attention, queries, before)
         gone = policy.expired(held) if table.longest else None
         if gone is not None and bool(gone.any()):
             places = torch.arange(1, gone.shape[1] + 1, device="cpu")
@@ -113,7 +110,8 @@ def _write_rows(
         if n:
             _extend(content, streams, k.flatten(0, 1), v.flatten(0, 1))
         return tail
-    kept = _select(content, k, v, q, chosen, seen, scale).flatten(0, 1)  # [s, n]
+    chunk = eviction.chunk_of(content.plan, q, k, v, scale, seen[0], seen[1], content.model, chosen)
+    kept = eviction.select(content.plan, chunk).flatten(0, 1)  # [s, n]
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     lost = (~kept).any(0).nonzero().flatten()
     if len(lost):
@@ -122,31 +120,8 @@ def _write_rows(
     for count in counts.unique().tolist():
         same = (counts == count).nonzero().flatten()
         on = same.to(k.device)
-        index = kept[on].nonzero()[:, 1].view(len(same), count, 1)
-        _extend(content, streams[same], k[on].take_along_dim(index, 1), v[on].take_along_dim(index, 1))
+        _extend(content, streams[same], *eviction.taken(kept[on], k[on], v[on])[1:])
     return tail
-
-
-def _select(
-    content: LayerContent, k: Tensor, v: Tensor, q: Tensor | None, chosen: Tensor | None, seen: list[int], scale: float
-) -> Tensor:
-    """bool [b, H, n]: what the policies keep of a chunk; seen: as in `_write_rows`."""
-    plan, n, (past, before) = content.plan, k.shape[2], seen
-    alive = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
-    sinks = min(max(plan.sinks - past, 0), n)
-    recent = min(plan.recent, n - sinks)
-    for policy in plan.policies:
-        if policy.needs_queries and q is None:
-            raise UnsupportedError(
-                f"{policy.name} scores tokens with the prompt's queries, which are not at hand here: "
-                "pass queries=, or use a policy that needs none (streaming)"
-            )
-        if policy.needs_model and content.model is None:
-            raise UnsupportedError(f"{policy.name} needs the model's weights, which are not at hand here")
-        where = plan.layer, plan.layers, content.model, chosen
-        chunk = Chunk(q, k, v, alive, past, sinks, recent, scale, *where, before=before)
-        alive = policy.select(chunk)
-    return alive
 
 
 def _extend(content: LayerContent, streams: Tensor, k: Tensor, v: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
-from kvcomp.files import expanded, readable, reason, write_whole
+from kvcomp.files import expanded, named, readable, reason, write_whole
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.stages import PageShape
 from kvcomp.state import CHECKSUM, DamagedError, State, checksum, described, parsed
+from kvcomp.text import brief, quote
 
 KIND = "kvcomp calibration 2"
 WORDS = ("kind", "method", "settings", "model", "config", "weights", "texts", "tokens", "context", "kvcomp")
@@ -61,6 +61,7 @@ class Calibration:
 
     @property
     def layers(self) -> list[int]:
+        """The layers that were calibrated, by number."""
         return sorted({int(name.partition(".")[0]) for name in self.tensors})
 
     def tensor(self, name: str, shape: PageShape, *dims: int | None) -> Tensor:
@@ -127,12 +128,12 @@ def load(path: str | Path, method: str) -> Calibration:
         found = _read(given.resolve(), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise CalibrationError(
-            f"calibration={os.fspath(path)!r} cannot be read ({reason(error)}): give a file that "
+            f"calibration={named(path)} cannot be read ({reason(error)}): give a file that "
             f"`kvcomp calibrate --method {method}` wrote"
         ) from error
     if found.method != method:
         raise CalibrationError(
-            f"calibration={os.fspath(path)!r} is for {found.method}, not for {method}: give a file that "
+            f"calibration={named(path)} is for {brief(found.method, 40)}, not for {method}: give a file that "
             f"`kvcomp calibrate --method {method}` wrote"
         )
     return found
@@ -166,7 +167,7 @@ def _read(path: Path, changed: int, size: int) -> Calibration:
             if metadata.get("kind") != KIND:
                 raise CalibrationError(
                     f"{str(path)!r} was not written by this version's `kvcomp calibrate` "
-                    f"(kind {metadata.get('kind')!r}, expected {KIND!r}): calibrate again"
+                    f"(kind {quote(metadata.get('kind'), 40)}, expected {KIND!r}): calibrate again"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _checked(State(metadata, "its header"), tensors, path)
@@ -183,7 +184,7 @@ def _checked(words: State, tensors: Mapping[str, Tensor], path: Path) -> Calibra
         raise DamagedError("its checksum is not that of its content")
     for name, tensor in tensors.items():
         numbered = re.fullmatch(r"\d{1,6}\.\S+", name) is not None
-        words.require(numbered, f"{name!r} is the name of no tensor of a layer")
+        words.require(numbered, f"{quote(name, 40)} is the name of no tensor of a layer")
         words.require(tensor.dtype == torch.float32 and tensor.dim() > 0, f"{name} is {described(tensor)}")
         words.require(not bool((tensor.abs() > HUGE).any()), f"{name} has numbers beyond {HUGE:g}")
     texts = [State(text, f"{words.where}: a text") for text in parsed(words, "texts", list)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.stages import PageShape, Stage
 from kvcomp.state import DamagedError, State
+from kvcomp.text import brief
 
 from .file import Calibration, CalibrationError, digest, load
 from .statistics import Moments
@@ -90,7 +91,7 @@ class Calibrated(Stage):
                 f"{self.name} needs calibration='FILE', a file that `kvcomp calibrate --method {self.name}` wrote"
             )
         found = load(self.calibration, self.name)
-        flaw = _flaw(found, type(self))  # type: ignore[arg-type]  # mypy takes abstract classes for not hashable
+        flaw = _flaw(found, type(self))
         if flaw is not None:
             raise CalibrationError(f"calibration={self.calibration!r} is damaged: {flaw}: calibrate again")
         return found
@@ -103,8 +104,8 @@ class Calibrated(Stage):
         if not file.model.same(here):
             what = "with other weights" if file.model.config == here.config else "which is another model"
             raise CalibrationError(
-                f"{self.name}(calibration={self.calibration!r}) was calibrated for {file.model.name}, and the cache is "
-                f"for {here.name}, {what}: run `kvcomp calibrate --method {self.name}` on that one"
+                f"{self.name}(calibration={self.calibration!r}) was calibrated for {brief(file.model.name)}, and the "
+                f"cache is for {brief(here.name)}, {what}: run `kvcomp calibrate --method {self.name}` on that one"
             )
 
     def identity(self, argument: str) -> Any:

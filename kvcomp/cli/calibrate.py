@@ -9,41 +9,56 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from kvcomp.console import Plain, notes
+from kvcomp.console import Plain, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.files import reason, usable
 from kvcomp.text import quote
 
-from .plan import size
+from .options import Model, one_of
+from .output import Document, Json, size
 
-EXAMPLES = """Examples:
+METHODS = ("dsa", "klt", "oscar", "svd", "think")
+DOCUMENT = Document(
+    file="the file that was written",
+    method="the calibrated stage",
+    model="name of the model, the only one that the file is for",
+    layers="layers that the file describes",
+    tokens="tokens of text that were used",
+    tokens_asked="tokens that were asked for; the texts may have fewer",
+    seconds="time without loading the model",
+    bytes="size of the file",
+)
+EPILOG = f"""Examples:
 
   kvcomp calibrate --method oscar --text book.txt --out oscar.safetensors
 
   kvcomp generate "The capital of France is" --stack "oscar(bits=2, calibration='oscar.safetensors')"
 
-  kvcomp calibrate --model ./my-model --method svd --text code.py --text prose.txt --tokens 40960 --out my.svd"""
+  kvcomp calibrate --model ./my-model --method svd --text code.py --text prose.txt --tokens 40960 --out my.svd
+
+{DOCUMENT.help}"""
 
 
 def calibrate(
-    method: Annotated[str, typer.Option(help="The stage to calibrate: oscar, svd, think, klt or dsa.")],
+    method: Annotated[
+        str,
+        typer.Option(help=f"The stage to calibrate: {', '.join(METHODS)}.", autocompletion=one_of(*METHODS)),
+    ],
     text: Annotated[
         list[Path], typer.Option(help="A text file for the model to read; repeat it. Each gives an equal share.")
     ],
     out: Annotated[Path, typer.Option(help="The file to write, as in kvcomp.safetensors. It must not exist.")],
-    model: Annotated[
-        str,
-        typer.Option(help="The alias smollm2-135m, a .gguf file, a local folder, or a Hugging Face hub id."),
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use.")] = 20480,
-    context: Annotated[int, typer.Option(min=1, help="Tokens that the model sees together.")] = 2048,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 2048,
+    as_json: Json = False,
 ) -> None:
-    """Run a model over texts, and write what a calibrated quantizer or selector needs of its queries, keys and values.
+    """Run a model over texts, and write the statistics of queries, keys and values that a calibrated stage needs.
 
-    The file serves every bit width and rank of the method, for the model that it was made with and no other; name it in
-    a stack, as in oscar(bits=2, calibration='FILE').
+    The file serves every bit width and rank of the method, and only the model that it was made with; name it in a
+    stack, as in oscar(bits=2, calibration='FILE').
     """
     if os.path.exists(out):
         raise KvcompError(f"out: {quote(str(out))} exists: name another file, or remove it.")
@@ -57,26 +72,37 @@ def calibrate(
     calibration.method_of(method)
     for path in text:
         calibration.read_text(path)
-    console = notes()
-    console.print(f"Loading {model} ...", soft_wrap=True)
-    network, tokenizer = load_model(model)
+    with waiting(f"Loading {model}"):
+        network, tokenizer = load_model(model)
     start = time.perf_counter()
     columns = (
         TextColumn("{task.completed:,} of {task.total:,} {task.description}", markup=False),
         BarColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("tokens", total=tokens)
+    with progress(*columns) as shown:
+        bar = shown.add_task("tokens", total=tokens)
 
         def fitting(layers: Collection[Any]) -> Iterable[Any]:
-            return progress.track(layers, description="layers")
+            return shown.track(layers, description="layers")
 
         found = calibration.calibrate(
-            network, tokenizer, method, text, tokens, context, model, lambda done: progress.advance(bar, done), fitting
+            network, tokenizer, method, text, tokens, context, model, lambda done: shown.advance(bar, done), fitting
         )
     found.save(out)
     seconds = time.perf_counter() - start
+    if as_json:
+        DOCUMENT.print(
+            file=str(out),
+            method=method,
+            model=found.model.name,
+            layers=len(found.layers),
+            tokens=found.tokens,
+            tokens_asked=tokens,
+            seconds=seconds,
+            bytes=out.stat().st_size,
+        )
+        return
     console = Plain()
     console.print(
         f"{out}: {method} for {found.model.name}, {len(found.layers)} layers, "

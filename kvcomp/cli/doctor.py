@@ -6,12 +6,14 @@ import os
 import platform
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from kvcomp.console import Plain
+from kvcomp.console import Plain, track
+
+from .output import Document, Json
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +31,25 @@ PACKAGES = (
     "lm-eval",
 )
 
-EXAMPLES = """Examples:
+DOCUMENT = Document(
+    packages="version of each package, null if it is not installed",
+    python="version of Python",
+    system="operating system",
+    machine="processor architecture",
+    cores="CPU cores",
+    threads="threads that torch uses",
+    kernels="for each kernel backend what is installed, or why there is none",
+    gpus="names of the GPUs",
+    stacks="an object for each stack: stack, kernels (the kernel on each device, or why there is none), vllm (served "
+    "or refused, and why), in_vllm (true or false)",
+)
+EPILOG = f"""Examples:
 
   kvcomp doctor
 
-  kvcomp doctor --stack "turboquant(bits=2.5)" --head-dim 80"""
+  kvcomp doctor --stack "turboquant(bits=2.5)" --head-dim 80
+
+{DOCUMENT.help}"""
 
 
 def doctor(
@@ -41,39 +57,65 @@ def doctor(
         list[str] | None, typer.Option(help="A stack to ask about; repeat it.  \\[default: every quantizer]")
     ] = None,
     head_dim: Annotated[int, typer.Option(min=1, max=1024, help="Channels of a head.")] = 128,
+    as_json: Json = False,
 ) -> None:
-    """Say what is installed, which kernel attends over the pages of each stack here, or why none does, and whether the
-    plugin serves it in vLLM, or why not.
+    """Print what is installed, which kernel serves each stack on this machine, and whether vLLM serves it; or why not.
 
-    Without --stack, all quantizers with their defaults but those that need a calibration file.
+    Without --stack: all quantizers with their defaults, except those that need a calibration file.
     """
     import torch
 
     from kvcomp.kernels import backends
 
+    # the last backend, the reference, needs nothing
+    packages = {package: _version(package) for package in PACKAGES}
+    kernels = {backend.name: backend.missing() or backend.installed() for backend in backends.ALL[:-1]}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
+    served = {
+        spec: ([_kernel(spec, head_dim, device) for device in devices], _in_vllm(spec, head_dim))
+        for spec in track(stack or _quantizers(), "stacks")
+    }
+    if as_json:
+        DOCUMENT.print(
+            packages=packages,
+            python=platform.python_version(),
+            system=platform.system(),
+            machine=platform.machine(),
+            cores=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            kernels=kernels,
+            gpus=gpus,
+            stacks=[_record(spec, devices, *said) for spec, said in served.items()],
+        )
+        return
     about = Table.grid(padding=(0, 2))
-    for package in PACKAGES:
-        about.add_row(package, _version(package))
+    for package, installed in packages.items():
+        about.add_row(package, installed or "not installed")
     about.add_row("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     about.add_row("CPU", f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()} threads")
-    for backend in backends.ALL[:-1]:  # the reference needs nothing
-        about.add_row(f"{backend.name} kernels", backend.missing() or backend.installed())
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    for name, said in kernels.items():
+        about.add_row(f"{name} kernels", said)
     about.add_row("GPUs", ", ".join(gpus) or "none that torch sees")
     console = Plain(width=120)
     console.print(about)
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(len(gpus)))]
     table = Table("stack", *(f"decode attention on {device}" for device in devices), "in vLLM", show_lines=True)
-    for spec in stack or _quantizers():
-        table.add_row(spec, *(_kernel(spec, head_dim, device) for device in devices), _in_vllm(spec, head_dim))
+    for spec, (on_devices, vllm) in served.items():
+        table.add_row(spec, *on_devices, vllm)
     console.print(table)
 
 
-def _version(package: str) -> str:
+def _record(spec: str, devices: list[torch.device], on_devices: list[str], vllm: str) -> dict[str, Any]:
+    """A stack for programs."""
+    kernels = {str(device): said for device, said in zip(devices, on_devices, strict=True)}
+    return {"stack": spec, "kernels": kernels, "vllm": vllm, "in_vllm": vllm.startswith("served")}
+
+
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _quantizers() -> list[str]:

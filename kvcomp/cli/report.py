@@ -1,10 +1,12 @@
-"""`kvcomp report`: the report of one run made anew, or of several side by side."""
+"""`kvcomp report`: the report of one run made again, or of several side by side."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -13,28 +15,45 @@ from kvcomp.console import results, styled
 from kvcomp.errors import KvcompError
 from kvcomp.text import quote, visible
 
-EXAMPLES = """Examples:
+from .output import Document, Json
+
+if TYPE_CHECKING:
+    from kvcomp.benchmarks.compare import Comparison, Line
+
+DOCUMENT = Document(
+    rows="an object for each run, context and stack: run (empty if there is only one), the columns of summary.csv, "
+    "by_group, by_task and by_depth (objects of accuracy and samples), and first, the difference to the same stack in "
+    "the first run (mean, low, high, paired, samples), or null",
+    texts="an object for each run, context, text and stack: the columns of perplexity.csv",
+    fidelity="an object for each run, context, text and stack: the columns of fidelity.csv",
+    differing="settings that differ between the runs: the value in each run",
+    notes="remarks, such as tasks that were left out",
+    report="path of report.html",
+)
+EPILOG = f"""Examples:
 
   kvcomp report out/bench
 
-  kvcomp report out/before out/after --out out/comparison"""
+  kvcomp report out/before out/after --out out/comparison
+
+{DOCUMENT.help}"""
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that were the --out of a bench.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of summary.csv and report.html.  \\[default: that of the run, if it is one]"),
+        typer.Option(help="Folder of summary.csv and report.html.  \\[default: the run's, if there is only one]"),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Make the report of a run anew from its finished samples, or compare runs.
+    """Make the report of a run again from its finished samples, or compare runs.
 
-    Of several runs there is a row per run and stack, its accuracy also as the difference to the same stack in the first
+    Several runs give a row per run and stack, with its accuracy also as the difference to the same stack in the first
     run: paired over the samples that are the same, or unpaired where there are none. Settings that differ are named.
     Samples are only read, never changed.
     """
-    from kvcomp.benchmarks import likelihood
-    from kvcomp.benchmarks.report import publish, tables
+    from kvcomp.benchmarks.report import publish
     from kvcomp.benchmarks.results import read_run
 
     if out is None:
@@ -46,14 +65,43 @@ def report(
             f"out: {quote(str(out))} is a run itself, whose report would be overwritten. Choose another --out."
         )
     comparison = publish([read_run(run) for run in runs], out)
-    console = results(100 if len(runs) == 1 else 120)
-    for table in [*tables(comparison.lines), *likelihood.tables(comparison.texts)]:
+    if as_json:
+        print_json(comparison, out)
+    else:
+        print_tables(comparison, out, 100 if len(runs) == 1 else 120, comparison.notes)
+
+
+def print_tables(comparison: Comparison, out: Path, width: int, remarks: Sequence[str] = ()) -> None:
+    """The tables of a comparison, the settings that differ, and remarks."""
+    from kvcomp.benchmarks.terminal import tables
+
+    console = results(width)
+    for table in tables(comparison):
         console.print(table)
     if any(line.first and not line.first.paired for line in comparison.lines):
         console.print("* unpaired: other samples than the first run's")
     for setting, values in comparison.differing.items():
         said = "; ".join(f"{name}: {value}" for name, value in zip(comparison.names, values, strict=True))
         console.print(Text.assemble(styled(setting, "bold"), " differs: ", visible(said)), soft_wrap=True)
-    for note in comparison.notes:
-        console.print(note, soft_wrap=True)
+    for remark in remarks:
+        console.print(remark, soft_wrap=True)
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+def print_json(comparison: Comparison, out: Path) -> None:
+    """A comparison for programs."""
+    DOCUMENT.print(
+        rows=[_record(line) for line in comparison.lines],
+        texts=[asdict(row) for row in comparison.texts],
+        fidelity=[asdict(row) for row in comparison.fidelity],
+        differing=comparison.differing,
+        notes=comparison.notes,
+        report=str(out / "report.html"),
+    )
+
+
+def _record(line: Line) -> dict[str, Any]:
+    row = asdict(line.row)
+    for part in ("by_group", "by_task", "by_depth"):
+        row[part] = {name: share._asdict() for name, share in getattr(line.row, part).items()}
+    return {"run": line.run, **row, "first": line.first and line.first._asdict()}

@@ -4,68 +4,90 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
-from kvcomp.console import Plain
-from kvcomp.console import notes as console_of_notes
+from kvcomp.console import Plain, notes, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.text import quote
 
-from .options import whole_numbers
+from .options import Model, completed_shapes, one_of, whole_numbers
+from .output import Document, Json
 
 if TYPE_CHECKING:
     import torch
 
     from kvcomp.benchmarks.speed import Timing
 
-EXAMPLES = """Examples:
+DOCUMENT = Document(
+    title="the model, dtype and machine in one line",
+    copy_gbps="GB/s that a copy of a large tensor moves on this machine",
+    kvcomp="version of kvcomp",
+    torch="version of torch",
+    transformers="version of transformers",
+    not_timed="peers that are not timed, and why",
+    timings="an object for each row: what (attention or model), label, context, batch, ms (median), low and high "
+    "(quartiles), read (bytes of a step; 0 if not known), ratio (times as fast as the first row of the same context "
+    "and batch), gbps",
+)
+EPILOG = f"""Examples:
 
   kvcomp speed --stack "kivi(bits=4)" --stack "kivi(bits=4) + quest(keep=0.1)" --context 512,8000
 
   kvcomp speed --attention --geometry qwen3-8b --batch 1,8 --context 4096,32768 --stack "int(bits=4)"
 
-  kvcomp speed --stack "turboquant(bits=4)" --threads 1 --out speed"""
+  kvcomp speed --stack "turboquant(bits=4)" --threads 1 --out speed
+
+{DOCUMENT.help}"""
 
 WHOLE = ("attention", "model")
 
 
 def speed(
     stack: Annotated[list[str], typer.Option(help="A stack to time; repeat it.")],
-    model: Annotated[str, typer.Option(help="The model whose decode steps are timed; as for `kvcomp generate`.")] = (
-        "smollm2-135m"
-    ),
+    model: Model = "smollm2-135m",
     attention: Annotated[
         bool, typer.Option("--attention", help="Only the attention of one layer, over random keys and values.")
     ] = False,
     geometry: Annotated[
-        str | None, typer.Option(help="Heads and channels of that layer, of a model as for `kvcomp plan`: no weights.")
+        str | None,
+        typer.Option(
+            help="The model whose heads and channels the layer has, as in `kvcomp plan`; no weights needed.",
+            autocompletion=completed_shapes,
+        ),
     ] = None,
     context: Annotated[
         list[str] | None, typer.Option(help="Tokens held: repeat it or separate by commas.  \\[default: 4096]")
     ] = None,
     batch: Annotated[
-        list[str] | None, typer.Option(help="Sequences decoded together, likewise.  \\[default: 1]")
+        list[str] | None,
+        typer.Option(help="Sequences decoded together: repeat it or separate by commas.  \\[default: 1]"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=4, help="Steps of each, in turns; figures are medians.")] = 20,
+    steps: Annotated[int, typer.Option(min=4, help="Timed steps of each stack; figures are medians.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.  \\[default: torch's]")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of keys and values: float32 (a CPU's default), bfloat16 or float16.")
+        str | None,
+        typer.Option(
+            help="dtype of keys and values: float32 (the default on a CPU), bfloat16 (on a GPU) or float16.",
+            autocompletion=one_of("float32", "bfloat16", "float16"),
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for speed.json and speed.svg.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Time decode steps of every stack beside an uncompressed cache, in one run and in turns.
+    """Time decode steps of every stack and of an uncompressed cache, taking turns in one run.
 
-    First the attention of one layer alone, checked against the reference before it is timed, then whole steps of the
-    model. GB/s are the cache's bytes that a step reads, over its time; beside them their share of what a copy of a
-    large tensor moves on this machine. "faster" compares with torch's attention over an uncompressed cache. On NVIDIA
-    GPUs FlashInfer and flash-attention are timed, too, where they are installed.
+    First the attention of one layer, which is checked against the reference before it is timed, then whole steps of
+    the model. GB/s are the bytes of the cache that a step reads, divided by its time; "of a copy" is their share of
+    what a copy of a large tensor moves on this machine. "faster" compares with torch's attention over an uncompressed
+    cache. On NVIDIA GPUs FlashInfer and flash-attention are timed too, if they are installed.
     """
     import torch
 
@@ -83,7 +105,6 @@ def speed(
     held = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
     if held not in (torch.float32, torch.bfloat16, torch.float16):
         raise KvcompError(f"dtype: {quote(dtype)} is not float32, bfloat16 or float16")
-    notes = console_of_notes()
     shape = next((layer for layer in model_shape(geometry or model).layers if layer.full), None)
     if shape is None:
         raise KvcompError(f"geometry: {geometry or model} has no layer of full attention")
@@ -94,22 +115,38 @@ def speed(
     found: list[Timing] = []
     absent: list[str] = []
     jobs = [(length, rows) for length in contexts for rows in batches]
-    for length, rows in track(jobs, "attention of one layer", console=notes, transient=True):
-        found += bench.attention(heads, stack, length, rows, steps, held, device, 8, absent.append)
-    for line in dict.fromkeys(absent):
-        notes.print(line)
+    with progress() as bar:
+        for length, rows in jobs:
+            tick = _ticks(bar, f"attention over {length:,} x {rows}")
+            found += bench.attention(heads, stack, length, rows, steps, held, device, 8, absent.append, tick)
+    absent = list(dict.fromkeys(absent))
+    for line in absent:
+        notes().print(line)
     if not attention:
-        network, tokenizer = load_model(model, dtype=held, device=device)
-        for length, rows in track(jobs, "steps of the model", console=notes, transient=True):
-            found += bench.model(network, tokenizer, stack, length, rows, steps, bench.peers())
+        with waiting(f"Loading {model}"):
+            network, tokenizer = load_model(model, dtype=held, device=device)
+        with progress() as bar:
+            for length, rows in jobs:
+                tick = _ticks(bar, f"steps after {length:,} x {rows}")
+                found += bench.model(network, tokenizer, stack, length, rows, steps, bench.peers(), tick)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     title = f"{geometry or model}, {str(held).removeprefix('torch.')}, {where}, a copy moves {rate:.1f} GB/s"
-    for what in WHOLE:
+    rows_of = [{**asdict(timing), "gbps": timing.gbps} for timing in found]
+    document = {"title": title, "copy_gbps": rate, **_versions(), "not_timed": absent, "timings": rows_of}
+    if as_json:
+        DOCUMENT.print(**document)
+    for what in WHOLE if not as_json else ():
         mine = [timing for timing in found if timing.what == what]
         if mine:
             _print(mine, f"{'Attention of one layer' if what == 'attention' else 'Decode step'}: {title}", rate)
     if out is not None:
-        _write(out, found, {"title": title, "copy_gbps": rate, **_versions()})
+        _write(out, found, document)
+
+
+def _ticks(bar: Progress, description: str) -> Callable[[int, int], None]:
+    """What a measurement calls after each step with the steps done and their total."""
+    task = bar.add_task(description, total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
 
 
 def _require_memory(context: int, batch: int, token: int, device: torch.device) -> None:
@@ -149,13 +186,12 @@ def _print(timings: list[Timing], title: str, rate: float) -> None:
     Plain(width=130).print(table)
 
 
-def _write(out: Path, timings: list[Timing], about: dict[str, Any]) -> None:
+def _write(out: Path, timings: list[Timing], document: dict[str, Any]) -> None:
     from kvcomp.benchmarks.charts import Point, lines
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(timing) for timing in timings]
-        (out / "speed.json").write_text(json.dumps({**about, "timings": rows}, indent=1) + "\n", "utf-8")
+        (out / "speed.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
         labels = list(dict.fromkeys((t.what, t.label, t.batch) for t in timings))
         points = [
             Point(labels.index((t.what, t.label, t.batch)) + 1, t.context, t.ratio, t.ratio, t.ratio) for t in timings
@@ -166,7 +202,7 @@ def _write(out: Path, timings: list[Timing], about: dict[str, Any]) -> None:
     except OSError as error:
         raise KvcompError(f"out: {str(out)!r} cannot be written: {error.strerror}.") from error
     key = "\n".join(f"{i}: {what}, {label}, batch {rows}" for i, (what, label, rows) in enumerate(labels, 1))
-    console_of_notes().print(f"{out}/speed.json, and {out}/speed.svg with the lines\n{key}")
+    notes().print(f"{out}/speed.json, and {out}/speed.svg with the lines\n{key}")
 
 
 def _versions() -> dict[str, str]:

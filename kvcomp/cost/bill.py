@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvcomp.architecture import ModelShape, obstacle
+from kvcomp.architecture import LayerKind, ModelShape, obstacle
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages.plan import held_parts, read_parts, shared_bytes
-from kvcomp.stages.stack import Stack
-from kvcomp.text import quote
+from kvcomp.stages.stack import Stack, StackLike
+from kvcomp.text import quote, size_text
 
 from .hardware import Gpu
 from .roofline import Work, step
@@ -75,6 +75,11 @@ class Bill:
     weights: float
     assumed: tuple[Assumption, ...] = ()
 
+    def __repr__(self) -> str:
+        held = f"held {size_text(self.held)} ({self.held_ratio:.2f}x less than dense)"
+        read = f"read {size_text(self.read)} a step ({self.read_ratio:.2f}x less)"
+        return f"<Bill of {self.label}: {self.batch} x {self.context} tokens, {held}, {read}>"
+
     @property
     def label(self) -> str:
         return "dense" if self.stack is None else str(self.stack)
@@ -125,13 +130,14 @@ class Bill:
         return replace(self, held_parts=held, read_parts=read, work=work, assumed=(*self.assumed, assumption))
 
 
-def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -> Bill:
+def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 1) -> Bill:
     """What `batch` sequences hold after a prompt of `context` tokens each, and what the next decode step reads.
 
     Raises:
         SpecError: a stack that cannot serve the model's head dimensions.
         UnsupportedError: a stack that cannot serve its layers.
     """
+    stack = None if stack is None else Stack.parse(stack)
     if stack is not None and (why := obstacle(shape.kinds, stack)) is not None:
         raise UnsupportedError(f"{shape.name} {why}")
     held: Counter[str] = Counter()
@@ -142,7 +148,7 @@ def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -
     for i, layer in enumerate(shape.layers):
         seen = layer.seen(context + 1)
         if layer.full and stack is not None:
-            plan = stack.plan(i, len(shape.layers), full)
+            plan = replace(stack.plan(i, len(shape.layers), full), latent=layer.kind is LayerKind.LATENT)
             shared += shared_bytes(plan, layer.k_dim, layer.v_dim, layer.kv_heads, dtype)
             for total, parts in ((held, held_parts), (read, read_parts)):
                 part = parts(plan, layer.k_dim, layer.v_dim, context, dtype)
@@ -171,7 +177,7 @@ def bill(shape: ModelShape, stack: Stack | None, context: int, batch: int = 1) -
 
 
 def bills(
-    shape: ModelShape, stacks: Iterable[Stack], context: int, batch: int, assumptions: Iterable[Assumption] = ()
+    shape: ModelShape, stacks: Iterable[StackLike], context: int, batch: int, assumptions: Iterable[Assumption] = ()
 ) -> list[Bill]:
     """The uncompressed cache and each stack, every one followed by itself under the assumptions, one more at a time."""
     rows = []

@@ -10,7 +10,8 @@ import torch
 from kvcomp.geometry import Geometry
 from kvcomp.layout import Field, PageLayout
 
-from .one_sided import filled, make_codec, page_fields
+from .latent import make_codec, page_fields, stored
+from .one_sided import filled
 from .policy import Policy
 from .quantizer import Codec, PageShape, Quantizer
 from .selector import Selector
@@ -22,7 +23,10 @@ RECEIVED = 2 * torch.float32.itemsize  # of a page whose attention a policy watc
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The stages of one layer."""
+    """The stages of one layer.
+
+    leader: the layer whose choice of pages this one reads. latent: whether it caches latents, see `stages.latent`.
+    """
 
     quantizer: Quantizer
     policies: tuple[Policy, ...]
@@ -32,23 +36,27 @@ class LayerPlan:
     page_size: int
     layer: int
     layers: int
-    leader: int | None = None  # the layer whose choice of pages this one reads
+    leader: int | None = None
+    latent: bool = False
 
     @cached_property
     def needs_queries(self) -> bool:
+        """Whether a stage asks for queries of the prompt."""
         stages = (self.quantizer, self.chooser, *self.policies)
         return any(stage.needs_queries for stage in stages if stage is not None)
 
     def within(self, tokens: int) -> LayerPlan:
-        """This plan for streams of at most so many tokens: a window of more than all of them needs no room for more."""
+        """This plan for streams of at most so many tokens: a window of more than all of them needs no more memory."""
         return replace(self, sinks=min(self.sinks, tokens), recent=min(self.recent, tokens))
 
     @cached_property
     def needs_model(self) -> bool:
+        """Whether a policy asks for `Chunk.model`."""
         return any(policy.needs_model for policy in self.policies)
 
     @cached_property
     def reconstructs(self) -> bool:
+        """Whether a policy asks that the model repeat the prompt."""
         return any(policy.reconstructs is not None for policy in self.policies)
 
     @cached_property
@@ -73,11 +81,12 @@ class LayerPlan:
 
     @cached_property
     def geometry(self) -> Geometry:
+        """Where tokens lie: sinks, window and pages, by counts alone."""
         return Geometry(self.page_size, self.sinks, self.recent)
 
     @cached_property
     def slots(self) -> int:
-        """Tokens that the exact buffer of a stream has room for."""
+        """Tokens that the exact buffer of a stream can hold."""
         return self.geometry.slots
 
     def room(self, tokens: int) -> int:
@@ -100,15 +109,33 @@ class LayerPlan:
         return pages if self.selector is None else self.selector.reads(pages, self.page_size)
 
     def by_tokens(self, layout: PageLayout) -> bool:
-        """Whether decode queries read single tokens. Attention that a policy watches is that of pages."""
-        return self.selector is not None and self.selector.by_tokens and layout.tokenwise and not self.watched
+        """Whether decode queries read single tokens. Attention that a policy watches is that of pages, and so is that
+        over values which are less a centre, as those of latents may be."""
+        whole = self.watched or not layout.tokenwise or (self.latent and bool(layout.centres))
+        return self.selector is not None and self.selector.by_tokens and not whole
 
     def attended(self, tokens: int) -> int:
         """Tokens that the query of a decode step after prefilling `tokens` tokens attends to, its own included."""
         pages, exact = self.stored(tokens)
         return self.chosen(pages) * self.page_size + exact + 1
 
+    def shape(
+        self,
+        k_dim: int,
+        v_dim: int,
+        heads: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        centred: bool | None = None,
+    ) -> PageShape:
+        """Of pages of keys [k_dim] and values [v_dim]. centred: as of `PageShape`; None: not where the layer is latent,
+        whose values no kernel centres."""
+        device = torch.device("cpu") if device is None else device
+        centred = not self.latent if centred is None else centred
+        return PageShape(self.page_size, k_dim, v_dim, heads, dtype, device, self.layer, centred, self.latent)
+
     def build(self, shape: PageShape) -> tuple[Codec, PageLayout]:
+        """The layer's codec, and the layout of its pages."""
         codec = make_codec(self.quantizer, shape)
         return codec, self._layout(codec.fields, shape)
 
@@ -123,6 +150,8 @@ class LayerPlan:
 
 def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that one stream of the layer holds after prefilling `tokens` tokens, by part as in `LayerStore.held`.
+
+    k_dim, v_dim: channels of keys and values; where the layer is latent, of latents and rotary keys.
 
     Constants that streams share (a Hadamard matrix, a calibrated basis: `shared_bytes`) and the log of padding are left
     out.
@@ -144,8 +173,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
 
 def shared_bytes(plan: LayerPlan, k_dim: int, v_dim: int, heads: int, dtype: torch.dtype) -> int:
     """Bytes that the layer holds for all of its streams, whatever the context and the batch."""
-    shape = PageShape(plan.page_size, k_dim, v_dim, heads, dtype, torch.device("cpu"), plan.layer)
-    return plan.quantizer.shared_bytes(filled(shape))
+    return plan.quantizer.shared_bytes(filled(stored(_shape(plan, k_dim, v_dim, heads, dtype))))
 
 
 def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -158,9 +186,11 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     pages, exact = plan.stored(tokens)
     token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, exact + 1)
-    centres = pages * layout.centre_bytes if plan.by_tokens(layout) else 0  # of all that single tokens may lie in
+    chosen, centres = plan.chosen(pages), 0
+    if plan.by_tokens(layout):  # of each token, or of all pages that they may lie in
+        centres = min(pages, chosen * plan.page_size) * layout.centre_bytes
     return _present(
-        pages=plan.chosen(pages) * layout.body_bytes + centres,
+        pages=chosen * layout.body_bytes + centres,
         summaries=pages * layout.summary_bytes,
         sinks=sinks * token,
         window=(exact + 1 - sinks) * token,
@@ -181,10 +211,15 @@ def read_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: 
 
 def _layout(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[PageLayout, tuple[int, int]]:
     """A page's layout, and the bytes of constants made for a stream: those it holds, and those that a step reads."""
-    shape = PageShape(plan.page_size, k_dim, v_dim, 1, dtype, torch.device("cpu"), plan.layer)
-    codec = plan.quantizer.adapted_bytes(filled(shape))
+    shape = _shape(plan, k_dim, v_dim, 1, dtype)
+    codec = plan.quantizer.adapted_bytes(filled(stored(shape)))
     held, read = (0, 0) if plan.chooser is None else plan.chooser.index_bytes(shape)
     return plan.layout(shape), (codec + held, codec + read)
+
+
+def _shape(plan: LayerPlan, k_dim: int, v_dim: int, heads: int, dtype: torch.dtype) -> PageShape:
+    """The shape of pages of tokens of which so many channels are cached."""
+    return plan.shape(*((k_dim + v_dim, k_dim) if plan.latent else (k_dim, v_dim)), heads, dtype)
 
 
 def _present(**parts: int) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from .arguments import Alias, dropped_share
 from .stage import Stage
 
 
@@ -50,10 +51,10 @@ class Chunk:
 
 
 class Held(NamedTuple):
-    """What S = B x `heads` streams hold, as a policy sees it that lets pages go.
+    """State of S = B x `heads` streams, passed to policies that evict pages while decoding.
 
     tokens [S]: all that each holds, of which the first `sinks` stay. pages [S]: how many full pages of `page_size` lie
-    behind them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
+    after them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
     page received on average, since it was written and over the query heads of its KV head; queries [S, n] float32: the
     number of these queries. Both lie on the pages' device, to be copied only where pages leave, and are None unless the
     policy `watches`, or `trims` a prompt that comes in chunks. before [S]: how many of the tokens were held before that
@@ -77,6 +78,14 @@ class Policy(Stage):
     """Decides which tokens enter pages, and which pages leave."""
 
     family: ClassVar[str] = "policy"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "compression_ratio": dropped_share("keep"),  # kvpress
+        "max_capacity_prompt": "budget",  # the authors of SnapKV, as the next two
+        "window_size": "window",
+        "kernel_size": "kernel",
+        "alpha_safeguard": "floor",
+        "n_sink": "sinks",
+    }
     needs_queries: ClassVar[bool] = False
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcomp.layout import Field
 from kvcomp.segments import KVLayout
 
+from .arguments import Alias
 from .stage import Stage
 
 
@@ -21,6 +22,7 @@ class PageShape:
     """What a codec is made for: one layer's pages. `heads` is the number of KV heads.
 
     centred: whether pages may have a centre, as those of caches lack that were saved before there were any.
+    latent: values are the first `v_dim` channels of keys, and share their bytes.
     """
 
     page_size: int
@@ -31,6 +33,12 @@ class PageShape:
     device: torch.device
     layer: int
     centred: bool = True
+    latent: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token that are held."""
+        return self.k_dim if self.latent else self.k_dim + self.v_dim
 
 
 class Codec:
@@ -66,7 +74,7 @@ class Codec:
 
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
         """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_layouts` at a time, what
-        `encode` gives; behind them each token's norm where a side has a gain. None: they cannot."""
+        `encode` gives; after them each token's norm where a side has a gain. None: they cannot."""
         return None
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -81,6 +89,14 @@ class Codec:
         """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
         return output
 
+    def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `read_query`, of queries [S, R, Dv] that are multiplied with decoded values (latents: see `latent`)."""
+        return queries, None
+
+    def read_key_output(self, output: Tensor) -> Tensor:
+        """As `read_output`, of attention output [S, R, Rk] over decoded keys."""
+        return output
+
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
         return keys, values
@@ -90,12 +106,16 @@ class Codec:
         as long as pages are read the same way."""
         return None
 
+    def write_layouts(self) -> KVLayout | None:
+        """How kernels write what `kernel_input` gives; None: they cannot."""
+        return self.kernel_layouts()
+
     def constants(self) -> list[Tensor]:
         """Tensors that the layer holds besides pages."""
         return []
 
     def adapted(self) -> list[Tensor]:
-        """Those of `constants` that were made for the streams at hand, and that a decode step loads."""
+        """Those of `constants` that were made for the current streams, and that a decode step loads."""
         return []
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
@@ -112,7 +132,7 @@ class Codec:
         `room`, and without a look at any tensor on the host."""
 
     def reserve(self, streams: int) -> None:
-        """Have room for what so many streams adapt to; tensors stay where they are from then on, until `select`."""
+        """Reserve memory for what so many streams adapt to; tensors then stay where they are until `select`."""
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams (beams): int64 [S']."""
@@ -137,11 +157,51 @@ class Codec:
         return None
 
 
+class AroundCodec(Codec):
+    """A codec of pages of another shape, made of one that adapts, is saved and follows streams in its place."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.hosted = codec, codec.hosted
+
+    def constants(self) -> list[Tensor]:
+        return self.codec.constants()
+
+    def adapted(self) -> list[Tensor]:
+        return self.codec.adapted()
+
+    def reserve(self, streams: int) -> None:
+        self.codec.reserve(streams)
+
+    def select(self, streams: Tensor) -> None:
+        self.codec.select(streams)
+
+    def fork(self) -> AroundCodec:
+        twin = copy(self)
+        twin.codec = self.codec.fork()
+        return twin
+
+    def state(self) -> dict[str, Tensor]:
+        return self.codec.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.codec.restore(state)
+
+    def lacks(self, paged: Tensor) -> str | None:
+        return self.codec.lacks(paged)
+
+
 @dataclass(frozen=True)
 class Quantizer(Stage):
     """Decides the bytes of a page."""
 
     family: ClassVar[str] = "quantizer"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "nbits": "bits",  # transformers' QuantizedCache, as q_group_size
+        "k_bits": "k",
+        "v_bits": "v",
+        "group_size": "group",
+        "q_group_size": "group",
+    }
 
     @property
     def needs_queries(self) -> bool:
@@ -149,6 +209,7 @@ class Quantizer(Stage):
         return False
 
     def codec(self, shape: PageShape) -> Codec:
+        """What encodes and decodes the pages of one layer."""
         raise NotImplementedError
 
     def adapted_bytes(self, shape: PageShape) -> int:

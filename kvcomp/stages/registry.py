@@ -12,8 +12,10 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from kvcomp.errors import KvcompWarning, SpecError
-from kvcomp.stages import Stage
 from kvcomp.text import quote
+
+from .arguments import documented
+from .stage import Stage
 
 GROUP = "kvcomp.stages"
 OWN_PACKAGES = ("kvcomp.quantizers", "kvcomp.policies", "kvcomp.sparse")
@@ -32,7 +34,7 @@ def register(name: str) -> Callable[[S], S]:
         owner = _stages.get(name)
         if owner is not None and (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
             raise SpecError(f"stage name {name!r} is already taken by {owner.__module__}.{owner.__qualname__}")
-        cls.name = name
+        cls.name, cls.__doc__ = name, documented(cls)
         _stages[name] = cls
         return cls
 
@@ -46,6 +48,7 @@ def _load_all() -> None:
         root = importlib.import_module(package)
         for module in pkgutil.iter_modules(root.__path__):
             importlib.import_module(f"{package}.{module.name}")
+    importlib.import_module("kvcomp.stages.window")
     for point in entry_points(group=GROUP):
         try:
             stage = point.load()

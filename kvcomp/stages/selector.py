@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcomp.attention import Part
 from kvcomp.layout import Field, Summary
 
+from .arguments import Alias
 from .quantizer import PageShape
 from .stage import Stage
 
@@ -56,7 +57,7 @@ class Index:
         self.selector = selector
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
-        """As `Codec.observe`, where the selector `needs_queries`."""
+        """See queries [s, R, Dk] of `streams` int64 [s], as `Codec.observe`, where the selector `needs_queries`."""
 
     def fit(self, streams: Tensor, keys: Tensor) -> None:
         """See keys [s, n, Dk] of `streams`, as `Codec.fit`."""
@@ -67,7 +68,7 @@ class Index:
         return self.selector.summarize(keys, values)
 
     def choose(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
-        """What each stream reads, as `Selector.select`."""
+        """What queries [S, G, Dk] of each stream read, as `Selector.select`."""
         return self.selector.select(queries, scale, held)
 
     def rest(
@@ -99,7 +100,7 @@ class Index:
         """As `Codec.restore`."""
 
     def lacks(self, paged: Tensor) -> str | None:
-        """As `Codec.lacks`."""
+        """What `restore` should have given for the streams of which bool [S] `paged` have pages, as `Codec.lacks`."""
         return None
 
 
@@ -108,6 +109,7 @@ class Selector(Stage):
     """Decides which pages, or tokens, a decode query reads."""
 
     family: ClassVar[str] = "selector"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {"page_budget": "pages", "token_budget": "tokens"}  # Quest
     by_tokens: ClassVar[bool] = False  # chooses single tokens, where the fields of pages allow to read them
 
     @property
@@ -139,6 +141,7 @@ class Selector(Stage):
         return {}
 
     def summary_fields(self, shape: PageShape) -> tuple[Field, ...]:
+        """Fields of a page that hold its summary; their names begin with `SUMMARY`."""
         raise NotImplementedError
 
     def summarize(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import ast
 import keyword
 import re
-import types
-import typing
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from kvcomp.errors import SpecError
-from kvcomp.stages import Stage
 from kvcomp.text import quote, shorten
 
 from .registry import find
+from .stage import Stage
 
 EXAMPLE = "'snapkv(keep=0.25) + kivi(bits=2)'"
 LITERALS = {"true": True, "false": False, "none": None}  # words that are values, in any case
@@ -50,14 +47,11 @@ def parse(spec: str) -> tuple[Stage, ...]:
 
 def text_of(stage: Stage, full: bool) -> str:
     """A stage as spec text: all that its arguments stand for, or the first one and those that are not the default."""
-    shown = []
-    for i, f in enumerate(fields(stage)):
-        value = _identity(stage, f.name) if full else getattr(stage, f.name)
-        if f.name in stage.implied:
-            continue
-        if full or value != f.default or (i == 0 and value is not None):
-            shown.append(f"{f.name}={value if _is_word(value) else repr(value)}")
-    return f"{stage.name}({', '.join(shown)})" if shown else stage.name
+    values = stage.shown()
+    if full:
+        values = {f.name: _identity(stage, f.name) for f in fields(stage) if f.name not in stage.implied}
+    texts = [f"{name}={value if _is_word(value) else repr(value)}" for name, value in values.items()]
+    return f"{stage.name}({', '.join(texts)})" if texts else stage.name
 
 
 def _identity(stage: Stage, argument: str) -> Any:
@@ -94,18 +88,12 @@ def _stage(node: ast.expr, spec: str) -> Stage:
             f"{_source(node)!r} in {quote(spec)} is no stage: expected name(arg=value, ...), as in {EXAMPLE}"
         )
     cls = find(name)
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in fields(cls)]
     arguments: dict[str, Any] = {}
     for given in keywords:
-        if given.arg not in known:
-            near = get_close_matches(given.arg or "", known, n=1, cutoff=0.4)
-            accepted = ", ".join(known) or "none"
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SpecError(f"{name} has no argument {quote(given.arg)}: {hint}It accepts: {accepted}")
-        if given.arg in arguments:
-            raise SpecError(f"{name}({given.arg}=...) is given twice in {quote(spec)}")
-        arguments[given.arg] = _value(given.value, hints[given.arg], name, given.arg)
+        argument = given.arg or "**"
+        if argument in arguments:
+            raise SpecError(f"{name}({shorten(argument, 80)}=...) is given twice in {quote(spec)}")
+        arguments[argument] = _value(given.value, name, argument)
     return cls(**arguments)
 
 
@@ -113,29 +101,19 @@ def _source(node: ast.expr) -> str:
     return shorten(ast.unparse(node), 80)
 
 
-def _value(node: ast.expr, hint: Any, stage: str, argument: str) -> Any:
-    """A literal, or a bare word as a string, checked against the argument's type."""
+def _value(node: ast.expr, stage: str, argument: str) -> Any:
+    """A literal, or a bare word as a string; the stage checks its type."""
     if isinstance(node, ast.Name):
-        value: Any = LITERALS.get(node.id.lower(), node.id)
-    else:
-        try:
-            value = ast.literal_eval(node)
-        except (ValueError, TypeError):  # TypeError: a list as a key
-            raise SpecError(f"{stage}({argument}={_source(node)}): expected a number, a word or a string") from None
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    accepted = typing.get_args(hint) if union else (hint,)
-    if type(value) is int and float in accepted and int not in accepted:
-        try:
-            return float(value)
-        except OverflowError:
-            raise SpecError(f"{stage}({argument}={quote(value)}): more than a float can hold") from None
-    if type(value) not in accepted:
-        names = " or ".join("None" if t is type(None) else t.__name__ for t in accepted)
-        raise SpecError(f"{stage}({argument}={quote(value)}): expected {names}, got {type(value).__name__}")
-    return value
+        return LITERALS.get(node.id.lower(), node.id)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):  # TypeError: a list as a key
+        raise SpecError(
+            f"{stage}({shorten(argument, 80)}={_source(node)}): expected a number, a word or a string"
+        ) from None
 
 
 def _is_word(value: Any) -> bool:
-    """Whether a value can stand in a spec without quotation marks and still be read as a string."""
+    """Whether a value can be written in a spec without quotation marks and still be read as a string."""
     bare = isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
     return bare and value.lower() not in LITERALS

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompWarning, SpecError
+from kvcomp.text import quote
 
 from .plan import LayerPlan, held_by_stream
 from .policy import Policy
@@ -28,17 +30,33 @@ PAGE_UNIT = 16
 MOST_PAGE = 1 << 16
 MOST_STAGES = 32
 
+StackLike: TypeAlias = Union[str, "Stack", Stage]  # what every function that asks for a stack takes
+
 
 @dataclass(frozen=True)
 class Stack:
     """At most one quantizer, one selector and one window, and any number of eviction policies applied in order.
 
-    Build it with `Stack.parse`. `str(stack)` gives a spec that parses back to an equal stack.
+    Add stages, `SnapKV(keep=0.25) + KIVI(bits=4)`, or parse a spec, `Stack.parse("snapkv(keep=0.25) + kivi(bits=4)")`:
+    the two are equal. `str(stack)` is the spec, which parses back to an equal stack.
+
+    Args:
+        stages: one stage or more, in the order in which they act.
+
+    Raises:
+        SpecError: no stages or more than 32, something that is no stage, or stages that cannot work together.
     """
 
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
+        given: Any = self.stages
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise SpecError(f"Stack({_said(given)}): expected stages; Stack.parse takes a spec or one stage")
+        object.__setattr__(self, "stages", tuple(given))
+        for stage in list[Any](self.stages):
+            if not isinstance(stage, Stage):
+                raise SpecError(f"Stack({_said(stage)}): {_advice(stage)}")
         if not self.stages:
             raise SpecError("a stack needs at least one stage: Stack.parse('none') is the dense one")
         if len(self.stages) > MOST_STAGES:
@@ -77,16 +95,39 @@ class Stack:
             )
 
     @classmethod
-    def parse(cls, spec: str | Stack) -> Stack:
-        """The stack that `spec` describes; a Stack is returned as it is.
+    def parse(cls, spec: StackLike) -> Stack:
+        """The stack that a spec or a single stage describes; a Stack is returned as it is.
 
         Raises:
             SpecError: bad syntax, unknown stage or argument (with the nearest valid names), a value of the wrong type
-                or range, or a combination that cannot work.
+                or range, a combination that cannot work, or no spec at all.
         """
         if isinstance(spec, Stack):
             return spec
+        if isinstance(spec, Stage):
+            return cls((spec,))
+        if not isinstance(spec, str):
+            raise SpecError(f"stack {_said(spec)}: {_advice(spec)}")
         return cls(parse(spec))
+
+    def __add__(self, other: Stack | Stage) -> Stack:
+        """The stages of this stack and then those of `other`, as " + " in a spec.
+
+        Raises:
+            SpecError: `other` is neither a stage nor a stack, or the stages cannot work together.
+        """
+        if not isinstance(other, Stack | Stage):
+            raise SpecError(f"{self} + {_said(other)}: {_advice(other)}")
+        return Stack(self.stages + Stack.parse(other).stages)
+
+    if not TYPE_CHECKING:
+
+        def __radd__(self, other: Any) -> Any:
+            """Only reached where the left operand is neither a stage nor a stack."""
+            raise SpecError(f"{_said(other)} + {self}: {_advice(other)}")
+
+    def __repr__(self) -> str:
+        return f"Stack.parse({str(self)!r})"
 
     def __str__(self) -> str:
         return " + ".join(text_of(s, full=False) for s in self.stages)
@@ -106,10 +147,12 @@ class Stack:
 
     @cached_property
     def policies(self) -> tuple[Policy, ...]:
+        """The eviction policies, in the order in which they act."""
         return tuple(s for s in self.stages if isinstance(s, Policy))
 
     @cached_property
     def selector(self) -> Selector | None:
+        """The selector; None where the stack names none: decode queries read every page."""
         return next((s for s in self.stages if isinstance(s, Selector)), None)
 
     @cached_property
@@ -188,6 +231,19 @@ class Stack:
                 f"roundtrip: keys {tuple(keys.shape)} and values {tuple(values.shape)} must be [B, Hkv, N, D] "
                 "with equal B, Hkv and N"
             )
-        from kvcomp import roundtrip  # by the package's door: a store is made of a stack, not a stack of stores
+        from kvcomp import roundtrip  # through the package: a store is made of a stack, not a stack of stores
 
         return roundtrip(self.plan(layer=0, layers=1), keys, values, queries, scale)
+
+
+def _said(value: object) -> str:
+    return value.__name__ if isinstance(value, type) else quote(value)
+
+
+def _advice(value: object) -> str:
+    """What to write instead of something that is neither a stage nor a stack."""
+    if isinstance(value, type) and issubclass(value, Stage):
+        return f"that is a class: write {value.__name__}(), with its arguments"
+    if isinstance(value, str):
+        return f"a spec is no stage: write Stack.parse({quote(value)})"
+    return "expected a stage such as KIVI(bits=4), or a Stack"

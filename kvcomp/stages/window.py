@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcomp.stages import Stage, arg
-
+from .arguments import Alias
 from .registry import register
+from .stage import Stage, arg
 
 
 @register("window")
@@ -16,10 +17,19 @@ class Window(Stage):
     """Tokens kept exactly: the first `sinks` and the last `recent` (up to one page more until the page is full).
 
     Without this stage a stack takes the window its methods publish (KIVI: 128 recent tokens).
+
+    Papers: arXiv 2309.17453, 2402.02750.
     """
 
     family: ClassVar[str] = "window"
     paper: ClassVar[str] = "arXiv:2309.17453, arXiv:2402.02750"
+    aliases: ClassVar[Mapping[str, str | Alias]] = {
+        "residual_length": "recent",  # KIVI, transformers' QuantizedCache
+        "window_size": "recent",
+        "recent_size": "recent",  # StreamingLLM, as start_size
+        "start_size": "sinks",
+        "n_sink": "sinks",
+    }
 
     sinks: int = arg(0, "first tokens kept in full precision")
     recent: int = arg(0, "last tokens kept in full precision")

@@ -1,74 +1,190 @@
-"""Next-token distributions of compressed caches against the dense ones."""
+"""Next-token distributions of compressed caches against the dense ones: the task, its rows, and what reports say."""
 
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_folder
 import torch
-import typer
-from tiny_models import make
-from transformers import DynamicCache
-from typer.testing import CliRunner
+from rich.console import Console
 
-from kvcomp.benchmarks import fidelity
-from kvcomp.errors import KvcompError
+from kvcomp import Stack
+from kvcomp.benchmarks import decoding, divergence
+from kvcomp.benchmarks.bench import answer, run
+from kvcomp.benchmarks.fidelity import TASKS
+from kvcomp.benchmarks.results import FIDELITY, Record, Run, RunError, read_run
+from kvcomp.benchmarks.settings import Settings
+from kvcomp.benchmarks.tasks import expand
+from kvcomp.benchmarks.terminal import tables
+from kvcomp.integrations.huggingface import CompressedCache, prefill
+from kvcomp.integrations.huggingface.models import load_model
+
+CONTEXT = 300
+TEXT = TASKS["fidelity_text"]
+QUIET = Console(stderr=True, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> tuple[Any, Any]:
+    return load_model(str(folder), device="cpu")
+
+
+def answers(loaded: tuple[Any, Any], specs: list[str], limit: int | None = None) -> dict[str, Record]:
+    model, tokenizer = loaded
+    (sample,) = TEXT.generate(tokenizer, CONTEXT, 1, 0, None)
+    stacks = [Stack.parse(spec) for spec in specs]
+    return {record.stack: record for record in answer(model, tokenizer, sample, CONTEXT, stacks, limit)}
 
 
 def test_figures_are_those_of_the_definitions() -> None:
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
-    row = fidelity.Fidelity("")
-    row.add(p.log(), q.log() + 3)  # logits are known up to a constant
-    row.add(p.log(), p.log())
-    assert row.kl == pytest.approx([0.25 * torch.tensor(2.0).log().item(), 0], abs=1e-6)
-    assert row.overlap == pytest.approx([0.75, 1])
-    assert row.top1 == [0, 1]
+    reader = decoding.Agreement([1, 2, 3, 4], torch.cat([p, p, torch.tensor([[1.0, 0, 0]])]).log())
+    reader.take(q.log() + 3)  # logits are known up to a constant
+    reader.take(torch.cat([p, p]).log())
+    assert reader.kl == pytest.approx([0.25 * torch.tensor(2.0).log().item(), 0, torch.tensor(2.0).log().item()])
+    assert reader.overlap == pytest.approx([0.75, 1, 0.5])
+    assert reader.top1 == [0, 1, 1]
+    assert reader.score == pytest.approx(0.75)
+    assert reader.ahead(5) == []
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 5])
-def test_dense_predictions_are_those_of_the_library(chunk: int | None) -> None:
-    model, ids = make("llama"), torch.randint(3, 256, (1, 212), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = model(ids, past_key_values=DynamicCache(config=model.config)).logits[0, -12:]
-        ((spec, dense, logits, bits),) = fidelity.measure(model, ids, ["none"], 12, chunk)
-    assert spec == "none"
-    assert bits >= 32
-    torch.testing.assert_close(dense, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("spec", ["int(bits=3, basis=hadamard)", "streaming(sinks=4, recent=64)"])
+@torch.inference_mode()
+def test_predictions_of_a_stack_are_compared_with_one_dense_forward_pass(loaded: tuple[Any, Any], spec: str) -> None:
+    model, tokenizer = loaded
+    record = answers(loaded, [spec], 20)[spec := str(Stack.parse(spec))]
+    (sample,) = TEXT.generate(tokenizer, CONTEXT, 1, 0, None)
+    ids = tokenizer(sample.prompt, return_tensors="pt").input_ids
+    start = ids.shape[1] - TEXT.continuation
+    p = model(ids).logits[0, start - 1 : start + 19].log_softmax(-1)
+    cache = CompressedCache(spec, model)
+    prefill(model, ids[:, : start - 1], [cache])
+    fed = [model(ids[:, i : i + 1], past_key_values=cache).logits[0, 0] for i in range(start - 1, start + 19)]
+    q = torch.stack(fed).log_softmax(-1)
+    overlap = 1 - (p.exp() - q.exp()).abs().sum(-1) / 2
+    torch.testing.assert_close(torch.tensor(record.overlap), overlap, atol=2e-3, rtol=0)
+    assert record.score == pytest.approx(float(overlap.mean()), abs=1e-3)
+    assert record.top1 == (p.argmax(-1) == q.argmax(-1)).int().tolist()
+    torch.testing.assert_close(torch.tensor(record.kl), (p.exp() * (p - q)).sum(-1), atol=2e-3, rtol=1e-2)
 
 
-def test_fewer_bits_are_farther_from_dense(capsys: pytest.CaptureFixture[str]) -> None:
-    model, ids = make("llama"), torch.randint(3, 256, (1, 320), generator=torch.Generator().manual_seed(0))
-    stacks = ["int(bits=8)", "int(bits=4)", "turboquant(bits=1)", "int8 + quest(pages=1, dense_layers=0)"]
-    rows = {spec: fidelity.Fidelity(spec) for spec in stacks}
-    with torch.inference_mode():
-        for spec, dense, logits, bits in fidelity.measure(model, ids, stacks, 20):
-            rows[spec].add(dense, logits)
-            rows[spec].bits.append(bits)
-    overlaps = [sum(rows[spec].overlap) / 20 for spec in stacks]
-    assert 0.99 < overlaps[0] <= 1
-    assert overlaps[0] > overlaps[1] > overlaps[2]
-    assert overlaps[3] < overlaps[0]
-    fidelity.table(list(rows.values()), "title")
-    shown = capsys.readouterr().out
-    assert all(spec.split(" ")[0] in shown for spec in stacks)
+def test_none_agrees_and_fewer_bits_are_farther(loaded: tuple[Any, Any]) -> None:
+    specs = ["none", "int(bits=8)", "int(bits=4)", "turboquant(bits=1)"]
+    found = answers(loaded, specs)
+    scores = [found[str(Stack.parse(spec))].score for spec in specs]
+    assert scores[0] == pytest.approx(1, abs=1e-5)
+    assert scores[0] >= scores[1] > scores[2] > scores[3]
+    assert set(found["none"].top1 or ()) == {1}
+    assert all(len(record.kl or ()) == TEXT.continuation == record.new_tokens for record in found.values())
+    assert {record.metric for record in found.values()} == {FIDELITY}
 
 
-def test_the_command(tmp_path: Path) -> None:
-    folder = tiny_folder.save(tmp_path / "model")
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog " * 60, encoding="utf-8")
-    app, out = typer.Typer(), tmp_path / "out.csv"
-    app.command()(fidelity.main)
-    given = ["--model", str(folder), "--text", str(text), "--context", "200", "--scored", "6", "--stack", "int8"]
-    result = CliRunner().invoke(app, [*given, "--stack", "kivi(bits=2)", "--out", str(out)], catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "kivi(bits=2)" in result.stdout
-    with out.open(encoding="utf-8") as file:
+def test_a_run_with_all_kinds_of_tasks(folder: Path, tmp_path: Path) -> None:
+    settings = Settings(
+        str(folder),
+        ("fidelity", "perplexity_text", "niah_single_1"),
+        (400,),
+        2,
+        ("none", "kivi(bits=2)"),
+        max_new_tokens=8,
+    )
+    assert [task for task in settings.tasks if "fidelity" in task] == ["fidelity_text", "fidelity_code"]
+    out = tmp_path / "out"
+    found = run(settings, out, QUIET, "kvcomp bench")
+    assert [(row.task, row.stack, row.samples, row.tokens) for row in found.fidelity] == [
+        (task, stack, n, 8 * n)
+        for task, n in (("all texts", 4), ("fidelity_code", 2), ("fidelity_text", 2))
+        for stack in settings.stacks
+    ]
+    dense, small = found.fidelity[:2]
+    assert dense.overlap > 0.9999
+    assert dense.overlap > small.overlap
+    assert small.overlap_low <= small.overlap <= small.overlap_high
+    assert small.held_ratio > 1.5
+    assert run(settings, out, QUIET, "kvcomp bench").fidelity == found.fidelity
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Fidelity</h2>" in page
+    assert "1 - TVD, %" in (out / "fidelity_400.svg").read_text(encoding="utf-8")
+    with (out / "summary.csv").open(encoding="utf-8") as file:
+        (first, second) = csv.DictReader(file)
+    assert float(first["overlap"]) == pytest.approx(1, abs=1e-3)
+    assert float(second["kl"]) == pytest.approx(small.kl, abs=1e-4)
+    with (out / "fidelity.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["stack"] for row in rows] == ["int8"] * 6 + ["kivi(bits=2)"] * 6
-    assert all(0 <= float(row["overlap"]) <= 1.0001 for row in rows)
-    with pytest.raises(KvcompError, match=r"text: .*less than 10000000 \+ 206"):
-        CliRunner().invoke(app, [*given, "--start", "10000000"], catch_exceptions=False)
+    assert [row["stack"] for row in rows] == [*settings.stacks] * 3
+    titles = [str(table.title) for table in tables(found)]
+    assert any(title.startswith("all texts, 400 tokens, 4 samples") for title in titles)
+    only = run(replace(settings, tasks=("fidelity_text",)), tmp_path / "only", QUIET, "kvcomp bench")
+    assert only.lines == []
+    assert not (tmp_path / "only" / "summary.csv").exists()
+    assert [row.task for row in only.fidelity] == ["fidelity_text"] * 2
+
+
+def test_pooled_rows_are_of_all_texts_or_of_the_only_one() -> None:
+    def record(task: str, index: int, stack: str, overlap: list[float]) -> Record:
+        values: dict[str, Any] = dict.fromkeys(("held", "held_dense", "read", "read_dense", "prompt_tokens"), 100)
+        return Record(
+            task,
+            64,
+            index,
+            stack,
+            stack,
+            sum(overlap) / len(overlap),
+            prediction="",
+            references=[],
+            depth=None,
+            tags=[],
+            origin="",
+            new_tokens=4,
+            effective_bits=4.0,
+            ms_per_token=5.0,
+            prefill_s=0.1,
+            metric=FIDELITY,
+            kl=[0.5] * len(overlap),
+            overlap=overlap,
+            top1=[1] * len(overlap),
+            **values,
+        )
+
+    texts = ("fidelity_text", "fidelity_code")
+    records = [record(task, 0, "a", [1.0, 0.5, 0.5, 0.0]) for task in texts] + [record(texts[0], 1, "b", [0.25] * 8)]
+    rows = divergence.pooled(divergence.summarize([Run(Path("x"), {}, records)]))
+    assert [(row.task, row.stack, row.samples) for row in rows] == [("all texts", "a", 2), ("all texts", "b", 1)]
+    assert (rows[0].near, rows[0].far, rows[0].overlap, rows[0].kl) == (1.0, 0.0, 0.5, 0.5)
+    assert (rows[0].kl_low, rows[0].kl_high) == (None, None)
+    rows = divergence.summarize([Run(Path("x"), {}, records[-1:])])
+    assert divergence.pooled(rows) == rows
+    with pytest.raises(RunError, match="kl, overlap and top1"):
+        replace(records[0], kl=None)
+    with pytest.raises(RunError, match="kl, overlap and top1"):
+        replace(records[0], top1=[1])
+    with pytest.raises(RunError, match=r"overlap\[0\]"):
+        replace(records[0], overlap=[1.5, 0, 0, 0])
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(RunError, match=r"tasks: fidelity_code compares whole distributions.*--engine huggingface"):
+        Settings("m", ("fidelity_code",), (512,), 1, ("none",), engine="vllm")
+    with pytest.raises(RunError, match="dtype: 'int8' is none of float32, bfloat16, float16"):
+        Settings("m", ("fidelity_code",), (512,), 1, ("none",), dtype="int8")
+    with pytest.raises(RunError, match="dtype: with --engine vllm"):
+        Settings("m", ("perplexity_code",), (512,), 1, ("none",), engine="vllm", dtype="bfloat16")
+    assert expand(("fidelity",), None) == ("fidelity_text", "fidelity_code")
+
+
+def test_half_precision(folder: Path, tmp_path: Path) -> None:
+    settings = Settings(str(folder), ("fidelity_text",), (200,), 1, ("none", "int8"), dtype="bfloat16")
+    run(settings, tmp_path / "out", QUIET, "kvcomp bench")
+    records = read_run(tmp_path / "out").records
+    assert all(record.held_dense == 2 * 2 * 2 * (record.prompt_tokens + 63) * 16 * 2 for record in records)
+    with pytest.raises(RunError, match="dtype: 'bfloat16' there, None now"):
+        run(replace(settings, dtype=None), tmp_path / "out", QUIET, "kvcomp bench")

@@ -101,11 +101,11 @@ def test_local_texts(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
     (tmp_path / "gutenberg").mkdir()
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "test.txt").write_text(" \n = Title = \n \n" + words)
-    codebook = (
+    book = (
         f"Preface.\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\n{words}\n*** END OF THIS PROJECT GUTENBERG X\nEnd."
     )
     (tmp_path / "gutenberg" / "SOURCE.txt").write_text("not a book")
-    (tmp_path / "gutenberg" / "x_17.txt").write_text("\ufeff" + codebook)
+    (tmp_path / "gutenberg" / "x_17.txt").write_text("\ufeff" + book)
     assert expand(("perplexity",), tmp_path) == tuple(TASKS)
     assert expand(("perplexity",), None) == ("perplexity_text", "perplexity_code")
     assert "standard library of Python 3" in TASKS["perplexity_code"].generate(loaded[1], CONTEXT, 1, 0, None)[0].origin

@@ -31,12 +31,22 @@ def test_what_cannot_be_scored_is_named_with_a_way_out(spec: str) -> None:
     stack = Stack.parse(spec)
     named = (*stack.policies, stack.selector)
     assert obstacle([LayerKind.FULL, LayerKind.SLIDING], stack) is None
-    for kind in (LayerKind.LATENT, LayerKind.INDEXED):
-        why = obstacle([LayerKind.FULL, kind], stack)
-        assert why is not None
-        assert kind.traits.does in why
-        assert "use a stack of a quantizer alone" in why
-        assert all(stage.name in why for stage in named if stage is not None)
+    assert obstacle([LayerKind.LATENT], stack) is None
+    why = obstacle([LayerKind.FULL, LayerKind.INDEXED], stack)
+    assert why is not None
+    assert LayerKind.INDEXED.traits.does in why
+    assert "use a stack of a quantizer alone" in why
+    assert all(stage.name in why for stage in named if stage is not None)
+
+
+@pytest.mark.parametrize("spec", ["criticalkv(keep=0.5)", "expected_attention(keep=0.5) + int8"])
+def test_policies_that_ask_for_weights_do_not_know_those_of_latents(spec: str) -> None:
+    stack = Stack.parse(spec)
+    assert obstacle([LayerKind.FULL], stack) is None
+    why = obstacle([LayerKind.LATENT, LayerKind.RECURRENT], stack)
+    assert why is not None
+    assert stack.policies[0].name in why
+    assert "snapkv" in why
 
 
 def test_what_is_not_packed_is_not_asked() -> None:

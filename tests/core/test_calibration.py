@@ -17,6 +17,7 @@ from kvcomp import SpecError, Stack
 from kvcomp.calibration.file import CalibrationError, digest, load
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.stages import PageShape
+from kvcomp.state import checksum
 
 CPU = torch.device("cpu")
 METHODS = ("oscar", "svd", "think")
@@ -247,6 +248,21 @@ def test_metadata_that_says_nothing(method: str, tmp_path: Path) -> None:
             else:
                 with pytest.raises(CalibrationError):
                     use(tmp_path / "bad", method)
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("text", ["y" * 10**5, "\x1b[2Jx", "a\nb", "[bold]x[/nope]"], ids=range(4))
+def test_messages_are_short_whatever_a_file_says(method: str, text: str, tmp_path: Path) -> None:
+    """Also with a checksum of the content, and where the model is another one."""
+    tensors, metadata = content(write(tmp_path / "good", method, 2, 32), old=True)
+    renamed = {text if name.endswith("mean") else name: x for name, x in tensors.items()}
+    for damaged, words in [(renamed, metadata), *((tensors, metadata | {name: text}) for name in metadata)]:
+        save_file(damaged, tmp_path / "bad", words | {"crc32": checksum(words, damaged)})
+        stack = Stack.parse(f"{method}(calibration={str(tmp_path / 'bad')!r}) + window(sinks=0, recent=0)")
+        with pytest.raises(CalibrationError) as error:
+            stack.quantizer.serves(lambda: Fingerprint(text, "larger"))
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 900
 
 
 WRONG = {

@@ -214,6 +214,34 @@ def test_what_is_no_json(good: Path, tmp_path: Path) -> None:
             read(tmp_path / "damaged")
 
 
+LONG = ("y" * 10**5, "\x1b[2Jx", "a\nb", "\u202e", "[bold]x[/nope]", "{0}%s")
+
+
+def signed(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """A file with the checksum of its content, as a writer that means harm gives it."""
+    words = {name: word for name, word in metadata.items() if name != CHECKSUM}
+    save_file(tensors, path, words | {CHECKSUM: checksum(words, tensors)})
+
+
+@pytest.mark.parametrize("text", LONG, ids=range(len(LONG)))
+def test_messages_are_short_whatever_a_file_says(text: str, good: Path, tmp_path: Path) -> None:
+    tensors, metadata = content_of(good)
+    name = next(iter(tensors))
+    renamed = {text if other == name else other: x for other, x in tensors.items()}
+    cases = [(tensors, metadata | {word: text}) for word in metadata if word not in ("kvcomp", CHECKSUM)]
+    for damaged, words in [*cases, (renamed, metadata), (tensors, metadata | {"version": "2", "kvcomp": text})]:
+        signed(damaged, words, tmp_path / "bad")
+        with pytest.raises(KvcompError) as error:
+            read(tmp_path / "bad")
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 700
+    save_file(tensors, tmp_path / "bad", unsigned(content_of(good))[1] | {text: "1"})
+    with pytest.raises(KvcompError, match="is unknown") as error:
+        read(tmp_path / "bad")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 700
+
+
 def test_a_checksum_is_of_names_dtypes_shapes_and_bytes() -> None:
     x = torch.arange(6, dtype=torch.int32)
     found = {

@@ -178,9 +178,10 @@ def test_an_assumption_is_a_name_and_a_factor(text: str) -> None:
         Assumption.parse(text)
 
 
-def test_latents_take_a_quantizer_alone_as_the_cache_does() -> None:
+def test_latents_are_planned_as_one_stream() -> None:
     shape = ModelShape("mla", (LayerShape(1, 512, 64, 16, 320, 1088, kind=LayerKind.LATENT),), Matrices(1000, 2000.0))
     assert bill(shape, Stack.parse("int(bits=8)"), 1000).held < bill(shape, None, 1000).held
-    for spec in ("snapkv", "quest"):
-        with pytest.raises(UnsupportedError, match="quantizer alone"):
-            bill(shape, Stack.parse(spec), 1000)
+    for spec in ("snapkv(keep=0.5)", "quest(keep=0.5, dense_layers=0)"):
+        assert bill(shape, Stack.parse(spec), 1000).read < bill(shape, Stack.parse("none"), 1000).read
+    with pytest.raises(UnsupportedError, match="criticalkv"):
+        bill(shape, Stack.parse("criticalkv"), 1000)

@@ -109,7 +109,7 @@ def test_latents_of_some_layers() -> None:
     mixed = DeepseekV3Config(**{**models.COMMON, **models.LATENT}, per_layer_config={0: {"kv_lora_rank": 16}})
     assert LayerKind.LATENT in layer_kinds(mixed)
     with pytest.raises(UnsupportedError, match="caches latents"):
-        CompressedCache("snapkv(keep=0.5)", mixed)
+        CompressedCache("criticalkv(keep=0.5)", mixed)
     with pytest.raises(UnsupportedError, match="latent attention"):
         CompressedCache("none", mixed, preallocate=100)
     assert set(layer_kinds(_llama())) == {LayerKind.FULL}

@@ -141,6 +141,31 @@ def test_only_attributes_of_a_layer_are_set(attr: str, tmp_path: Path) -> None:
         CompressedCache.load(tmp_path / "bad", model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.uint8, torch.complex64])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3next"])
+def test_dtypes_that_no_model_computes_in(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Such tensors would be taken, and answer otherwise."""
+    model, _ = filled(name, STACK, tmp_path / "good")
+    tensors, metadata = unsigned(tmp_path / "good")
+    floats = [key for key, x in tensors.items() if x.is_floating_point()]
+    for key in floats:
+        save_file(tensors | {key: tensors[key].to(dtype)}, tmp_path / "bad", metadata)
+        with pytest.raises(KvcompError, match="the file is damaged"):
+            CompressedCache.load(tmp_path / "bad", model)
+
+
+@pytest.mark.parametrize("word", ["y" * 10**5, "\x1b[2Jx", "a\nb", "float99"])
+def test_a_dtype_that_is_none_is_told_briefly(word: str, tmp_path: Path) -> None:
+    model, _ = filled("llama", STACK, tmp_path / "good")
+    tensors, metadata = unsigned(tmp_path / "good")
+    save_file(tensors, tmp_path / "bad", metadata | {"dtype": word})
+    for given in (model, model.config):
+        with pytest.raises(KvcompError) as error:
+            CompressedCache.load(tmp_path / "bad", given)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 700
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_that_are_none_of_a_cache(name: str, tmp_path: Path) -> None:
     """Or they change nothing; the numbers of the library's own layers may be any."""

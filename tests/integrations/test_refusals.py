@@ -136,22 +136,6 @@ def test_a_position_bias() -> None:
             model(tokens(1, 1), attention_mask=torch.full((1, 1, 1, 9), -0.5), past_key_values=cache)
 
 
-def test_latent_attention_with_eviction() -> None:
-    model = models.make("deepseek")
-    both = pytest.warns(UserWarning, match="same redundancy")
-    with both, pytest.raises(UnsupportedError, match=r"latents \(MLA\), which snapkv and quest"):
-        CompressedCache("snapkv + quest", model)
-
-
-def test_latent_attention_with_a_quantizer_warns_and_works() -> None:
-    model = models.make("deepseek")
-    cache = CompressedCache("int(bits=8)", model)
-    with pytest.warns(UserWarning, match="dense tensors"):
-        out = greedy(model, tokens(1, 100), cache, new=3)
-    assert out.sequences.shape[1] == 103
-    assert cache.traffic().parts["dense copy"] > 0
-
-
 def test_prefill_refuses_what_it_cannot_do() -> None:
     model = models.make("llama")
     with pytest.raises(KvcompError, match="at least one cache"):

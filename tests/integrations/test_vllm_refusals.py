@@ -3,6 +3,7 @@ need not be installed."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcomp.architecture import LayerKind
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.integrations.vllm import plugin
-from kvcomp.integrations.vllm.checks import accepted, check_stages
+from kvcomp.integrations.vllm.checks import accepted, check_layer, check_stages
 from kvcomp.integrations.vllm.config import VARIABLE, stack_of
 from kvcomp.stages import Held, Policy
 from kvcomp.stages.stack import Stack
@@ -68,7 +70,7 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         ("streaming(chunk=64) + int8", {}, "streaming.chunk=64.*leave chunk out"),
         ("klt(bits=4)", {}, "klt fits itself to each request"),
         ("kivi(bits=2)", {"caching": True}, "128 recent tokens .* --no-enable-prefix-caching, or add window"),
-        ("int8", {"use_mla": True}, "latent .MLA."),
+        ("int8", {"use_mla": True}, "caches latents .MLA., .* without a stack"),
         ("int8", {"cache_dtype": "fp8"}, "--kv-cache-dtype fp8 .* leave it out"),
         ("int8", {"user_specified_block_size": True, "block_size": 16}, "use --block-size 64"),
         ("int8", {"decode_context_parallel_size": 2}, "context parallelism"),
@@ -153,3 +155,15 @@ def test_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "int8")
     with pytest.raises(UnsupportedError, match=r"this is 0\.99\.1: install one of those, or unset KVCOMP_STACK"):
         plugin.register()
+
+
+@pytest.mark.parametrize("kind", LayerKind)
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(64, 64), (64, 32), (32, 64), (576, 512)])
+def test_layers_are_refused_for_what_architecture_says_of_them(kind: LayerKind, k_dim: int, v_dim: int) -> None:
+    setup = accepted(config("int8"))
+    if kind.traits.engine and k_dim == v_dim == setup.dim:
+        check_layer(setup, kind, k_dim, v_dim)
+        return
+    said = kind.traits.does if not kind.traits.engine else f"keys of {k_dim} and values of {v_dim} channels"
+    with pytest.raises(UnsupportedError, match=re.escape(said) + ".* without a stack"):
+        check_layer(setup, kind, k_dim, v_dim)

@@ -38,7 +38,7 @@ CASES = [  # every kind of chunk
     ("fp8", 64, torch.bfloat16),
     ("nvfp4", 64, torch.float16),
 ]
-ROWS = 96
+ROWS = 144
 COUNTS = [3, 0, 2]
 
 

@@ -88,7 +88,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
     },
     "bamba": {"attn_layer_indices": [1, 3]},
-    "deepseek_v2": {"topk_method": "greedy"},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
     "dots1": {"layer_types": SLIDING, "n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {
         "layer_types": ["indexed_attention", "sliding_attention"] * 2,
@@ -133,7 +133,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "ministral": {"layer_types": SLIDING, "head_dim": 16},
-    "mistral4": {"head_dim": 16},
+    "mistral4": {"head_dim": UNSET},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2,

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcomp.stages import Chunk, Held
-
+from .. import eviction
 from .batch import Keep, Leave, Prompt
 from .pages import Pages
 from .windows import Windows
@@ -29,17 +28,15 @@ def keep_chosen(
     new: queries [n, Hq, D], keys and values [n, H, D] of the step, the last of which end the prompt.
     """
     query, setup, old, sinks = new[0], pages.setup, keep.prompt.old, pages.setup.geometry.sinks
-    assert setup.policy is not None
     k, v = _tokens(pages, keep.prompt, exact, new)  # [H, prompt, D]
     queries = scored = None
     if setup.sums:
         scored = _summed(pages, keep.prompt, query, k, v, scale)[None] / k.shape[1]
     elif setup.voters:
         before = window.read_queries(blocks, torch.arange(keep.voters, device=blocks.device))
-        queries = torch.cat([before, query[-(setup.voters - keep.voters) :]])
-    chosen = setup.policy.select(_chunk(pages, queries, k, v, scale, scored))[0]
-    chosen = chosen.nonzero()[:, 1].view(len(k), -1)  # [H, kept], ascending
-    k, v = (x.take_along_dim(chosen[..., None], 1) for x in (k, v))
+        queries = torch.cat([before, query[-(setup.voters - keep.voters) :]]).transpose(0, 1)[None]
+    chunk = eviction.chunk_of(pages.plan, queries, k[None], v[None], scale, scored=scored)
+    chosen, k, v = eviction.taken(eviction.select(pages.plan, chunk)[0], k, v)  # [H, kept], ...
     pages.rewrite(k[:, sinks:], v[:, sinks:], keep.pages, old, chosen[:, sinks:] - sinks)
     end = sinks + keep.pages.shape[1] * setup.page_size
     k, v = (torch.cat([x[:, :sinks], x[:, end:]], 1).transpose(0, 1) for x in (k, v))
@@ -58,10 +55,9 @@ def evict_pages(pages: Pages, leave: Leave) -> None:
     assert policy is not None
     mass, queries = pages.received(leave.pages).cpu().unbind(-1)
     full = torch.ones(heads, dtype=torch.int64, device="cpu")
-    n, geometry = leave.pages.shape[1], pages.setup.geometry
-    counts = full * leave.tokens, full * n, geometry.page_size, geometry.sinks
-    held = Held(*counts, heads, mass / queries.clamp_min(1), queries)
-    gone = policy.expired(held)
+    n = leave.pages.shape[1]
+    counts = full * leave.tokens, full * n
+    gone = policy.expired(eviction.held_by(pages.plan, *counts, heads, mass / queries.clamp_min(1), queries))
     assert gone is not None
     stay = (~gone).nonzero()[:, 1].view(heads, n - leave.count).to(leave.pages.device)
     pages.move(leave.pages.gather(1, stay), leave.pages[:, : n - leave.count])
@@ -77,22 +73,12 @@ def _tokens(pages: Pages, prompt: Prompt, exact: Sequence[Tensor], new: Sequence
     return k, v
 
 
-def _chunk(
-    pages: Pages, queries: Tensor | None, k: Tensor, v: Tensor, scale: float, scored: Tensor | None = None
-) -> Chunk:
-    """A prompt k, v [H, n, D], the last of whose queries are [w, Hq, D], as a policy sees it."""
-    geometry, plan = pages.setup.geometry, pages.plan
-    alive = torch.ones(1, *k.shape[:2], dtype=torch.bool, device=k.device)
-    recent = min(geometry.recent, k.shape[1] - geometry.sinks)
-    q = None if queries is None else queries.transpose(0, 1)[None]
-    return Chunk(q, k[None], v[None], alive, 0, geometry.sinks, recent, scale, plan.layer, plan.layers, scored=scored)
-
-
 def _summed(pages: Pages, prompt: Prompt, query: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """float32 [H, n]: what the queries so far gave to tokens k, v [H, n, D], `query` [m, Hq, D] the last of them."""
     policy, past = pages.setup.policy, prompt.past
     assert policy is not None
-    total = policy.scores(_chunk(pages, query, k, v, scale))[0].float() * len(query)
+    chunk = eviction.chunk_of(pages.plan, query.transpose(0, 1)[None], k[None], v[None], scale)
+    total = policy.scores(chunk)[0].float() * len(query)
     if past:
         total[:, :past] += pages.scores(prompt.cells)[:, :past]
     return total

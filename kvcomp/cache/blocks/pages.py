@@ -68,14 +68,17 @@ class Pages:
 
     @property
     def plan(self) -> LayerPlan:
+        """The stages of the layer."""
         return self.records.plan
 
     @property
     def codec(self) -> Codec:
+        """What encodes and decodes the layer's pages."""
         return self.records.codec
 
     @property
     def layout(self) -> PageLayout:
+        """The fields of a page."""
         return self.records.layout
 
     @property

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvcomp.stages import PageShape, Policy
 from kvcomp.stages.plan import RECEIVED, LayerPlan
-from kvcomp.stages.stack import Stack
+from kvcomp.stages.stack import Stack, StackLike
 
 from ..geometry import Extents
 
@@ -31,6 +32,13 @@ class Setup:
     dtype: torch.dtype
     drafts: int = 0
 
+    if TYPE_CHECKING:
+
+        def __init__(self, stack: StackLike, layers: int, dim: int, dtype: torch.dtype, drafts: int = 0) -> None: ...
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stack", Stack.parse(self.stack))
+
     @cached_property
     def geometry(self) -> Extents:
         """Counts of tokens and pages of a request."""
@@ -40,6 +48,7 @@ class Setup:
 
     @property
     def page_size(self) -> int:
+        """Tokens of a block: the stack's page."""
         return self.stack.page_size
 
     @property
@@ -73,10 +82,11 @@ class Setup:
 
     @property
     def slots(self) -> int:
-        """Tokens that the window of a request has room for; 0 where it needs none."""
+        """Tokens that the window of a request can hold; 0 where it needs none."""
         return 0 if self.by_token else self.geometry.slots
 
     def plan(self, layer: int) -> LayerPlan:
+        """The stages of one layer."""
         return self.stack.plan(layer, self.layers)
 
     def shape(self, heads: int, layer: int) -> PageShape:

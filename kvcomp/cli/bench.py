@@ -1,0 +1,93 @@
+"""`kvcomp bench`: stacks measured against each other on the same prompts."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcomp.console import note, notes
+
+from . import report
+from .options import Dtype, Model, one_of, whole_numbers
+from .output import Json
+
+EPILOG = f"""Examples:
+
+  kvcomp bench --stack none --stack "kivi(bits=2)" --samples 5
+
+  kvcomp bench --model ./my-model --context 4096,8192 --stack none --stack "int(bits=4)"
+
+The same command continues a run that was interrupted.
+
+{report.DOCUMENT.help}"""
+
+
+def bench(
+    stack: Annotated[list[str], typer.Option(help="A stack to measure; repeat it. Include none to compare with.")],
+    model: Model = "smollm2-135m",
+    tasks: Annotated[
+        str,
+        typer.Option(help="Comma-separated tasks; ruler, longbench, longbench_e, perplexity and fidelity are groups."),
+    ] = "ruler",
+    context: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens of prompt and answer: repeat it or separate by commas.  \\[default: 2048]"),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts per task and context.")] = 10,
+    out: Annotated[Path, typer.Option(help="Folder of the results; the same command continues there.")] = Path(
+        "out/bench"
+    ),
+    seed: Annotated[int, typer.Option(help="Chooses the prompts.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cap on the answer.  \\[default: the task's own]")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder with the texts of tasks, or hub.  \\[default: what comes with kvcomp]"),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the model's chat template for LongBench, except few-shot and code.")
+    ] = False,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Feed the prompt in chunks of this many tokens, compressing each.  \\[default: all]",
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What generates: huggingface, or vllm with kvcomp's plugin, one request at a time.",
+            autocompletion=one_of("huggingface", "vllm"),
+        ),
+    ] = "huggingface",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
+
+    Each prompt is prefilled once, without compression, for all stacks, except those that take it in chunks; then each
+    stack answers from its own cache.
+    Writes samples.jsonl, summary.csv (perplexity.csv and fidelity.csv for texts), report.html and pictures to --out.
+    """
+    names = tuple(part.strip() for part in tasks.split(",") if part.strip())
+    contexts = whole_numbers("context", context or ["2048"], "tokens")
+    from kvcomp.benchmarks.bench import run
+    from kvcomp.benchmarks.settings import Settings
+    from kvcomp.benchmarks.tasks import choose
+
+    for reason in choose(names, data)[1]:
+        note("left out", "yellow", reason)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype)
+    settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
+    command = shlex.join(["kvcomp", *sys.argv[1:]])
+    comparison = run(settings, out, notes(), command)
+    if as_json:
+        report.print_json(comparison, out)
+    else:
+        report.print_tables(comparison, out, 100)
