@@ -161,7 +161,6 @@ _HOMES = {
     "NVFP4": "kvcomp.quantizers.nvfp4",
     "NoQuantizer": "kvcomp.quantizers.none",
     "OSCAR": "kvcomp.quantizers.oscar",
-    "PageShape": "kvcomp.stages",
     "Prefilled": "kvcomp.integrations.huggingface",
     "PyramidKV": "kvcomp.policies.snapkv",
     "Quest": "kvcomp.sparse.quest",

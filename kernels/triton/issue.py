@@ -16,10 +16,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from kvcomp import PageShape, Stack
+from kvcomp import Stack
+from kvcomp.layout import PageLayout
 
 from . import attention, chunks, ops, plan
 from .compiling import Compiled, compiled
@@ -53,11 +55,10 @@ class Issue:
     mix: dict[str, int]
 
 
-def built(spec: str, dim: int, centred: bool = True):  # type: ignore[no-untyped-def]
+def built(spec: str, dim: int, centred: bool = True) -> tuple[Any, PageLayout]:
     """The codec and pages of a stack; one that fits its basis has seen keys whose channels differ in size."""
     stack = Stack.parse(spec).plan(0, 1)
-    shape = PageShape(stack.page_size, dim, dim, 1, torch.bfloat16, torch.device("cpu"), 0, centred)
-    codec, layout = stack.build(shape)
+    codec, layout = stack.build(stack.shape(dim, dim, 1, torch.bfloat16, centred=centred))
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(1, 512, dim, generator=generator, dtype=torch.float32, device="cpu")
     seen = seen * torch.linspace(2, -2, dim, dtype=torch.float32, device="cpu").exp()
