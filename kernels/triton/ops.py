@@ -51,7 +51,7 @@ def attention_constants(
         "num_warps": warps,
         "num_stages": STAGES,
         "maxnreg": ALL_REGISTERS
-        if exact or not few or layout.crowded or chunks.NUMBERS in kinds
+        if exact or not few or layout.crowded or chunks.NUMBERS in kinds or (warps == 1 and chunks.OF_CHANNEL in kinds)
         else MORE_REGISTERS
         if kinds & {chunks.FLOATS, chunks.CODEBOOK} and warps == 2
         else REGISTERS[warps],

@@ -155,10 +155,11 @@ def key_logits(
                     x = lane_halves(packed, C, i, C.middle, DTYPE)
                 part = dot(q[i], x.trans(), part, DTYPE)
             if NORMED:
-                return part
-            logits += part * scale[None, :]
-            if C.adds:
-                logits += total(q)[:, None] * zero[None, :]
+                logits = part
+            else:
+                logits += part * scale[None, :]
+                if C.adds:
+                    logits += total(q)[:, None] * zero[None, :]
     return logits
 
 
