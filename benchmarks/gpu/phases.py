@@ -257,7 +257,7 @@ def decode(tiny: bool) -> None:
         for spec in stacks:
             for mode in ("eager",) if spec is None else ("eager", "compiled"):
                 case = {"stack": spec or "DynamicCache", "tokens": n, "mode": mode}
-                with kept("decode", **case), torch.inference_mode():
+                with kept("decode", **case), torch.no_grad():
                     if GPU:
                         torch.cuda.reset_peak_memory_stats()
                     cache: Any = DynamicCache(config=config)

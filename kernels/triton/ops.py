@@ -22,8 +22,8 @@ STAGES = 3
 MERGE_WARPS = DECODE_WARPS = 4
 SHARED = 32  # columns of values that two warps share; fewer would be computed by both
 ALL_REGISTERS = 255  # of a thread
-REGISTERS = {1: 224, 2: 168}  # by the warps of a program: 9 warps of a processor then, or 12
-MORE_REGISTERS = 200  # of 2 warps, where tiles would spill: 10 of a processor
+REGISTERS = 168  # where programs have 2 warps: a processor has room for 12
+MORE_REGISTERS = 200  # where tiles would spill then: for 10
 
 
 Exact = tuple[chunks.Chunks, chunks.Chunks]  # keys and values that are no pages
@@ -51,10 +51,10 @@ def attention_constants(
         "num_warps": warps,
         "num_stages": STAGES,
         "maxnreg": ALL_REGISTERS
-        if exact or not few or layout.crowded or chunks.NUMBERS in kinds or (warps == 1 and chunks.OF_CHANNEL in kinds)
+        if exact or warps != 2 or layout.crowded or chunks.NUMBERS in kinds
         else MORE_REGISTERS
-        if kinds & {chunks.FLOATS, chunks.CODEBOOK} and warps == 2
-        else REGISTERS[warps],
+        if kinds & {chunks.FLOATS, chunks.CODEBOOK}
+        else REGISTERS,
     }
 
 
