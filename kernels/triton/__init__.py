@@ -21,7 +21,7 @@ from kvcomp.segments import KVLayout, alone, memo
 
 from . import chunks, ops, ops_records, ops_scores, pieces
 from .memory import floats, integers, records, rows_of
-from .plan import MOST_ROWS, processors, split_pages
+from .plan import MOST_ROWS, PROGRAMS, processors, split_pages
 
 
 class Prepared(NamedTuple):
@@ -29,7 +29,7 @@ class Prepared(NamedTuple):
 
     description: see `chunks`. k_codebook, v_codebook: the entries of all codebooks, in the dtypes of its products:
     float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
-    v_dim: channels of values.
+    v_dim: channels of values. programs: of few rows, that a processor runs at once.
     """
 
     layout: PageLayout
@@ -40,6 +40,7 @@ class Prepared(NamedTuple):
     processors: int
     body_bytes: int
     v_dim: int
+    programs: int
 
 
 def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
@@ -52,7 +53,7 @@ def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.dev
             chunks.codebooks(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True)
         )
         described = chunks.described(sides, layout)
-        sizes = processors(device), layout.body_bytes, described.v_dim
+        sizes = processors(device), layout.body_bytes, described.v_dim, ops.programs_of(described)
         found = known.setdefault(key, Prepared(layout, exact, str(described), k_codebook, v_codebook, *sizes))
     return found
 
@@ -162,7 +163,10 @@ def attend(
         ids, counts = integers("ids", ids, on, 2), integers("counts", counts, on, (streams,)).contiguous()
         if len(ids) != streams:
             raise KvcompError(f"ids are of {len(ids)} streams, and queries of {streams}")
-        each = pages_of_split or split_pages(streams, rows, ids.shape[1], how.layout.page_size, how.processors)
+        each = pages_of_split or split_pages(
+            *(streams, rows, ids.shape[1], how.layout.page_size, how.processors),
+            how.programs if rows <= chunks.NARROWEST else PROGRAMS,
+        )
         v_dim = how.v_dim
     keys = values = held = None
     if tokens is not None:

@@ -15,7 +15,7 @@ from kvcomp.attention import HIDDEN
 from kvcomp.operators import operator
 
 from . import attention, chunks, decode, merge
-from .plan import blocked, tokens_tile
+from .plan import MOST_PROGRAMS, blocked, tokens_tile
 
 SPLITS = 16  # that a program merges at once
 STAGES = 3
@@ -34,9 +34,8 @@ def attention_constants(
 ) -> dict[str, Any]:
     """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
     of a program; `exact` takes the most room."""
-    few = rows == chunks.NARROWEST
     kinds = {c.kind for c in (*layout.k, *layout.v)}
-    warps = 8 if not few else 1 if any(c.block < SHARED for c in layout.v) else 2
+    warps = warps_of(layout, rows)
     return {
         "K": layout.k,
         "V": layout.v,
@@ -56,6 +55,18 @@ def attention_constants(
         if kinds & {chunks.FLOATS, chunks.CODEBOOK}
         else REGISTERS,
     }
+
+
+def warps_of(layout: chunks.Description, rows: int) -> int:
+    """Of a program of so many rows."""
+    if rows > chunks.NARROWEST:
+        return 8
+    return 1 if any(chunk.block < SHARED for chunk in layout.v) else 2
+
+
+def programs_of(layout: chunks.Description) -> int:
+    """That a processor runs at once, of `chunks.NARROWEST` rows: one wave of them is launched."""
+    return MOST_PROGRAMS if warps_of(layout, chunks.NARROWEST) == 1 else 5
 
 
 def workspace_size(streams: int, rows: int, splits: int, v_dim: int) -> int:

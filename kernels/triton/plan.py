@@ -9,6 +9,7 @@ import torch
 MOST_ROWS = 64  # query rows that a program has in registers
 FEWEST_ROWS = 16  # what tensor cores take
 PROGRAMS = 4  # per processor: as many as have room there, and their tails then even out
+MOST_PROGRAMS = 8  # of one warp each
 LEAST = 256  # tokens of a split: fewer cost more to merge than they save
 FULL = 4096  # bytes of a tile of exact keys
 
@@ -24,13 +25,15 @@ def together(rotates: bool, centred: bool, rows: int) -> bool:
     return not rotates and not (centred and blocked(rows) > FEWEST_ROWS)
 
 
-def split_pages(streams: int, rows: int, pages: int, page_size: int, processors: int) -> int:
+def split_pages(
+    streams: int, rows: int, pages: int, page_size: int, processors: int, programs: int = MOST_PROGRAMS
+) -> int:
     """Pages of a split: as few as give every one of the device's `processors` something to do, `LEAST` tokens at least.
 
-    pages: of the longest stream. Shorter ones have idle splits, which end at once.
+    pages: of the longest stream. programs: of a processor; with the most there may be, splits are as many as can be.
+    Shorter ones have idle splits, which end at once.
     """
-    programs = streams * -(-rows // blocked(rows))
-    splits = max(PROGRAMS * processors // programs, 1)
+    splits = max(programs * processors // (streams * -(-rows // blocked(rows))), 1)
     return max(-(-pages // splits), -(-LEAST // page_size))
 
 

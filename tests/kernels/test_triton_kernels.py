@@ -348,9 +348,16 @@ def test_what_kernels_cannot_read() -> None:
 def test_plans() -> None:
     """Splits fill a chip, are no shorter than is worth it, and follow from shapes alone."""
     assert plan.split_pages(1, 4, 8192, 16, 132) * 16 == 256  # one stream of 128k tokens
-    assert plan.split_pages(256, 4, 512, 64, 132) == 256  # two splits of each of many streams
+    assert plan.split_pages(256, 4, 512, 64, 132, 4) == 256  # two splits of each of many streams
+    assert plan.split_pages(256, 4, 512, 64, 132) == 128  # four, where programs are of one warp
     assert plan.split_pages(4096, 4, 512, 64, 132) == 512
     assert [plan.blocked(rows) for rows in (1, 16, 17, 64, 100)] == [16, 16, 32, 64, 64]
+
+
+def test_as_many_programs_as_have_room() -> None:
+    for spec, programs in (("int(bits=2)", 8), ("int(bits=4)", 5), ("klt(bits=2)", 8)):
+        pool, _, codec = filled(spec, 2, (128, 128), torch.bfloat16)
+        assert ops.programs_of(chunks.described(sides_of(codec), pool.layout)) == programs
 
 
 def test_descriptions_survive_as_text() -> None:
