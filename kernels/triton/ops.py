@@ -34,7 +34,6 @@ def attention_constants(
 ) -> dict[str, Any]:
     """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
     of a program; `exact` takes the most room."""
-    kinds = {c.kind for c in (*layout.k, *layout.v)}
     warps = warps_of(layout, rows)
     return {
         "K": layout.k,
@@ -49,11 +48,7 @@ def attention_constants(
         "EXACT": exact,
         "num_warps": warps,
         "num_stages": STAGES,
-        "maxnreg": ALL_REGISTERS
-        if exact or warps != 2 or layout.crowded or chunks.NUMBERS in kinds
-        else MORE_REGISTERS
-        if kinds & {chunks.FLOATS, chunks.CODEBOOK}
-        else REGISTERS,
+        "maxnreg": registers_of(layout, warps, exact),
     }
 
 
@@ -61,12 +56,26 @@ def warps_of(layout: chunks.Description, rows: int) -> int:
     """Of a program of so many rows."""
     if rows > chunks.NARROWEST:
         return 8
+    if len(layout.k) > 1:  # with one, 24 bytes spill on sm_100
+        return 2
     return 1 if any(chunk.block < SHARED for chunk in layout.v) else 2
+
+
+def registers_of(layout: chunks.Description, warps: int, exact: bool = False) -> int:
+    """Of a thread, at most: as few as spill nothing on any chip, for more programs have room then."""
+    both = (*layout.k, *layout.v)
+    kinds = {chunk.kind for chunk in both}
+    wide = chunks.NUMBERS in kinds or any(chunk.scale_format == "e8m0" for chunk in both)
+    if exact or warps != 2 or layout.crowded or wide:
+        return ALL_REGISTERS
+    return MORE_REGISTERS if kinds & {chunks.FLOATS, chunks.CODEBOOK} else REGISTERS
 
 
 def programs_of(layout: chunks.Description) -> int:
     """That a processor runs at once, of `chunks.NARROWEST` rows: one wave of them is launched."""
-    return MOST_PROGRAMS if warps_of(layout, chunks.NARROWEST) == 1 else 5
+    warps = warps_of(layout, chunks.NARROWEST)
+    each = -(-registers_of(layout, warps) // 8) * 8 * 32 * warps
+    return min((1 << 16) // each, MOST_PROGRAMS)
 
 
 def workspace_size(streams: int, rows: int, splits: int, v_dim: int) -> int:

@@ -355,7 +355,13 @@ def test_plans() -> None:
 
 
 def test_as_many_programs_as_have_room() -> None:
-    for spec, programs in (("int(bits=2)", 8), ("int(bits=4)", 5), ("klt(bits=2)", 8)):
+    for spec, programs in (
+        ("int(bits=2)", 8),
+        ("int(bits=4)", 6),
+        ("turboquant(bits=4)", 5),
+        ("mxfp4", 4),
+        ("klt(bits=2)", 4),
+    ):
         pool, _, codec = filled(spec, 2, (128, 128), torch.bfloat16)
         assert ops.programs_of(chunks.described(sides_of(codec), pool.layout)) == programs
 
