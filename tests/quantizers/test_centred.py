@@ -177,13 +177,13 @@ def test_the_first_token_of_a_page_is_exact(
 @pytest.mark.parametrize("spec", ANCHORED)
 @pytest.mark.parametrize("loud", [1e2, 1e4, 1e15])
 def test_a_loud_first_token_does_not_spoil_its_page(spec: str, loud: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than it does without being exact: NVFP4 has a scale per page."""
+    """NVFP4 has a scale per page, which such a token spoils by itself."""
     _, k, _ = tokens(0, n=PAGE)
     usual = float(key_errors(spec, k)[1:].mean())
     k[:, :, 0] = loud * k[:, :, 0].sign()
     found = float(key_errors(spec, k)[1:].mean())
     monkeypatch.setattr("kvcomp.quantizers.centred.anchored", lambda c, x, grid: c)
-    assert found < max(4 * usual, 1.1 * float(key_errors(spec, k)[1:].mean()))
+    assert found < 4 * max(usual, float(key_errors(spec, k)[1:].mean()))
 
 
 @pytest.mark.parametrize("spec", ["int(bits=4)", "int8", "turboquant(bits=4)", "fp8", "mxfp4"])
