@@ -17,8 +17,9 @@ import urllib.request
 
 import openai
 
-PROMPT = "The bridge of {town} was opened in {year}. "
-TOWNS = ("Arlen", "Belmont", "Corvan", "Dunmore", "Elstow", "Farley", "Gresham", "Hadleigh")
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+MAYORS = {"Arlen": "Tom Baker", "Belmont": "Ann Fisher", "Corvan": "Max Weaver", "Dunmore": "Eva Smith"}
+MAYORS |= {"Elstow": "Jim Carter", "Farley": "Meg Cooper", "Gresham": "Sam Mason", "Hadleigh": "Kim Potter"}
 
 
 def pool(address: str) -> tuple[int, int]:
@@ -49,15 +50,16 @@ async def ask_all(address: str, prompts: list[str], tokens: int) -> list[tuple[s
         return await asyncio.gather(*(ask(client, model, prompt, tokens) for prompt in prompts))
 
 
-def main(address: str = "http://127.0.0.1:8000", sentences: int = 20, tokens: int = 16) -> dict[str, object]:
-    facts = [(town, 1700 + 11 * i) for i, town in enumerate(TOWNS)]
-    text = "".join(PROMPT.format(town=f"{TOWNS[i % 8]} {i}", year=1500 + i) for i in range(sentences))
-    prompts = [f"{PROMPT.format(town=t, year=y)}{text}The bridge of {t} was opened in" for t, y in facts]
+def main(address: str = "http://127.0.0.1:8000", fillers: int = 20, tokens: int = 8) -> dict[str, object]:
+    prompts = [
+        f"The mayor of {town} is called {name}. {FILLER * fillers}The mayor of {town} is called"
+        for town, name in MAYORS.items()
+    ]
     start = time.perf_counter()
     answers = asyncio.run(ask_all(address, prompts, tokens))
     seconds = time.perf_counter() - start
-    for (town, year), (answer, first) in zip(facts, answers, strict=True):
-        print(f"{town}, {year}: {answer.strip()[:40]!r}, first token after {first:.2f} s")
+    for (town, name), (answer, first) in zip(MAYORS.items(), answers, strict=True):
+        print(f"{town}: {answer.split('.')[0].strip()} (in the prompt: {name}), first token after {first:.2f} s")
     blocks, size = pool(address)
     print(f"{len(prompts)} requests at once: {len(prompts) * tokens / seconds:.1f} tokens/s")
     print(f"the server's pool holds {blocks * size:,} tokens in {blocks} blocks")

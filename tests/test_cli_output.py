@@ -15,7 +15,7 @@ import typer
 from command import refused, run
 
 from kvcomp.calibration.stage import Calibrated
-from kvcomp.cli import calibrate, data, doctor, generate, options, plan, report, speed, tune
+from kvcomp.cli import ask, calibrate, data, doctor, generate, options, plan, report, speed, tune
 from kvcomp.cli.app import app
 from kvcomp.cli.output import Document, print_json
 from kvcomp.integrations.huggingface.models import ALIASES
@@ -24,6 +24,7 @@ from kvcomp.stages.registry import stages
 
 DOCUMENTS = {
     "generate": generate.DOCUMENT,
+    "ask": ask.DOCUMENT,
     "bench": report.DOCUMENT,
     "report": report.DOCUMENT,
     "tune": tune.DOCUMENT,
@@ -44,6 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     (folder / "text.txt").write_text("The grass is green. The sky is blue. " * 300, encoding="utf-8")
+    (folder / "short.txt").write_text("The grass is green. The sky is blue. " * 12, encoding="utf-8")
     return folder
 
 
@@ -57,6 +59,7 @@ def commands(tiny: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) 
     fitted = ["calibrate", "--method", "think", "--model", tiny, "--text", texts / "text.txt", "--tokens", 300]
     return {
         "generate": ["generate", "The sky is", "--model", tiny, "--max-new-tokens", 3],
+        "ask": ["ask", texts / "short.txt", "--question", "The sky is", "--model", tiny, "--max-new-tokens", 3],
         "bench": measured,
         "report": ["report", out / "run"],
         "tune": [*tried, "--stack", "int8", "--tvd", "50%", "--out", out / "tuned"],
@@ -225,7 +228,7 @@ def test_completion_is_installed_by_the_command_itself() -> None:
     assert "--show-completion" in said
 
 
-@pytest.mark.parametrize("name", ["bench", "speed", "calibrate", "doctor", "plan", "generate"])
+@pytest.mark.parametrize("name", ["bench", "speed", "calibrate", "doctor"])
 def test_nothing_moves_in_a_pipe(name: str, commands: dict[str, list[object]], tmp_path: Path) -> None:
     """stderr of commands that show bars and spinners on a terminal: plain lines."""
     arguments = [str(tmp_path / "new") if str(a).endswith(("run", "file")) else str(a) for a in commands[name]]
@@ -234,3 +237,27 @@ def test_nothing_moves_in_a_pipe(name: str, commands: dict[str, list[object]], t
     for mark in ("\r", "\x1b", "━", "█", "%|", "it/s"):
         assert mark not in done.stderr, done.stderr
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "--help"], ["stacks"], ["stacks", "--json"]])
+def test_output_that_cannot_be_written_is_one_error(arguments: list[str]) -> None:
+    """Not a traceback, nor a second error when Python exits."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcomp", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: the output cannot be written: No space left on device."]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As `kvcomp stacks | head -1`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvcomp", "stacks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
