@@ -37,9 +37,7 @@ def commands() -> str:
     from kvcomp.cli.app import app
 
     root = typer.main.get_command(app)
-    sections = [_command(name, command) for name, command in _leaves("kvcomp", root)]
-    codes = "\n".join(_examples(getattr(root, "epilog", None) or "")).removeprefix("\nExit codes:\n")
-    return "\n\n".join([*sections, f"## Exit codes\n{codes}"])
+    return "\n\n".join(_command(name, command) for name, command in _leaves("kvcomp", root))
 
 
 def _leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
@@ -82,19 +80,19 @@ def _cell(text: str) -> str:
 
 
 def _examples(epilog: str) -> list[str]:
-    """The lines of an epilog: commands in blocks, keys and exit codes as lists, text as it is."""
+    """The lines of an epilog: commands in blocks, keys of --json as a list, text as it is."""
     lines: list[str] = []
     for part in re.split(r"\n\s*\n", _plain(epilog).strip()):
         text = " ".join(part.split())
-        key = re.match(r"(\w+): (?=\S)|(\d+) ", text)
+        key = re.match(r"(\w+): (?=\S)", text) if "Keys" in "".join(lines) else None
         if re.match(r"(kvcomp|cat|\$) ", text):
             line = f"$ {text.removeprefix('$ ')}"
             if lines[-2:] == ["```", ""]:
                 lines[-2:-2] = [line]
             else:
                 lines += ["```console", line, "```", ""]
-        elif key is not None and (key[2] or "Keys" in "".join(lines)):
-            lines.append(f"- `{key[1] or key[2]}`: {text[key.end() :]}")
+        elif key is not None:
+            lines.append(f"- `{key[1]}`: {text[key.end() :]}")
         else:
             lines += ["", text, ""]
     return lines

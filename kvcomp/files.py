@@ -91,8 +91,22 @@ def readable(path: FilePath) -> Path:
         OSError: there is no such file, it is no regular one, or no file can have that name.
     """
     given = usable(path)
-    _require_regular(given.stat())
+    _require_regular(given.stat(), given)
     return given
+
+
+def read_text(path: FilePath, encoding: str = "utf-8") -> str:
+    """The text of a regular file, or of a pipe, as of a shell's `<(command)`. Devices, which may never end, are none.
+
+    Raises:
+        OSError: as `readable`.
+        UnicodeDecodeError: it is no text in that encoding.
+    """
+    given = usable(path)
+    found = given.stat()
+    if not stat.S_ISFIFO(found.st_mode):
+        _require_regular(found, given)
+    return given.read_text(encoding=encoding)
 
 
 def expanded(path: FilePath) -> Path:
@@ -119,15 +133,15 @@ def _mode(target: Path) -> int | None:
         found = target.stat()
     except FileNotFoundError:
         return None
-    _require_regular(found)
+    _require_regular(found, target)
     return found.st_mode
 
 
-def _require_regular(found: os.stat_result) -> None:
+def _require_regular(found: os.stat_result, path: Path) -> None:
     if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "Not a regular file")
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 @contextmanager

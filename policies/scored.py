@@ -148,8 +148,8 @@ class ScoredPolicy(Policy):
         return self.watches
 
     def expired(self, held: Held) -> Tensor | None:
-        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget of
-        the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
+        """bool [S, n]: the pages that received least attention, of streams, or rows where heads share, that exceed the
+        budget of the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
 
         A mean over few queries says little, so a page that fewer queries have seen than it has tokens is young: it
         stays as long as older pages can go, and of young pages those leave first that most queries have seen. Pages

@@ -87,6 +87,21 @@ def test_every_export_is_documented(module: str, name: str) -> None:
                 assert any(docs), f"{name}.{member}"
 
 
+@pytest.mark.parametrize(("module", "name"), EXPORTS)
+def test_tensors_have_shapes_in_the_documentation(module: str, name: str) -> None:
+    """Where an export's function takes or returns a tensor, its documentation says of which shape, as in [B, n]."""
+    found = exported(module, name)
+    members = [*vars(found).items()] if inspect.isclass(found) else [(name, found)]
+    for member, value in members:
+        function = getattr(value, "fget", getattr(value, "func", getattr(value, "__func__", value)))
+        if member.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
+            continue  # what overrides a method without a word of its own has the words of that
+        signature = inspect.signature(function)
+        hints = [p.annotation for p in signature.parameters.values()] + [signature.return_annotation]
+        if {"Tensor", "Tensor | None"} & set(map(str, hints)):
+            assert re.search(r"\[[\w.*][^\]]*\]", function.__doc__), f"{name}.{member}{signature}"
+
+
 @pytest.mark.parametrize("name", sorted(stages()))
 def test_every_stage_names_its_paper_or_says_that_it_is_ours(name: str) -> None:
     cls = stages()[name]

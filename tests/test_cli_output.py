@@ -237,3 +237,27 @@ def test_nothing_moves_in_a_pipe(name: str, commands: dict[str, list[object]], t
     for mark in ("\r", "\x1b", "━", "█", "%|", "it/s"):
         assert mark not in done.stderr, done.stderr
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "--help"], ["stacks"], ["stacks", "--json"]])
+def test_output_that_cannot_be_written_is_one_error(arguments: list[str]) -> None:
+    """Not a traceback, nor a second error when Python exits."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcomp", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: the output cannot be written: No space left on device."]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As `kvcomp stacks | head -1`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvcomp", "stacks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""

@@ -11,7 +11,7 @@ import typer
 
 from kvcomp.console import Plain, styled, waiting
 from kvcomp.errors import KvcompError
-from kvcomp.files import reason, usable
+from kvcomp.files import read_text, reason
 from kvcomp.text import quote, size_text
 
 from .options import Model
@@ -56,7 +56,7 @@ def ask(
     The prompt is the tokenizer's chat template, if it has one, around the context, an empty line and a question.
     """
     try:
-        text = usable(context).read_text(encoding="utf-8-sig")
+        text = read_text(context, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise KvcompError(f"context: {quote(str(context))} is not UTF-8 text.") from error
     except OSError as error:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kvcomp.console import Plain, waiting
 from kvcomp.errors import KvcompError
+from kvcomp.files import read_text
 from kvcomp.text import quote, size_text
 
 from .options import Model
@@ -158,7 +159,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise KvcompError('prompt: give either a text (or "-" for stdin) or --file.')
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file)
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
             raise KvcompError(f"file: {quote(str(file))}: {reason}.") from error

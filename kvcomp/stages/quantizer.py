@@ -157,6 +157,39 @@ class Codec:
         return None
 
 
+class AroundCodec(Codec):
+    """A codec of pages of another shape, made of one that adapts, is saved and follows streams in its place."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.hosted = codec, codec.hosted
+
+    def constants(self) -> list[Tensor]:
+        return self.codec.constants()
+
+    def adapted(self) -> list[Tensor]:
+        return self.codec.adapted()
+
+    def reserve(self, streams: int) -> None:
+        self.codec.reserve(streams)
+
+    def select(self, streams: Tensor) -> None:
+        self.codec.select(streams)
+
+    def fork(self) -> AroundCodec:
+        twin = copy(self)
+        twin.codec = self.codec.fork()
+        return twin
+
+    def state(self) -> dict[str, Tensor]:
+        return self.codec.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.codec.restore(state)
+
+    def lacks(self, paged: Tensor) -> str | None:
+        return self.codec.lacks(paged)
+
+
 @dataclass(frozen=True)
 class Quantizer(Stage):
     """Decides the bytes of a page."""

@@ -40,11 +40,11 @@ def test_every_file_that_is_named_exists(path: Path) -> None:
 
 
 def test_every_example_is_listed() -> None:
-    """docs/examples.md has a row for each script."""
+    """docs/examples.md has a row for each script, and no other."""
     listed = set(re.findall(r"`([\w/]+\.(?:py|ipynb))`", documents.read(documents.DOCS / "examples.md")))
     folder = documents.ROOT / "examples"
     scripts = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".py", ".ipynb")}
-    assert scripts <= listed
+    assert scripts == listed
 
 
 def test_a_dead_link_and_a_dead_anchor_are_seen(tmp_path: Path) -> None:

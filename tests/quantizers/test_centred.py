@@ -362,6 +362,7 @@ def test_a_centre_is_a_mean(seed: int, size: int, dim: int, scale: float) -> Non
     if size % 4 == 0 and size > 8:
         parts = x.double().unflatten(1, (-1, 4)).sum(2).sort(1).values
         exact = parts[:, 1:-1].sum(1) / (size - 8)
+    exact = exact.clamp(-65504, 65504)  # of float16
     torch.testing.assert_close(found[:, 0].double(), exact, rtol=2**-10, atol=1e-6)
     kinds = (x, x.half(), x.bfloat16())
     assert all(torch.equal(centre(y), centre(y.float())) for y in kinds)
