@@ -60,7 +60,7 @@ docs: .venv/docs.stamp ## build the documentation site in build/site, with every
 	$(call say,Documentation: build/site/index.html)
 	@NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-lint: .venv/dev.stamp typecheck ## ruff, ruff format, and mypy on the installed package
+lint: .venv/dev.stamp typecheck ## ruff, ruff format, mypy on the installed package, mypy and pyright on a user's program
 	$(call say,ruff: lint and format)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -72,6 +72,8 @@ typecheck: .venv/dev.stamp
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/site .
 	@cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p kvcomp
+	$(call say,mypy --strict and pyright on a program of a user)
+	@$(BIN)/python tests/typing/check.py build/site
 
 format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix .
@@ -100,6 +102,7 @@ clean: ## remove everything that make made (the converted model in the user's ca
 .venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
 	$(call say,Installing the test and lint tools)
 	@$(PIP) --editable ".[dev]"
+	@$(PIP) --quiet --no-deps --upgrade --target .venv/torchao torchao  # apart: where it is installed, transformers imports it
 	@touch $@
 
 .venv/docs.stamp: pyproject.toml constraints.txt .venv/demo.stamp

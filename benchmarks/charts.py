@@ -1,4 +1,4 @@
-"""Pictures of a report as SVG text, in the ink of the page that they stand in."""
+"""Pictures of a report as SVG text, in the text colour of the page around them."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _prompts(run: Run) -> set[tuple[object, ...]]:
 
 
 def _dense(run: Run, runs: Sequence[Run]) -> list[Record] | None:
-    """Return the dense records of another run that stand in for those that `run` lacks."""
+    """Return the dense records of another run that replace those that `run` lacks."""
     if any(record.stack == DENSE for record in run.records):
         return None
     prompts = _prompts(run)

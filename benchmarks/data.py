@@ -49,7 +49,7 @@ class Source(Generic[T]):
     read: returns the content of a file; whatever it raises becomes a DataError that names the file.
     fetch: what to put into the folder, as a phrase: "dev-v2.0.json of SQuAD 2.0 (...)".
     hub: downloads the same content; None where the hub does not have it.
-    fallback: returns what stands in for the source without --data, or where the folder does not have it.
+    fallback: returns what is read instead of the source without --data, or where the folder does not have it.
     fallback_name: says in words what that is, since results may depend on it.
     unit: what `len` of the content counts.
     listed: whether `kvcomp data check` names it as what its tasks are made of.

@@ -39,7 +39,7 @@ class Reader(Protocol):
         ...
 
     def take(self, logits: Tensor) -> None:
-        """Logits [n, V] behind the n tokens that were fed."""
+        """Logits [n, V] after the n tokens that were fed."""
         ...
 
 
@@ -206,7 +206,7 @@ def _alone(model: Any, decoding: Decoding, steps: int | None) -> None:
 
 
 def _step(model: Any, tokens: Sequence[Sequence[int]], cache: Any) -> Tensor:
-    """Logits [rows, n, V] behind n tokens of each row."""
+    """Logits [rows, n, V] after n tokens of each row."""
     ids = torch.tensor(tokens, device=model.device, dtype=torch.int64)
     logits: Tensor = model(input_ids=ids, **with_cache(model, cache), use_cache=True).logits
     return logits

@@ -143,8 +143,12 @@ def shown(rows: Sequence[FidelityRow]) -> list[str]:
 
 
 def tables(rows: Sequence[FidelityRow]) -> list[Table]:
-    """Return two terminal tables for every context and text, the second of prefill and peak."""
-    return likelihood.tables(rows, COLUMNS, cells)
+    """Return two terminal tables for every context and text, the second of prefill and peak.
+
+    The interval of KL and three columns are left to the page and the CSV.
+    """
+    columns = [column for column in COLUMNS if column not in ("MiB held", "near", "far")]
+    return likelihood.tables(rows, columns, lambda row: cells(row) | {"KL": f"{row.kl:.4f}"})
 
 
 def pooled(rows: Sequence[FidelityRow]) -> list[FidelityRow]:

@@ -2,7 +2,7 @@
 
 Bootstraps are BCa with 9999 resamples (Efron, 1987), seeded, so that the same samples give the same interval.
 Where a bootstrap sees no spread it has nothing to resample and would claim certainty; a bound by Wilson's
-interval (1927) stands in there: "all n agree" leaves room for as many others as n samples can hide. All of them
+interval (1927) replaces it there: "all n agree" allows as many others as n samples can hide. All of them
 take the samples as independent draws. With the few of a short run they are rough, and a bootstrap is too narrow.
 """
 

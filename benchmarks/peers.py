@@ -72,7 +72,8 @@ def _flashinfer(query: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None =
 
     def paged(x: Tensor) -> Tensor:  # [B * pages, Hkv, PAGE, D]
         padded = F.pad(x, (0, 0, 0, pages * PAGE - tokens)).unflatten(2, (pages, PAGE))
-        return padded.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+        shaped: Tensor = padded.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+        return shaped
 
     cache, q = (paged(k), paged(v)), query[:, :, 0].contiguous()
     wrapper = flashinfer.wrapper(

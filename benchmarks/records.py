@@ -131,7 +131,7 @@ class Machine(TypedDict, total=False):
 
 
 class Model(TypedDict):
-    """The fingerprint of the model that answered; weights: None where they were not at hand."""
+    """The fingerprint of the model that answered; weights: None where they were not available."""
 
     name: str
     config: Name

@@ -9,9 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from kvcomp.benchmarks import costs, divergence, likelihood
 from kvcomp.benchmarks.charts import PALETTE, Point, lines, scatter
 from kvcomp.benchmarks.compare import Comparison, Difference, Line, compare
@@ -29,7 +26,6 @@ COLUMNS = {
     "of the paired differences, or a bound after Wilson where all pairs differ equally",
     **costs.COLUMNS,
 }
-APART = (costs.PREFILL, costs.PEAK)  # in a terminal they have a table of their own
 ON_ANY = "#808080"  # ink of a picture that stands on a page of unknown colour
 FIDELITY = ("kl", "overlap", "overlap_low", "overlap_high", "top1")  # columns of summary.csv, of `FidelityRow`
 FIRST = "vs first run"
@@ -133,52 +129,6 @@ def _shown(report: Sequence[Line]) -> list[str]:
 def _change(mean: float, low: float, high: float) -> str:
     mean, low, high = (round(100 * value) for value in (mean, low, high))  # no "-0"
     return f"{mean:+d} [{low:+d}, {high:+d}]"
-
-
-def tables(comparison: Comparison) -> list[Table]:
-    """Return the terminal tables of accuracies, perplexities and fidelities."""
-    texts = [
-        *likelihood.tables(comparison.texts, likelihood.COLUMNS, likelihood.cells),
-        *divergence.tables(comparison.fidelity),
-    ]
-    return [*of_accuracy(comparison.lines), *texts]
-
-
-def of_accuracy(report: Sequence[Line]) -> list[Table]:
-    """Return two terminal tables for every context, the second of prefill, peak and means over groups of tasks.
-
-    The intervals are left to the page and the CSV.
-    """
-    made = []
-    for context in dict.fromkeys(line.row.context for line in report):
-        chosen = [line for line in report if line.row.context == context]
-        several = any(line.run for line in report)
-        counts = sorted({line.row.samples for line in chosen})
-        samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        title = f"{context} tokens, {samples} samples a stack"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        if several:
-            table.add_column("run", overflow="fold")
-        table.add_column("stack", min_width=18)
-        shown = [column for column in cells(chosen[0]) if column not in APART]
-        for column in shown:
-            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-        for line in chosen:
-            texts = cells(line)
-            start = [line.run, line.row.stack] if several else [line.row.stack]
-            table.add_row(*start, *(_short(texts[column]) for column in shown))
-        apart = [
-            costs.Line(line.run, row.stack, row, {name: f"{mean.accuracy:.0%}" for name, mean in row.by_group.items()})
-            for line in chosen
-            for row in [line.row]
-        ]
-        made += [table, costs.table(f"{context} tokens: further figures", apart)]
-    return made
-
-
-def _short(text: str) -> str:
-    """Leave the interval out, and say "unpaired" with one sign."""
-    return text.split(" [")[0] + (" *" if text.endswith("unpaired") else "")
 
 
 def require_libraries() -> None:

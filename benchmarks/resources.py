@@ -72,7 +72,7 @@ ALIGNED = ("k_dim", "v_dim", "keys_stride", "values_stride")  # multiples of 16,
 @dataclass(frozen=True)
 class Resources:
     """Of a kernel on a chip: registers a thread, bytes of stack and local memory a thread (what is spilled), bytes of
-    shared memory a program, and how many programs a processor has room for."""
+    shared memory a program, and how many programs fit a processor."""
 
     kernel: str
     stack: str

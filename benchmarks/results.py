@@ -14,6 +14,7 @@ from typing import Any
 from kvcomp.benchmarks.records import ACCURACY, FIDELITY, NLL, Record, RunError, config_of
 from kvcomp.benchmarks.schema import SchemaError, parse_json
 from kvcomp.errors import KvcompWarning
+from kvcomp.files import readable
 from kvcomp.text import quote
 
 __all__ = ["ACCURACY", "FIDELITY", "NLL", "Record", "Results", "Run", "RunError", "locked", "read_run", "write_text"]
@@ -26,7 +27,7 @@ class Results:
     """The folder of a run: `config.json`, and `samples.jsonl` that grows by a line per record.
 
     Opening a folder that holds the same configuration continues it; any other one is refused and left as it
-    is. A new folder appears with its first record, so that a run that cannot start leaves nothing behind. Who writes
+    is. A new folder appears with its first record, so that a run that cannot start leaves no files. Who writes
     records holds the folder's lock from before it is opened (`locked`).
     """
 
@@ -194,8 +195,7 @@ def _require_writable(folder: Path) -> None:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as stream:
-            config = parse_json(stream.read())
+        config = parse_json(readable(file).read_bytes())
     except SchemaError as error:
         raise RunError(
             f"out: {str(file)!r} is not readable ({error}). Restore the file, or choose another --out."
@@ -236,7 +236,7 @@ def _read_records(file: Path, fate: str) -> tuple[list[Record], int]:
     if not file.exists():
         return [], 0
     found = _Found(file)
-    lines = file.read_bytes().splitlines(keepends=True)
+    lines = readable(file).read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith(b"\n"):
             warnings.warn(f"{file}: the last line was cut short and is {fate}.", KvcompWarning, stacklevel=3)

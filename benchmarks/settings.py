@@ -22,7 +22,7 @@ class Settings:
 
     max_new_tokens: caps the new tokens of every task, and the scored ones of a text; None leaves each task its own.
     data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
-    chat: put the prompts of LongBench into the model's chat template, save those of its few-shot and code tasks.
+    chat: put the prompts of LongBench into the model's chat template, except those of its few-shot and code tasks.
     prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
     engine: what answers, one of `ENGINES`.
     dtype: of the model's weights and cache, one of `DTYPES`; None: float32 on a CPU, bfloat16 on a GPU.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from kvcomp.benchmarks.divergence import FidelityRow
 from kvcomp.benchmarks.results import RunError
-from kvcomp.files import usable
+from kvcomp.files import read_text
 from kvcomp.text import quote
 
 DENSE = "none"
@@ -98,7 +98,7 @@ def write_texts(texts: Sequence[Path], folder: Path) -> None:
     found = []
     for text in texts:
         try:
-            found.append(usable(text).read_text(encoding="utf-8-sig"))
+            found.append(read_text(text, "utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
             raise RunError(f"text: {quote(str(text))}: {reason}.") from error

@@ -78,7 +78,7 @@ def _next(connection: Connection, log: Path) -> Any:
 
 
 def _process(connection: Connection, log: Path, settings: Settings, stack: Stack, wanted: Wanted) -> None:
-    """What the process of an engine does: send records, and None behind them, or the error that ends it."""
+    """What the process of an engine does: send records, and None after them, or the error that ends it."""
     with log.open("w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -166,7 +166,7 @@ def _record(
 
 @dataclass
 class Done:
-    """One request: its new tokens behind the prompt's last one, the log-likelihood of every new token, seconds of the
+    """One request: its new tokens after the prompt's last one, the log-likelihood of every new token, seconds of the
     prefill and of each decode step, bytes held at the end, and bytes that the last step read."""
 
     tokens: list[int] = field(default_factory=list)
@@ -199,7 +199,7 @@ class Engine:
         return found
 
     def answer(self, prompt: Sequence[int], forced: Sequence[int], finished: Callable[[list[int]], bool]) -> Done:
-        """Decode greedily behind a prompt and `forced`, of which the first is no part of the answer."""
+        """Decode greedily after a prompt and `forced`, of which the first is no part of the answer."""
         from vllm import SamplingParams
 
         params = SamplingParams(

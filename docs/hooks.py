@@ -80,14 +80,21 @@ def _cell(text: str) -> str:
 
 
 def _examples(epilog: str) -> list[str]:
-    """The lines of an epilog: commands in a block, text as it is."""
+    """The lines of an epilog: commands in blocks, keys of --json as a list, text as it is."""
     lines: list[str] = []
     for part in re.split(r"\n\s*\n", _plain(epilog).strip()):
-        text = " ".join(part.split()) if not part.lstrip().startswith(("kvcomp", "cat ", "$")) else part.strip()
-        if text.startswith(("kvcomp", "cat ", "$")):
-            lines += ["```console", f"$ {text.removeprefix('$ ')}", "```", ""]
+        text = " ".join(part.split())
+        key = re.match(r"(\w+): (?=\S)", text) if "Keys" in "".join(lines) else None
+        if re.match(r"(kvcomp|cat|\$) ", text):
+            line = f"$ {text.removeprefix('$ ')}"
+            if lines[-2:] == ["```", ""]:
+                lines[-2:-2] = [line]
+            else:
+                lines += ["```console", line, "```", ""]
+        elif key is not None:
+            lines.append(f"- `{key[1]}`: {text[key.end() :]}")
         else:
-            lines += [text, ""]
+            lines += ["", text, ""]
     return lines
 
 
@@ -95,6 +102,7 @@ def stages() -> str:
     """A section for each stage: what it does, its paper, its arguments."""
     from dataclasses import MISSING, fields
 
+    from kvcomp.stages.arguments import aliases_of
     from kvcomp.stages.registry import stages as known
 
     lines: list[str] = []
@@ -105,13 +113,19 @@ def stages() -> str:
             if stage.family != family:
                 continue
             lines += [f"### {name}", "", _cell((stage.__doc__ or "").split("\n\n")[0]), ""]
+            lines += [f"In Python: `kvcomp.{stage.__name__}`.", ""]
             papers = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", stage.paper)
             lines += [f"Paper: {papers}", ""] if papers else []
             if fields(stage):
                 lines += ["| argument | default | meaning |", "|---|---|---|"]
+            others: dict[str, list[str]] = {}
+            for alias, meant in aliases_of(stage).items():
+                others.setdefault(meant.argument, []).append(f"1 - `{alias}`" if meant.convert else f"`{alias}`")
             for field in fields(stage):
                 default = "" if field.default is MISSING else f"`{field.default}`"
-                lines.append(f"| `{field.name}` | {default} | {_cell(field.metadata.get('help', ''))} |")
+                also = f"; also {', '.join(others[field.name])}" if field.name in others else ""
+                help = _cell(field.metadata.get("help", "") + also)
+                lines.append(f"| `{field.name}` | {default} | {help} |")
             lines.append("")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What backends of kernels are asked and handed: the operations, the case that decides who serves one, and pages."""
+"""What backends of kernels are asked and given: the operations, the case that decides who serves one, and pages."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ class Case(NamedTuple):
 class Backend:
     """Kernels of one kind, which serve those operations that a subclass has.
 
-    An operation takes what its door takes, a function of the same name in `dispatch`, `select` or `received`, but for
+    An operation takes what its entry takes, a function of the same name in `dispatch`, `select` or `received`, but for
 
       attend(queries, pages: PagesView, codec, case, scale, softcap, tokens, workspace), with tokens that it `joins`
       attend_tokens(queries, tokens, scale, softcap, prior, workspace, host)
       write(pool, ids, keys, values, sides, layout, rows), with K and V as `Codec.kernel_input` gives them
 
-    `obstacle` decides by the case. Attention and `append` may still decline what they are handed, with None or False as
+    `reason` decides by the case. Attention and `append` may still decline what they are given, with None or False as
     result: then nothing was done, and the next backend is asked.
     """
 

@@ -142,7 +142,7 @@ def encode_pages(
 
 
 def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Write one token of each stream, keys and values [B, H, 1, D], behind the counts [S] that k and v [S, N, D] hold,
+    """Write one token of each stream, keys and values [B, H, 1, D], after the counts [S] that k and v [S, N, D] hold,
     and count it; False, and nothing done, where no kernel takes these tensors."""
     return any(b.append(k, v, counts, keys, values) for b in backends.on("append", keys.device))
 

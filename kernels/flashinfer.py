@@ -30,7 +30,7 @@ DIMS = (64, 128, 256)
 MOST_ROWS = 16  # queries of a stream for which the workspace has room, whatever the version and the GPU
 TENSOR_CORES_FROM = 4  # queries of a stream; fewer are served without them
 WORKSPACE = 128 << 20  # bytes, shared by all plans of a device: what FlashInfer's documentation recommends
-PLAN = 1 << 20  # bytes of a plan, instead of FlashInfer's 8 MiB: room for more than 30,000 streams
+PLAN = 1 << 20  # bytes of a plan, instead of FlashInfer's 8 MiB: space for more than 30,000 streams
 
 
 class _How(NamedTuple):
@@ -100,7 +100,8 @@ def attend(
     scale: float,
     softcap: float | None = None,
 ) -> Part | None:
-    """As `reference.attend_pages`, of pages without an `obstacle`. None: there is no plan, and another kernel is due.
+    """As `reference.attend_pages`, of pages that `obstacle` has no reason against. None: no plan; another kernel
+    is due.
 
     A table is planned when it is read for the second time, unless it may not be looked at, in a graph, or does not tell
     when it changes, made in `torch.inference_mode`.

@@ -1,4 +1,4 @@
-"""Where the segments of a side lie in a page: the one translation of a layout that all kernels are told from."""
+"""Where the segments of a side lie in a page: the one translation of a layout that all kernels use."""
 
 from __future__ import annotations
 

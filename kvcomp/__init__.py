@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from kvcomp.errors import KvcompError, KvcompWarning, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
+    from kvcomp.cache.layer import roundtrip as roundtrip
     from kvcomp.integrations.huggingface.accounting import memory_of
+    from kvcomp.integrations.huggingface.ask import Answers, ask
     from kvcomp.integrations.huggingface.cache import CompressedCache
     from kvcomp.integrations.huggingface.compact import Compaction
     from kvcomp.integrations.huggingface.prefill import Prefilled, prefill
@@ -93,6 +95,7 @@ __all__ = [
     "SVD",
     "TOVA",
     "AdaKV",
+    "Answers",
     "ChunkKV",
     "Compaction",
     "CompressedCache",
@@ -126,6 +129,7 @@ __all__ = [
     "UnsupportedError",
     "Window",
     "__version__",
+    "ask",
     "memory_of",
     "prefill",
 ]
@@ -133,6 +137,7 @@ __all__ = [
 # imported on first use: `kvcomp --help` needs no torch, and the core no transformers
 _HOMES = {
     "AdaKV": "kvcomp.policies.snapkv",
+    "Answers": "kvcomp.integrations.huggingface",
     "ChunkKV": "kvcomp.policies.snapkv",
     "Compaction": "kvcomp.integrations.huggingface",
     "CompressedCache": "kvcomp.integrations.huggingface",
@@ -172,17 +177,20 @@ _HOMES = {
     "Traffic": "kvcomp.ledger",
     "TurboQuant": "kvcomp.quantizers.turboquant",
     "Window": "kvcomp.stages.window",
+    "ask": "kvcomp.integrations.huggingface",
     "memory_of": "kvcomp.integrations.huggingface",
     "prefill": "kvcomp.integrations.huggingface",
     "roundtrip": "kvcomp.cache.layer",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        found = globals()[name] = getattr(import_module(_HOMES[name]), name)
-        return found
-    raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+            return found
+        raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

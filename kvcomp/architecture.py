@@ -17,7 +17,7 @@ class Traits:
     """What a stack may do with a kind of layer.
 
     does: what the layer does, of a model that has one. packed: its keys and values, or what it caches for them, go
-    through the stack. scored: policies and selectors can tell its tokens apart. fixed: its decode steps have fixed
+    through the stack. scored: policies and selectors can distinguish its tokens. fixed: its decode steps have fixed
     shapes in a preallocated cache. calibrated: what calibrated stages need can be gathered from it. engine: an engine
     that owns the memory, such as vLLM, can hold its pages.
     """

@@ -5,10 +5,12 @@ Results go to stdout; notes, progress and errors to stderr. Nothing moves where 
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import typer
@@ -30,6 +32,7 @@ from kvcomp.errors import KvcompError
 from kvcomp.text import quote, visible
 
 REFUSED = 2  # exit code of what cannot be done as asked
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)  # of a stream that takes no more
 UsageError: Any = typer.BadParameter.__mro__[1]  # of the click that typer has, which may be its own
 SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 T = TypeVar("T")
@@ -69,9 +72,10 @@ def note(label: str, style: str, text: str) -> None:
 
 def error(what: str, way_out: str = "") -> None:
     """An error in at most two lines: what is wrong, and what to do about it."""
-    note("error", "bold red", what.replace("\n", " "))
-    if way_out:
-        notes().print(visible(f"  {way_out}".replace("\n", " ")), soft_wrap=True)
+    with suppress(OSError):  # the exit code says so, too
+        note("error", "bold red", what.replace("\n", " "))
+        if way_out:
+            notes().print(visible(f"  {way_out}".replace("\n", " ")), soft_wrap=True)
 
 
 def progress(*columns: str | ProgressColumn, console: Console | None = None) -> Progress:
@@ -117,12 +121,24 @@ def explained() -> Iterator[None]:
         command = "kvcomp" if failure.ctx is None else failure.ctx.command_path
         error(failure.format_message(), f"`{command} --help` lists what it takes.")
     except OSError as failure:
-        if failure.filename is None or isinstance(failure, BrokenPipeError):
+        if failure.filename is not None:
+            error(f"{quote(str(failure.filename))}: {failure.strerror}.")
+        elif failure.errno in FULL:
+            _discard_output()
+            error(f"the output cannot be written: {failure.strerror}.")
+        else:
             raise
-        error(f"{quote(str(failure.filename))}: {failure.strerror}.")
     else:
         return
     raise typer.Exit(REFUSED)
+
+
+def _discard_output() -> None:
+    """Drop what stdout still holds, which would fail again when Python exits."""
+    with suppress(OSError, ValueError, AttributeError):  # no file of the system's
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
 
 
 class _Explained:
@@ -144,7 +160,10 @@ class _Explained:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may know fewer characters than a model
         with explained():
-            return super().invoke(ctx)  # type: ignore[misc]
+            result = super().invoke(ctx)  # type: ignore[misc]
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
 
 
 class Group(_Explained, TyperGroup):

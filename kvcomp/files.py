@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from kvcomp.text import quote
+
 fcntl: Any
 try:
     import fcntl
@@ -59,13 +61,21 @@ def whole(path: FilePath) -> Iterator[Path]:
         os.replace(scratch, target)
 
 
+def named(path: FilePath) -> str:
+    """The path as messages show it, whatever was given for one."""
+    return quote(os.fspath(path) if isinstance(path, str | os.PathLike) else path)
+
+
 def usable(path: FilePath) -> Path:
     """The path, if a file can have that name.
 
     Raises:
         OSError: it has NUL characters or surrogates.
     """
-    text = os.fspath(path)
+    try:
+        text = os.fsdecode(path)
+    except TypeError as error:
+        raise OSError(errno.EINVAL, f"a path is text, no {type(path).__name__}") from error
     try:
         if b"\0" in os.fsencode(text):
             raise OSError(errno.EINVAL, "a file name has no NUL characters")
@@ -81,8 +91,22 @@ def readable(path: FilePath) -> Path:
         OSError: there is no such file, it is no regular one, or no file can have that name.
     """
     given = usable(path)
-    _require_regular(given.stat())
+    _require_regular(given.stat(), given)
     return given
+
+
+def read_text(path: FilePath, encoding: str = "utf-8") -> str:
+    """The text of a regular file, or of a pipe, as of a shell's `<(command)`. Devices, which may never end, are none.
+
+    Raises:
+        OSError: as `readable`.
+        UnicodeDecodeError: it is no text in that encoding.
+    """
+    given = usable(path)
+    found = given.stat()
+    if not stat.S_ISFIFO(found.st_mode):
+        _require_regular(found, given)
+    return given.read_text(encoding=encoding)
 
 
 def expanded(path: FilePath) -> Path:
@@ -109,15 +133,15 @@ def _mode(target: Path) -> int | None:
         found = target.stat()
     except FileNotFoundError:
         return None
-    _require_regular(found)
+    _require_regular(found, target)
     return found.st_mode
 
 
-def _require_regular(found: os.stat_result) -> None:
+def _require_regular(found: os.stat_result, path: Path) -> None:
     if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "Not a regular file")
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 @contextmanager

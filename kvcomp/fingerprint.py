@@ -10,7 +10,7 @@ class Fingerprint:
     """A model, told apart from others.
 
     name: for people. config: digest of what its config says of shapes, positions and vocabulary. weights: digest of
-    samples of its matrices; None where they are not at hand. parameters: of all that it computes with, so also norms,
+    samples of its matrices; None where they are not available. parameters: of all that it computes with, so also norms,
     biases, active adapters and packed weights; None where it is not known, as of files of the first kvcomp.
     """
 

@@ -104,7 +104,8 @@ class PageLayout:
     def view(self, records: Tensor, field: Field, start: int = 0) -> Tensor:
         """A field of page records [..., bytes] uint8 as a strided view [..., *shape]; start: as of `views`."""
         at = self.offsets[field.name] - start
-        return records[..., at : at + field.nbytes].view(field.dtype).unflatten(-1, field.shape)
+        view: Tensor = records[..., at : at + field.nbytes].view(field.dtype).unflatten(-1, field.shape)
+        return view
 
     def views(self, records: Tensor, summary: bool = False, start: int = 0) -> dict[str, Tensor]:
         """Fields of page records [..., bytes] uint8 as strided views [..., *shape], without a copy.

@@ -91,7 +91,7 @@ def add_counts(parts: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def storage_bytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
-    """Bytes of the distinct storages behind `tensors`; those in `seen` (addresses) are skipped and new ones added."""
+    """Bytes of the distinct storages of `tensors`; those in `seen` (addresses) are skipped and new ones added."""
     seen = set() if seen is None else seen
     total = 0
     for tensor in tensors:

@@ -118,7 +118,7 @@ class Gain:
 class SideLayout:
     """K or V of a page: its segments, in the order of their channels.
 
-    gain: how they are written together; `Codec.kernel_input` has each token's norm behind its coordinates then. None:
+    gain: how they are written together; `Codec.kernel_input` has each token's norm after its coordinates then. None:
     each is written by itself.
     """
 

@@ -68,7 +68,7 @@ class State(Mapping[str, Any]):
 
     def tensor(self, name: str, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> Tensor:
         """A tensor of one of these dtypes and of this shape; None: any size."""
-        found = self[name]
+        found: Tensor = self[name]
         fits = (
             isinstance(found, Tensor)
             and found.dtype in dtypes
@@ -96,7 +96,7 @@ class State(Mapping[str, Any]):
 
     def integer(self, name: str, low: int, high: int | None = None) -> int:
         """An integer from `low` to `high`."""
-        found = self[name]
+        found: int = self[name]
         fits = type(found) is int and low <= found and (high is None or found <= high)
         upper = "" if high is None else f" to {high}"
         self.require(
@@ -106,13 +106,13 @@ class State(Mapping[str, Any]):
 
     def flag(self, name: str) -> bool:
         """True or False."""
-        found = self[name]
+        found: bool = self[name]
         self.require(type(found) is bool, f"{name} is {described(found)}, expected True or False")
         return found
 
     def text(self, name: str) -> str:
         """A string."""
-        found = self[name]
+        found: str = self[name]
         self.require(type(found) is str, f"{name} is {described(found)}, expected text")
         return found
 

@@ -42,7 +42,8 @@ def quote(value: object, limit: int = QUOTED) -> str:
         said = f" ({len(value):,} characters)" if len(value) > limit else ""
         return shorten(repr(shorten(value, limit)), limit) + said
     try:
-        return shorten(repr(value), limit)
+        shown = shorten(repr(value), limit)
+        return shown if shown.isprintable() else shorten(" ".join(shown.split()), limit)
     except (ValueError, RecursionError):  # more digits, or more levels, than Python writes out
         return f"a very large {type(value).__name__}"
 

@@ -24,8 +24,8 @@ BLOCK = 512  # of them at a time: D x D matrices of that many are held at once
 class ExpectedAttention(ScoredPolicy):
     """ExpectedAttention: keeps the tokens that queries of the next `future` positions are expected to attend to.
 
-    The prompt's queries before their rotary embedding, the first `sinks` apart, give a mean m and a covariance C; with
-    R the mean rotation of the positions to come, m' = R m and C' = R C R'. Of a query head,
+    The prompt's queries before their rotary embedding, without the first `sinks`, give mean m and covariance C; with R
+    the mean rotation of the positions to come, m' = R m and C' = R C R'. Of a query head,
     score_j = softmax_j(s k_j . m' + s^2 k_j' C' k_j / 2) with the softmax scale s: the expectation of exp(s q . k_j) of
     a Gaussian q. It is averaged over the query heads of a KV head, and multiplied by |v_j|. The first `sinks` tokens
     are always kept.
@@ -75,7 +75,8 @@ class ExpectedAttention(ScoredPolicy):
         keys = keys[:, :, None, sinks:]  # [b, Hkv, 1, m, D]
 
         def grouped(x: Tensor) -> Tensor:
-            return x.unflatten(1, (keys.shape[1], -1))
+            heads: Tensor = x.unflatten(1, (keys.shape[1], -1))
+            return heads
 
         logits = chunk.scale * (keys @ grouped(mean @ turn).mT)[..., 0]  # [b, Hkv, G, m]
         if self.covariance:

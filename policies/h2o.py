@@ -52,7 +52,8 @@ class H2O(ScoredPolicy):
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         votes = received(chunk.queries, chunk.keys, chunk.scale, chunk.alive)
-        return votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / chunk.queries.shape[2]
+        means: Tensor = votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / chunk.queries.shape[2]
+        return means
 
 
 @register("tova")
@@ -83,4 +84,5 @@ class TOVA(ScoredPolicy):
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         votes = received(chunk.queries[:, :, -1:], chunk.keys, chunk.scale, chunk.alive)
-        return votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+        means: Tensor = votes.unflatten(1, (chunk.keys.shape[1], -1)).mean(2)
+        return means

@@ -28,7 +28,8 @@ class KNorm(ScoredPolicy):
     scores_within: ClassVar[tuple[float, float]] = (-1e30, 0.0)
 
     def scores(self, chunk: Chunk) -> Tensor:
-        return -chunk.keys.float().norm(dim=-1)
+        norms: Tensor = chunk.keys.float().norm(dim=-1)
+        return -norms
 
 
 @register("keydiff")
@@ -51,7 +52,7 @@ class KeyDiff(ScoredPolicy):
 @register("lagkv")
 @dataclass(frozen=True)
 class LagKV(ScoredPolicy):
-    """LagKV: keeps tokens whose keys and values spread most, relative to the range of the partition behind theirs.
+    """LagKV: keeps tokens whose keys and values spread most, relative to the range of the partition after theirs.
 
     After `first` tokens the prompt is cut into partitions of `lag` tokens. With each channel scaled by its minimum and
     maximum over the following partition, a token's score is the softmax, over its partition, of the standard deviation

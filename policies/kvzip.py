@@ -25,7 +25,8 @@ def most_received(queries: Tensor, keys: Tensor, scale: float, softcap: float | 
     queries [b, Hq, w, D] of the last w tokens, keys [b, Hkv, n, D]; causal.
     """
     most = received(queries, keys, scale, softcap=softcap, reduce="max")
-    return most.unflatten(1, (keys.shape[1], -1)).amax(2)
+    largest: Tensor = most.unflatten(1, (keys.shape[1], -1)).amax(2)
+    return largest
 
 
 @register("kvzip")

@@ -15,8 +15,8 @@ from .budgets import in_spans, keep_best, keep_best_of_heads, keep_count, pyrami
 
 LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
-ROUND = 512  # tokens of a prompt from which a policy chooses at least, behind its first chunk
-SHORT = 64  # tokens that may all stay behind others of their prompt, where there is a budget: a question, say
+ROUND = 512  # tokens of a prompt from which a policy chooses at least, after its first chunk
+SHORT = 64  # tokens that may all stay after others of their prompt, where there is a budget: a question, say
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class ScoredPolicy(Policy):
         return self.watches
 
     def expired(self, held: Held) -> Tensor | None:
-        """The pages that received least attention, of streams, or rows where heads share, that exceed the budget of
-        the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
+        """bool [S, n]: the pages that received least attention, of streams, or rows where heads share, that exceed the
+        budget of the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
 
         A mean over few queries says little, so a page that fewer queries have seen than it has tokens is young: it
         stays as long as older pages can go, and of young pages those leave first that most queries have seen. Pages
@@ -214,4 +214,5 @@ def output_norms(chunk: Chunk) -> Tensor:
     norms = torch.stack(
         [(chunk.values[:, h // group].float() @ w).abs().sum(-1) for h, w in enumerate(weight)], 1
     )  # a head at a time: [b, n, M] is as large as the hidden states
-    return norms.unflatten(1, (-1, group)).mean(2)
+    means: Tensor = norms.unflatten(1, (-1, group)).mean(2)
+    return means

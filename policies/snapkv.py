@@ -61,7 +61,8 @@ class SnapKV(ScoredPolicy):
         prefix = votes[..., : votes.shape[-1] - window]
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         pooled = pool(prefix, self.kernel, 1, self.kernel // 2) if prefix.shape[-1] else prefix
-        return F.pad(pooled, (0, window)).unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / window
+        means: Tensor = F.pad(pooled, (0, window)).unflatten(1, (chunk.keys.shape[1], -1)).mean(2) / window
+        return means
 
 
 @register("pyramidkv")

@@ -26,7 +26,7 @@ def centre(x: Tensor) -> Tensor:
     """float16 [M, 1, D]: the mean of x [M, P, D] over the tokens of each page, rounded within +-65504.
 
     It is taken of the sums of four tokens each, without the least and the greatest one of each channel where there are
-    three or more: a loud token does not move it. The order of all sums is part of the definition, for kernels give the
+    three or more: an outlier token does not move it. The order of all sums is part of the definition: kernels give the
     same bits: four tokens in pairs, then one such sum after another; of each with the least and the greatest before it,
     the middle one counts. Where P is no multiple of 4, zeros follow, and nothing is left out.
     """
@@ -49,6 +49,24 @@ def centre(x: Tensor) -> Tensor:
     return (total * (1 / tokens)).nan_to_num(0.0).clamp(-HUGE, HUGE).to(DTYPE)[:, None]
 
 
+def anchored(c: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    """float16 [M, 1, D]: the centres c of pages x [M, P, D], moved so that `grid` has each page's first token exactly.
+
+    Nearly every head of a language model looks at the first token of a text, often with half of its attention, and that
+    token opens a page. The error of its logit shifts what all other tokens share; a grid whose steps grow with the
+    numbers makes a large one. c + e, where e is the error of the first token under c, makes that error 0, up to the
+    rounding of c, and moves the other tokens by a fraction of a step. |e| is at most the largest |x_t - c| of the three
+    tokens that follow, channel by channel: an outlier there does not spoil the page.
+    """
+    c = c.float()
+    first = x[:, :1].float() - c
+    if x.shape[1] == 1:
+        return c.to(DTYPE)
+    most = (x[:, 1:4].float() - c).abs().amax(1, keepdim=True)
+    error = (first - grid.decode(grid.encode(first))).nan_to_num(0.0)
+    return (c + error.clamp(-most, most)).clamp(-HUGE, HUGE).to(DTYPE)
+
+
 def without_centres(x: Tensor, page_size: int) -> Tensor:
     """x [s, n, D] less the centre of each run of `page_size` tokens, the last perhaps shorter; float32."""
     return torch.cat([run.float() - centre(run).float() for run in x.split(page_size, 1)], 1)
@@ -61,6 +79,9 @@ class CentrableGrid(Grid, Protocol):
     def name(self) -> str: ...
     @property
     def dim(self) -> int: ...
+    @property
+    def anchored(self) -> bool:
+        """Whether centres are `anchored`. Its tokens are coded one by one then."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,7 @@ class CentredGrid:
     Some models (Qwen2 and others with large key biases) have keys that are nearly constant over neighbouring tokens. A
     grid that spans a token, or a norm, then resolves the constant and not what differs. The rotary embedding turns such
     a constant with the position, so that it is one of a page rather than of a text. c takes 16 bits a channel and page.
+    Where tokens are coded one by one, c is `anchored`: the first token of each page is exact.
     """
 
     grid: CentrableGrid
@@ -92,7 +114,7 @@ class CentredGrid:
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
-        c = centre(x)
+        c = anchored(centre(x), x, self.grid) if self.grid.anchored else centre(x)
         return self.grid.encode(x.float() - c.float()) | {self.field: c}
 
     def kernel_input(self, x: Tensor) -> Tensor | None:
@@ -115,6 +137,6 @@ class CentredGrid:
         return self.grid.constants()
 
 
-def centred(grid: CentrableGrid, shape: PageShape) -> CentrableGrid:
+def centred(grid: CentrableGrid, shape: PageShape) -> CentredGrid | CentrableGrid:
     """The grid, of keys less their page's centre where pages of this shape have one."""
     return CentredGrid(grid) if shape.centred else grid

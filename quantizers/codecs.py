@@ -38,7 +38,7 @@ class Grid(Protocol):
         raise NotImplementedError
 
     def kernel_input(self, x: Tensor) -> Tensor | None:
-        """What kernels write of x, as in `Codec.kernel_input`; None: they cannot."""
+        """What kernels write of x [M, P, D], as in `Codec.kernel_input`; None: they cannot."""
         return None
 
     def constants(self) -> list[Tensor]:

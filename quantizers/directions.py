@@ -1,4 +1,4 @@
-"""Directions that attention can do without last: weighted Karhunen-Loeve bases of few tokens, loud ones among them."""
+"""Directions that attention can do without last: weighted Karhunen-Loeve bases of few tokens, outliers among them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .per_stream import weights
 RIDGE = 1e-3  # of the mean variance: what is added to a second moment before it is inverted
 SETTLED = 16  # tokens per channel from which on a moment is taken as it is
 DOUBT = 1.0  # of the mean variance is added to the moment of as few tokens as channels
-LOUD = 4.0  # as in `weights`: at 2, the loud tokens that texts have by themselves cost 10 % of the divergence
+LOUD = 4.0  # as in `weights`: at 2, the outlier tokens that texts have by themselves cost 10 % of the divergence
 
 
 def singular(matrices: Tensor) -> Tensor:
     """bool [n]: which of float32 [n, d, d] have no inverse."""
     inverse, info = torch.linalg.inv_ex(matrices)
-    return (info != 0) | ~inverse.isfinite().all(-1).all(-1)
+    singular: Tensor = (info != 0) | ~inverse.isfinite().all(-1).all(-1)
+    return singular
 
 
 def rms(x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def shrinkage(covariance: Tensor, tokens: int) -> Tensor:
     """What is added to a moment of few tokens whose covariance is [s, d, d]: the same in every direction.
 
     A few hundred tokens of one passage hardly vary in directions that later tokens do use. Bits that are spread a
-    little more evenly cost them little, and save those.
+    little more evenly cost them little, but protect those.
     """
     dim = covariance.shape[-1]
     level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]

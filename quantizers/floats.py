@@ -79,6 +79,7 @@ class FloatGrid:
     dim: int
     format: torch.dtype
     codebook: Tensor  # float32 [256], as of `float8_values`: torch converts E4M3 five times slower than it looks it up
+    anchored: ClassVar[bool] = True
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -122,6 +123,7 @@ class BlockGrid:
 
     block: ClassVar[int]
     scale_format: ClassVar[str]
+    anchored: ClassVar[bool] = True
 
     name: str
     page_size: int
@@ -161,7 +163,8 @@ class BlockGrid:
     def _blocked(self, x: Tensor) -> Tensor:
         """[M, P, D] -> [M, P, B, block], a view where `block` divides D, otherwise filled up with zeros."""
         missing = self.blocks * self.block - self.dim
-        return (pad(x, (0, missing)) if missing else x).unflatten(2, (-1, self.block))
+        blocks: Tensor = (pad(x, (0, missing)) if missing else x).unflatten(2, (-1, self.block))
+        return blocks
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""
@@ -189,6 +192,7 @@ class NVGrid(BlockGrid):
 
     block: ClassVar[int] = 16
     scale_format: ClassVar[str] = "e4m3"
+    anchored: ClassVar[bool] = False  # the page's scale is not the first token's
 
     @property
     def scale_fields(self) -> tuple[Field, ...]:

@@ -73,6 +73,11 @@ class UniformGrid:
         )
 
     @property
+    def anchored(self) -> bool:
+        """As in `centred.CentrableGrid`: where tokens are coded one by one, and in two bits or more."""
+        return self.token_group == 1 and self.bits > 1
+
+    @property
     def _stored(self) -> tuple[str, ...]:
         return ("scale",) if self.symmetric else ("scale", "zero")
 
@@ -83,7 +88,8 @@ class UniformGrid:
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[M, P, D] -> [M, P / tg, tg, D / cg, cg], a view."""
-        return x.unflatten(2, (-1, self.channel_group)).unflatten(1, (-1, self.token_group))
+        blocks: Tensor = x.unflatten(2, (-1, self.channel_group)).unflatten(1, (-1, self.token_group))
+        return blocks
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """x [M, P, D] -> fields."""

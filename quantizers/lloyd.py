@@ -77,6 +77,11 @@ class LloydGrid:
     codebook: Tensor  # float32 [2^bits], as of `sphere_codebook`
 
     @property
+    def anchored(self) -> bool:
+        """As in `centred.CentrableGrid`: in two bits, the other tokens would have a tenth more error."""
+        return self.bits > 2
+
+    @property
     def fields(self) -> tuple[Field, ...]:
         codes = code_fields(self.name, self.bits, self.page_size, self.dim)
         return (*codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE))
@@ -94,7 +99,8 @@ class LloydGrid:
     def decode(self, page: Mapping[str, Tensor]) -> Tensor:
         """Fields [M, ...] -> x [M, P, D] float32."""
         codes = unpack_codes(self.name, page, self.bits).int()
-        return self.codebook[codes] * (page[f"{self.name}.norm"].float() * self.dim**0.5)
+        x: Tensor = (self.codebook * self.dim**0.5)[codes] * page[f"{self.name}.norm"].float()
+        return x
 
     @cached_property
     def kernel_layout(self) -> SideLayout:

@@ -28,13 +28,13 @@ from .widths import BITS, WidthQuantizer
 
 @dataclass(frozen=True)
 class ClippedGrid:
-    """A grid behind a clip: coordinates beyond a quantile of their token's magnitudes saturate.
+    """A grid after a clip: coordinates beyond a quantile of their token's magnitudes saturate.
 
     The limit is the magnitude of rank floor(quantile * D), counted from 0 and upwards, among the D of a token: at 0.96
     and D = 128 the five largest come down to the sixth. Where the grid is centred, magnitudes are about the centre.
     """
 
-    grid: CentrableGrid
+    grid: CentredGrid | CentrableGrid
     quantile: float = 1.0
 
     @property
@@ -140,7 +140,8 @@ def spread_rotation(moment: Tensor) -> Tensor:
     mixing = hadamard(dim, torch.device("cpu")).matrix
     assert mixing is not None
     columns = (torch.arange(blocks, device="cpu") * size + (size - 1 - bit_reversed(size))[:, None]).flatten()
-    return (vectors @ mixing.to(moment.dtype))[..., columns]
+    directions: Tensor = (vectors @ mixing.to(moment.dtype))[..., columns]
+    return directions
 
 
 def bit_reversed(size: int) -> Tensor:

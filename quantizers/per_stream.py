@@ -19,7 +19,7 @@ class PerStream:
     """A vector per stream, settled once.
 
     values [S, D], until settled zeros, or 0, 1, ... where they are `counted`; settled bool [S]. Streams come as they
-    are named. Once there is room for all of them, both tensors are changed in place.
+    are named. Once there is memory for all of them, both tensors are changed in place.
 
     shared: there are n values for n heads, and stream s has value s mod n.
     """
@@ -120,10 +120,10 @@ class PerStream:
 
 
 def weights(x: Tensor, loud: float = LOUD) -> tuple[Tensor, Tensor]:
-    """[s, n, 1]: what each token of x [s, n, D] counts for, 1 or less, single loud ones as `loud` usual ones at most;
+    """[s, n, 1]: what each token of x [s, n, D] counts for, 1 or less, single outliers as `loud` usual ones at most;
     and [s, 1, 1]: how large a usual one is; of x's dtype, a float of 32 bits or more.
 
-    w_t = min(1, loud m / |x_t|); |.| is the largest magnitude and m its median over tokens.
+    w_t = min(1, `loud` m / |x_t|); |.| is the largest magnitude and m its median over tokens.
     """
     size = x.abs().amax(-1, keepdim=True)
     unit = size.median(1, keepdim=True).values

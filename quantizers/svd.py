@@ -29,7 +29,7 @@ class SVD(CalibratedQuantizer):
     """Low rank: each KV head keeps the few directions of K and V that matter most, as they are or as integers.
 
     Needs a file of `kvcomp calibrate --method svd`, which serves every rank. K's directions have the least expected
-    squared error of q . k, V's the least behind the output projection; what is dropped is replaced by its mean. Nothing
+    squared error of q . k, V's the least after the output projection; what is dropped is replaced by its mean. Nothing
     is trained, and K is taken post-RoPE, where Palu and MHA2MLA compress it before RoPE. With `bits`, coordinates are
     mixed by a Hadamard matrix, as in Palu, and stored as integers per token. Effective bits of a side: rank / D of the
     dtype's, or (bits * rank + 32) / D.

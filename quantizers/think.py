@@ -28,7 +28,7 @@ from .svd import check_amount, kept
 class ThinK(CalibratedQuantizer):
     """ThinK: of K only the channels with the largest E[q_c^2] E[k_c^2]; of V all.
 
-    Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the prompt at hand and the
+    Needs a file of `kvcomp calibrate --method think`; the authors take the same score from the current prompt and the
     queries of its last 32 tokens. Keeping 0.6 and 32 exact tokens are the authors'. With `bits`, K and V are stored as
     KIVI stores them, integers per channel and per token. Effective bits: (keep + 1) / 2 of the dtype's, or of
     bits + 32 / group.

@@ -74,7 +74,7 @@ class KLTGrid:
             x = x / rms(x).clamp_min(TINY)
             mean, moment = x.mean(1), x.mT @ x / n
             centred = moment - mean[:, :, None] * mean[:, None]
-        else:  # in which single loud tokens count for little
+        else:  # in which single outlier tokens count for little
             mean = weighted(x)[0]
             _, centred = weighted(x - mean[:, None])
             moment = centred
@@ -189,7 +189,8 @@ class KLTGrid:
 @cache
 def scaled_codebook(dim: int, bits: int, device: torch.device) -> Tensor:
     """float32 [2^bits]: centroids for coordinates of variance 1 whose vectors in R^dim have the norm dim^(1/2)."""
-    return sphere_codebook(dim, bits, device) * dim**0.5
+    codebook: Tensor = sphere_codebook(dim, bits, device) * dim**0.5
+    return codebook
 
 
 def _weight(bits: int) -> float:
@@ -214,4 +215,5 @@ def _kernel_layout(name: str, widths: tuple[int, ...], device: torch.device, cen
 @cache
 def _mixing(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """float32 [live, live]: a random rotation of each run of equal width."""
-    return torch.block_diag(*(rotation(n, device).matrix for _, n in runs(widths)))
+    matrix: Tensor = torch.block_diag(*(rotation(n, device).matrix for _, n in runs(widths)))
+    return matrix

@@ -115,7 +115,8 @@ def _basis(sizes: tuple[int, ...], shape: PageShape, dual: Tensor | None = None)
 def _rotations(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """float32 [D, D]: a random rotation of each run of channels. All layers share it."""
     blocks = [rotation(n, device).matrix for n in sizes]
-    return torch.block_diag(*blocks)
+    matrix: Tensor = torch.block_diag(*blocks)
+    return matrix
 
 
 @cache

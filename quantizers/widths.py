@@ -1,4 +1,4 @@
-"""Bits per element of K and V: together, or apart."""
+"""Bits per element of K and V: together, or each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What single tokens say of themselves: a few coordinates of each key, in 4 or 8 bits a piece."""
+"""Summaries of single tokens: a few coordinates of each key, in 4 or 8 bits a piece."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ class TokenSelector(RankedSelector):
 
 
 def step(deviation: Tensor, bits: int) -> Tensor:
-    """How far codes of coordinates of that standard deviation lie apart; never 0."""
+    """How far codes of coordinates of that standard deviation differ; never 0."""
     tiny = torch.finfo(torch.float32).tiny ** 0.5
-    return (deviation * (2 * CLIP[bits] / 2**bits)).clamp_min(tiny)
+    spacing: Tensor = (deviation * (2 * CLIP[bits] / 2**bits)).clamp_min(tiny)
+    return spacing
 
 
 def code_fields(page_size: int, rank: int, bits: int) -> tuple[Field, ...]:

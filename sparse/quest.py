@@ -54,5 +54,7 @@ class Quest(VectorSelector):
         return encode({MIN: (low, -1), MAX: (high, 1)}, self.summary_bits)
 
     def logits(self, queries: Tensor, summary: Mapping[str, Tensor]) -> Tensor:
-        """Upper bounds of q . k over a page: sum_d max(q_d low_d, q_d high_d) = relu(q) . high - relu(-q) . low."""
+        """[S, G, n] float32: upper bounds of q . k over a page,
+
+        sum_d max(q_d low_d, q_d high_d) = relu(q) . high - relu(-q) . low."""
         return vector_dots(queries, summary, (MIN, MAX), SCALE)

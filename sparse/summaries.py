@@ -1,4 +1,4 @@
-"""What pages say of themselves: vectors of a channel each, kept in 16 or 8 bits."""
+"""Summaries of pages: vectors of a channel each, kept in 16 or 8 bits."""
 
 from __future__ import annotations
 

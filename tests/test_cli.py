@@ -36,7 +36,7 @@ def test_help_teaches(command: list[str]) -> None:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; import kvcomp.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys; import kvcomp.cli.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

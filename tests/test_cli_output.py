@@ -15,7 +15,7 @@ import typer
 from command import refused, run
 
 from kvcomp.calibration.stage import Calibrated
-from kvcomp.cli import calibrate, data, doctor, generate, options, plan, report, speed
+from kvcomp.cli import ask, calibrate, data, doctor, generate, options, plan, report, speed, tune
 from kvcomp.cli.app import app
 from kvcomp.cli.output import Document, print_json
 from kvcomp.integrations.huggingface.models import ALIASES
@@ -24,8 +24,10 @@ from kvcomp.stages.registry import stages
 
 DOCUMENTS = {
     "generate": generate.DOCUMENT,
+    "ask": ask.DOCUMENT,
     "bench": report.DOCUMENT,
     "report": report.DOCUMENT,
+    "tune": tune.DOCUMENT,
     "plan": plan.DOCUMENT,
     "speed": speed.DOCUMENT,
     "doctor": doctor.DOCUMENT,
@@ -43,6 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     (folder / "text.txt").write_text("The grass is green. The sky is blue. " * 300, encoding="utf-8")
+    (folder / "short.txt").write_text("The grass is green. The sky is blue. " * 12, encoding="utf-8")
     return folder
 
 
@@ -52,11 +55,14 @@ def commands(tiny: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("out")
     measured = ["bench", "--model", tiny, "--tasks", "niah_single_1", "--context", 400, "--samples", 2]
     measured += ["--max-new-tokens", 3, "--stack", "none", "--stack", "kivi(bits=2)", "--out", out / "run"]
+    tried = ["tune", "--model", tiny, "--text", texts / "text.txt", "--context", 256, "--samples", 1]
     fitted = ["calibrate", "--method", "think", "--model", tiny, "--text", texts / "text.txt", "--tokens", 300]
     return {
         "generate": ["generate", "The sky is", "--model", tiny, "--max-new-tokens", 3],
+        "ask": ["ask", texts / "short.txt", "--question", "The sky is", "--model", tiny, "--max-new-tokens", 3],
         "bench": measured,
         "report": ["report", out / "run"],
+        "tune": [*tried, "--stack", "int8", "--tvd", "50%", "--out", out / "tuned"],
         "plan": ["plan", "--model", "qwen3-8b", "--stack", "kivi(bits=2)"],
         "speed": ["speed", "--model", tiny, "--stack", "int8", "--context", 100, "--steps", 4],
         "doctor": ["doctor", "--stack", "kivi(bits=4)", "--stack", "pyramidkv + int8"],
@@ -108,6 +114,17 @@ def test_json_says_what_the_table_says(commands: dict[str, list[object]]) -> Non
     assert found["held"] * found["held_ratio"] == pytest.approx(found["held_dense"])
 
 
+def test_one_token_is_generated_without_a_decode_step(tiny: Path) -> None:
+    command = ("generate", "The sky is", "--model", tiny, "--max-new-tokens", 1)
+    found = json.loads(run(*command, "--json").stdout)
+    assert found["new_tokens"] == 1
+    assert found["read"] is found["read_dense"] is found["read_ratio"] is None
+    shown = run(*command)
+    assert shown.exit_code == 0
+    assert "held" in shown.stdout
+    assert "read by" not in shown.stdout
+
+
 def test_a_document_prints_its_keys_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     document = Document(a="first", b="second")
     document.print(b=[1.5, {"x": float("nan")}], a=float("inf"))
@@ -127,7 +144,7 @@ def test_a_document_prints_its_keys_and_no_others(capsys: pytest.CaptureFixture[
         (["--frobnicate"], ["--frobnicate"]),
         (["bench"], ["--stack", "`kvcomp bench --help`"]),
         (["bench", "--stack", "none", "--samples", "0"], ["--samples", "`kvcomp bench --help`"]),
-        (["bench", "--stack", "none", "--samples", "many"], ["many"]),
+        (["bench", "--stack", "none", "--samples", "many"], ["--samples"]),
         (["data"], []),
         (["data", "check"], ["`kvcomp data check --help`"]),
         (["data", "lose"], ["lose", "`kvcomp data --help`"]),
@@ -187,7 +204,7 @@ def test_a_shell_completes_commands_options_and_values(tmp_path: Path) -> None:
     assert completed("kvcomp", "do") == ["doctor"]
     assert completed("kvcomp", "data", "") == ["check"]
     assert "--stack" in completed("kvcomp", "bench", "--st")
-    assert completed("kvcomp", "plan", "--gpu", "h1") == ["H100"]
+    assert completed("kvcomp", "plan", "--gpu", "h1") == ["h100"]
     (tmp_path / "model").mkdir()
     (tmp_path / "model.gguf").touch()
     (tmp_path / "model.txt").touch()
@@ -211,7 +228,7 @@ def test_completion_is_installed_by_the_command_itself() -> None:
     assert "--show-completion" in said
 
 
-@pytest.mark.parametrize("name", ["bench", "speed", "calibrate", "doctor", "plan", "generate"])
+@pytest.mark.parametrize("name", ["bench", "speed", "calibrate", "doctor"])
 def test_nothing_moves_in_a_pipe(name: str, commands: dict[str, list[object]], tmp_path: Path) -> None:
     """stderr of commands that show bars and spinners on a terminal: plain lines."""
     arguments = [str(tmp_path / "new") if str(a).endswith(("run", "file")) else str(a) for a in commands[name]]
@@ -219,4 +236,28 @@ def test_nothing_moves_in_a_pipe(name: str, commands: dict[str, list[object]], t
     assert done.returncode == 0, done.stderr
     for mark in ("\r", "\x1b", "━", "█", "%|", "it/s"):
         assert mark not in done.stderr, done.stderr
-        assert mark not in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "--help"], ["stacks"], ["stacks", "--json"]])
+def test_output_that_cannot_be_written_is_one_error(arguments: list[str]) -> None:
+    """Not a traceback, nor a second error when Python exits."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcomp", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: the output cannot be written: No space left on device."]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As `kvcomp stacks | head -1`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvcomp", "stacks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,8 +23,21 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETTINGS, VERSION = PROJECT["tool"]["setuptools"], PROJECT["project"]["version"]
 FOLDERS = SETTINGS["package-dir"]
+
+
+def _imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check_dist = _imported(ROOT / ".github" / "scripts" / "check_dist.py")
 
 
 def test_every_folder_with_code_is_a_listed_package() -> None:
@@ -78,15 +93,22 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
     (site / "others.pth").write_text(f"{here}\n", encoding="utf-8")  # what is installed as editable there is not found
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
-    if importlib.util.find_spec("setuptools") and int(version("setuptools").split(".")[0]) >= 77:  # else it is fetched
-        install.append("--no-build-isolation")
+    install = [*PIP, "install", *isolation(), "--target", site]
     subprocess.run([*install, checkout], check=True, cwd=folder, env=clean() | {"CC": "false"})
     shutil.rmtree(checkout / "build", ignore_errors=True)
     library = cpu.library()
     if library is not None:  # compiled once already, which takes a while
         shutil.copy(library._name, site / "kvcomp" / "kernels" / "cpu")
     return python, checkout
+
+
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def isolation() -> list[str]:
+    """Options to build with the setuptools that is there, if it is new enough; otherwise pip fetches one."""
+    new = importlib.util.find_spec("setuptools") and int(version("setuptools").split(".")[0]) >= 77
+    return ["--no-deps", *(["--no-build-isolation"] if new else [])]
 
 
 def clean() -> dict[str, str]:
@@ -139,3 +161,61 @@ def test_an_installed_copy_needs_no_sources(installed: tuple[Path, Path]) -> Non
     shown = said(python, checkout.parent, "-c", KERNEL)
     assert str(checkout) not in shown
     assert (shown.split()[-1] != "None") is (cpu.library() is not None)
+
+
+@pytest.mark.slow
+def test_a_wheel_without_kernels_is_for_any_platform(installed: tuple[Path, Path], tmp_path: Path) -> None:
+    _, checkout = installed
+    built = [*PIP, "wheel", *isolation(), "--wheel-dir", tmp_path, checkout]
+    subprocess.run(built, check=True, env=clean() | {"KVCOMP_KERNELS": "none"}, cwd=tmp_path)
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name == f"kvcomp-{VERSION}-py3-none-any.whl"
+    assert check_dist.check_wheel(wheel, "any") == "no kernels"
+    with pytest.raises(SystemExit, match="expected"):
+        check_dist.check_wheel(wheel, "manylinux_2_28_x86_64")
+    with pytest.raises(SystemExit, match="expected"):  # no sdist, no kernels
+        check_dist.main(str(tmp_path))
+    with pytest.raises(SystemExit, match="tag"):
+        check_dist.main(str(tmp_path), "v0.0.1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernels", "said"), [("required", "failed"), ("some", "expected auto, required or none")])
+def test_a_release_is_not_built_without_its_kernels(
+    installed: tuple[Path, Path], tmp_path: Path, kernels: str, said: str
+) -> None:
+    _, checkout = installed
+    built = [*PIP, "wheel", *isolation(), "--wheel-dir", tmp_path, checkout]
+    settings = clean() | {"KVCOMP_KERNELS": kernels, "CC": "false"}
+    done = subprocess.run(built, capture_output=True, text=True, env=settings, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no C compiler")
+def test_the_check_of_releases_knows_the_functions_of_the_kernels() -> None:
+    library = cpu.library()
+    assert library is not None
+    found = Path(library._name).read_bytes()
+    assert len(check_dist.functions()) > 8
+    assert all(b"\0" + name.encode() + b"\0" in found for name in check_dist.functions())
+
+
+def test_one_version_everywhere() -> None:
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.findall(r"^## \[(\d\S*)\]", changes, re.MULTILINE)
+    assert cited == released[0] == VERSION
+
+
+def test_the_workflows_run_what_there_is() -> None:
+    """Files and make targets that the workflows name."""
+    named = set()
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = workflow.read_text(encoding="utf-8")
+        named |= set(re.findall(r"(?:bash|python) (\.\S+)", text))
+        for target in re.findall(r"run: make (\S+)", text):
+            assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert named == {".ci/run", ".github/scripts/check_dist.py"}
+    assert all((ROOT / name).exists() for name in named)

@@ -18,7 +18,7 @@ from kvcomp.benchmarks.samples import Sample, TaskError
 class LongBench:
     """One dataset as a `Task`.
 
-    chat: put prompts into the tokenizer's chat template, save those of the few-shot and code datasets.
+    chat: put prompts into the tokenizer's chat template, except those of the few-shot and code datasets.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LongBench:
     def generate(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> list[Sample]:
         """Return the first `samples` items; of a dataset with tags, in turn from every group. The seed has no say.
 
-        Raises DataError where the data is missing, and TaskError where the context has no room for the answer or
+        Raises DataError where the data is missing, and TaskError where the context is too short for the answer or
         a library of the metric is missing.
         """
         chosen = load(self.source, data)[:samples]

@@ -61,7 +61,7 @@ class Niah(RulerTask):
         asked = rng.sample(keys, self.queries)
         needles = [self._needle(key, value) for key in keys for value in values[key]]
         rng.shuffle(needles)
-        others = random.Random(rng.getrandbits(64))  # apart, so that one more of them changes nothing else
+        others = random.Random(rng.getrandbits(64))  # separately, so that one more of them changes nothing else
         if self.haystack == "essays":
             pieces = texts.sentences(units, data)
             places = [int(len(pieces) * depth) for depth in rng.sample(texts.DEPTHS, len(needles))]

@@ -25,7 +25,7 @@ class Draft(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What prompts are written for: `tokens` counts those of a text, `context` is the room for prompt and answer."""
+    """What prompts are written for: `tokens` counts those of a text, `context` is what prompt and answer may take."""
 
     tokens: Callable[[str], int]
     context: int

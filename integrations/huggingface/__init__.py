@@ -8,8 +8,9 @@ model's own attention.
 """
 
 from .accounting import memory_of
+from .ask import Answers, ask
 from .cache import CompressedCache
 from .compact import Compaction
 from .prefill import Prefilled, prefill
 
-__all__ = ["Compaction", "CompressedCache", "Prefilled", "memory_of", "prefill"]
+__all__ = ["Answers", "Compaction", "CompressedCache", "Prefilled", "ask", "memory_of", "prefill"]

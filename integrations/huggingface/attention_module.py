@@ -42,7 +42,8 @@ def _dense_weight(projection: torch.nn.Module, width: int) -> Tensor | None:
         return None
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     unit = torch.eye(width, dtype=dtype, device=weight.device)
-    return (projection(unit) - projection(torch.zeros_like(unit[:1]))).mT
+    matrix: Tensor = (projection(unit) - projection(torch.zeros_like(unit[:1]))).mT
+    return matrix
 
 
 class AttentionModule:
@@ -79,7 +80,8 @@ class AttentionModule:
         except RuntimeError:  # the first channels only, and the module itself splits them off
             part = cos.shape[-1]
             turned = torch.cat([turn(flat[..., :part], flat[:, :1, :, :part], cos, sin)[0], flat[..., part:]], -1)
-        return turned.view(x.shape)
+        shaped: Tensor = turned.view(x.shape)
+        return shaped
 
     def _embedding(self) -> torch.nn.Module:
         config, names = self.config, vars(sys.modules[type(self.module).__module__])

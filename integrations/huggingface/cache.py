@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from copy import copy, deepcopy
@@ -12,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from kvcomp.architecture import obstacle
 from kvcomp.cache import saving
 from kvcomp.cache.layer import Shared
 from kvcomp.cache.saving import FilePath
 from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.files import named
 from kvcomp.ledger import Memory, Traffic
 from kvcomp.modes import normal_tensors, outside_inference
 from kvcomp.stages.stack import Stack, StackLike
+from kvcomp.text import quote
 
 from ..configs import decoder_config, layer_kinds, max_positions
 from .accounting import compressed, library, memory_of, report, traffic
+from .arguments import CheckedRows, is_count
 from .build import layers_of
 from .compact import Compaction, compact
 from .contents import Contents
@@ -38,7 +39,7 @@ from .saving import check_kinds, differences, digests, essentials, layer_state, 
 from .watch import reuse, turns_of, unwatch, watch
 
 
-class CompressedCache(IndexerPositions, Cache):
+class CompressedCache(IndexerPositions, CheckedRows):
     """A stack as the cache of any decoder model whose attention goes through transformers' attention interface.
 
     Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
@@ -51,7 +52,7 @@ class CompressedCache(IndexerPositions, Cache):
         stack: a Stack such as SnapKV(keep=0.5) + KIVI(bits=4), a stage, or the spec "snapkv(keep=0.5) + kivi(bits=4)".
         model_or_config: the model, or the very config object that it was built from.
         max_tokens: refuse to grow beyond this many tokens per row; default max_position_embeddings of the config.
-        preallocate: reserve room for so many tokens per row, padding included, when the prompt comes, so that decode
+        preallocate: reserve memory for so many tokens per row, padding included, when the prompt comes, so that decode
             steps have fixed shapes and addresses: `generate` compiles them on accelerators, as with transformers' own
             static cache, and CUDA graphs can record them. Not for selectors, nor for policies that act while decoding.
 
@@ -69,6 +70,8 @@ class CompressedCache(IndexerPositions, Cache):
         preallocate: int | None = None,
     ) -> None:
         self.stack = Stack.parse(stack)
+        if max_tokens is not None and not is_count(max_tokens):
+            raise KvcompError(f"max_tokens={quote(max_tokens)}: expected a positive number of tokens")
         config = self._check(model_or_config)
         for stage in self.stack.stages:
             stage.serves(partial(fingerprint, model_or_config))
@@ -87,7 +90,8 @@ class CompressedCache(IndexerPositions, Cache):
         config = getattr(model_or_config, "config", model_or_config)
         if not isinstance(config, PreTrainedConfig):
             raise KvcompError(
-                f"CompressedCache(model_or_config={model_or_config!r}): expected a transformers model or its config"
+                f"CompressedCache(model_or_config={quote(model_or_config)}): expected a transformers model or its "
+                "config"
             )
         decoder = decoder_config(config)
         alone = outside_interface(model_or_config)
@@ -152,7 +156,7 @@ class CompressedCache(IndexerPositions, Cache):
                 `preallocate`; no such device.
             SpecError: the stack has stages that are not installed.
         """
-        asked = f"load({os.fspath(path)!r}"
+        asked = f"load({named(path)}"
         with saving.opened(path) as file:
             saved = file.outline
             cache = cls(saved.stack, model_or_config, max_tokens, preallocate)
@@ -173,9 +177,9 @@ class CompressedCache(IndexerPositions, Cache):
 
         Args:
             input_ids: [B, n], all ids of the next turn, from the first token of the conversation.
-            held: [B, m], the ids that the cache holds, more behind them allowed: the output of the last `generate`.
+            held: [B, m], the ids that the cache holds, more after them allowed: the output of the last `generate`.
                 Needed where the cache did not see or keep them: it was made from a config, loaded from a file, fed
-                embeddings, preallocated, or its stack lets tokens go while decoding.
+                embeddings, preallocated, or its stack evicts tokens while decoding.
 
         Returns:
             how many of the tokens are still in the cache.

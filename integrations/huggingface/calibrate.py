@@ -19,6 +19,7 @@ from kvcomp.calibration.file import Calibration
 from kvcomp.calibration.stage import Calibrated, Seen
 from kvcomp.calibration.statistics import Moments
 from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.files import readable
 from kvcomp.stages.registry import find, stages
 
 from ..configs import cache_layers, decoder_config, layer_kinds, library_layer, max_positions
@@ -181,7 +182,7 @@ def read_text(path: Path) -> str:
         KvcompError: it cannot be read, or is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return readable(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise KvcompError(f"text: {str(path)!r}: {reason}.") from error

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.text import quote
 
+from .arguments import is_count, token_ids
 from .forward import with_cache
 from .handles import Call
 from .layer import CompressedLayer
@@ -40,8 +42,11 @@ def compact(
     cache: Any, model: Any, input_ids: Tensor, span: tuple[int, int], keep: float, tokenizer: Any
 ) -> Compaction:
     """See `CompressedCache.compact`."""
-    if not 0 < keep < 1:
-        raise KvcompError(f"compact(keep={keep}): expected a share of the span's tokens between 0 and 1")
+    if not isinstance(keep, int | float) or not 0 < keep < 1:
+        raise KvcompError(f"compact(keep={quote(keep)}): expected a share of the span's tokens between 0 and 1")
+    if not isinstance(span, tuple | list) or len(span) != 2 or not all(is_count(at, 0) for at in span):
+        raise KvcompError(f"compact(span={quote(span)}): expected (start, end), two numbers of tokens")
+    token_ids("compact(input_ids=", input_ids)
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
     if any(layer.plan.latent for layer in ours):
         raise UnsupportedError(f"compact(span={span}): the model caches latents (MLA), which cannot be compacted yet")
@@ -72,7 +77,7 @@ def compact(
 
 @torch.no_grad()
 def _questions(cache: Any, model: Any, ids: Tensor, tokenizer: Any) -> list[_Recorder]:
-    """What compressed layers are asked while the model repeats `ids` [B, n] behind what a fork of the cache holds."""
+    """What compressed layers are asked while the model repeats `ids` [B, n] after what a fork of the cache holds."""
     fork = cache.fork()
     asked = []
     for layer in fork.layers:

@@ -14,7 +14,7 @@ from .handles import Handle, HandleLayer
 
 
 class Contents(Handle):
-    """Stands in for all K or V that a layer holds between forwards: a size, and tensors only where they are asked."""
+    """Replaces all K or V that a layer holds between forwards: a size, and tensors only where they are asked."""
 
     layer: Readable
 

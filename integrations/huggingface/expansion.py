@@ -32,7 +32,8 @@ class Expansion:
 
     def _part(self, channels: slice) -> Tensor:
         """[H, channels, R], a view."""
-        return self.weight.detach().unflatten(0, (self.heads, -1))[:, channels]
+        by_head: Tensor = self.weight.detach().unflatten(0, (self.heads, -1))
+        return by_head[:, channels]
 
     def absorbed(self, queries: Tensor) -> Tensor:
         """Queries [B, H, n, Dn + Dr] of keys as queries [B, H, n, R + Dr] of [c, r]."""
@@ -46,7 +47,8 @@ class Expansion:
         """Attention output [B, H, n, R] over c as output [B, H, n, Dv] over values."""
         rows, _, n, _ = out.shape
         by_head = out.transpose(0, 1).flatten(1, 2).to(self.weight.dtype)
-        return torch.bmm(by_head, self._part(self.values).mT).unflatten(1, (rows, n)).transpose(0, 1)
+        expanded: Tensor = torch.bmm(by_head, self._part(self.values).mT).unflatten(1, (rows, n))
+        return expanded.transpose(0, 1)
 
     def expanded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """[c, r] [B, 1, N, R + Dr] -> keys [B, H, N, Dn + Dr] and values [B, H, N, Dv]."""

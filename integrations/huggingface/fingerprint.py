@@ -38,7 +38,7 @@ def fingerprint(model_or_config: torch.nn.Module | PreTrainedConfig, name: str |
     """The fingerprint of a model, or of a config alone: without weights.
 
     Weights count as bfloat16, so that a checkpoint has one fingerprint whether it is loaded in bfloat16 or in float32.
-    Those on the meta device are not at hand. Adapters count while they are active: a model whose adapters are disabled
+    Those on the meta device are not available. Adapters count while active: a model whose adapters are disabled
     is the one without them.
 
     name: what to call it; by default what the config says.

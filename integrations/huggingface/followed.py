@@ -247,13 +247,13 @@ class Place(Made):
 
 
 class LatentHandles(HandleLayer):
-    """Layers that are handed latents c [B, 1, n, R] and rotary keys r [B, 1, n, Dr], and hold keys [c, r] and values c,
+    """Layers that are given latents c [B, 1, n, R] and rotary keys r [B, 1, n, Dr], and hold keys [c, r] and values c,
     a view of them; unless it turns out that the model expands latents before it caches them."""
 
     latent = True
 
     def expanded(self) -> None:
-        """Go on as a layer that is handed keys and values of heads."""
+        """Go on as a layer that is given keys and values of heads."""
         self.latent = False
 
     def update(  # type: ignore[override]
@@ -276,7 +276,7 @@ class LatentHandles(HandleLayer):
 def _follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a function of torch gives, where that is followed; None: it is not."""
     if func is F.linear and args and isinstance(args[0], Latent):
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        weight: Any = args[1] if len(args) > 1 else kwargs.get("weight")
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return Projected(args[0], weight) if bias is None and _plain(weight, args[0]) else None
     if func in (torch.split, torch.functional.split) and args and isinstance(args[0], ByHead):

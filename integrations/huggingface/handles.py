@@ -1,4 +1,4 @@
-"""Handles that stand in for a layer's keys and values, and the base of the layers that give them out."""
+"""Handles that replace a layer's keys and values, and the base of the layers that give them out."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Call(NamedTuple):
         return self.base(self.module, self.query, keys, values, self.mask, scaling=self.scaling, **self.kwargs)
 
     def dense_behind(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `dense`, over N tokens of which the queries are the newest, behind our own mask function."""
+        """As `dense`, over N tokens of which the queries are the newest, masked by our own mask function."""
         mask, n, length = self.mask, self.query.shape[2], keys.shape[2]
         if 1 < n < length and isinstance(mask, Tensor) and mask.dim() == 2:
             mask = chunk_mask(self.name, self.query, length, mask)
@@ -160,7 +160,7 @@ class HandleLayer(CacheLayerMixin):
 
 
 class Handle:
-    """Stands in for all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning.
+    """Replaces all K or all V of a layer. Its shape is logical; touching its content decodes, with a warning.
 
     It has the operators and methods of tensors, but is no `Tensor` to `isinstance`: dynamo could not follow that.
     """

@@ -94,13 +94,21 @@ class HeldLayer(Readable):
     def get_seq_length(self) -> int:
         return self._store.history.length + (self.pending.keys.shape[2] if self.pending else 0)
 
-    def check_rows(self, new: Tensor) -> None:
-        """Raise a KvcompError unless new [B, ...] has the rows that are held."""
-        if new.shape[0] != self._store.rows:
+    def check_shapes(self, keys: Tensor, values: Tensor) -> None:
+        """Raise a KvcompError unless keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv] are of the shape of those held."""
+        held, k, v = self._store, keys.shape, values.shape
+        if k[0] == held.rows and k[1] == held.heads and k[3] == held.k_dim and v[3] == held.v_dim and k[:3] == v[:3]:
+            return
+        check_pair(keys, values)
+        if k[0] != held.rows:
             raise KvcompError(
-                f"the cache holds {self._store.rows} rows, but the batch has {new.shape[0]}: use a new cache, reset() "
-                "this one, or batch_repeat_interleave / batch_select_indices"
+                f"the cache holds {held.rows} rows, but the batch has {k[0]}: use a new cache, reset() this one, or "
+                "batch_repeat_interleave / batch_select_indices"
             )
+        raise KvcompError(
+            f"the cache holds {held.heads} KV heads of {held.k_dim} and {held.v_dim} channels, but the model has "
+            f"{k[1]} of {k[3]} and {v[3]}: it was filled by another model; make a cache for each"
+        )
 
     def counted(self) -> tuple[Tensor, int]:
         """Real tokens of each row, int64 [B], and columns, those of pending chunks included, which go on waiting."""
@@ -220,7 +228,7 @@ class HeldLayer(Readable):
         """Become the layer whose `state` this is, on `device`; the state's tensors lie on the host.
 
         Raises:
-            KvcompError: more tokens than there is room for, or pages of another layout.
+            KvcompError: more tokens than there is memory for, or pages of another layout.
             DamagedError: the state is no layer's of this plan.
         """
         state = State.of(state, f"layer {self.plan.layer}")
@@ -285,3 +293,16 @@ class HeldLayer(Readable):
         if self.pending is not None:
             parts["pending"] = storage_bytes([x for x in self.pending if isinstance(x, Tensor)], seen)
         return parts
+
+
+def check_pair(keys: Tensor, values: Tensor) -> None:
+    """Raise a KvcompError unless these may be keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv] of the same tokens, and
+    an UnsupportedError where they have no content."""
+    k, v = tuple(keys.shape), tuple(values.shape)
+    if len(k) != 4 or k[:3] != v[:3] or len(v) != 4:
+        raise KvcompError(f"keys {k} and values {v}: expected [B, Hkv, n, Dk] and [B, Hkv, n, Dv] of the same tokens")
+    if keys.is_meta or values.is_meta:
+        raise UnsupportedError(
+            "keys and values lie on the meta device, which holds no numbers to compress: load the model's weights "
+            "first, or ask `kvcomp plan` for sizes"
+        )

@@ -57,7 +57,7 @@ def _attends_alone(kind: type) -> bool:
 def _code(kind: type) -> str:
     """The source of a class's methods, with those that it inherits, if one of them updates something.
 
-    "" where no source is at hand.
+    "" where no source is available.
     """
     owners = [owner for owner in kind.__mro__ if owner.__module__.split(".")[0] != "torch"]
     methods = {name: thing for owner in reversed(owners) for name, thing in vars(owner).items()}

@@ -16,7 +16,7 @@ from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, given_dtypes, outside_graph
-from .held import HeldLayer
+from .held import HeldLayer, check_pair
 from .masks import Seen, read_mask
 from .pending import Pending
 from .rows import WAY_ON, follow_mask
@@ -33,12 +33,15 @@ class CompressedLayer(HeldLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         """Take a chunk: keys [B, Hkv, n, Dk] post-RoPE, values [B, Hkv, n, Dv]. Returns handles for all K and all V."""
+        if not self.is_initialized:
+            check_pair(key_states, value_states)
         new = self.as_held(key_states, value_states)
         if self.loaded:
             self.check_loaded(*((key_states, value_states) if key_states.dtype == value_states.dtype else new))
         if torch.compiler.is_compiling():
             with given_dtypes(key_states.device):
-                return outside_graph(self._update, *new)
+                handles: tuple[Handle, Handle] = outside_graph(self._update, *new)
+                return handles
         if torch.is_autocast_enabled(key_states.device.type):
             with given_dtypes(key_states.device):
                 return self._update(*new)
@@ -59,7 +62,7 @@ class CompressedLayer(HeldLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         _refuse_nothing(n)
-        self.check_rows(key_states)
+        self.check_shapes(key_states, value_states)
         length = self.get_seq_length()
         if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
             seen = int(self.counted()[0].max()) + n
@@ -109,7 +112,7 @@ class CompressedLayer(HeldLayer):
         return without_gradient(out, call.query, *chunk), weights
 
     def expands(self, n: int, tracked: bool) -> bool:
-        """Whether n queries behind tokens that are held are answered from those in full, by the model's attention.
+        """Whether n queries after tokens that are held are answered from those in full, by the model's attention.
         tracked: a gradient is asked for."""
         return False
 

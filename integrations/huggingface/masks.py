@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from kvcomp.attention import causal
 from kvcomp.errors import UnsupportedError
+from kvcomp.state import FLOATS, described
 
 
 class Seen(NamedTuple):
@@ -57,7 +58,7 @@ def dense_mask(mask: BlockMask) -> Tensor:
 
 
 def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
-    """Interpret the mask of n queries behind `past` cached columns: None, [B, past + n], [B, 1, n, past + n], or a
+    """Interpret the mask of n queries after `past` cached columns: None, [B, past + n], [B, 1, n, past + n], or a
     block mask of that shape.
 
     Raises:
@@ -69,13 +70,19 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
         return Seen(None, None, None)
     known = _read_masks.get(mask)
     if known is not None and known[0] == (past, n):
-        return known[1]
+        seen: Seen = known[1]
+        return seen
     if mask.shape[-1] != past + n:
         raise UnsupportedError(f"attention mask of length {mask.shape[-1]} for {past} cached and {n} new tokens")
     if isinstance(mask, BlockMask):
         allowed = dense_mask(mask)
     elif mask.dtype == torch.bool or mask.dim() == 2:
         allowed = mask.bool()
+    elif mask.dtype not in FLOATS:
+        raise UnsupportedError(
+            f"attention_mask: {described(mask)}: expected bool, True where a token is seen, or a dtype that computes, "
+            "whose numbers are added to the logits"
+        )
     else:
         low = torch.finfo(mask.dtype).min / 2
         allowed = mask > low
@@ -153,9 +160,9 @@ def mask_function(base: str) -> Callable[..., Any]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Mask | None:
-        """A causal chunk behind a cache needs no q x kv mask: only the padding is passed on, [B, kv].
+        """A causal chunk after a cache needs no q x kv mask: only the padding is passed on, [B, kv].
 
-        Everything else as the base does, and where the model itself reads the mask; of a cache with idle room behind
+        Everything else as the base does, and where the model itself reads the mask; of a cache with idle memory after
         the chunk it is whole.
         """
         if q_length > 1 and kv_offset + kv_length > q_offset + q_length:

@@ -176,7 +176,7 @@ def converted(alias: str) -> Path:
     """Return the folder with the packaged model as safetensors, converting it on first use (half a minute).
 
     The folder is `$XDG_CACHE_HOME/kvcomp/<alias>` (`~/.cache` without the variable). It appears by one
-    rename, so an interrupted conversion leaves nothing behind that looks finished.
+    rename, so an interrupted conversion leaves nothing that looks finished.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcomp"
     target = cache / alias

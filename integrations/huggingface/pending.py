@@ -15,7 +15,7 @@ from kvcomp.state import FLOATS, State
 
 
 class Pending(NamedTuple):
-    """A chunk that was handed to `update` and is not committed yet, and those before it that wait for more.
+    """A chunk that was passed to `update` and is not committed yet, and those before it that wait for more.
 
     keys [B, Hkv, n, Dk], values [B, Hkv, n, Dv]; valid bool [B, n], queries [B, Hq, n, Dk] and the softmax scale are
     known once attention ran.
@@ -81,7 +81,7 @@ class Pending(NamedTuple):
         return Pending(self.keys[:, :, :end], self.values[:, :, :end], valid, queries, self.scale, chosen)
 
     def state(self, store: LayerStore) -> tuple[Any, ...]:
-        """What `restored` takes: latents as they were handed over, c and r."""
+        """What `restored` takes: latents as they were passed, c and r."""
         if not store.plan.latent:
             return tuple(self)
         return self.values, self.keys[..., store.v_dim :], *self[2:]

@@ -20,15 +20,20 @@ from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.ledger import add_parts
 from kvcomp.modes import outside_inference, without_gradient
 from kvcomp.stages.plan import LayerPlan
+from kvcomp.text import quote
 
 from ..configs import cache_layers, layer_kinds
+from .arguments import is_count
 from .handles import Call, Handle, given_dtypes
 from .layer import CompressedLayer, Pending, answered
 from .masks import columns
 
 
 def check_room(config: PreTrainedConfig, tokens: int, max_tokens: int | None) -> None:
-    """Raise an error unless a model can have a cache with room for so many tokens."""
+    """Raise an error unless a model can have a cache with space for so many tokens."""
+    if not is_count(tokens) or (max_tokens is not None and tokens > max_tokens):
+        most = "" if max_tokens is None else f", at most the model's max_position_embeddings={max_tokens}"
+        raise KvcompError(f"preallocate={quote(tokens)}: expected a positive number of tokens{most}")
     each = zip(cache_layers(config)[0], layer_kinds(config), strict=True)
     latent = "latent attention (MLA)"
     others = sorted({latent if kind is LayerKind.LATENT else of for of, kind in each if not kind.traits.fixed})
@@ -42,13 +47,10 @@ def check_room(config: PreTrainedConfig, tokens: int, max_tokens: int | None) ->
             f"preallocate={tokens}: transformers' generate has no block masks for caches of fixed room: load the model "
             "with attn_implementation='sdpa', or leave preallocate= out"
         )
-    if tokens < 1 or (max_tokens is not None and tokens > max_tokens):
-        most = "" if max_tokens is None else f", at most the model's max_position_embeddings={max_tokens}"
-        raise KvcompError(f"preallocate={tokens}: expected a positive number of tokens{most}")
 
 
 class PreallocatedLayer(CompressedLayer):
-    """A `CompressedLayer` with room for `tokens` columns per row.
+    """A `CompressedLayer` with space for `tokens` columns per row.
 
     Between forwards all tokens lie in the preallocated store, where single tokens are added and attended to by one
     operator. Whatever else comes, a prompt or surgery, finds them in `store`.
@@ -97,7 +99,7 @@ class PreallocatedLayer(CompressedLayer):
             return super().update(key_states, value_states)
         if self.loaded:
             self.check_loaded(key_states, value_states)
-        self.check_rows(key_states)
+        self.check_shapes(key_states, value_states)
         self.pending = Pending(*self.as_held(key_states, value_states))
         return self.handles(key_states.shape, value_states.shape, self.preallocated.tokens)
 

@@ -15,7 +15,9 @@ from transformers.cache_utils import Cache
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages import Policy
 from kvcomp.state import described
+from kvcomp.text import quote
 
+from .arguments import is_count, token_ids
 from .cache import CompressedCache
 from .followed import LatentHandles
 from .forward import with_cache
@@ -76,6 +78,16 @@ class Prefilled(NamedTuple):
         return f"Prefilled(logits={described(self.logits)}, dense_s={self.dense_s:.3f}, own_s={self.own_s:.3f})"
 
 
+def _check_caches(caches: Any) -> None:
+    """Raise a KvcompError unless these are different caches of ours."""
+    given = list(caches) if isinstance(caches, list | tuple) else [None]
+    wrong = next((cache for cache in given if not isinstance(cache, CompressedCache)), given)
+    if wrong is not given:
+        raise KvcompError(f"prefill(caches={quote(caches)}): expected a list of CompressedCache")
+    if len({id(cache) for cache in given}) < len(given):
+        raise KvcompError("prefill(caches=...): the same cache came twice: make one for each")
+
+
 class Prompt(NamedTuple):
     """ids [B, n] int64; mask [B, n], 0 where padding; positions [B, n] int64. None: no padding."""
 
@@ -84,7 +96,7 @@ class Prompt(NamedTuple):
     positions: Tensor | None
 
     def enter(self, model: PreTrainedModel, cache: Cache, start: int, end: int) -> Tensor:
-        """Feed tokens `start` to `end` behind those in the cache; returns logits [B, vocabulary] of the last one."""
+        """Feed tokens `start` to `end` after those in the cache; returns logits [B, vocabulary] of the last one."""
         out = model(
             input_ids=self.ids[:, start:end],
             attention_mask=None if self.mask is None else self.mask[:, :end],
@@ -132,21 +144,25 @@ def prefill(
     """
     if not caches:
         raise KvcompError("prefill(caches=[]): pass at least one cache")
-    if input_ids.dim() != 2 or input_ids.shape[1] < 2:
-        raise KvcompError(f"prefill(input_ids={tuple(input_ids.shape)}): expected [B, n] with at least 2 tokens")
+    _check_caches(caches)
+    token_ids("prefill(input_ids=", input_ids, 2)
+    if attention_mask is not None and getattr(attention_mask, "shape", None) != input_ids.shape:
+        said = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else quote(attention_mask)
+        raise KvcompError(f"prefill(attention_mask={said}): expected that of input_ids, {list(input_ids.shape)}")
     if any(cache.get_seq_length() for cache in caches):
         raise KvcompError("prefill: every cache must be empty; call reset() on those that are not")
     positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     prompt, tokens = Prompt(input_ids, attention_mask, positions), input_ids.shape[1]
-    if chunk is not None and chunk < 1:
-        raise KvcompError(f"prefill(chunk={chunk}): expected a positive number of tokens")
+    if chunk is not None and not is_count(chunk):
+        raise KvcompError(f"prefill(chunk={quote(chunk)}): expected a positive number of tokens")
     chunks = [min(chunk or tokens, cache.stack.prefill_chunk or tokens) for cache in caches]
     alone = [size < tokens for size in chunks]
     for cache, size, own in zip(caches, chunks, alone, strict=True):
         if (policy := _reconstructing(cache)) is not None:
-            if tokenizer is None:
+            if not callable(tokenizer):
                 raise KvcompError(
-                    f"prefill(tokenizer=None): {policy.name} asks the model to repeat its prompt: pass the tokenizer"
+                    f"prefill(tokenizer={quote(tokenizer)}): {policy.name} asks the model to repeat its prompt: "
+                    "pass the tokenizer"
                 )
             if own:
                 raise UnsupportedError(

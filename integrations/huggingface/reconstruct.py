@@ -26,7 +26,7 @@ SINKS = 4  # first tokens, among which a query's attention is shared out, too
 
 
 class RepeatLayer(HandleLayer):
-    """A full-attention layer behind the K and V of a prompt, of which it repeats tokens `start` to `end`.
+    """A full-attention layer after the K and V of a prompt, of which it repeats tokens `start` to `end`.
 
     keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]; received [1, Hkv, n] float32: the most attention that a token got,
     among those of its part, the sinks and the repetition. The repetition itself is forgotten.
@@ -65,7 +65,7 @@ class RepeatLayer(HandleLayer):
 
 
 class RepeatLatents(LatentHandles, RepeatLayer):
-    """A `RepeatLayer` behind keys [c, r] and values c of latents."""
+    """A `RepeatLayer` after keys [c, r] and values c of latents."""
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def received(
         tokenizer: the model's, for the request to repeat.
         ids: [1, n], without padding.
         layers: of all the model's layers, (keys [1, Hkv, n, Dk], values [1, Hkv, n, Dv]) where they are ours, or a
-            `RepeatLayer` behind those, and the library's cache layer after the prompt where not.
+            `RepeatLayer` after those, and the library's cache layer after the prompt where not.
 
     Returns:
         [1, Hkv, n] float32 of each layer that is ours.

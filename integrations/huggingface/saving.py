@@ -31,7 +31,7 @@ def essentials(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def digests(model: Any) -> dict[str, str | None]:
-    """What a file says of a model's weights; None for a config, or where they are not at hand."""
+    """What a file says of a model's weights; None for a config, or where they are not available."""
     if not isinstance(model, torch.nn.Module):
         return {"weights": None, "parameters": None}
     found = fingerprint(model)
@@ -80,7 +80,7 @@ def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) ->
     """Make new layers those whose `layer_state` was saved, on `device`; the states' tensors lie on the host.
 
     Raises:
-        KvcompError: pages of another layout, or more tokens than the layers have room for.
+        KvcompError: pages of another layout, or more tokens than the layers can hold.
         DamagedError: the states are none of such layers.
     """
     for i, (layer, state) in enumerate(zip(layers, saved.layers, strict=True)):

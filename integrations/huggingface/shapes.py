@@ -186,4 +186,5 @@ def _state_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     values = config.linear_num_value_heads * config.linear_value_head_dim
     recurrent = values * config.linear_key_head_dim * 4
-    return recurrent + (2 * keys + values) * config.linear_conv_kernel_dim * itemsize
+    size: int = recurrent + (2 * keys + values) * config.linear_conv_kernel_dim * itemsize
+    return size

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcomp.errors import KvcompError, UnsupportedError
 
+from .arguments import token_ids
 from .layer import CompressedLayer
 from .rows import refuse_unmasked
 from .turns import Turns, common_prefix
@@ -72,8 +73,9 @@ def turns_of(cache: Cache) -> Turns | None:
 
 def reuse(cache: Cache, input_ids: Tensor, held: Tensor | None) -> int:
     """See `CompressedCache.reuse`."""
-    if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-        raise KvcompError(f"reuse(input_ids={tuple(input_ids.shape)}): expected [B, n] with at least one token")
+    token_ids("reuse(input_ids=", input_ids)
+    if held is not None:
+        token_ids("reuse(held=", held)
     turns, columns = turns_of(cache), int(cache.get_seq_length())
     if columns == 0:
         return 0

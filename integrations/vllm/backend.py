@@ -158,5 +158,5 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
 
 @cache
 def backend_for(setup: Setup) -> type[PageBackend]:
-    """The backend of one setup: vLLM asks classes, not objects, and not always where its config is at hand."""
+    """The backend of one setup: vLLM asks classes, not objects, and not always where its config is available."""
     return type("PageBackend", (PageBackend,), {"setup": setup})

@@ -19,7 +19,7 @@ NORM = re.compile(r"\.self_attn\.k_(?:layer)?norm\.weight$")
 
 def turned_biases(model: str, config: Any, layer: int, dim: int) -> Turned | None:
     """The biases of a layer's keys; None where the model has none, or keys are normalized after them, or its weights
-    are not at hand as safetensors.
+    are not available as safetensors.
 
     model: a folder, or a hub id whose files are in the local cache. config: the text model's, with its rotary
     embedding.

@@ -1,4 +1,4 @@
-"""What vLLM's memory manager has to know: blocks of a request's exact window, and blocks that a request lets go.
+"""What vLLM's memory manager has to know: blocks of a request's exact window, and blocks that a request frees.
 
 Importing this module registers the specs and their managers, in every process.
 """
@@ -57,7 +57,8 @@ class WindowSpec(CircularBufferSpec):
     kept_blocks: int = 1
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        return self.blocks * self.page_size_bytes
+        size: int = self.blocks * self.page_size_bytes
+        return size
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         return self.blocks

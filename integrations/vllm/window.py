@@ -85,7 +85,7 @@ class Window(nn.Module, AttentionLayerBase):
         """As many blocks of the pages' size as the slots need.
 
         Raises:
-            UnsupportedError: a block has no room for one token.
+            UnsupportedError: a block has no space for one token.
         """
         size = vllm_config.cache_config.block_size
         cell = self.setup.record_bytes(self.heads) // self.setup.page_size

@@ -24,7 +24,7 @@ from .memory import given, records, table
 __all__ = ["KINDS", "Described", "attend", "described", "library", "missing", "obstacle", "readable", "unknown"]
 KINDS = {UNIFORM: 0, CODEBOOK: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 TILE = 16  # tokens that share scales come in multiples of it
-FEW_BITS = 4  # codebooks of so many bits have room for 16 entries, others for 256
+FEW_BITS = 4  # codebooks of so many bits can hold 16 entries, others for 256
 
 
 class _Plane(Structure):

@@ -56,3 +56,45 @@ INLINE void put_centre(const Piece *g, const uint8_t *x, int64_t dim, int64_t to
         c[i] = from_half(halves[i]);
     }
 }
+
+/* Whether the centre is `anchored`: where tokens are coded one by one, in two bits or more, of a book in three. */
+INLINE int anchored(const Piece *g) {
+    return g->kind == CODEBOOK ? g->levels > 3 : g->levels > 1 && g->token_group == 1;
+}
+
+/* Channel i of a page's first token, as its codes and its record have it. */
+INLINE float first_coded(const Piece *g, const uint8_t *codes, const uint8_t *record, int64_t i) {
+    const uint16_t *scale = (const uint16_t *)(record + g->scale), *zero = (const uint16_t *)(record + g->zero);
+    if (g->kind == CODEBOOK) return g->book[codes[i]] * from_half(scale[0]);
+    float step = from_half(scale[i / g->channel_group]);
+    if (g->zero == NOTHING) return (float)(codes[i] - g->levels / 2) * step;
+    return from_half(zero[i / g->channel_group]) + (float)codes[i] * step; /* the product is exact */
+}
+
+/* Moves the centre c by the error that the first of `tokens` > 1 rows of x has under it, as `quantizers.centred.anchored`.
+ * room: 8 numbers of each channel, and 3 more. */
+INLINE void anchor(const Piece *g, const uint8_t *x, int64_t dim, int64_t tokens, uint8_t *record, uint8_t *codes,
+                   float *c, float *room, const int dtype) {
+    int64_t n = g->channels, few = tokens < 4 ? tokens : 4;
+    float *rows = room, *rest = room + few * n;
+    rows_less(x, dim, n, few, c, rows, dtype);
+    if (g->kind == UNIFORM)
+        put_uniform(g, rows, n, 1, 0, record, codes, rest);
+    else
+        put_codebook(g, rows, n, 1, 0, record, codes, rest);
+    uint16_t *halves = (uint16_t *)(record + g->centre);
+    for (int64_t i = 0; i < n; i++) {
+        float most = 0, error = rows[i] - first_coded(g, codes, record, i);
+        for (int64_t t = 1; t < few; t++) most = larger(fabsf(rows[t * n + i]), most);
+        error = smaller(larger(error == error ? error : 0, -most), most);
+        halves[i] = to_half(smaller(larger(c[i] + error, -HUGEST), HUGEST));
+        c[i] = from_half(halves[i]);
+    }
+}
+
+/* What is subtracted from a page's tokens, to c and to the record. */
+INLINE void put_shift(const Piece *g, const uint8_t *x, int64_t dim, int64_t tokens, uint8_t *record, uint8_t *codes,
+                      float *c, float *room, const int dtype) {
+    put_centre(g, x, dim, tokens, record, c, room, dtype);
+    if (tokens > 1 && anchored(g)) anchor(g, x, dim, tokens, record, codes, c, room, dtype);
+}

@@ -3,7 +3,8 @@
  *   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, no zero
  *   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
  *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
- *   centred   either of the first two of x less c, a mean over the page's tokens in float16
+ *   centred   either of the first two of x less c, a mean over the page's tokens in float16; moved by the error of the
+ *             first token, where tokens are coded one by one
  *
  * Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Two things are not determined
  * by the specification: the sign of a zero that is 0, and the last bit of a norm, whose squares are summed in another
@@ -60,15 +61,19 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
         if (g->centre != NOTHING) {
             c = room, rest = room + g->channels;
             if (side->dtype == FLOAT32)
-                put_centre(g, x, side->dim, tokens, record, c, rest, FLOAT32);
+                put_shift(g, x, side->dim, tokens, record, codes, c, rest, FLOAT32);
             else if (side->dtype == FLOAT16)
-                put_centre(g, x, side->dim, tokens, record, c, rest, FLOAT16);
+                put_shift(g, x, side->dim, tokens, record, codes, c, rest, FLOAT16);
             else
-                put_centre(g, x, side->dim, tokens, record, c, rest, BFLOAT16);
+                put_shift(g, x, side->dim, tokens, record, codes, c, rest, BFLOAT16);
         }
-        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, c, rest, &stride);
+        /* numbers that are read where they lie become less their centre as they are read */
+        int fused = c && side->dtype == FLOAT32 && g->kind == UNIFORM && g->token_group == 1;
+        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, fused ? 0 : c, rest, &stride);
         rest = from == rest ? rest + tokens * g->channels : rest;
-        if (g->kind == UNIFORM)
+        if (fused)
+            put_less(g, from, stride, tokens, first, record, codes, rest, c);
+        else if (g->kind == UNIFORM)
             put_uniform(g, from, stride, tokens, first, record, codes, rest);
         else
             put_codebook(g, from, stride, tokens, first, record, codes, rest);

@@ -1,4 +1,4 @@
-"""What may be handed to C by address: tensors whose dtype, shape, device and order are known to be what it reads."""
+"""What may be passed to C by address: tensors whose dtype, shape, device and order are known to be what it reads."""
 
 from __future__ import annotations
 

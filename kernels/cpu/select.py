@@ -22,7 +22,7 @@ _VECTORS = Struct("18qi4x")  # a structure of the C kernel, as one row of number
 
 
 def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Write one token of each stream, keys and values [B, H, 1, D], behind the counts [S] that k and v [S, N, D] hold,
+    """Write one token of each stream, keys and values [B, H, 1, D], after the counts [S] that k and v [S, N, D] hold,
     and count it; False, and nothing done, where dtypes differ, or something is a view or on another device."""
     if keys.dtype is not k.dtype or values.dtype is not v.dtype:
         return False

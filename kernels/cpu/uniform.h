@@ -29,6 +29,20 @@ INLINE void range_of_groups(const float *least, const float *most, int64_t group
     }
 }
 
+/* Least and largest of x - c, for each run of `group` channels; as `range_of_groups` of what it would be stored as. */
+INLINE void range_less(const float *x, const float *c, int64_t groups, int64_t group, float *low, float *high) {
+    for (int64_t i = 0; i < groups; i++, x += group, c += group) {
+        float a = x[0] - c[0], b = a;
+#pragma omp simd reduction(min : a) reduction(max : b)
+        for (int64_t j = 0; j < group; j++) {
+            float y = x[j] - c[j];
+            a = smaller(y, a);
+            b = larger(y, b);
+        }
+        low[i] = a, high[i] = b;
+    }
+}
+
 /* The range of n blocks, `low` and `high`, to their zeros and scales, as they are to be stored. */
 INLINE void grids(float *low, float *high, int64_t n, const int symmetric, float levels, float cut) {
     float middle = levels / 2;
@@ -51,15 +65,17 @@ INLINE uint8_t code_of(float x, float zero, float scale, float levels) {
     return (uint8_t)y.u;
 }
 
-/* Codes, scales and zeros of `tokens` rows of x. */
+/* Codes, scales and zeros of `tokens` rows of x; of x - c where there is a centre, and each token has its own grids. */
 INLINE void put_blocks(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
-                       uint8_t *codes, float *room, const int64_t group) {
+                       uint8_t *codes, float *room, const float *centre, const int64_t group) {
     int64_t channels = g->channels, groups = channels / group, rows = tokens / g->token_group;
     float levels = (float)g->levels, *zeros = room, *scales = room + rows * groups, *least = scales + rows * groups;
     for (int64_t r = 0; r < rows; r++) {
         const float *from = x + r * g->token_group * stride;
         float *low = zeros + r * groups, *high = scales + r * groups, *most = least + channels;
-        if (g->token_group == 1) {
+        if (centre) {
+            range_less(from, centre, groups, group, low, high);
+        } else if (g->token_group == 1) {
             range_of_groups(from, from, groups, group, low, high);
         } else if (group == 1) {
             range_of_channels(from, stride, g->token_group, channels, low, high);
@@ -75,7 +91,11 @@ INLINE void put_blocks(const Piece *g, const float *x, int64_t stride, int64_t t
     uint8_t *to = codes;
     for (int64_t t = 0; t < tokens; t++, x += stride, to += channels) {
         const float *zero = zeros + t / g->token_group * groups, *scale = scales + t / g->token_group * groups;
-        if (group == 1)
+        if (centre)
+            for (int64_t i = 0; i < groups; i++)
+                for (int64_t c = 0; c < group; c++)
+                    to[i * group + c] = code_of(x[i * group + c] - centre[i * group + c], zero[i], scale[i], levels);
+        else if (group == 1)
             for (int64_t c = 0; c < channels; c++) to[c] = code_of(x[c], zero[c], scale[c], levels);
         else
             for (int64_t i = 0; i < groups; i++)
@@ -88,11 +108,17 @@ INLINE void put_blocks(const Piece *g, const float *x, int64_t stride, int64_t t
     if (g->zero != NOTHING) put_halves(record + g->zero + at, zeros, rows * groups);
 }
 
+/* `put_blocks` of x, or of x less a centre. */
+INLINE void put_less(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
+                     uint8_t *codes, float *room, const float *centre) {
+    switch (g->channel_group) { /* where the compiler knows that they are few, they are one vector */
+        case 8: put_blocks(g, x, stride, tokens, first, record, codes, room, centre, 8); break;
+        case 16: put_blocks(g, x, stride, tokens, first, record, codes, room, centre, 16); break;
+        default: put_blocks(g, x, stride, tokens, first, record, codes, room, centre, g->channel_group);
+    }
+}
+
 INLINE void put_uniform(const Piece *g, const float *x, int64_t stride, int64_t tokens, int64_t first, uint8_t *record,
                         uint8_t *codes, float *room) {
-    switch (g->channel_group) { /* where the compiler knows that they are few, they are one vector */
-        case 8: put_blocks(g, x, stride, tokens, first, record, codes, room, 8); break;
-        case 16: put_blocks(g, x, stride, tokens, first, record, codes, room, 16); break;
-        default: put_blocks(g, x, stride, tokens, first, record, codes, room, g->channel_group);
-    }
+    put_less(g, x, stride, tokens, first, record, codes, room, 0);
 }

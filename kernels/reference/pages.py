@@ -1,6 +1,6 @@
 """The specification of attention over pages, in plain PyTorch: decode a block of pages, attend, merge, go on.
 
-It never holds more than one block of decoded tokens, and reads exactly the pages it is handed.
+It never holds more than one block of decoded tokens, and reads exactly the pages it is given.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attend_pages(
     entries are never decoded into the result: what they point at may be anything. With `lse_of_pages` the part's groups
     are the lse of each page, -inf where there is none. `ragged`: whether some count may be less than n; None: they are
     looked at, on the host. `in_tokens`: counts are of tokens, and a stream's last page may be filled in part; what lies
-    behind is not read either. token_bias [S, R, n * P]: what is added to each q . k, too.
+    after it is not read either. token_bias [S, R, n * P]: what is added to each q . k, too.
     """
     streams, n = ids.shape
     size = layout.page_size

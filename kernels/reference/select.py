@@ -26,7 +26,8 @@ def vectors(summary: Mapping[str, Tensor], name: str, scale: str | None) -> Tens
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x [..., D] times the scale [..., g] of each run of D / g channels, float32."""
-    return (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)
+    numbers: Tensor = (x.unflatten(-1, (scale.shape[-1], -1)) * scale.float()[..., None]).flatten(-2)
+    return numbers
 
 
 def code_dots(queries: Tensor, summary: Mapping[str, Tensor], name: str, bits: int) -> Tensor:

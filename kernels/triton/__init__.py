@@ -25,7 +25,7 @@ from .plan import MOST_ROWS, processors, split_pages
 
 
 class Prepared(NamedTuple):
-    """What kernels are told of pages besides the pages, for one device.
+    """What kernels get to know of pages besides the pages, for one device.
 
     description: see `chunks`. k_codebook, v_codebook: the entries of all codebooks, in the dtypes of its products:
     float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
 
 
 def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
-    """What kernels are told of pages of this layout whose K and V are to be read as `sides` say; made once."""
+    """What kernels get to know of pages of this layout whose K and V are to be read as `sides` say; made once."""
     known, key = memo(sides), (Prepared, layout, exact, device)
     found: Prepared | None = known.get(key)
     if found is None:
@@ -58,7 +58,7 @@ def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.dev
 
 
 class Written(NamedTuple):
-    """What kernels are told of pages that they write, for one device: description and thresholds, see `pieces`; inputs:
+    """What kernels get to know of pages they write, on one device: description and thresholds, see `pieces`; inputs:
     numbers of a token of K and of V; alone: as `segments.alone`."""
 
     layout: PageLayout
@@ -70,7 +70,7 @@ class Written(NamedTuple):
 
 
 def written(sides: KVLayout, layout: PageLayout, device: torch.device, single: bool = False) -> Written:
-    """What kernels are told of pages of this layout whose K and V are to be written as `sides` say, or of their single
+    """What kernels get to know of pages of this layout whose K and V are written as `sides` say, or of their single
     tokens; made once."""
     known, key = memo(sides), (Written, layout, device, single)
     found: Written | None = known.get(key)
@@ -183,9 +183,9 @@ def attend(
         prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
         prior_lse = floats("lse of prior", prior.lse, on, (streams, rows), exact=True)
     paged = pool, ids, counts, k_codebook, v_codebook
-    how = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias
+    options = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias
     out, lse, groups = ops.attend_pages(
-        queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *how
+        queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *options
     )
     return Part(out, lse, groups if lse_of_pages else None)
 
@@ -199,7 +199,7 @@ def vector_dots(
     scale: str | None = None,
 ) -> Tensor:
     """float32 [S, R, n * u]: the sum over fields of queries [S, R, D] times the field's vectors, u of each page; -inf
-    behind a stream's counts [S].
+    after a stream's counts [S].
 
     Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. Fields are float16, or int8 where the layout has the field
     `scale` of the float16 numbers that runs of channels share. R is at most `plan.MOST_ROWS`.
@@ -214,21 +214,23 @@ def vector_dots(
         [floats("queries", q, pool.device, (streams, rows, dim), exact=True) for q in queries.values()]
     )
     fields = [layout.offsets[name] for name in queries]
-    return ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
+    dots: Tensor = ops_scores.vector_dots(stacked, pool, ids, counts, fields, prod(each), at, run)
+    return dots
 
 
 def code_dots(
     queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: PageLayout, field: str, bits: int
 ) -> Tensor:
     """float32 [S, J, n * P]: queries [S, J, r] times the codes uint8 [r * bits / 8, P] of each token in a `field`, as
-    `select.code_dots`; 0 behind a stream's counts [S].
+    `select.code_dots`; 0 after a stream's counts [S].
 
     Pages ids [S, n] of a pool uint8 [pages, bytes_per_page]. J is at most `plan.MOST_ROWS`.
     """
     codes = next(f.shape[0] for f in layout.fields if f.name == field)
     x = floats("queries", queries, pool.device, (*queries.shape[:2], codes * 8 // bits), exact=True)
     ids, counts = _pages(pool, ids, counts, layout, *x.shape[:2])
-    return ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
+    dots: Tensor = ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
+    return dots
 
 
 def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Tensor:
@@ -239,7 +241,8 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     ids, _ = _pages(pool, ids, None, layout, len(tokens))
     fields, size, _, body = ops_records.regrouped(layout)
     flat = [x for field in fields for x in field]
-    return ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
+    records: Tensor = ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
+    return records
 
 
 def _pages(
@@ -269,7 +272,8 @@ def attention_received(
     the queries, or the `most` of any; causal; visible bool [B, Hkv, n] hides keys. A query that sees none gives 0."""
     visible = None if visible is None else visible.contiguous()
     on = processors(queries.device)
-    return ops_scores.attention_received(*_alike(queries, keys), visible, scale, softcap or 0.0, most, on)
+    votes: Tensor = ops_scores.attention_received(*_alike(queries, keys), visible, scale, softcap or 0.0, most, on)
+    return votes
 
 
 def _alike(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@
   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
   floats    scale = max |x| / the format's largest number, in its own format, number = the nearest to x / scale; of
             two powers of two (E8M0) the one under which the block's squared error is less
-  centred   uniform, codebook or floats of x less c, a mean over the page's tokens in float16
+  centred   uniform, codebook or floats of x less c, a mean over the page's tokens in float16; moved by the error of the
+            first token, where tokens are coded one by one
 
 Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Divisions and square roots are
 those of IEEE 754, and nothing is fused, so that codes are the specification's. Two things are not determined by it: the
@@ -20,29 +21,29 @@ is written to its row of a record.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from .encode_floats import page_most, put_floats
+from .encode_floats import floats_coded, page_most, put_floats
 from .pack import HUGE, load, page_centre, place, programs, put_codes, put_halves, width
 from .unpack import chunk
 
 TINY = tl.constexpr(2.0**-24)  # as in quantizers/grid.py
 
 
-ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no room for fractions
+ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no bits for fractions
 
 
 @triton.jit
-def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constexpr):
-    """Writes x float32 [T, G, R] on a uniform grid."""
+def uniform_grid(x, there, C: tl.constexpr):
+    """Zeros float32 and scales float16 of the blocks of x float32 [T, G, R]."""
     TOKENS: tl.constexpr = C.token_group
     GROUP: tl.constexpr = C.channel_group
-    CHANNELS: tl.constexpr = C.channels
     LEVELS: tl.constexpr = C.levels
     HALF: tl.constexpr = C.levels // 2
     CUT: tl.constexpr = (1 - C.clip) / 2
-    SCALE: tl.constexpr = C.scale
     ZERO: tl.constexpr = C.zero
     low, high = tl.where(there, x, float("inf")), tl.where(there, x, float("-inf"))
     if GROUP > 1:
@@ -61,9 +62,27 @@ def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constex
     else:
         zero = tl.minimum(tl.maximum(low, -HUGE), HUGE).to(tl.float16).to(tl.float32)
         scale = tl.minimum(tl.maximum(tl.div_rn(high - zero, LEVELS * 1.0), TINY), HUGE).to(tl.float16)
+    return zero, scale
+
+
+@triton.jit
+def uniform_codes(x, zero, scale, C: tl.constexpr):
+    """Codes of x on a grid, as float32."""
+    LEVELS: tl.constexpr = C.levels
     codes = tl.div_rn(x - zero, scale.to(tl.float32))
-    codes = (tl.minimum(tl.maximum(codes, 0), LEVELS) + ROUNDING) - ROUNDING
-    put_codes(record, codes.to(tl.int32), token, run, seen, C)
+    return (tl.minimum(tl.maximum(codes, 0), LEVELS) + ROUNDING) - ROUNDING
+
+
+@triton.jit
+def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constexpr):
+    """Writes x float32 [T, G, R] on a uniform grid."""
+    TOKENS: tl.constexpr = C.token_group
+    GROUP: tl.constexpr = C.channel_group
+    CHANNELS: tl.constexpr = C.channels
+    SCALE: tl.constexpr = C.scale
+    ZERO: tl.constexpr = C.zero
+    zero, scale = uniform_grid(x, there, C)
+    put_codes(record, uniform_codes(x, zero, scale, C).to(tl.int32), token, run, seen, C)
     ACROSS: tl.constexpr = C.tiles[1]
     if TOKENS > 1:
         row, shown = tile // ACROSS, tl.full((1, 1, 1), True, tl.int1)
@@ -92,15 +111,64 @@ def exceeded(x, thresholds, C: tl.constexpr):
 
 
 @triton.jit
-def put_codebook(record, x, thresholds, token, run, seen, C: tl.constexpr):
-    """Writes x float32 [T, 1, R] as codes of a codebook and a norm for each token."""
+def codebook_codes(x, thresholds, C: tl.constexpr):
+    """Norms float16 [T, 1, 1] of x float32 [T, 1, R], and codes of its directions."""
     ROOT: tl.constexpr = C.channels**0.5
-    SCALE: tl.constexpr = C.scale
     norm = tl.div_rn(tl.sqrt_rn(tl.sum(x * x, 2, keep_dims=True)), ROOT)
     norm = tl.where(norm < HUGE, norm, HUGE).to(tl.float16)  # HUGE of no number, too
     unit = tl.div_rn(x, tl.maximum(norm.to(tl.float32) * ROOT, TINY))
-    put_codes(record, exceeded(unit, thresholds, C), token, run, seen, C)
+    return norm, exceeded(unit, thresholds, C)
+
+
+@triton.jit
+def put_codebook(record, x, thresholds, token, run, seen, C: tl.constexpr):
+    """Writes x float32 [T, 1, R] as codes of a codebook and a norm for each token."""
+    SCALE: tl.constexpr = C.scale
+    norm, codes = codebook_codes(x, thresholds, C)
+    put_codes(record, codes, token, run, seen, C)
     put_halves(record, SCALE + token * 2, norm, seen)
+
+
+@triton.jit
+def coded(x, thresholds, there, C: tl.constexpr):
+    """x float32 [T, G, R] as its codes have it, where tokens are coded one by one."""
+    KIND: tl.constexpr = C.kind
+    if KIND == "codebook":
+        FIRST: tl.constexpr = C.thresholds + C.levels
+        norm, codes = codebook_codes(x, thresholds, C)
+        found = tl.load(thresholds + FIRST + codes, mask=there, other=0) * norm.to(tl.float32)
+    elif KIND == "floats":
+        found = floats_coded(x, there, C)
+    else:
+        HALF: tl.constexpr = C.levels // 2
+        ZERO: tl.constexpr = C.zero
+        zero, scale = uniform_grid(x, there, C)
+        codes = uniform_codes(x, zero, scale, C)
+        found = (codes - HALF if ZERO < 0 else codes) * scale.to(tl.float32)
+        if ZERO >= 0:
+            found += zero
+    return found
+
+
+@triton.constexpr_function
+def anchored(piece: Any) -> bool:
+    """Whether a piece's centre is `quantizers.centred.anchored`."""
+    return bool(piece.anchored)
+
+
+@triton.jit
+def anchor(centre, x, page, thresholds, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
+    """The centre float16 [1, G, R], moved by the error of a page's first token under it."""
+    FEW: tl.constexpr = min(PAGE, 4)
+    c = centre.to(tl.float32)
+    first = tl.where(live, load(x, page, 0, channel, live, DIM, PAGE, C).to(tl.float32) - c, 0)
+    most = tl.zeros_like(c)
+    for token in tl.static_range(1, FEW):
+        most = tl.maximum(most, tl.abs(load(x, page, token, channel, live, DIM, PAGE, C).to(tl.float32) - c))
+    error = first - coded(first, thresholds, live, C)
+    error = tl.where(error == error, error, 0)
+    c += tl.minimum(tl.maximum(error, -most), most)
+    return tl.minimum(tl.maximum(c, -HUGE), HUGE).to(tl.float16)
 
 
 @triton.jit
@@ -123,7 +191,7 @@ def put_part(
 
 @triton.jit
 def put_joint(record, page, shift, source, thresholds, tile, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes behind the coordinates of `source`."""
+    """Writes tokens [T, 1, 1] of all parts, and their norm, which comes after the coordinates of `source`."""
     COUNT: tl.constexpr = len(C.parts)
     SCALE: tl.constexpr = C.parts[0].scale
     POWER: tl.constexpr = C.power
@@ -183,6 +251,8 @@ def put(
             CENTRE: tl.constexpr = C.centre
             ACROSS: tl.constexpr = C.tiles[1]
             centre = page_centre(source, page, channel, live, DIM, PAGE, C)
+            if anchored(C):
+                centre = anchor(centre, source, page, thresholds, channel, live, DIM, PAGE, C)
             put_halves(record, CENTRE + channel * 2, centre, live & (tile < ACROSS))
             x = tl.where(there, x.to(tl.float32) - centre.to(tl.float32), 0)
         token += shift

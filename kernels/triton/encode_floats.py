@@ -86,6 +86,41 @@ def power(e8m0):
 
 
 @triton.jit
+def float_scales(x, page, there, C: tl.constexpr):
+    """Scales float32 [T, G, 1] of x float32 [T, G, R], and what is stored of them, int32; page: the page's scale, where
+    it has one."""
+    FORMAT: tl.constexpr = C.format
+    SCALES: tl.constexpr = C.scale_format
+    LARGEST: tl.constexpr = of_format(FORMAT)[2]
+    largest = tl.max(tl.where(there, tl.abs(x), 0), 2, keep_dims=True)
+    if SCALES == "bf16":
+        scale = tl.minimum(tl.maximum(tl.div_rn(largest, LARGEST), NORMAL), 2.0**112)
+        bits = scale.to(tl.int32, bitcast=True)
+        stored = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # the nearest, ties to even: the interpreter truncates
+        scale = (stored << 16).to(tl.float32, bitcast=True)
+    elif SCALES == "e8m0":
+        stored = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 2, 0), 252)
+        y = tl.div_rn(x, power(stored))
+        stored += (float_error(y / 2, FORMAT) < float_error(y, FORMAT) / 4).to(tl.int32)
+        stored = tl.minimum(stored, 252)
+        scale = power(stored)
+    else:
+        stored = tl.div_rn(tl.div_rn(largest, LARGEST), page)
+        stored = float_codes(tl.maximum(stored, 2.0**-9), "e4m3")
+        scale = (stored << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * page
+    return scale, stored
+
+
+@triton.jit
+def floats_coded(x, there, C: tl.constexpr):
+    """x float32 [T, G, R] as its codes have it."""
+    FORMAT: tl.constexpr = C.format
+    scale, _stored = float_scales(x, 1.0, there, C)
+    size = float_sizes(tl.div_rn(x, scale), FORMAT) * scale
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
 def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
     """Writes x float32 [T, G, R] as numbers of a format; most: the largest magnitude of the page, where it counts."""
     FORMAT: tl.constexpr = C.format
@@ -96,27 +131,15 @@ def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
     COUNT: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
     SCALE: tl.constexpr = C.scale
     LARGEST: tl.constexpr = of_format(FORMAT)[2]
-    largest = tl.max(tl.where(there, tl.abs(x), 0), 2, keep_dims=True)
     at, shown = token * COUNT + run // GROUP, seen & (run < CHANNELS)
+    page = 1.0
+    if PAGE >= 0:
+        page = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
+        if tile == 0:
+            tl.store((record + PAGE).to(tl.pointer_type(tl.float32)), page)
+    scale, stored = float_scales(x, page, there, C)
     if SCALES == "bf16":
-        scale = tl.minimum(tl.maximum(tl.div_rn(largest, LARGEST), NORMAL), 2.0**112)
-        bits = scale.to(tl.int32, bitcast=True)
-        stored = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # the nearest, ties to even: the interpreter truncates
-        scale = (stored << 16).to(tl.float32, bitcast=True)
         tl.store((record + (SCALE + at * 2)).to(tl.pointer_type(tl.uint16)), stored.to(tl.uint16), mask=shown)
     else:
-        if SCALES == "e8m0":
-            stored = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 2, 0), 252)
-            y = tl.div_rn(x, power(stored))
-            stored += (float_error(y / 2, FORMAT) < float_error(y, FORMAT) / 4).to(tl.int32)
-            stored = tl.minimum(stored, 252)
-            scale = power(stored)
-        else:
-            page = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
-            stored = tl.div_rn(tl.div_rn(largest, LARGEST), page)
-            stored = float_codes(tl.maximum(stored, 2.0**-9), "e4m3")
-            scale = (stored << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0 * page
-            if tile == 0:
-                tl.store((record + PAGE).to(tl.pointer_type(tl.float32)), page)
         tl.store(record + (SCALE + at), stored.to(tl.uint8), mask=shown)
     put_codes(record, float_codes(tl.div_rn(x, scale), FORMAT), token, run, seen, C)

@@ -1,4 +1,4 @@
-"""What may be handed to a kernel: tensors whose device, shape, order and kind of numbers are what it reads."""
+"""What may be passed to a kernel: tensors whose device, shape, order and kind of numbers are what it reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def floats(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...] | 
 
 
 def rows_of(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...]) -> Tensor:
-    """As `floats`, of exact tokens [S, N, D]: those of each stream are contiguous, streams may lie apart."""
+    """As `floats`, of exact tokens [S, N, D]: each stream is contiguous, streams may have gaps between them."""
     _check(name, x, device, shape)
     if x.dtype in FLOATS and x.stride()[1:] == (shape[2], 1):
         return x
@@ -33,7 +33,7 @@ def rows_of(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...]) 
 
 
 def integers(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...] | int) -> Tensor:
-    """As `floats`, of integers, in one of `INTEGERS`; rows may lie apart."""
+    """As `floats`, of integers, in one of `INTEGERS`; rows may have gaps between them."""
     _check(name, x, device, shape)
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise KvcompError(f"{name} is {_told(x)}, and the kernels take integers")

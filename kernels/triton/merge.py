@@ -30,7 +30,7 @@ def tokens_held(counts, stream, PAGE: tl.constexpr, IN_TOKENS: tl.constexpr):
 @triton.jit
 def tokens_of_split(held, splits, split_pages, PAGE: tl.constexpr):
     """Tokens of one of a stream's splits: even shares of what it holds, of `LEAST` tokens or more, at most those that a
-    split has room for. A grid made for the longest stream there may be then serves short ones as well."""
+    split can hold. A grid made for the longest stream there may be then serves short ones as well."""
     share = tl.maximum(tl.cdiv(tl.cdiv(held, PAGE), splits), tl.cdiv(LEAST, PAGE))
     return tl.minimum(share, split_pages) * PAGE
 

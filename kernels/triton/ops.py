@@ -55,7 +55,7 @@ def workspace_size(streams: int, rows: int, splits: int, v_dim: int) -> int:
 def _results(
     queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `attend_pages` returns."""
+    """Memory for what `attend_pages` returns."""
     streams, rows, _ = queries.shape
     v_dim = values.shape[2] if values is not None else chunks.parsed(description).v_dim
     pages = ids.shape[1] if lse_of_pages and ids is not None else 0
@@ -93,7 +93,7 @@ def attend_pages(
     what came before (prior).
 
     queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
-    k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split has room for; workspace: float32
+    k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split can hold; workspace: float32
     `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
     """
     streams, rows, k_dim = queries.shape

@@ -61,7 +61,7 @@ def write_pages(
 
 
 def regrouped(layout: PageLayout) -> tuple[tuple[tuple[int, int], ...], int, int, int]:
-    """What `regroup_kernel` is told of a layout: (offset, bytes a token) of each of its `token_fields`, tokens and
+    """What `regroup_kernel` gets to know of a layout: (offset, bytes a token) of each of its `token_fields`, tokens and
     bytes of a page, and those bytes of it that attention reads."""
     fields = tuple((layout.offsets[f.name], f.nbytes // layout.page_size) for f in layout.token_fields)
     return fields, layout.page_size, layout.bytes_per_page, layout.body_bytes

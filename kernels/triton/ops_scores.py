@@ -73,7 +73,7 @@ def vector_dots(
     queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, fields: list[int], each: int, scale: int, run: int
 ) -> Tensor:
     """float32 [S, R, n * each]: queries [F, S, R, D], one for each field, times the field's `each` vectors in the pages
-    ids [S, n] of a pool uint8 [pages, bytes], summed over fields; -inf behind a stream's counts [S].
+    ids [S, n] of a pool uint8 [pages, bytes], summed over fields; -inf after a stream's counts [S].
 
     fields: offset of each in a page. scale: offset of the float16 scales of `run` channels of int8 each, or -1 where
     vectors are float16: then queries count with 22 bits, else with 11.
@@ -100,7 +100,7 @@ def code_dots(
     queries: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, offset: int, bits: int, page_size: int
 ) -> Tensor:
     """float32 [S, J, n * P]: queries float32 [S, J, r] times what codes uint8 [r * bits / 8, P] stand for, which lie at
-    `offset` in the pages ids [S, n] of a pool uint8 [pages, bytes]; 0 behind a stream's counts [S]."""
+    `offset` in the pages ids [S, n] of a pool uint8 [pages, bytes]; 0 after a stream's counts [S]."""
     streams, rows, rank = queries.shape
     count = ids.shape[1] * page_size
     out = _floats(queries, streams, rows, count)

@@ -15,7 +15,8 @@ HUGE = tl.constexpr(65504.0)
 @triton.constexpr_function
 def programs(pieces: Any, i: int) -> int:
     """Programs of a page that write piece i."""
-    return pieces[i].programs
+    count: int = pieces[i].programs
+    return count
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.kernels.placed import PlacedSegment, placed, reason, unwritable
+from kvcomp.kernels.placed import CODEBOOK, NOTHING, PlacedSegment, placed, reason, unwritable
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Floats, KVLayout, Segment, SideLayout, Uniform
 
@@ -36,7 +36,7 @@ class Piece:
     planes: (offset, bytes from a token to the next, width) of each, the highest bits first. scale, zero: offsets.
     levels: the highest code, of 2 * middle + 1 symmetric ones without a zero; thresholds: its first in the side's.
     format, scale_format, page_scale, centre: as in `chunks.Chunk`.
-    step: tokens of a tile, of which it has room for T; tiles: of a page, along tokens and along channels.
+    step: tokens of a tile, of which it can hold T; tiles: of a page, along tokens and along channels.
     """
 
     kind: str
@@ -64,6 +64,13 @@ class Piece:
     def programs(self) -> int:
         """Of a page."""
         return self.tiles[0] * self.tiles[1]
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the centre is `anchored`: of tokens coded one by one, in two bits or more, of a book in three."""
+        bits = sum(width for _, _, width in self.planes)
+        alone = self.token_group == 1 and self.page_scale == NOTHING
+        return self.centre != NOTHING and alone and bits > (2 if self.kind == CODEBOOK else 1)
 
     @property
     def elements(self) -> int:
@@ -206,7 +213,7 @@ def _power(n: int) -> int:
 
 def thresholds(sides: KVLayout, device: torch.device) -> list[Tensor]:
     """float32 [n], the tables of K and of V: the thresholds of all codebooks in the order of segments, each followed by
-    its codebook where there is a gain; one idle entry where there are none."""
+    its codebook where there is a gain or a centre; one idle entry where there are none."""
     found = [torch.cat([_table(segment, side).to(device) for segment in side.segments]) for side in sides]
     return [table if len(table) else torch.zeros(1, device=device, dtype=torch.float32) for table in found]
 
@@ -217,7 +224,7 @@ def _table(segment: Segment, side: SideLayout) -> Tensor:
         codebook = segment.codebook.float()
         return torch.cat([(codebook[1:] + codebook[:-1]) / 2, codebook])
     if isinstance(segment, Codebook) and segment.thresholds is not None:
-        return segment.thresholds.float()
+        return torch.cat([segment.thresholds.float(), segment.codebook.float()][: 1 if segment.centre is None else 2])
     return torch.zeros(0, dtype=torch.float32, device="cpu")
 
 

@@ -70,12 +70,14 @@ def word(field: Any) -> Any:
 def words(field: Any) -> int:
     """How many of them a row has."""
     _, size = field
-    return size // next(n for n in (8, 4, 2, 1) if size % n == 0)
+    count: int = size // next(n for n in (8, 4, 2, 1) if size % n == 0)
+    return count
 
 
 @triton.constexpr_function
 def room(field: Any) -> int:
-    return triton.next_power_of_2(words(field))
+    power: int = triton.next_power_of_2(words(field))
+    return power
 
 
 @triton.jit

@@ -42,8 +42,9 @@ def stored(chunk: Any) -> Any:
 
 @triton.constexpr_function
 def room_of(chunk: Any) -> int:
-    """Scales of a token that a tile of a chunk has room for."""
-    return max(chunk.block * chunk.lanes // chunk.channel_group, 1)
+    """Scales of a token that a tile of a chunk can hold."""
+    groups: int = max(chunk.block * chunk.lanes // chunk.channel_group, 1)
+    return groups
 
 
 @triton.jit

@@ -115,7 +115,7 @@ def match(
     """Replace each stream's span, keys [S, N, Dk] and values [S, N, Dv], by `tokens` tokens that serve queries alike.
 
     queries [S, R, Dk], post-RoPE like the keys, oldest first (the query heads of one KV head side by side:
-    "(n g) d"), all behind the span; R of some multiples of `tokens` is good. All are finite numbers.
+    "(n g) d"), all after the span; R of some multiples of `tokens` is good. All are finite numbers.
 
     The errors are those of a trial, fitted to the older three quarters of the queries and measured on the newest: near
     to what later queries will see, where a random split is half too low. What is returned is fitted to all of them, so

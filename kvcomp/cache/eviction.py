@@ -1,4 +1,4 @@
-"""What policies keep of tokens that come, and which pages they let go: asked here for every landlord."""
+"""What policies keep of tokens that come, and which pages they evict: asked here for every landlord."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def select(plan: LayerPlan, chunk: Chunk) -> Tensor:
     """bool [b, Hkv, n]: what the policies of a layer keep of a chunk, each of what those before it kept.
 
     Raises:
-        UnsupportedError: a policy needs queries or weights that are not at hand.
+        UnsupportedError: a policy needs queries or weights that are not available.
     """
     for policy in plan.policies:
         if policy.needs_queries and chunk.queries is None and chunk.scored is None:

@@ -1,4 +1,12 @@
-"""The exact buffer: the sinks and the recent window of every stream, in the model's dtype."""
+"""The exact buffer: the sinks and the recent window of every stream, in the model's dtype.
+
+It is no ring, as the window in an engine's blocks is (`geometry.slot`). Kernels read a stream's first tokens,
+[:counts], in place. A ring whose oldest page has left begins and ends anywhere: every kernel (C, Triton, PyTorch) would
+need a start per stream and a second run of tokens, or a gather of the window in each step, as blocks do it. Sums would
+have another order, so that results would no longer be equal to the bit; crops, beams and saved caches, which have the
+oldest token first, would have to turn it. What a ring would save is the move of `recent` tokens once in P steps: of
+recent / P tokens a step, beside sinks + recent + P / 2 that attention reads in each.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +29,7 @@ class ExactBuffer:
     Where the plan is latent, values are the first `width` channels of keys, and v holds none.
 
     A stream's first `plan.sinks` tokens stay where they are. When it is full (sinks + recent + one page), the oldest
-    page behind the sinks leaves, and the window moves up: a copy of the window every P tokens, never of the cache.
+    page after the sinks leaves, and the window moves up: a copy of the window every P tokens, never of the cache.
     """
 
     def __init__(self, plan: LayerPlan, keys: Tensor, values: Tensor) -> None:
@@ -93,7 +101,7 @@ class ExactBuffer:
         self._bounds = shortest + 1, longest + 1
 
     def window(self, streams: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Copies of what streams that hold `count` tokens have behind their sinks: [s, count - sinks, D]."""
+        """Copies of what streams that hold `count` tokens have after their sinks: [s, count - sinks, D]."""
         where, behind = streams.to(self.k.device), slice(self.plan.sinks, count)
         k = self.k[where, behind]
         return k, k[..., : self.width] if self.plan.latent else self.v[where, behind]

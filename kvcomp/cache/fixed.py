@@ -42,7 +42,7 @@ def why_not(plan: LayerPlan) -> str | None:
 
 
 class FixedStore:
-    """S streams with room for `tokens` columns per row, padding included, in tensors that stay where they are.
+    """S streams with space for `tokens` columns per row, padding included, in tensors that stay where they are.
 
     k [S, slots, Dk], v [S, slots, Dv]: the exact buffer, of which a stream's first counts [S] are tokens. pool: n pages
     of each stream one after another; of ids int32 [S, n] a stream's first pages [S] exist. seen [B]: a row's tokens
@@ -118,7 +118,7 @@ class FixedStore:
         return self.pool.data.view(*self.ids.shape, -1)
 
     def _fits(self, store: LayerContent, pages: int) -> bool:
-        """Whether the tensors there are have the shapes of the store's, and room for so many pages of a stream."""
+        """Whether the tensors there are have the shapes of the store's, and space for so many pages of a stream."""
         if not self.name:
             return False
         held = (len(self.seen), self.k.shape[0], self.k.shape[2], self.v.shape[2], self.k.dtype, self.k.device)
@@ -129,7 +129,7 @@ class FixedStore:
         return held == asked and self.ids.shape[1] >= pages
 
     def _allocate(self, store: LayerContent, pages: int) -> None:
-        """Tensors of the store's shapes with room for so many pages of a stream, all of them empty."""
+        """Tensors of the store's shapes with space for so many pages of a stream, all of them empty."""
         device, streams = store.device, store.rows * store.heads
         self.host = device.type == "cpu" if self._host is None else self._host
         if store.codec.hosted and not self.host:

@@ -15,7 +15,7 @@ class Extent(NamedTuple):
     """What a request holds, and where.
 
     held: how many tokens pages and window are laid out for. pages: how many are read; gap: the columns (from, to) of
-    the block table between, before or behind them, whose blocks are free. exact: tokens in the window alone, sinks
+    the block table between, before or after them, whose blocks are free. exact: tokens in the window alone, sinks
     among them. written: pages read, and those that left since.
     """
 
@@ -51,7 +51,7 @@ class Extents(Geometry):
 
     @cached_property
     def limit(self) -> int | None:
-        """Tokens that a request holds behind its prompt, a page more at times: what is over leaves in whole pages.
+        """Tokens that a request holds after its prompt, a page more at times: what is over leaves in whole pages.
         None: nothing leaves then."""
         if self.policy is None or self.policy.limit is None:
             return None
@@ -64,7 +64,7 @@ class Extents(Geometry):
     def split_points(self, past: int, end: int, prompt: int) -> list[int]:
         """Numbers of tokens between `past` and `end` at which another step has to begin, for a request to be treated
         as if it had come token by token: at the end of its prompt, of which some goes, or what leaves later begins to
-        be watched; and behind that where a page is written or leaves."""
+        be watched; and after that where a page is written or leaves."""
         points = []
         limit, kept = self.limit, self.kept(prompt)
         if past < prompt < end and (kept < prompt or limit is not None):

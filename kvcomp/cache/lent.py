@@ -12,7 +12,7 @@ from .pool import PagePool, compact
 
 
 class FixedPool(PagePool):
-    """Room for `each` pages of each stream, those of a stream one after another. It neither grows nor moves."""
+    """Memory for `each` pages of each stream, those of a stream one after another. It neither grows nor moves."""
 
     def __init__(self, layout: PageLayout, streams: int, each: int, device: torch.device, host: bool) -> None:
         super().__init__(layout, device)

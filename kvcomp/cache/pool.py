@@ -51,7 +51,8 @@ class PagePool(PageMemory):
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream of some table owns."""
         none = torch.zeros(0, dtype=torch.int64, device="cpu")
-        return torch.cat([none, *(table.owned() for table in self.tables)]).unique()
+        owned: Tensor = torch.cat([none, *(table.owned() for table in self.tables)]).unique()
+        return owned
 
     def allocate(self, n: int) -> Tensor:
         """int64 [n] page ids (host). Their bytes are undefined until written.
@@ -128,7 +129,7 @@ class PageTable:
         return self._mirror
 
     def append(self, streams: Tensor, ids: Tensor) -> None:
-        """Give pages ids [s, m] to the s `streams` (host int64), behind those they have."""
+        """Give pages ids [s, m] to the s `streams` (host int64), after those they have."""
         if ids.numel() == 0:
             return
         m = ids.shape[1]
@@ -195,10 +196,11 @@ class PageTable:
 
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream owns."""
-        return self.rows[torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]].unique().long()
+        ids: Tensor = self.rows[torch.arange(self.rows.shape[1], device="cpu") < self.counts[:, None]].unique().long()
+        return ids
 
     def places(self, owned: Tensor) -> Tensor:
-        """int32 [S, longest]: where each page stands in the sorted ids `owned`, which name them all."""
+        """int32 [S, longest]: where each page is among the sorted ids `owned`, which name them all."""
         rows = self.rows[:, : self.longest]
         inside = torch.arange(rows.shape[1], device="cpu") < self.counts[:, None]
         return (torch.searchsorted(owned, rows.long()) * inside).to(torch.int32)

@@ -96,7 +96,7 @@ def attend(
     if records.by_tokens and layout.centres:
         few = few_centres(ids.shape[1], choice.positions.shape[1])
         plan.add("pages", layout.centre_bytes, choice.valid if few else view.total)
-    part = attend_chosen(q, data, ids, *choice, *how, by_tokens=records.by_tokens, host=host)
+    part = attend_chosen(q, data, ids, choice.positions, choice.valid, *how, by_tokens=records.by_tokens, host=host)
     return Read([part] if rest is None else [part, rest], choice.positions, plan)
 
 
@@ -143,7 +143,7 @@ def received(read: Read, lse: Tensor, queries: int, places: int) -> Tensor | Non
     groups = read.parts[0].groups if read.parts else None
     if groups is None:
         return None
-    mass = (groups - lse[..., None]).exp().unflatten(1, (-1, queries)).mean(1).sum(1)  # [S, k]
+    mass: Tensor = (groups - lse[..., None]).exp().unflatten(1, (-1, queries)).mean(1).sum(1)  # [S, k]
     if read.positions is None:
         return mass
     return mass.new_zeros(len(mass), places).scatter_add(1, read.positions, mass)

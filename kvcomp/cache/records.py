@@ -104,7 +104,7 @@ class Records:
         look: bool | None = None,
         fit: bool = True,
     ) -> None:
-        """Encode the first m * P of the tokens at hand, keys [s, n, Dk] and values [s, n, Dv] of `streams` int64 [s],
+        """Encode the first m * P of the given tokens, keys [s, n, Dk] and values [s, n, Dv] of `streams` int64 [s],
         into the records ids int64 [s, m], oldest first; ids below 0: nowhere.
 
         The newer ones are shown to what adapts to the data. due: as in `Codec.fit`. look: whether the host may look at

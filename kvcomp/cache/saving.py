@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvcomp import __version__
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.files import FilePath, readable, reason, whole
+from kvcomp.files import FilePath, named, readable, reason, whole
 from kvcomp.stages.stack import Stack
 from kvcomp.state import CHECKSUM, DamagedError, State, checksum, described, parsed
 from kvcomp.text import brief, quote
@@ -78,7 +78,7 @@ def write(path: FilePath, saved: Saved) -> None:
         with whole(path) as scratch:
             save_file(tensors.by_name, scratch, metadata)
     except (OSError, SafetensorError) as error:
-        raise KvcompError(f"save({os.fspath(path)!r}): it cannot be written: {_reason(error)}") from error
+        raise KvcompError(f"save({named(path)}): it cannot be written: {_reason(error)}") from error
 
 
 def read(path: FilePath) -> Saved:
@@ -100,7 +100,7 @@ def opened(path: FilePath) -> Iterator[CacheFile]:
     Raises:
         KvcompError, SpecError: as `read`.
     """
-    asked = f"load({os.fspath(path)!r})"
+    asked = f"load({named(path)})"
     try:
         with _mapped(asked, path) as tensors:
             yield CacheFile(asked, tensors)
@@ -127,7 +127,7 @@ def _mapped(asked: str, path: FilePath) -> Any:
 class CacheFile:
     """An open file.
 
-    outline: what it says of itself, with None in place of tensors.
+    outline: its description, with None in place of tensors.
     """
 
     def __init__(self, asked: str, tensors: Any) -> None:

@@ -27,7 +27,7 @@ class Storage(Protocol):
         """Streams int64 [s] whose window may be full, and which of them are due, bool [s] (None: all); None: none."""
 
     def window(self, streams: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Keys [s, P + recent, Dk] and values [s, P + recent, Dv] behind the sinks of such streams, oldest first."""
+        """Keys [s, P + recent, Dk] and values [s, P + recent, Dv] after the sinks of such streams, oldest first."""
 
     def fresh(self, streams: Tensor) -> bool:
         """Whether some of the `streams` may have no page yet."""

@@ -72,7 +72,7 @@ def _unpage(content: LayerContent, stream: int, remove: int) -> None:
     window = int(content.exact.counts[stream]) - plan.sinks
     pages = min(-(-(remove - window) // plan.page_size), at)
     k, v = content.storage.decode(content.table.ids()[stream, at - pages : at], stream)
-    left = window + pages * plan.page_size - remove  # tokens that stay behind the sinks
+    left = window + pages * plan.page_size - remove  # tokens that stay after the sinks
     back = max(left, 0)
     where = torch.tensor([stream], dtype=torch.int64, device="cpu")
     content.exact.put(where, plan.sinks, k[None, :back], v[None, :back])
@@ -116,7 +116,7 @@ def compact(
 ) -> Compacted:
     """Replace tokens `start` to `end`, as `compactable` gives them, by `tokens` that attention takes for them.
 
-    queries [B, Hq, m, Dk] post-RoPE, behind the span: those that attention is matched for.
+    queries [B, Hq, m, Dk] post-RoPE, after the span: those that attention is matched for.
     """
     plan = content.plan
     before = sum(b - a for a, b in (() if content.compacted is None else content.compacted.columns) if b <= start)

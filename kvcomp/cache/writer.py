@@ -110,7 +110,7 @@ def _write_rows(
         if n:
             _extend(content, streams, k.flatten(0, 1), v.flatten(0, 1))
         return tail
-    chunk = eviction.chunk_of(content.plan, q, k, v, scale, *seen, content.model, chosen)
+    chunk = eviction.chunk_of(content.plan, q, k, v, scale, seen[0], seen[1], content.model, chosen)
     kept = eviction.select(content.plan, chunk).flatten(0, 1)  # [s, n]
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     lost = (~kept).any(0).nonzero().flatten()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
-from kvcomp.files import expanded, readable, reason, write_whole
+from kvcomp.files import expanded, named, readable, reason, write_whole
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.stages import PageShape
 from kvcomp.state import CHECKSUM, DamagedError, State, checksum, described, parsed
@@ -129,12 +128,12 @@ def load(path: str | Path, method: str) -> Calibration:
         found = _read(given.resolve(), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise CalibrationError(
-            f"calibration={os.fspath(path)!r} cannot be read ({reason(error)}): give a file that "
+            f"calibration={named(path)} cannot be read ({reason(error)}): give a file that "
             f"`kvcomp calibrate --method {method}` wrote"
         ) from error
     if found.method != method:
         raise CalibrationError(
-            f"calibration={os.fspath(path)!r} is for {brief(found.method, 40)}, not for {method}: give a file that "
+            f"calibration={named(path)} is for {brief(found.method, 40)}, not for {method}: give a file that "
             f"`kvcomp calibrate --method {method}` wrote"
         )
     return found

@@ -91,7 +91,7 @@ class Calibrated(Stage):
                 f"{self.name} needs calibration='FILE', a file that `kvcomp calibrate --method {self.name}` wrote"
             )
         found = load(self.calibration, self.name)
-        flaw = _flaw(found, type(self))  # type: ignore[arg-type]  # mypy takes abstract classes for not hashable
+        flaw = _flaw(found, type(self))
         if flaw is not None:
             raise CalibrationError(f"calibration={self.calibration!r} is damaged: {flaw}: calibrate again")
         return found

@@ -19,7 +19,7 @@ class Statistics:
     value_scored [H, Dv, Dv]: the mean of w v v', where w = k' S_q k over its mean tells how much the queries look for a
         token; S_q is the chunk's own here.
     output [H, Dv, Dv]: sum of W_o' W_o over the G query heads, so that e' output e is what an error e of a value costs
-        behind the output projection; None where the model has no such matrix.
+        after the output projection; None where the model has no such matrix.
     """
 
     tokens: int
@@ -34,7 +34,7 @@ class Statistics:
 
 
 class Moments:
-    """Sums behind `Statistics`, in float64: memory does not grow with the tokens added."""
+    """Sums that `Statistics` are made of, in float64: memory does not grow with the tokens added."""
 
     def __init__(self) -> None:
         self.tokens = 0

@@ -10,7 +10,7 @@ import typer
 
 from kvcomp.console import Group, note
 
-from . import bench, calibrate, data, doctor, generate, plan, report, speed, stacks, tune
+from . import ask, bench, calibrate, data, doctor, generate, plan, report, speed, stacks, tune
 from .output import EXIT_CODES
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 app.command(epilog=stacks.EXAMPLES)(stacks.stacks)
 app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=ask.EPILOG)(ask.ask)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=tune.EPILOG)(tune.tune)
 app.command(epilog=report.EPILOG)(report.report)

@@ -17,8 +17,7 @@ from kvcomp.files import reason, usable
 from kvcomp.text import quote
 
 from .options import Model, one_of
-from .output import Document, Json
-from .plan import size
+from .output import Document, Json, size
 
 METHODS = ("dsa", "klt", "oscar", "svd", "think")
 DOCUMENT = Document(

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kvcomp.console import Plain, waiting
 from kvcomp.errors import KvcompError
+from kvcomp.files import read_text
 from kvcomp.text import quote, size_text
 
 from .options import Model
@@ -20,7 +21,7 @@ from .output import Document, Json
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-    from kvcomp import CompressedCache
+    from kvcomp import CompressedCache, Traffic
 
 DOCUMENT = Document(
     model="the model's name as given",
@@ -93,12 +94,12 @@ def generate(
     if as_json:
         _print_json(model, cache, length, len(new), tokenizer.decode(new, skip_special_tokens=True))
         return
-    memory, traffic = cache.memory(), cache.traffic()
+    memory, traffic = cache.memory(), _traffic(cache)
     table = Table(title=f"{parsed}, {length} prompt tokens", title_justify="left")
     for column in ("", "this stack", "dense", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("held", size_text(memory.held), size_text(memory.dense), f"{memory.ratio:.2f}x")
-    if traffic.read:
+    if traffic is not None:
         table.add_row(
             "read by the last step", size_text(traffic.read), size_text(traffic.dense), f"{traffic.ratio:.2f}x"
         )
@@ -127,8 +128,7 @@ def _streamer(tokenizer: Any, until_first_token: ExitStack, quiet: bool) -> Base
 
 
 def _print_json(model: str, cache: CompressedCache, prompt_tokens: int, new_tokens: int, text: str) -> None:
-    memory, traffic = cache.memory(), cache.traffic()
-    read = traffic.read or None
+    memory, traffic = cache.memory(), _traffic(cache)
     DOCUMENT.print(
         model=model,
         stack=str(cache.stack),
@@ -139,11 +139,19 @@ def _print_json(model: str, cache: CompressedCache, prompt_tokens: int, new_toke
         held=memory.held,
         held_dense=memory.dense,
         held_ratio=memory.ratio,
-        read=read,
-        read_dense=read and traffic.dense,
-        read_ratio=read and traffic.ratio,
+        read=traffic and traffic.read,
+        read_dense=traffic and traffic.dense,
+        read_ratio=traffic and traffic.ratio,
         effective_bits=memory.effective_bits,
     )
+
+
+def _traffic(cache: CompressedCache) -> Traffic | None:
+    """What the last decode step read; None if the only token came from the prompt."""
+    try:
+        return cache.traffic()
+    except KvcompError:
+        return None
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -151,7 +159,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         raise KvcompError('prompt: give either a text (or "-" for stdin) or --file.')
     if file is not None:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file)
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
             raise KvcompError(f"file: {quote(str(file))}: {reason}.") from error

@@ -17,10 +17,11 @@ PACKAGED = ("smollm2-135m",)  # aliases of models; a shell would wait too long f
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
-    """What a shell completes an option with: the values that start with what was typed."""
+    """What a shell completes an option with: the values that start with what was typed, in upper or lower case."""
 
     def complete(incomplete: str) -> list[str]:
-        return [value for value in values if value.lower().startswith(incomplete.lower())]
+        found = [value for value in values if value.lower().startswith(incomplete.lower())]
+        return [incomplete + value[len(incomplete) :] for value in found]  # shells take what continues the text alone
 
     return complete
 

@@ -1,4 +1,4 @@
-"""`--json`: one JSON object for programs instead of tables, the same way in every command that prints figures."""
+"""How commands print figures: sizes with units, and `--json`, one object for programs instead of tables."""
 
 from __future__ import annotations
 
@@ -47,6 +47,15 @@ class Document:
 def print_json(document: dict[str, Any]) -> None:
     """Print a JSON object. Numbers that are not finite become null, which JSON has instead."""
     typer.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
+
+
+def size(nbytes: float) -> str:
+    """Bytes with three digits and a decimal unit: 147456 -> "147 KB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if float(f"{nbytes:.3g}") < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
 
 
 def _plain(value: Any) -> Any:

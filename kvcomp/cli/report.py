@@ -73,7 +73,7 @@ def report(
 
 def print_tables(comparison: Comparison, out: Path, width: int, remarks: Sequence[str] = ()) -> None:
     """The tables of a comparison, the settings that differ, and remarks."""
-    from kvcomp.benchmarks.report import tables
+    from kvcomp.benchmarks.terminal import tables
 
     console = results(width)
     for table in tables(comparison):

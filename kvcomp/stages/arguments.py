@@ -112,7 +112,7 @@ def converted(stage: str, argument: str, value: Any, accepted: tuple[type, ...])
     Raises:
         SpecError: another type, or a number that no float holds.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, Integral):
         value = int(value)
     elif isinstance(value, Real) and not isinstance(value, Integral):
         value = float(value)

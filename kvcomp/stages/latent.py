@@ -7,7 +7,6 @@ that are absorbed sees keys [c, r] and values c.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,7 @@ from kvcomp.layout import Field
 from kvcomp.segments import KVLayout, SideLayout, memo
 
 from . import one_sided
-from .quantizer import Codec, PageShape, Quantizer
+from .quantizer import AroundCodec, Codec, PageShape, Quantizer
 
 
 def stored(shape: PageShape) -> PageShape:
@@ -38,15 +37,15 @@ def page_fields(quantizer: Quantizer, shape: PageShape) -> tuple[Field, ...]:
     return one_sided.page_fields(quantizer, stored(shape))
 
 
-class LatentCodec(Codec):
+class LatentCodec(AroundCodec):
     """A codec of keys [c, r] and values c, of one that stores c as keys and r as values.
 
     What `encode`, `fit` and `kernel_input` get as values is not looked at: it is in the keys.
     """
 
     def __init__(self, codec: Codec, rank: int) -> None:
-        self.codec, self.rank = codec, rank
-        self.lossless, self.hosted = codec.lossless, codec.hosted
+        super().__init__(codec)
+        self.rank, self.lossless = rank, codec.lossless
 
     @property
     def rotates(self) -> bool:
@@ -95,12 +94,6 @@ class LatentCodec(Codec):
     def write_layouts(self) -> KVLayout | None:
         return self.codec.write_layouts()
 
-    def constants(self) -> list[Tensor]:
-        return self.codec.constants()
-
-    def adapted(self) -> list[Tensor]:
-        return self.codec.adapted()
-
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         """Queries, and as many directions as there are channels: the values' error counts like that of q . k."""
         latent = self._parts(queries)[0].float()
@@ -110,26 +103,6 @@ class LatentCodec(Codec):
 
     def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         self.codec.fit(streams, *self._parts(keys), due)
-
-    def reserve(self, streams: int) -> None:
-        self.codec.reserve(streams)
-
-    def select(self, streams: Tensor) -> None:
-        self.codec.select(streams)
-
-    def fork(self) -> LatentCodec:
-        twin = copy(self)
-        twin.codec = self.codec.fork()
-        return twin
-
-    def state(self) -> dict[str, Tensor]:
-        return self.codec.state()
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.codec.restore(state)
-
-    def lacks(self, paged: Tensor) -> str | None:
-        return self.codec.lacks(paged)
 
 
 def _shared(inner: KVLayout) -> KVLayout:

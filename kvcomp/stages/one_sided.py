@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.layout import Field
 
-from .quantizer import Codec, PageShape, Quantizer
+from .quantizer import AroundCodec, Codec, PageShape, Quantizer
 
 STAND_IN = 32  # channels of zeros in place of none: every quantizer takes so many
 
@@ -41,11 +40,12 @@ def _stored(field: Field, shape: PageShape) -> bool:
     return bool({"k": shape.k_dim, "v": shape.v_dim}.get(field.name.partition(".")[0], 1))
 
 
-class OneSidedCodec(Codec):
+class OneSidedCodec(AroundCodec):
     """A codec whose keys or values have 0 channels, of one whose have `STAND_IN`: zeros, which are not stored."""
 
     def __init__(self, codec: Codec, shape: PageShape) -> None:
-        self.codec, self.shape, self.hosted = codec, shape, codec.hosted
+        super().__init__(codec)
+        self.shape = shape
         self._fields = tuple(field for field in codec.fields if _stored(field, shape))
         self._missing = tuple(field for field in codec.fields if not _stored(field, shape))
 
@@ -78,37 +78,11 @@ class OneSidedCodec(Codec):
         k, v = self.codec.inverse(keys, values, streams)
         return k[..., : self.shape.k_dim], v[..., : self.shape.v_dim]
 
-    def constants(self) -> list[Tensor]:
-        return self.codec.constants()
-
-    def adapted(self) -> list[Tensor]:
-        return self.codec.adapted()
-
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         self.codec.observe(streams, _fill(queries))
 
     def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         self.codec.fit(streams, _fill(keys), _fill(values), due)
-
-    def reserve(self, streams: int) -> None:
-        self.codec.reserve(streams)
-
-    def select(self, streams: Tensor) -> None:
-        self.codec.select(streams)
-
-    def fork(self) -> OneSidedCodec:
-        twin = copy(self)
-        twin.codec = self.codec.fork()
-        return twin
-
-    def state(self) -> dict[str, Tensor]:
-        return self.codec.state()
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.codec.restore(state)
-
-    def lacks(self, paged: Tensor) -> str | None:
-        return self.codec.lacks(paged)
 
 
 def _fill(x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class LayerPlan:
         return any(stage.needs_queries for stage in stages if stage is not None)
 
     def within(self, tokens: int) -> LayerPlan:
-        """This plan for streams of at most so many tokens: a window of more than all of them needs no room for more."""
+        """This plan for streams of at most so many tokens: a window of more than all of them needs no more memory."""
         return replace(self, sinks=min(self.sinks, tokens), recent=min(self.recent, tokens))
 
     @cached_property
@@ -86,7 +86,7 @@ class LayerPlan:
 
     @cached_property
     def slots(self) -> int:
-        """Tokens that the exact buffer of a stream has room for."""
+        """Tokens that the exact buffer of a stream can hold."""
         return self.geometry.slots
 
     def room(self, tokens: int) -> int:

@@ -51,10 +51,10 @@ class Chunk:
 
 
 class Held(NamedTuple):
-    """What S = B x `heads` streams hold, as a policy sees it that lets pages go.
+    """State of S = B x `heads` streams, passed to policies that evict pages while decoding.
 
     tokens [S]: all that each holds, of which the first `sinks` stay. pages [S]: how many full pages of `page_size` lie
-    behind them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
+    after them, oldest first, before the exact window. attention [S, n] float32: how much of a query's attention each
     page received on average, since it was written and over the query heads of its KV head; queries [S, n] float32: the
     number of these queries. Both lie on the pages' device, to be copied only where pages leave, and are None unless the
     policy `watches`, or `trims` a prompt that comes in chunks. before [S]: how many of the tokens were held before that

@@ -74,7 +74,7 @@ class Codec:
 
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
         """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_layouts` at a time, what
-        `encode` gives; behind them each token's norm where a side has a gain. None: they cannot."""
+        `encode` gives; after them each token's norm where a side has a gain. None: they cannot."""
         return None
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class Codec:
         return []
 
     def adapted(self) -> list[Tensor]:
-        """Those of `constants` that were made for the streams at hand, and that a decode step loads."""
+        """Those of `constants` that were made for the current streams, and that a decode step loads."""
         return []
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
@@ -132,7 +132,7 @@ class Codec:
         `room`, and without a look at any tensor on the host."""
 
     def reserve(self, streams: int) -> None:
-        """Have room for what so many streams adapt to; tensors stay where they are from then on, until `select`."""
+        """Reserve memory for what so many streams adapt to; tensors then stay where they are until `select`."""
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams (beams): int64 [S']."""
@@ -155,6 +155,39 @@ class Codec:
     def lacks(self, paged: Tensor) -> str | None:
         """What `restore` should have given for the streams of which bool [S] `paged` have pages; None: nothing."""
         return None
+
+
+class AroundCodec(Codec):
+    """A codec of pages of another shape, made of one that adapts, is saved and follows streams in its place."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.hosted = codec, codec.hosted
+
+    def constants(self) -> list[Tensor]:
+        return self.codec.constants()
+
+    def adapted(self) -> list[Tensor]:
+        return self.codec.adapted()
+
+    def reserve(self, streams: int) -> None:
+        self.codec.reserve(streams)
+
+    def select(self, streams: Tensor) -> None:
+        self.codec.select(streams)
+
+    def fork(self) -> AroundCodec:
+        twin = copy(self)
+        twin.codec = self.codec.fork()
+        return twin
+
+    def state(self) -> dict[str, Tensor]:
+        return self.codec.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.codec.restore(state)
+
+    def lacks(self, paged: Tensor) -> str | None:
+        return self.codec.lacks(paged)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Index:
         self.selector = selector
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
-        """As `Codec.observe`, where the selector `needs_queries`."""
+        """See queries [s, R, Dk] of `streams` int64 [s], as `Codec.observe`, where the selector `needs_queries`."""
 
     def fit(self, streams: Tensor, keys: Tensor) -> None:
         """See keys [s, n, Dk] of `streams`, as `Codec.fit`."""
@@ -68,7 +68,7 @@ class Index:
         return self.selector.summarize(keys, values)
 
     def choose(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
-        """What each stream reads, as `Selector.select`."""
+        """What queries [S, G, Dk] of each stream read, as `Selector.select`."""
         return self.selector.select(queries, scale, held)
 
     def rest(
@@ -100,7 +100,7 @@ class Index:
         """As `Codec.restore`."""
 
     def lacks(self, paged: Tensor) -> str | None:
-        """As `Codec.lacks`."""
+        """What `restore` should have given for the streams of which bool [S] `paged` have pages, as `Codec.lacks`."""
         return None
 
 

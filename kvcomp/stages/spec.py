@@ -114,6 +114,6 @@ def _value(node: ast.expr, stage: str, argument: str) -> Any:
 
 
 def _is_word(value: Any) -> bool:
-    """Whether a value can stand in a spec without quotation marks and still be read as a string."""
+    """Whether a value can be written in a spec without quotation marks and still be read as a string."""
     bare = isinstance(value, str) and value.isidentifier() and not keyword.iskeyword(value)
     return bare and value.lower() not in LITERALS

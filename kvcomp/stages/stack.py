@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor
@@ -50,10 +50,11 @@ class Stack:
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.stages, str | bytes) or not isinstance(self.stages, Iterable):
-            raise SpecError(f"Stack({quote(self.stages)}): expected stages; Stack.parse takes a spec or one stage")
-        object.__setattr__(self, "stages", tuple(self.stages))
-        for stage in self.stages:
+        given: Any = self.stages
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise SpecError(f"Stack({_said(given)}): expected stages; Stack.parse takes a spec or one stage")
+        object.__setattr__(self, "stages", tuple(given))
+        for stage in list[Any](self.stages):
             if not isinstance(stage, Stage):
                 raise SpecError(f"Stack({_said(stage)}): {_advice(stage)}")
         if not self.stages:
@@ -119,9 +120,11 @@ class Stack:
             raise SpecError(f"{self} + {_said(other)}: {_advice(other)}")
         return Stack(self.stages + Stack.parse(other).stages)
 
-    def __radd__(self, other: Any) -> Stack:
-        """Only reached where the left operand is neither a stage nor a stack."""
-        raise SpecError(f"{_said(other)} + {self}: {_advice(other)}")
+    if not TYPE_CHECKING:
+
+        def __radd__(self, other: Any) -> Any:
+            """Only reached where the left operand is neither a stage nor a stack."""
+            raise SpecError(f"{_said(other)} + {self}: {_advice(other)}")
 
     def __repr__(self) -> str:
         return f"Stack.parse({str(self)!r})"
@@ -228,7 +231,7 @@ class Stack:
                 f"roundtrip: keys {tuple(keys.shape)} and values {tuple(values.shape)} must be [B, Hkv, N, D] "
                 "with equal B, Hkv and N"
             )
-        from kvcomp import roundtrip  # by the package's door: a store is made of a stack, not a stack of stores
+        from kvcomp import roundtrip  # through the package: a store is made of a stack, not a stack of stores
 
         return roundtrip(self.plan(layer=0, layers=1), keys, values, queries, scale)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,7 +28,7 @@ def arg(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-class StageType(type):
+class StageType(ABCMeta):
     """The class of stage classes: calling one takes aliases of arguments, too, and refuses unknown ones by name."""
 
     if not TYPE_CHECKING:  # there a stage class takes what its dataclass declares
@@ -50,7 +51,8 @@ class Stage(metaclass=StageType):
     """Base of every stage. Stages are added to a stack: `SnapKV(keep=0.25) + KIVI(bits=4)`.
 
     name: what specs call it. family: policy, quantizer, selector or window. paper: arXiv ids, or kvcomp where the
-    method is ours. aliases: other names of its arguments, besides those of its bases.
+    method is ours. aliases: other names of its arguments, besides those of its bases; type checkers know the
+    arguments' own names alone.
     """
 
     name: ClassVar[str] = ""
@@ -107,15 +109,17 @@ class Stage(metaclass=StageType):
         Raises:
             SpecError: `other` is neither a stage nor a stack, or the two cannot work together.
         """
-        from kvcomp import Stack  # by the package's door: a stack is made of stages, not a stage of stacks
+        from kvcomp import Stack  # through the package: a stack is made of stages, not a stage of stacks
 
         return Stack((self,)) + other
 
-    def __radd__(self, other: Any) -> Stack:
-        """Only reached where the left operand is neither a stage nor a stack: a SpecError."""
-        from kvcomp import Stack
+    if not TYPE_CHECKING:  # which refuses what is added in vain
 
-        return other + Stack((self,))
+        def __radd__(self, other: Any) -> Any:
+            """Only reached where the left operand is neither a stage nor a stack: a SpecError."""
+            from kvcomp import Stack
+
+            return other + Stack((self,))
 
     def shown(self) -> dict[str, Any]:
         """The arguments by which specs and `repr` name the stage: the first one, and those that are not the default."""

@@ -175,7 +175,7 @@ def test_no_space_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Mon
     def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if mode == "a":
             with opened(self, "a") as file:
-                file.write('{"task": "a", "cont')  # as much as there was room for
+                file.write('{"task": "a", "cont')  # as much as there was space for
             raise OSError(errno.ENOSPC, "No space left on device", str(self))
         return opened(self, mode, *args, **kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -382,3 +383,37 @@ def test_a_module_that_is_run_refuses_in_one_line(module: str) -> None:
     app.command(cls=console.Command)(importlib.import_module(f"kvcomp.benchmarks.{module}").main)
     args = ["--stack", "none", "--model", "./nowhere", *more[module]]
     refused(CliRunner().invoke(app, args), "error:")
+
+
+@pytest.mark.parametrize("name", ["config.json", "samples.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_files_of_a_run_that_never_end(name: str, kind: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    for use in (lambda: read_run(folder), lambda: Results(folder, config)):
+        with pytest.raises(KvcompError, match=name):
+            use()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--file"),
+        ("ask", "--question", "?"),
+        ("calibrate", "--method", "klt", "--out", "x.st", "--text"),
+        ("tune", "--out", "x", "--text"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_texts_that_never_end(command: tuple[str, ...]) -> None:
+    result = run(*command, "/dev/zero")
+    assert result.exit_code == 2, result.output
+    assert "/dev/zero" in result.stderr
+    assert "ot a regular file" in result.stderr

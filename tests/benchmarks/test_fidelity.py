@@ -16,10 +16,10 @@ from kvcomp import Stack
 from kvcomp.benchmarks import decoding, divergence
 from kvcomp.benchmarks.bench import answer, run
 from kvcomp.benchmarks.fidelity import TASKS
-from kvcomp.benchmarks.report import tables
 from kvcomp.benchmarks.results import FIDELITY, Record, Run, RunError, read_run
 from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.tasks import expand
+from kvcomp.benchmarks.terminal import tables
 from kvcomp.integrations.huggingface import CompressedCache, prefill
 from kvcomp.integrations.huggingface.models import load_model
 

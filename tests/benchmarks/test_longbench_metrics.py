@@ -78,8 +78,8 @@ def test_rouge_l_zh_counts_the_words_of_jieba() -> None:
         ("Date", "Other location", ["Date", "Other location"], 0),
         ("", "Date", ["Date"], 0),
         ("City state", "City state", ["City", "City state"], 1),  # part of the reference's name
-        ("City state", "City", ["City", "City state"], 1 / 2),  # but not the other way round
-        # "City" is dropped, so "state" behind it is never checked, as in the authors' loop
+        ("City state", "City", ["City", "City state"], 1 / 2),  # but not the reverse
+        # "City" is dropped, so "state" after it is never checked, as in the authors' loop
         ("City state", "City state", ["City", "state", "City state"], 1 / 2),
     ],
 )

@@ -170,7 +170,7 @@ def test_pages_that_leave_are_those_of_single_tokens(stack: str) -> None:
 
 @pytest.mark.parametrize("stack", ["snapkv(budget=96) + int8", "keydiff(keep=0.25) + kivi(bits=2)"])
 def test_extent(stack: str) -> None:
-    """Behind the prompt every page but those of what is kept is free, and pages to come have columns by then."""
+    """After the prompt every page but those of what is kept is free, and pages to come have columns by then."""
     setup = setup_of(stack)
     size = setup.page_size
     for prompt in range(1, 800, 37):

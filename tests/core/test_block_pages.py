@@ -38,7 +38,7 @@ def bound(setup: Setup, biases: Turned | None = None) -> Pages:
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_token_by_token_makes_the_same_pages(stack: str, biased: bool) -> None:
-    """In any order behind those that begin pages, and in any company; padding is written nowhere."""
+    """In any order after those that begin pages, and in any company; padding is written nowhere."""
     setup = setup_of(stack)
     assert setup.by_token
     size = setup.page_size
@@ -132,7 +132,7 @@ def test_what_needs_a_window(stack: str) -> None:
     "stack", ["int8", "int8 + window(sinks=4, recent=70)", "kivi(bits=2)", "streaming(sinks=4, recent=64) + int8"]
 )
 def test_every_token_is_read_once(stack: str) -> None:
-    """Pages, exact tokens and what streaming let go are all tokens before the step's own, of each request."""
+    """Pages, exact tokens and what streaming evict are all tokens before the step's own, of each request."""
     setup = setup_of(stack)
     table = torch.arange(1, 1 + 3 * 20).view(3, 20)
     for past in (0, 1, 3, 63, 64, 65, 133, 138, 139, 300):

@@ -123,7 +123,7 @@ def test_what_waits_is_seen() -> None:
 @pytest.mark.parametrize("stack", ["none", "int(bits=4)", "int(bits=2, basis=hadamard)", "turboquant(bits=3)", "mxfp4"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_decode_step_is_a_step(stack: str, biased: bool) -> None:
-    """Planned on the device, with padding behind the requests, or on the host: the same attention, the same pool."""
+    """Planned on the device, with padding after the requests, or on the host: the same attention, the same pool."""
     of_keys = turned(30 * torch.randn(HEADS, DIM), torch.linspace(1, 0.001, DIM // 2), 1.0) if biased else None
     engine = BlockEngine(stack, HOST, biases=of_keys)
     lengths = [1, 63, 64, 65, 200]

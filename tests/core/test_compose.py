@@ -11,6 +11,7 @@ import subprocess
 import sys
 import typing
 import warnings
+from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -182,7 +183,7 @@ def test_signatures_are_those_of_the_dataclass() -> None:
 
 def test_a_stage_of_the_users_own_adds_up_too() -> None:
     @dataclass(frozen=True)
-    class Mine(Policy):
+    class Mine(Policy, ABC):
         share: float = arg(0.5, "of something")
 
         def kept(self, tokens: int, *_: Any) -> int:

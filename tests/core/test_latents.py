@@ -166,7 +166,7 @@ def test_pages_with_centres_are_still_read() -> None:
     assert torch.equal(restored.attend(q, 0.2).out, store.attend(q, 0.2).out)
 
 
-# -- DeepSeek-V3: a latent of 512 channels, a rotary key of 64 and 128 query heads ------------------------------------
+# -- DeepSeek-V3: a latent of 512 channels, a rotary key of 64 and 128 query heads -------------------------------------
 
 V3 = LayerShape(1, 512, 64, 128, 320, 1088, kind=LayerKind.LATENT)
 TOKENS = 4096

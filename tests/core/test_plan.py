@@ -31,7 +31,7 @@ def test_pages_of_a_prefill(sinks: int, recent: int, tokens: int, quest: bool) -
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 64), (96, 128)])
 def test_keys_and_values_may_differ_in_width(dims: tuple[int, int]) -> None:
-    """By hand for the dense stack: full pages of 64, room for 64 of the 84 exact tokens, 4 bytes of table a page,
+    """By hand for the dense stack: full pages of 64, space for 64 of the 84 exact tokens, 4 bytes of table a page,
     counters."""
     k, v = dims
     plan = Stack.parse("window(sinks=4, recent=16)").plan(0, 1)

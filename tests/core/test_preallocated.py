@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def filled(spec: str, prompt: int = PROMPT, dims: tuple[int, int] = (DIM, DIM)) -> LayerStore:
-    """A store of rows of `prompt`, 2 and prompt - 7 tokens behind padding; heads of a row keep as many."""
+    """A store of rows of `prompt`, 2 and prompt - 7 tokens after padding; heads of a row keep as many."""
     torch.manual_seed(0)
     store = LayerStore(Stack.parse(f"{spec} + {WINDOW}").plan(0, 1))
     k, v = (torch.randn(ROWS, HEADS, prompt, dim) for dim in dims)
@@ -101,7 +101,7 @@ class LooksAtNothing(TorchDispatchMode):
 def test_steps_are_those_of_the_store(spec: str, host: bool, dims: tuple[int, int]) -> None:
     other = filled(spec, dims=dims)
     ahead, store = taken(spec, host=host, dims=dims)
-    assert not store.kept.any()  # handed over, not copied
+    assert not store.kept.any()  # passed, not copied
     for seed in range(70):
         torch.testing.assert_close(advance(ahead, seed, dims), stepped(other, seed, dims), atol=2e-5, rtol=0)
     ahead.give(store)

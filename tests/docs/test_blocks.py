@@ -31,13 +31,15 @@ def smollm2() -> tuple[Any, Any]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: tuple[Any, Any]) -> Iterator[Path]:
-    """A folder of a page's own, where its files can be imported, with the packaged model at hand."""
+    """A folder of a page's own, where its files can be imported, with the packaged model available."""
     model, tokenizer = smollm2
     monkeypatch.setattr(models, "load_model", lambda name: {"smollm2-135m": (model, tokenizer)}[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry.stages()  # loads all of them
-    known = dict(registry._stages)
+    known = registry.stages()
+    own = {name: stage for name, stage in known.items() if stage.__module__.startswith("kvcomp.")}
+    registry._stages.clear()
+    registry._stages.update(own)
     yield tmp_path
     registry._stages.clear()
     registry._stages.update(known)
@@ -77,9 +79,9 @@ def test_the_engine_of_the_page_attends_as_torch_does(elsewhere: Path) -> None:
     import torch
     from torch.nn import functional as F
 
-    block = next(b for b in documents.blocks(documents.DOCS / "extend.md") if b.title == "my_engine.py")
+    block = next(b for b in documents.blocks(documents.DOCS / "extend.md") if b.title == "engine.py")
     found: dict[str, Any] = {}
-    exec(compile(block.text, "my_engine.py", "exec"), found)
+    exec(compile(block.text, "engine.py", "exec"), found)
     starts = [0, *torch.tensor(found["lengths"]).cumsum(0).tolist()]
     for a, b in pairwise(starts):
         q, k, v = (found[name][a:b].transpose(0, 1)[None] for name in ("query", "key", "value"))
@@ -89,7 +91,10 @@ def test_the_engine_of_the_page_attends_as_torch_does(elsewhere: Path) -> None:
     assert not found["pool"][4:].any()
 
 
-def test_files_of_the_extend_page_are_short() -> None:
-    for block in documents.blocks(documents.DOCS / "extend.md"):
-        if block.title is not None:
-            assert len(block.text.splitlines()) <= 60, block.title
+def test_methods_of_the_extend_page_are_the_examples() -> None:
+    examples = documents.ROOT / "examples" / "methods"
+    titled = {b.title: b.text for b in documents.blocks(documents.DOCS / "extend.md") if b.title is not None}
+    assert {path.name: documents.read(path) for path in examples.glob("*.py")} == {
+        name: text for name, text in titled.items() if name != "engine.py"
+    }
+    assert all(len(text.splitlines()) <= 50 for text in titled.values())

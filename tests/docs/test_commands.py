@@ -62,13 +62,25 @@ MENTIONS = list(mentions())
 
 
 def parse(command: Any, words: list[str], name: str) -> None:
-    """Let click read the words: unknown options, missing values and wrong types raise."""
+    """Let click read the words: unknown options, missing values and wrong types raise.
+
+    Options without a value for the command (--version, --install-completion) act while they are read: they only have
+    to exist.
+    """
+    acting = {option for p in command.params if p.is_eager or not p.expose_value for option in p.opts}
+    if words and words[0] in acting:
+        return
     context = command.make_context(name, list(words), resilient_parsing=False)
     children = getattr(command, "commands", None)
     if children is not None:
         rest = [*context._protected_args, *context.args]
         _, child, rest = command.resolve_command(context, rest)
         parse(child, rest, child.name)
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.mark.parametrize(("path", "words"), FOUND, ids=[f"{documents.name(p)}: {' '.join(c)[:70]}" for p, c in FOUND])
@@ -80,6 +92,7 @@ def test_the_command_exists(path: Path, words: list[str]) -> None:
         parse(typer.main.get_command(app), words[1:], "kvcomp")
     elif words[1] == "-m" and words[2].startswith("kvcomp.") and words[2] != "kvcomp.benchmarks.lm_eval":
         module = importlib.import_module(words[2])
+        assert "__main__" in documents.read(Path(str(module.__file__))), f"{words[2]} is no command"
         if hasattr(module, "typer"):
             solo = typer.Typer(add_completion=False)
             solo.command()(module.main)

@@ -9,6 +9,7 @@ import documents
 import pytest
 
 FIGURES = {".svg", ".png"}
+MADE = {"build", "out", "dist"}  # by commands
 
 
 @pytest.mark.parametrize("path", documents.DOCUMENTS, ids=documents.name)
@@ -25,6 +26,25 @@ def test_every_link_leads_somewhere(path: Path) -> None:
             assert target.is_relative_to(documents.DOCS), f"{link}: the site has the files of docs/ alone"
         if anchor:
             assert anchor in documents.anchors(target), f"{documents.name(path)}: {link} names no heading"
+
+
+@pytest.mark.parametrize("path", documents.DOCUMENTS, ids=documents.name)
+def test_every_file_that_is_named_exists(path: Path) -> None:
+    """`tests/core/test_stack.py` and `kernels/reference` are files and folders of the repository."""
+    tops = {
+        entry.name for entry in documents.ROOT.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    } - MADE
+    for span in re.findall(r"`([\w./-]+)`", documents.prose(path)):
+        if "/" in span and span.split("/")[0] in tops and not span.startswith("kvcomp/__"):
+            assert (documents.ROOT / span).exists(), f"{documents.name(path)}: {span} does not exist"
+
+
+def test_every_example_is_listed() -> None:
+    """docs/examples.md has a row for each script, and no other."""
+    listed = set(re.findall(r"`([\w/]+\.(?:py|ipynb))`", documents.read(documents.DOCS / "examples.md")))
+    folder = documents.ROOT / "examples"
+    scripts = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in (".py", ".ipynb")}
+    assert scripts == listed
 
 
 def test_a_dead_link_and_a_dead_anchor_are_seen(tmp_path: Path) -> None:

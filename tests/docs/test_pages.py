@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,8 @@ import documents
 import pytest
 
 import kvcomp.stages.stack
+from kvcomp.cost.hardware import GPUS
+from kvcomp.integrations.huggingface.shapes import builtin
 from kvcomp.stages.registry import stages
 
 README = documents.ROOT / "README.md"
@@ -69,6 +72,32 @@ def test_readme_repeats_figures_of_the_results() -> None:
                 assert float(short.split("x")[0]) == pytest.approx(float(full.split(", ")[1].rstrip("x")), abs=0.06)
 
 
+def test_ratios_of_a_bfloat16_cache_are_those_that_the_stacks_compute() -> None:
+    """README: "2.8x less at 2k tokens and 3.2x at 32k"; choose.md: a ratio in each row, at 8k tokens."""
+    stack = kvcomp.stages.stack.Stack.parse("kivi(bits=4)")
+    said = re.search(r"holds ([\d.]+)x less at 2k tokens and ([\d.]+)x at 32k", documents.read(README))
+    assert said is not None
+    for tokens, ratio in zip((2048, 32_768), said.groups(), strict=True):
+        assert 16 / stack.effective_bits(64, tokens) == pytest.approx(float(ratio), abs=0.06)
+    goals = documents.read(documents.DOCS / "choose.md").split("## By goal")[1].split("\n## ")[0]
+    checked = 0
+    for line in goals.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        ratios = re.findall(r"(?<![\d.])(\d\.\d)x", cells[2]) if len(cells) > 3 else []
+        for spec, ratio in zip(re.findall(r"`([^`]+)`", cells[1]) if ratios else (), ratios, strict=False):
+            window = " + window(sinks=4, recent=128)" if spec.startswith("klt") else ""
+            bits = kvcomp.stages.stack.Stack.parse(spec + window).effective_bits(64, 8192)
+            assert 16 / bits == pytest.approx(float(ratio), abs=0.06), spec
+            checked += 1
+    assert checked == 5
+
+
+def test_plan_knows_as_many_models_and_devices_as_the_page_says() -> None:
+    page = documents.read(documents.DOCS / "choose.md")
+    numbers = {10: "ten", 11: "eleven", 12: "twelve", 15: "Fifteen", 16: "Sixteen", 17: "Seventeen", 18: "Eighteen"}
+    assert f"{numbers[len(builtin())]} well-known models and {numbers[len(GPUS)]} GPUs" in page
+
+
 def test_the_headline_is_drawn_from_the_tables(tmp_path: Path) -> None:
     """The committed pictures have the texts, hence the figures, that the script draws, and load nothing."""
     drawing = load(documents.DOCS / "figures" / "draw.py")
@@ -110,8 +139,10 @@ def test_the_generated_pages_have_everything(hooks: ModuleType) -> None:
         assert f"## kvcomp {command.name or command.callback.__name__}" in commands
     assert "[bold]" not in commands
     assert "| `--seed` | `0` |" in commands
+    listed = hooks.public("kvcomp.stages")
     for name in kvcomp.stages.__all__:
-        assert f".{name}" in hooks.public("kvcomp.stages") or not hasattr(getattr(kvcomp.stages, name), "__qualname__")
+        thing = getattr(kvcomp.stages, name)
+        assert f".{name}\n" in f"{listed}\n" or not (inspect.isclass(thing) or inspect.isfunction(thing)), name
     assert "::: kvcomp.integrations.huggingface.cache.CompressedCache" in hooks.public("kvcomp")
     assert hooks.changelog().startswith("# Changelog")
 

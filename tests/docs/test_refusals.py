@@ -94,7 +94,7 @@ def test_the_page_was_read() -> None:
 
 
 def test_reasons_that_messages_are_made_of_are_listed() -> None:
-    """Why vLLM refuses a policy, and a model a stack, is told in sentences of a function of its own."""
+    """Why vLLM refuses a policy, and a model a stack, is said in sentences of a function of its own."""
     for name, function in (("integrations/vllm/checks.py", "_check_policy"),):
         tree = dict(sources())[name]
         body = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function)

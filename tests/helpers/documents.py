@@ -1,4 +1,4 @@
-"""README, the changelog and the pages of docs/, as tests read them: blocks, headings, links, tables."""
+"""README and the other documents at the top, and the pages of docs/, as tests read them: blocks, headings, links."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^(```+)([^\n]*)\n(.*?)^\1[ \t]*$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: (needs [^>]+) -->\s*\Z")
 TITLE = re.compile(r'title="([^"]+)"')

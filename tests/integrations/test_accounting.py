@@ -1,4 +1,4 @@
-"""Held bytes are the allocator's, read bytes are what attention was handed."""
+"""Held bytes are the allocator's, read bytes are what attention was given."""
 
 from __future__ import annotations
 

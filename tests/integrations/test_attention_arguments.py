@@ -174,7 +174,7 @@ def _differential() -> PreTrainedModel:
 
 @pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 4}, {"num_beams": 3}, {"prefill_chunk_size": 16}])
 def test_values_that_the_model_changes(options: dict[str, Any]) -> None:
-    """DiffLlama takes the values apart and attends twice."""
+    """DiffLlama splits the values and attends twice."""
     ids = IDS.repeat(1, 2)
     dense, model = _differential(), _differential()
     expected = greedy(dense, ids, DynamicCache(config=dense.config), new=16, **options)

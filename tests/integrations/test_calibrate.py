@@ -198,7 +198,7 @@ def test_a_file_serves_its_model_and_no_other(method: str, files: dict[str, Path
     model = make("llama")
     CompressedCache(stack, model)
     CompressedCache(stack, make("llama").to(torch.bfloat16))
-    CompressedCache(stack, model.config)  # weights are not at hand: the config alone is compared
+    CompressedCache(stack, model.config)  # weights are not available: the config alone is compared
     tuned = make("llama")
     with torch.no_grad():
         tuned.model.layers[2].mlp.down_proj.weight.mul_(1.1)

@@ -103,7 +103,7 @@ def test_it_goes_on_forks_saves_and_repeats(spec: str, tmp_path: Path) -> None:
     torch.testing.assert_close(next_logits(model, loaded, step), want, rtol=0, atol=0)
     torch.testing.assert_close(next_logits(model, fork, step.flip(0)).flip(0), want)
     steps = tokens(2, 150, seed=6)
-    for token in steps.split(1, 1):  # pages fill behind the compacted span
+    for token in steps.split(1, 1):  # pages fill after the compacted span
         next_logits(model, cache, token)
     cache.crop(-3)
     assert cache.get_seq_length() == 700 + 147

@@ -88,7 +88,7 @@ FORMS = ("{}", "streaming(sinks=2, recent=130) + {}", "{} + quest(pages=3, dense
 
 @pytest.mark.parametrize("quantizer", EVERY)
 def test_error_in_every_dtype(quantizer: str, text: Path, tmp_path: Path) -> None:
-    """Alone, with a policy and with a selector, whose choices do not hang on the last bit of a key."""
+    """Alone, with a policy and with a selector, whose choices do not depend on the last bit of a key."""
 
     def costs(kind: str) -> list[float]:
         """Errors of DynamicCache and of each form."""
@@ -124,7 +124,7 @@ def test_generation_under_autocast(implementation: str, options: dict[str, Any])
 
 
 def test_autocast_that_comes_and_goes() -> None:
-    """A prompt under autocast, steps without, and the other way round; forks, crops and files do not mind."""
+    """A prompt under autocast, steps without, and the reverse; forks, crops and files do not mind."""
     for stack in ("none", "kivi(bits=4, group=16) + window(recent=16)"):
         for first, then in ((True, False), (False, True)):
             model = models.make("llama")

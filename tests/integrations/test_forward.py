@@ -1,4 +1,4 @@
-"""Caches handed to models under the name that each version of transformers has for them."""
+"""Caches given to models under the name that each version of transformers has for them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*same redundancy")
 def steps(
     model: PreTrainedModel, cache: Any, padded: bool = True, between: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Logits of a prompt, steps and a chunk, each behind what came before."""
+    """Logits of a prompt, steps and a chunk, each after what came before."""
     ids, at, found = tokens(2, 200), 0, []
     _, mask = left_padded([100, 120])
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_learned_sinks(model: PreTrainedModel) -> None:
 
 
 def _conversation(model: PreTrainedModel, cache: Any, **options: Any) -> Tensor:
-    """Two turns of a padded batch, the second one's prompt behind the first one's answer."""
+    """Two turns of a padded batch, the second one's prompt after the first one's answer."""
     first = greedy(model, IDS, cache, new=40, attention_mask=MASK, **options).sequences
     ids = torch.cat([first, tokens(3, 20, seed=9)], 1)
     mask = torch.cat([MASK, torch.ones(3, 60, dtype=MASK.dtype)], 1)

@@ -46,7 +46,7 @@ def reload(cache: CompressedCache, model: PreTrainedModel, path: Path) -> Compre
 
 
 def data_bytes(path: Path) -> int:
-    """Bytes behind the header, whose length the first eight bytes say."""
+    """Bytes after the header, whose length the first eight bytes say."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 

@@ -183,7 +183,7 @@ def test_reuse_after_a_refusal() -> None:
 
 
 def test_a_second_turn_of_assisted_decoding_is_right() -> None:
-    """transformers feeds all of it again, behind what a DynamicCache holds."""
+    """transformers feeds all of it again, after what a DynamicCache holds."""
     model, ids = models.make("llama"), tokens(1, 40).repeat(1, 2)
     cache = CompressedCache("none", model)
     so_far = greedy(model, ids, cache, new=15, prompt_lookup_num_tokens=4).sequences
@@ -236,7 +236,7 @@ MASKS = ("generate", "no mask", "ones", "a step", "swapped")
 
 
 def ended(model: PreTrainedModel, cache: Any, ends: list[int], **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A turn of 30 tokens in rows that end after so many: ids and the mask that hides what is behind their ends."""
+    """A turn of 30 tokens in rows that end after so many: ids and the mask that hides what is after their ends."""
     ids, mask = left_padded([65, 80, 41])
     out = greedy(model, ids, cache, new=30, attention_mask=mask, **kwargs).sequences
     longer = F.pad(mask, (0, 30), value=1)

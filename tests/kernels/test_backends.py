@@ -44,7 +44,7 @@ def case_of(spec: str, **others: Any) -> Case:
 
 
 class Counting(Reference):
-    """Serves what it has no reason against, and counts what it is asked and handed."""
+    """Serves what it has no reason against, and counts what it is asked and given."""
 
     name = "Counting"
 
@@ -198,7 +198,7 @@ def test_received_is_its_definition(reduce: Any, softcap: float | None, hidden: 
 
 
 DOORS = {"backends", "contract", "dispatch", "received", "reference", "select"}
-INSIDE = {  # what needs more than an operation: room for a graph's kernels, and a peer to be timed against
+INSIDE = {  # what needs more than an operation: space for a graph's kernels, and a peer to be timed against
     ("decode.py", "triton"),
     ("peers.py", "flashinfer"),
     ("resources.py", "placed"),
@@ -207,7 +207,7 @@ INSIDE = {  # what needs more than an operation: room for a graph's kernels, and
 
 
 def test_nobody_asks_what_is_installed_but_the_backends() -> None:
-    """Outside of kernels/, modules import the doors alone, and so no kernel of any backend."""
+    """Outside of kernels/, modules import the entries alone, and so no kernel of any backend."""
     found = set()
     for folder in ("policies", "quantizers", "sparse", "kvcomp", "integrations", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -187,7 +187,7 @@ def test_pages_filled_in_part(
     threads: int,
     dtype: torch.dtype,
 ) -> None:
-    """Counts of tokens: what lies behind them, in their last page too, is nan in every scale, and has no effect."""
+    """Counts of tokens: what lies after them, in their last page too, is nan in every scale, and has no effect."""
     if not all(fits(spec, dim) for dim in dims):
         return
     torch.manual_seed(seed)

@@ -275,7 +275,7 @@ def test_no_pages_change_nothing(spec: str, level: int, monkeypatch: pytest.Monk
 @compiled
 @pytest.mark.parametrize("spec", ["kivi(bits=4)", "int(bits=3)"])
 def test_threads_share_pages(spec: str) -> None:
-    """More work than one thread does alone, of V that is not contiguous, into records that lie apart in the pool."""
+    """More work than one thread does alone, of V that is not contiguous, into records with gaps between them."""
     torch.manual_seed(0)
     codec, layout = built(spec, 128, 32, torch.float32)
     k, v, streams = torch.randn(41, 32, 128), torch.randn(41, 128, 32).mT, torch.zeros(41, dtype=torch.int64)

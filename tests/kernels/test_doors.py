@@ -1,4 +1,4 @@
-"""Whatever tensors the C operators are handed, they read what those hold, or refuse them: never foreign memory."""
+"""Whatever tensors the C operators are given, they read what those hold, or refuse them: never foreign memory."""
 
 from __future__ import annotations
 

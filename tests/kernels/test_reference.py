@@ -1,4 +1,4 @@
-"""The specification itself: decode everything, then softmax, and nothing that is not handed over is ever read."""
+"""The specification itself: decode everything, then softmax, and nothing that is not passed is ever read."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_pages_handed_over_are_attended_and_no_other_is_read(
 def test_pages_filled_in_part(
     attend: Callable[..., Part], spec: str, alike: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counts of tokens, at ends of pages and between them: what lies behind the last is not read, by torch's kernels
+    """Counts of tokens, at ends of pages and between them: what lies after the last is not read, by torch's kernels
     for many queries neither."""
     monkeypatch.setattr(attention, "MANY_LOGITS", 1)
     torch.manual_seed(0)
@@ -141,7 +141,7 @@ def test_pages_filled_in_part(
 
 
 def test_the_poison_is_poison() -> None:
-    """The test above would see a page too many: handed over, it makes NaN."""
+    """The test above would see a page too many: passed, it makes NaN."""
     for spec in QUANTIZERS:
         pool, layout, codec = filled(spec, 2, (64, 64), torch.bfloat16)
         pool.data[1] = 0xFF

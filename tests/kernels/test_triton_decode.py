@@ -78,7 +78,7 @@ class Case:
         return torch.randn(tokens, heads, self.setup.dim, device=DEVICE).to(self.dtype)
 
     def batch(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Table, lengths and slots of requests whose past tokens are written; behind, a poisoned block's stale ids."""
+        """Table, lengths and slots of requests whose past tokens are written; after, a poisoned block's stale ids."""
         size, free = self.setup.page_size, iter(torch.randperm(BLOCKS - 2).add(2).tolist())
         table = torch.ones(len(lengths), -(-LONGEST // size) + 1, dtype=torch.int32)
         slots = torch.full((len(lengths),), -1)
@@ -118,7 +118,7 @@ class Case:
         assert changed == sorted(int(block) * self.heads + h for block in at for h in range(self.heads))
 
     def specified(self, table: Tensor, lengths: Tensor, slots: Tensor, *x: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over pages as the codec decodes them and the new token as it is; and the pool behind the step."""
+        """Attention over pages as the codec decodes them and the new token as it is; and the pool after the step."""
         pages, heads = self.pages, self.heads
         q, k, v = (y[: len(lengths)].unflatten(1, (heads, -1)).flatten(0, 1) for y in x)
         ids = (table.long()[:, None] * heads + torch.arange(heads, device=DEVICE)[:, None]).flatten(0, 1)

@@ -44,7 +44,7 @@ STACKS = [  # stack, dimension, whether tokens of a page share nothing
     ("klt(bits=2)", 64, True),
     ("fp8", 80, True),
     ("mxfp4", 96, True),
-    ("quest(dense_layers=0) + int(bits=4, group=16)", 64, True),  # pages of 16, and a summary behind
+    ("quest(dense_layers=0) + int(bits=4, group=16)", 64, True),  # pages of 16, and a summary after
     ("kivi(bits=2, group=16)", 64, False),
     ("nvfp4", 128, False),
 ]
@@ -122,7 +122,7 @@ def test_first_tokens_of_pages(
     lse_of_pages: bool,
     split: int | None,
 ) -> None:
-    """In records that are wider than pages; what lies behind a stream's tokens, in a page too, may be anything."""
+    """In records that are wider than pages; what lies after a stream's tokens, in a page too, may be anything."""
     torch.manual_seed(dim + rows)
     codec, layout = built(spec, dim, dtype)
     assert layout.tokenwise is tokenwise

@@ -165,7 +165,7 @@ def test_no_quantizer_and_no_width_is_forgotten() -> None:
 
 @every
 def test_a_loud_key_channel_costs_its_share_and_no_value(lab: Lab, spec: str) -> None:
-    """100 times as loud as the others: the error of K in relation to K may double. oscar calibrates V with K."""
+    """100 times the norm of the others: the error of K in relation to K may double. oscar calibrates V with K."""
     (loud_k, loud_v), (usual_k, usual_v) = lab.errors(spec, "loud"), lab.usual(spec)
     assert loud_k <= 2 * usual_k
     assert loud_v == pytest.approx(usual_v, rel=0.1 if spec.startswith("oscar") else 0)
@@ -265,7 +265,7 @@ def test_the_largest_halves_do_not_overflow(lab: Lab, spec: str) -> None:
 
 @every
 def test_attention_is_over_what_is_held_and_decoded(lab: Lab, spec: str) -> None:
-    """A window of 2 + 5 tokens, with fewer than a page behind it, or with one: a prompt, then three steps."""
+    """A window of 2 + 5 tokens, with fewer than a page after it, or with one: a prompt, then three steps."""
     q, k, v = lab.inputs("plain")
     for tokens in (1, 15, 90):
         store = lab.store(spec, given=(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens]), sinks=2, recent=5)

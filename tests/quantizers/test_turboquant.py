@@ -151,7 +151,7 @@ def test_what_is_encoded_stays_readable_whatever_comes_later() -> None:
 
 @pytest.mark.parametrize("bits", sorted(FRACTIONS))
 def test_a_row_does_not_depend_on_the_rows_beside_it(bits: float) -> None:
-    """Channels that are loud in one row are not in the other."""
+    """Channels that are large in one row are not in the other."""
     k = torch.randn(2, 1, 128, 64, generator=torch.Generator().manual_seed(0))
     k[0, ..., :16] *= 20
     k[1, ..., 32:48] *= 20
@@ -246,7 +246,7 @@ def test_attention_needs_no_rotating_back(spec: str, dims: tuple[int, int]) -> N
     k, v = (torch.randn(12, 64, dim, generator=generator) for dim in dims)
     q = torch.randn(4, 3, dims[0], generator=generator)
     streams = torch.arange(4).repeat_interleave(3)
-    k[..., :5] *= 1 + 4 * (streams[:, None, None] % 2)  # heads differ in their loud channels
+    k[..., :5] *= 1 + 4 * (streams[:, None, None] % 2)  # heads differ in their large channels
     pool = PagePool(layout, CPU)
     ids = pool.allocate(12)
     pool.write(ids, codec.encode(k, v, streams))

@@ -118,7 +118,7 @@ def test_a_choice_serves_one_step() -> None:
     step([leader, follower], 0)
     assert leader.choices
     q = torch.randn(ROWS, 4, 3, DIM)
-    for store in (leader, follower):  # several queries read everything, and leave no choice behind
+    for store in (leader, follower):  # several queries read everything, and leave no choice after
         store.attend(q, 0.3)
         assert not store.choices
         assert store.read["pages"] == store.table.total * store.layout.body_bytes

@@ -80,7 +80,7 @@ def share() -> Callable[[list[list[int]], list[list[int]]], float]:
 @pytest.fixture(scope="session")
 def undecided() -> Callable[[list[list[int]], dict[str, Any]], float]:
     """undecided(texts, round): the largest margin, in nats, by which the round had preferred the first token in which
-    one of the texts differs; 0 where none does. What comes behind such a token has another text before it."""
+    one of the texts differs; 0 where none does. What comes after such a token has another text before it."""
 
     def largest(texts: list[list[int]], round_: dict[str, Any]) -> float:
         parted = [0.0]

@@ -69,7 +69,7 @@ def run(engine: Any, requests: list[dict[str, Any]], number: int) -> dict[str, A
 
 
 def answer(given: dict[str, Any]) -> dict[str, Any]:
-    """What comes of one question; the engine is gone behind it."""
+    """What comes of one question; the engine is gone after it."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.v1.attention.selector import _cached_get_attn_backend

@@ -36,7 +36,7 @@ def long(text: TEXT) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def roomy(engine: ENGINE, requests: list[dict[str, Any]], long: list[dict[str, Any]]) -> ROOMY:
-    """roomy(stack): rounds with room for all at once: requests of which every other one is aborted, all of the same,
+    """roomy(stack): rounds with space for all at once: requests of which every other one is aborted, all of the same,
     and the long ones."""
 
     @cache
@@ -93,7 +93,7 @@ def test_other_stacks(engine: ENGINE, hugging_face: Any, share: SHARE, text: TEX
 def test_budgets_that_hold(
     engine: ENGINE, hugging_face: Any, share: SHARE, long: list[dict[str, Any]], stack: str
 ) -> None:
-    """Pages leave while a request writes, in each head those that Hugging Face lets go."""
+    """Pages leave while a request writes, in each head those that Hugging Face evicts."""
     written = engine(stack, [long], max_num_batched_tokens=4096)["rounds"][0]["outputs"]
     assert share(written, [hugging_face(stack, one["prompt"], one["tokens"]) for one in long]) >= 0.95
 
@@ -132,9 +132,9 @@ def test_drafts(engine: ENGINE, roomy: ROOMY, undecided: UNDECIDED, long: list[d
 
 
 def test_blocks_go_back(engine: ENGINE, text: TEXT) -> None:
-    """Behind its prompt a request holds blocks for what is kept and for what it writes; others get the rest.
+    """After its prompt a request holds blocks for what is kept and for what it writes; others get the rest.
 
-    A block of int8 pages has room for 16 exact tokens, or 11 queries.
+    A block of int8 pages can hold 16 exact tokens, or 11 queries.
     """
     stack = "snapkv(budget=128, window=32) + int8"
     asked = [{"prompt": text(448, 100 * i), "tokens": 70} for i in range(3)]
@@ -143,7 +143,7 @@ def test_blocks_go_back(engine: ENGINE, text: TEXT) -> None:
     first = 448 // 64 + window + queries  # blocks while the prompt is computed
     behind = 128 // 64 + 1 + window  # and until 64 tokens follow it
     assert alone[0]["held"] == [first] + [behind] * 64 + [behind + 1] * 4 + [0]
-    blocks = first + 2 * (behind + 1) + 1  # one prompt, and two requests that are behind theirs
+    blocks = first + 2 * (behind + 1) + 1  # one prompt, and two requests that are after theirs
     tight = engine(stack, [asked], max_num_batched_tokens=4096, max_model_len=1024, num_gpu_blocks_override=blocks)
     assert tight["metrics"]["vllm:num_preemptions"] == 0
     assert sum(size > 2 * behind for size in tight["rounds"][0]["held"]) > 60  # all three at once

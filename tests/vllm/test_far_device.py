@@ -78,7 +78,7 @@ def batch_of(engine: Engine, lengths: list[int], new: list[int], on_host: bool =
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Engine, StepBuilder]]:
-    """builder(stack, device type, why not): a layer and its builder, where kernels have that obstacle."""
+    """builder(stack, device type, why not): a layer and its builder, where kernels have that reason."""
 
     def made(stack: str, device_type: str, why: str | None) -> tuple[Engine, StepBuilder]:
         engine = Engine(stack, FAR, monkeypatch)

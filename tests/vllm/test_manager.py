@@ -71,7 +71,7 @@ class Blocks:
         return Request(name, [1] * prompt, SamplingParams(max_tokens=LENGTH), None)
 
     def step(self, request: Any, most: int = LENGTH) -> bool:
-        """Compute the request's tokens, `most` at most, and write one behind the last; False: there are no blocks."""
+        """Compute the request's tokens, `most` at most, and write one after the last; False: there are no blocks."""
         tokens = min(max(request.num_tokens - request.num_computed_tokens, 1), most)
         if self.manager.allocate_slots(request, tokens) is None:
             return False
@@ -87,7 +87,7 @@ class Blocks:
         request.num_computed_tokens = request.num_in_flight_tokens = 0
 
     def held(self, request: Any) -> set[int]:
-        """The request's blocks behind its last step: those that the setup says, and no others."""
+        """The request's blocks after its last step: those that the setup says, and no others."""
         pages, *window = self.manager.get_blocks(request.request_id).blocks
         settled, prompt, page = self.settled[request.request_id], request.num_prompt_tokens, self.setup.page_size
         first, last = self.setup.geometry.extent(settled, prompt).gap
@@ -117,7 +117,7 @@ def test_plan(stack: str) -> None:
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("stack", STACKS)
 def test_requests_in_one_pool(stack: str, size: int, ahead: bool) -> None:
-    """However prompts are cut, and whoever is thrown out and comes back as a prompt with its own words behind."""
+    """However prompts are cut, and whoever is preempted and comes back as a prompt with its own words after."""
     chance, blocks, thrown = random.Random(0), Blocks(stack, size, 1664 // size, ahead), 0
     requests = [blocks.request(str(i), prompt) for i, prompt in enumerate((330, 64, 500, 640, 1))]
     running: list[Any] = []
@@ -135,7 +135,7 @@ def test_requests_in_one_pool(stack: str, size: int, ahead: bool) -> None:
 
 
 def test_what_a_request_lets_go_another_gets() -> None:
-    """A block of int8 pages has room for 16 exact tokens, or 11 queries."""
+    """A block of int8 pages can hold 16 exact tokens, or 11 queries."""
     window, queries = 64 // 16, -(-32 // 11)
     first, behind = 448 // 64 + window + queries, 128 // 64 + 1 + window
     blocks = Blocks(STACKS[0], blocks=first + behind + 2)

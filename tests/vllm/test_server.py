@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -19,8 +20,8 @@ STACK = "kivi(bits=4) + window(recent=64)"
 TOKENS = 24
 
 
-@pytest.fixture
-def server(folder: str, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with the stack in its environment."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -50,7 +51,7 @@ def server(folder: str, tmp_path: Path) -> Iterator[str]:
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    log = tmp_path / "log"
+    log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=os.environ | environment, stdout=output, stderr=output)
     try:
@@ -101,3 +102,15 @@ def test_eight_streams_at_once(
     expected = [tokenizer.decode(hugging_face(STACK, prompt, TOKENS)) for prompt in prompts]
     assert [answer for answer, _ in answers] == expected
     assert all(pieces > 1 for _, pieces in answers)
+
+
+def test_the_example_client(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`examples/vllm_client.py`, as a user runs it."""
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "vllm_client.py"))
+    found = example["main"](server, fillers=5)
+    right = [name in answer for name, answer in zip(example["MAYORS"].values(), found["answers"], strict=True)]
+    assert sum(right) >= 7, found["answers"]
+    assert found["capacity"] > 2048
+    said = capsys.readouterr().out
+    assert "tokens/s" in said
+    assert f"{found['capacity']:,} tokens" in said

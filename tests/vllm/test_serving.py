@@ -37,7 +37,7 @@ def leaving(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def roomy(engine: ENGINE, requests: list[dict[str, Any]]) -> ROOMY:
-    """roomy(stack): rounds with room for all requests; the last is undisturbed, those before it have aborts."""
+    """roomy(stack): rounds with space for all requests; the last is undisturbed, those before it have aborts."""
 
     @cache
     def run(stack: str) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def roomy(engine: ENGINE, requests: list[dict[str, Any]]) -> ROOMY:
 def test_preemption(
     engine: ENGINE, roomy: ROOMY, undecided: UNDECIDED, requests: list[dict[str, Any]], stack: str, blocks: int
 ) -> None:
-    """A pool that is too small for all: some wait, some are thrown out and computed again, as one exact chunk."""
+    """A pool that is too small for all: some wait, some are preempted and computed again, as one exact chunk."""
     small = engine(stack, [requests], max_num_batched_tokens=4096, max_model_len=512, num_gpu_blocks_override=blocks)
     assert small["metrics"]["vllm:num_preemptions"] > 0
     assert undecided(small["rounds"][0]["outputs"], roomy(stack)[-1]) <= CLOSE
@@ -86,7 +86,7 @@ def test_cut_prompts(
 def test_prefixes_found(
     engine: ENGINE, undecided: UNDECIDED, requests: list[dict[str, Any]], stack: str, close: float
 ) -> None:
-    """Packed pages of an earlier request serve for a prompt that begins alike: read as they are, as behind a cut."""
+    """Packed pages of an earlier request serve for a prompt that begins alike: read as they are, as after a cut."""
     asked = [request | {"tokens": 12} for request in requests]
     result = engine(stack, [asked, asked], max_num_batched_tokens=4096, enable_prefix_caching=True)
     first, second = result["rounds"]
@@ -96,15 +96,15 @@ def test_prefixes_found(
 
 
 def test_streaming_frees_blocks(engine: ENGINE, text: TEXT) -> None:
-    """Behind the prompt a request holds sinks, recent tokens, up to a page more and its window; others get the rest."""
+    """After the prompt a request holds sinks, recent tokens, up to a page more and its window; others get the rest."""
     stack = "streaming(sinks=4, recent=128) + int8"
     asked = [{"prompt": text(448, 100 * i), "tokens": 70} for i in range(3)]
     alone = engine(stack, [asked[:1], asked], max_num_batched_tokens=4096)["rounds"]
     held = alone[0]["held"]
-    window = held[0] - 7  # all blocks behind those of the prompt's 448 tokens
+    window = held[0] - 7  # all blocks after those of the prompt's 448 tokens
     assert max(held[2:-1]) <= 128 // 64 + 2 + window
     assert held[-1] == 0
-    blocks = 7 + window + 2 * (128 // 64 + 2 + window) + 1  # one prompt, and two requests that are behind theirs
+    blocks = 7 + window + 2 * (128 // 64 + 2 + window) + 1  # one prompt, and two requests that are after theirs
     tight = engine(stack, [asked], max_num_batched_tokens=4096, max_model_len=1024, num_gpu_blocks_override=blocks)
     assert tight["metrics"]["vllm:num_preemptions"] == 0
     assert tight["rounds"][0]["outputs"] == alone[1]["outputs"]

@@ -33,7 +33,7 @@ def asked(*prompts: list[int], tokens: int = TOKENS) -> list[dict[str, Any]]:
 def test_text_equals_hugging_face(
     engine: ENGINE, hugging_face: Any, share: SHARE, text: TEXT, loose: TEXT, stack: str
 ) -> None:
-    """Whatever the window keeps: lengths before, at and behind the end of a page, decoding over several ends."""
+    """Whatever the window keeps: lengths before, at and after the end of a page, decoding over several ends."""
     prompts = [text(5, 30), text(50, 90), loose(64, 1), loose(310, 2)]
     written = engine(stack, [asked(*prompts)], max_num_batched_tokens=4096)["rounds"][0]["outputs"]
     assert share(written, [hugging_face(stack, prompt, TOKENS) for prompt in prompts]) >= 0.95

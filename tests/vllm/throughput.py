@@ -2,7 +2,7 @@
 
 Prompts of --length tokens, 32 new tokens each, so many requests at once as -n says. Seconds are processor time of the
 one thread that there is, so that what else runs on the machine counts little, or with --wall those of the clock, where
-OMP_NUM_THREADS may say more threads. "all" is new tokens over the whole time, the prompts' too; "decode" those behind
+OMP_NUM_THREADS may say more threads. "all" is new tokens over the whole time, the prompts' too; "decode" those after
 the step after which every request has its first token. An empty STACK is vLLM alone; options of the engine may follow
 a "|": '|{"dtype": "bfloat16"}'.
 """
@@ -36,7 +36,7 @@ TOKENS = 32
 
 
 def requests(folder: str, n: int, length: int) -> list[dict[str, Any]]:
-    """n requests with prompts of the licence, each from another token on; behind its end it begins anew."""
+    """n requests with prompts of the licence, each from another token on; after its end it begins anew."""
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder)((HERE.parents[1] / "LICENSE").read_text()).input_ids
@@ -85,7 +85,7 @@ def measured(stack: str, folder: str, at_once: list[int], length: int) -> dict[s
 
 
 def rates(round_: dict[str, Any], n: int, clock: str) -> tuple[float, float]:
-    """New tokens per second over all, and behind the last request's first token."""
+    """New tokens per second over all, and after the last request's first token."""
     written, at = round_["written"], round_[clock]
     assert written[-1] == n * TOKENS
     started = round_["prompts_in"]

@@ -68,7 +68,7 @@ class DecodeStep:
     ) -> None:
         """Write tokens of key and value [T, H, D], and attention of query [T, Hq, D] to out [T, Hq, D]; T is R or more.
 
-        Rows of padding become 0, those behind R stay.
+        Rows of padding become 0, those after R stay.
         """
         pages.write_tokens(key, value, self.cells)
         streams, requests = len(self.ids), len(self.ids) // pages.heads
@@ -142,7 +142,7 @@ class Decoder:
 
     def plan(self, table: Tensor, lengths: Tensor, slots: Tensor) -> DecodeStep:
         """The step of R requests with lengths [R] tokens, the new one among them; 0: padding. table int32 [R, m]: their
-        blocks of one page, of which what lies behind a request's length may be anything. slots int64 [R]: places of the
+        blocks of one page, of which what lies after a request's length may be anything. slots int64 [R]: places of the
         new tokens in the pool; -1: nowhere. All on the device; nothing waits for it.
         """
         requests, heads, size = len(lengths), self.heads, self.page_size

@@ -82,7 +82,7 @@ class Setup:
 
     @property
     def slots(self) -> int:
-        """Tokens that the window of a request has room for; 0 where it needs none."""
+        """Tokens that the window of a request can hold; 0 where it needs none."""
         return 0 if self.by_token else self.geometry.slots
 
     def plan(self, layer: int) -> LayerPlan:

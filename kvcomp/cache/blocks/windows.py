@@ -32,7 +32,7 @@ class Windows:
         """How many blocks of so many bytes a request needs for its tokens, and for the queries of its prompt.
 
         Raises:
-            UnsupportedError: a block has no room for one token.
+            UnsupportedError: a block has no space for one token.
         """
         most = max(self.token, self.query, key=prod) if self.setup.voters else self.token
         if block_bytes < self._bytes(most):
@@ -68,7 +68,8 @@ class Windows:
     def read_queries(self, blocks: Tensor, slots: Tensor) -> Tensor:
         """Queries [n, Hq, D] in slots [n] of a request whose blocks are [m]."""
         starts = self._starts(self.query, self._behind(blocks[None]), slots[None])[0]
-        return runs(self._flat, starts, prod(self.query)).unflatten(1, self.query)
+        kept: Tensor = runs(self._flat, starts, prod(self.query)).unflatten(1, self.query)
+        return kept
 
     def write_queries(self, blocks: Tensor, slots: Tensor, queries: Tensor) -> None:
         """Keep queries [w, Hq, D] in slots [w] of requests whose blocks are [w, m]."""
