@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ WRITTEN = (
     *("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)"),
     *("fp8", "nvfp4", "mxfp4", "klt(bits=2)"),
 )
+LATENT = ("none", "int(bits=4)")
 BY_TOKEN = ("none", "int(bits=4)", "int(bits=2)", "turboquant(bits=4)", "fp8", "mxfp4")  # stacks without a window
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
@@ -152,6 +153,27 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
     return compiled(attention.attend_kernel, constants, capability, name, q=queries)
 
 
+def attend_latents(spec: str, capability: int, rank: int = 512, rotary: int = 64) -> Resources:
+    """Of attention over latents of DeepSeek's width, whose values share the bytes of their keys."""
+    plan_of = replace(Stack.parse(spec).plan(0, 1), latent=True)
+    codec, layout = plan_of.build(plan_of.shape(rank + rotary, rank, 1, torch.bfloat16))
+    sides = codec.kernel_layouts()
+    assert sides is not None
+    tokens = chunks.numbers(rank + rotary, torch.bfloat16), chunks.numbers(rank, torch.bfloat16)
+    rows = plan.blocked(128, k_dim=rank + rotary)
+    constants = ops.attention_constants(
+        chunks.described(sides, layout),
+        layout.bytes_per_page,
+        tokens if plan.together(codec.rotates, False, rows) else ((), ()),
+        plan.tokens_tile((rank + rotary) * torch.bfloat16.itemsize),
+        rows,
+        exact=False,
+    )
+    constants |= dict.fromkeys(("BIAS", "TOKEN_BIAS", "SOFTCAP", "LSE_OF_TILES", "IN_TOKENS"), False)
+    queries = "*fp32" if codec.rotates else "*bf16"
+    return compiled(attention.attend_kernel, constants, capability, f"{spec}, latents", q=queries)
+
+
 def merge(capability: int, dim: int = 128) -> Resources:
     constants = {"PRIOR": True, "SPLITS": ops.SPLITS, "BLOCK": dim, "num_warps": ops.WARPS}
     constants |= {"PAGE": 64, "IN_TOKENS": True, "TOKENS": True}
@@ -208,6 +230,7 @@ def every(capabilities: list[int]) -> Iterator[Resources]:
         yield from (attend(spec, capability) for spec in WRITTEN)
         yield attend("int(bits=4)", capability, rows=64)
         yield attend("int(bits=4)", capability, dim=80)
+        yield from (attend_latents(spec, capability) for spec in LATENT)
         yield from (score(capability, bits) for bits in (16, 8))
         yield merge(capability)
         yield from (write(spec, capability) for spec in WRITTEN)

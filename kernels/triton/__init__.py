@@ -162,7 +162,8 @@ def attend(
         ids, counts = integers("ids", ids, on, 2), integers("counts", counts, on, (streams,)).contiguous()
         if len(ids) != streams:
             raise KvcompError(f"ids are of {len(ids)} streams, and queries of {streams}")
-        each = pages_of_split or split_pages(streams, rows, ids.shape[1], how.layout.page_size, how.processors)
+        sizes = ids.shape[1], how.layout.page_size, how.processors, k_dim
+        each = pages_of_split or split_pages(streams, rows, *sizes)
         v_dim = how.v_dim
     keys = values = held = None
     if tokens is not None:

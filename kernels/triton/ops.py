@@ -103,7 +103,7 @@ def attend_pages(
     if ids is not None and ids.shape[1]:
         layout, pages = chunks.parsed(description), ids.shape[1]
         splits = triton.cdiv(pages, split_pages)
-    block = blocked(rows, layout.centred)
+    block = blocked(rows, layout.centred, k_dim)
     tokens: Exact = (), ()
     strides, window = [0, 0], chunks.NARROWEST
     if keys is not None and values is not None:

@@ -23,6 +23,7 @@ TESTS = [
     ("test_triton_tokens.py", ""),
     ("test_triton_parts.py", ""),
     ("test_triton_decode.py", ""),
+    ("test_triton_latents.py", ""),
 ]
 
 
