@@ -180,7 +180,9 @@ def test_a_wheel_without_kernels_is_for_any_platform(installed: tuple[Path, Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernels", "said"), [("required", "Failed building wheel"), ("some", "expected auto, required or none")])
+@pytest.mark.parametrize(
+    ("kernels", "said"), [("required", "Failed building wheel"), ("some", "expected auto, required or none")]
+)
 def test_a_release_is_not_built_without_its_kernels(
     installed: tuple[Path, Path], tmp_path: Path, kernels: str, said: str
 ) -> None:
