@@ -8,7 +8,7 @@ import torch
 
 MOST_ROWS = 64  # query rows that a program has in registers
 FEWEST_ROWS = 16  # what tensor cores take
-WIDE = 256  # channels of keys; with more, as of latents, a program has room for the fewest rows and a small tile
+WIDE = 256  # channels of keys; with more, as of latents, a program has memory for the fewest rows and a small tile
 PROGRAMS = 4  # per processor: as many as have room there, and their tails then even out
 LEAST = 256  # tokens of a split: fewer cost more to merge than they save
 FULL = 8192  # bytes of a tile of exact keys
