@@ -134,7 +134,7 @@ def test_a_checkout_works_where_a_copy_is_installed(installed: tuple[Path, Path]
     )
     assert "Usage" in said(python, checkout, "-m", "kvcomp", "--help")
     assert "passed" in said(
-        python, checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/core/test_registry.py"
+        python, checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kvcomp/stages/test_registry.py"
     )
 
 
