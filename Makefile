@@ -68,12 +68,12 @@ lint: .venv/dev.stamp typecheck ## ruff, ruff format, mypy on the installed pack
 # A real (not editable) install, checked from outside the tree: the types that users of the wheel see.
 typecheck: .venv/dev.stamp
 	$(call say,mypy on the installed package)
-	@rm -rf build
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/site .
-	@cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	@rm -rf build/package build/lib* build/bdist*
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/package .
+	@cd build/package && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p kvcomp
 	$(call say,mypy --strict and pyright on a program of a user)
-	@$(BIN)/python tests/typing/check.py build/site
+	@$(BIN)/python tests/typing/check.py build/package
 
 format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix .
