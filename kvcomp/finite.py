@@ -24,5 +24,5 @@ def finite(x: Tensor, name: str) -> Tensor:
 
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in `dtype`, with the largest number of `dtype` where x is beyond: an error of rounding is no infinity."""
-    largest = torch.finfo(dtype).max
+    largest = min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)  # float32 holds no limit of float64
     return x.clamp(-largest, largest).to(dtype)

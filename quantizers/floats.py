@@ -192,7 +192,6 @@ class NVGrid(BlockGrid):
 
     block: ClassVar[int] = 16
     scale_format: ClassVar[str] = "e4m3"
-    anchored: ClassVar[bool] = False  # the page's scale is not the first token's
 
     @property
     def scale_fields(self) -> tuple[Field, ...]:

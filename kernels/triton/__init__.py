@@ -163,10 +163,9 @@ def attend(
         ids, counts = integers("ids", ids, on, 2), integers("counts", counts, on, (streams,)).contiguous()
         if len(ids) != streams:
             raise KvcompError(f"ids are of {len(ids)} streams, and queries of {streams}")
-        each = pages_of_split or split_pages(
-            *(streams, rows, ids.shape[1], how.layout.page_size, how.processors),
-            how.programs if rows <= chunks.NARROWEST else PROGRAMS,
-        )
+        sizes = ids.shape[1], how.layout.page_size, how.processors, k_dim
+        programs = how.programs if rows <= chunks.NARROWEST else PROGRAMS
+        each = pages_of_split or split_pages(streams, rows, *sizes, programs)
         v_dim = how.v_dim
     keys = values = held = None
     if tokens is not None:

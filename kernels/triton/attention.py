@@ -7,9 +7,11 @@ share fold into q, those of one token into its logit; on the V side into the out
 has neither in common (several scales a token), its elements are scaled. Where keys of a page have a centre c, q . c is
 added to their logits, in float32. bias: of a row, and of a row and token.
 
-Grid: (stream * blocks of rows, split). A program has all query rows of a stream, up to 64, and a run of its pages; the
-last split is the stream's exact tokens. Splits merge by log-sum-exp in a second kernel. Moved: each listed page once,
-less its summaries; and a split's sums in float32, written and read once.
+V may be some of K's channels (latents): the same bytes, which the second look finds in a cache.
+
+Grid: (stream * blocks of rows, split). A program has all query rows of a stream, up to 64 (of latents 16), and a run of
+its pages; the last split is the stream's exact tokens. Splits merge by log-sum-exp in a second kernel. Moved: each
+listed page once, less its summaries; and a split's sums in float32, written and read once.
 """
 
 # Triton reads these functions as a language of its own: without annotations, and with tuples that grow.

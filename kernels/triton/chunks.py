@@ -20,6 +20,8 @@ from kvcomp.kernels.placed import CODEBOOK, FLOATS, NOTHING, NUMBERS, PlacedSegm
 from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform
 
+from .plan import WIDE
+
 # Kinds of chunks. CODEBOOK: x = codebook[code] * norm of the token; FLOATS: x = number of a format * scale; NUMBERS: x.
 OF_TOKEN, OF_CHANNEL, OF_BLOCK = "token", "channel", "block"  # x = code * scale + zero, by what has a scale in a chunk
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -233,7 +235,8 @@ def described(sides: KVLayout, layout: PageLayout) -> Description:
     k, v = (chunks(side, layout) for side in sides)
     description = Description(k, v, layout.page_size, TILE)
     full = min(len(k), len(v)) > 1 or any(map(_full, (*k, *v)))  # of registers
-    many = min(len(k), len(v)) > 1 and (description.lanes >= MANY or description.centred)
+    several = min(len(k), len(v)) > 1 and (description.lanes >= MANY or description.centred)
+    many = several or sides[0].channels > WIDE
     most = TILE // 4 if many else TILE // 2 if full else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
 

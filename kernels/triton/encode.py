@@ -21,56 +21,22 @@ is written to its row of a record.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .encode_floats import floats_coded, page_most, put_floats
-from .pack import HUGE, load, page_centre, place, programs, put_codes, put_halves, width
+from .encode_floats import put_floats
+from .encode_shifts import (
+    TINY,
+    codebook_codes,
+    exceeded,
+    first_most,
+    page_most,
+    page_shift,
+    uniform_codes,
+    uniform_grid,
+)
+from .pack import HUGE, load, place, programs, put_codes, put_halves
 from .unpack import chunk
-
-TINY = tl.constexpr(2.0**-24)  # as in quantizers/grid.py
-
-
-ROUNDING = tl.constexpr(1.5 * 2.0**23)  # added, it leaves no bits for fractions
-
-
-@triton.jit
-def uniform_grid(x, there, C: tl.constexpr):
-    """Zeros float32 and scales float16 of the blocks of x float32 [T, G, R]."""
-    TOKENS: tl.constexpr = C.token_group
-    GROUP: tl.constexpr = C.channel_group
-    LEVELS: tl.constexpr = C.levels
-    HALF: tl.constexpr = C.levels // 2
-    CUT: tl.constexpr = (1 - C.clip) / 2
-    ZERO: tl.constexpr = C.zero
-    low, high = tl.where(there, x, float("inf")), tl.where(there, x, float("-inf"))
-    if GROUP > 1:
-        low, high = tl.min(low, 2, keep_dims=True), tl.max(high, 2, keep_dims=True)
-    if TOKENS > 1:
-        low, high = tl.min(low, 0, keep_dims=True), tl.max(high, 0, keep_dims=True)
-    if ZERO < 0:
-        high = tl.maximum(-low, high)
-        low = -high
-    if CUT > 0:
-        cut = (high - low) * CUT
-        low, high = low + cut, high - cut
-    if ZERO < 0:
-        scale = tl.minimum(tl.maximum(tl.div_rn(high, HALF * 1.0), TINY), HUGE).to(tl.float16)
-        zero = scale.to(tl.float32) * -HALF
-    else:
-        zero = tl.minimum(tl.maximum(low, -HUGE), HUGE).to(tl.float16).to(tl.float32)
-        scale = tl.minimum(tl.maximum(tl.div_rn(high - zero, LEVELS * 1.0), TINY), HUGE).to(tl.float16)
-    return zero, scale
-
-
-@triton.jit
-def uniform_codes(x, zero, scale, C: tl.constexpr):
-    """Codes of x on a grid, as float32."""
-    LEVELS: tl.constexpr = C.levels
-    codes = tl.div_rn(x - zero, scale.to(tl.float32))
-    return (tl.minimum(tl.maximum(codes, 0), LEVELS) + ROUNDING) - ROUNDING
 
 
 @triton.jit
@@ -99,76 +65,12 @@ def put_uniform(record, x, tile, token, run, channel, seen, there, C: tl.constex
 
 
 @triton.jit
-def exceeded(x, thresholds, C: tl.constexpr):
-    """How many of a codebook's thresholds each of x exceeds, int32: a search by halves, for thresholds ascend."""
-    FIRST: tl.constexpr = C.thresholds
-    BITS: tl.constexpr = width(C)
-    codes = tl.zeros_like(x).to(tl.int32)
-    for i in tl.static_range(BITS):
-        half = 1 << (BITS - 1 - i)
-        codes = tl.where(x > tl.load(thresholds + (FIRST + half - 1) + codes), codes + half, codes)
-    return codes
-
-
-@triton.jit
-def codebook_codes(x, thresholds, C: tl.constexpr):
-    """Norms float16 [T, 1, 1] of x float32 [T, 1, R], and codes of its directions."""
-    ROOT: tl.constexpr = C.channels**0.5
-    norm = tl.div_rn(tl.sqrt_rn(tl.sum(x * x, 2, keep_dims=True)), ROOT)
-    norm = tl.where(norm < HUGE, norm, HUGE).to(tl.float16)  # HUGE of no number, too
-    unit = tl.div_rn(x, tl.maximum(norm.to(tl.float32) * ROOT, TINY))
-    return norm, exceeded(unit, thresholds, C)
-
-
-@triton.jit
 def put_codebook(record, x, thresholds, token, run, seen, C: tl.constexpr):
     """Writes x float32 [T, 1, R] as codes of a codebook and a norm for each token."""
     SCALE: tl.constexpr = C.scale
     norm, codes = codebook_codes(x, thresholds, C)
     put_codes(record, codes, token, run, seen, C)
     put_halves(record, SCALE + token * 2, norm, seen)
-
-
-@triton.jit
-def coded(x, thresholds, there, C: tl.constexpr):
-    """x float32 [T, G, R] as its codes have it, where tokens are coded one by one."""
-    KIND: tl.constexpr = C.kind
-    if KIND == "codebook":
-        FIRST: tl.constexpr = C.thresholds + C.levels
-        norm, codes = codebook_codes(x, thresholds, C)
-        found = tl.load(thresholds + FIRST + codes, mask=there, other=0) * norm.to(tl.float32)
-    elif KIND == "floats":
-        found = floats_coded(x, there, C)
-    else:
-        HALF: tl.constexpr = C.levels // 2
-        ZERO: tl.constexpr = C.zero
-        zero, scale = uniform_grid(x, there, C)
-        codes = uniform_codes(x, zero, scale, C)
-        found = (codes - HALF if ZERO < 0 else codes) * scale.to(tl.float32)
-        if ZERO >= 0:
-            found += zero
-    return found
-
-
-@triton.constexpr_function
-def anchored(piece: Any) -> bool:
-    """Whether a piece's centre is `quantizers.centred.anchored`."""
-    return bool(piece.anchored)
-
-
-@triton.jit
-def anchor(centre, x, page, thresholds, channel, live, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """The centre float16 [1, G, R], moved by the error of a page's first token under it."""
-    FEW: tl.constexpr = min(PAGE, 4)
-    c = centre.to(tl.float32)
-    first = tl.where(live, load(x, page, 0, channel, live, DIM, PAGE, C).to(tl.float32) - c, 0)
-    most = tl.zeros_like(c)
-    for token in tl.static_range(1, FEW):
-        most = tl.maximum(most, tl.abs(load(x, page, token, channel, live, DIM, PAGE, C).to(tl.float32) - c))
-    error = first - coded(first, thresholds, live, C)
-    error = tl.where(error == error, error, 0)
-    c += tl.minimum(tl.maximum(error, -most), most)
-    return tl.minimum(tl.maximum(c, -HUGE), HUGE).to(tl.float16)
 
 
 @triton.jit
@@ -247,12 +149,13 @@ def put(
         token, run, channel, seen, live = place(page, tile, PAGE, C)
         there = seen & live
         x = load(source, page, token, channel, there, DIM, PAGE, C)
+        first = 0.0
+        if (C.page_scale >= 0) & (C.centre >= 0):
+            first = first_most(source, page, DIM, PAGE, C)
         if C.centre >= 0:
             CENTRE: tl.constexpr = C.centre
             ACROSS: tl.constexpr = C.tiles[1]
-            centre = page_centre(source, page, channel, live, DIM, PAGE, C)
-            if anchored(C):
-                centre = anchor(centre, source, page, thresholds, channel, live, DIM, PAGE, C)
+            centre = page_shift(source, page, first, thresholds, channel, live, DIM, PAGE, C)
             put_halves(record, CENTRE + channel * 2, centre, live & (tile < ACROSS))
             x = tl.where(there, x.to(tl.float32) - centre.to(tl.float32), 0)
         token += shift
@@ -263,7 +166,7 @@ def put(
         elif KIND == "floats":
             most = 0.0
             if C.page_scale >= 0:
-                most = page_most(source, page, DIM, PAGE, C)
+                most = page_most(source, page, first, thresholds, DIM, PAGE, C)
             put_floats(record, x.to(tl.float32), most, tile, token, run, seen, there, C)
         else:
             put_uniform(record, x.to(tl.float32), tile, token, run, channel, seen, there, C)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pack import load, page_centre, place, put_codes
+from .pack import put_codes
 
 NORMAL = tl.constexpr(2.0**-126)
 
@@ -59,27 +59,6 @@ def float_codes(x, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def page_most(x, page, DIM: tl.constexpr, PAGE: tl.constexpr, C: tl.constexpr):
-    """The largest magnitude of a piece in a page, less its centre where it has one."""
-    T: tl.constexpr = C.shape[0]
-    G: tl.constexpr = C.shape[1]
-    R: tl.constexpr = C.shape[2]
-    DOWN: tl.constexpr = C.tiles[0]
-    ACROSS: tl.constexpr = C.tiles[1]
-    most = tl.zeros((T, G, R), tl.float32)
-    for across in range(ACROSS):
-        token, _run, channel, seen, live = place(page, across, PAGE, C)
-        shift = tl.zeros_like(channel).to(tl.float32)
-        if C.centre >= 0:
-            shift = page_centre(x, page, channel, live, DIM, PAGE, C).to(tl.float32)
-        for down in range(DOWN):
-            token, _run, channel, seen, live = place(page, down * ACROSS + across, PAGE, C)
-            found = load(x, page, token, channel, seen & live, DIM, PAGE, C).to(tl.float32) - shift
-            most = tl.maximum(most, tl.where(seen & live, tl.abs(found), 0))
-    return tl.max(tl.max(tl.max(most, 2), 1), 0)
-
-
-@triton.jit
 def power(e8m0):
     """2^(e8m0 - 127) of int32 codes."""
     return tl.where(e8m0 > 0, e8m0 << 23, 1 << 22).to(tl.float32, bitcast=True)
@@ -112,10 +91,20 @@ def float_scales(x, page, there, C: tl.constexpr):
 
 
 @triton.jit
-def floats_coded(x, there, C: tl.constexpr):
-    """x float32 [T, G, R] as its codes have it."""
+def page_scale(most, C: tl.constexpr):
+    """The scale of a page whose largest magnitude is `most`; 1 where pages have none."""
+    LARGEST: tl.constexpr = of_format(C.format)[2]
+    found = 1.0
+    if C.page_scale >= 0:
+        found = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
+    return found
+
+
+@triton.jit
+def floats_coded(x, most, there, C: tl.constexpr):
+    """x float32 [T, G, R] as its codes have it in a page whose largest magnitude is `most`."""
     FORMAT: tl.constexpr = C.format
-    scale, _stored = float_scales(x, 1.0, there, C)
+    scale, _stored = float_scales(x, page_scale(most, C), there, C)
     size = float_sizes(tl.div_rn(x, scale), FORMAT) * scale
     return tl.where(x < 0, -size, size)
 
@@ -130,13 +119,10 @@ def put_floats(record, x, most, tile, token, run, seen, there, C: tl.constexpr):
     GROUP: tl.constexpr = C.channel_group
     COUNT: tl.constexpr = (CHANNELS + GROUP - 1) // GROUP
     SCALE: tl.constexpr = C.scale
-    LARGEST: tl.constexpr = of_format(FORMAT)[2]
     at, shown = token * COUNT + run // GROUP, seen & (run < CHANNELS)
-    page = 1.0
-    if PAGE >= 0:
-        page = tl.minimum(tl.maximum(tl.div_rn(most, LARGEST * 448.0), NORMAL), 2.0**115)
-        if tile == 0:
-            tl.store((record + PAGE).to(tl.pointer_type(tl.float32)), page)
+    page = page_scale(most, C)
+    if (PAGE >= 0) & (tile == 0):
+        tl.store((record + PAGE).to(tl.pointer_type(tl.float32)), page)
     scale, stored = float_scales(x, page, there, C)
     if SCALES == "bf16":
         tl.store((record + (SCALE + at * 2)).to(tl.pointer_type(tl.uint16)), stored.to(tl.uint16), mask=shown)

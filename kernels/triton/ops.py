@@ -56,6 +56,8 @@ def warps_of(layout: chunks.Description, rows: int) -> int:
     """Of a program of so many rows."""
     if rows > chunks.NARROWEST:
         return 8
+    if layout.k_dim > chunks.WIDEST:
+        return 4
     if len(layout.k) > 1:  # with one, 24 bytes spill on sm_100
         return 2
     return 1 if any(chunk.block < SHARED for chunk in layout.v) else 2
@@ -134,7 +136,7 @@ def attend_pages(
     if ids is not None and ids.shape[1]:
         layout, pages = chunks.parsed(description), ids.shape[1]
         splits = triton.cdiv(pages, split_pages)
-    block = blocked(rows, layout.centred)
+    block = blocked(rows, layout.centred, k_dim)
     tokens: Exact = (), ()
     strides, window = [0, 0], chunks.NARROWEST
     if keys is not None and values is not None:

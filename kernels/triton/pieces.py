@@ -69,8 +69,7 @@ class Piece:
     def anchored(self) -> bool:
         """Whether the centre is `anchored`: of tokens coded one by one, in two bits or more, of a book in three."""
         bits = sum(width for _, _, width in self.planes)
-        alone = self.token_group == 1 and self.page_scale == NOTHING
-        return self.centre != NOTHING and alone and bits > (2 if self.kind == CODEBOOK else 1)
+        return self.centre != NOTHING and self.token_group == 1 and bits > (2 if self.kind == CODEBOOK else 1)
 
     @property
     def elements(self) -> int:

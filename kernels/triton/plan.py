@@ -8,15 +8,18 @@ import torch
 
 MOST_ROWS = 64  # query rows that a program has in registers
 FEWEST_ROWS = 16  # what tensor cores take
+WIDE = 256  # channels of keys; with more, as of latents, a program has memory for the fewest rows and a small tile
 PROGRAMS = 4  # per processor: as many as have room there, and their tails then even out
 MOST_PROGRAMS = 8  # of one warp each
 LEAST = 256  # tokens of a split: fewer cost more to merge than they save
 FULL = 4096  # bytes of a tile of exact keys
 
 
-def blocked(rows: int, centred: bool = False) -> int:
-    """Rows of a program for so many query rows of a stream; half as many at most where centres take registers."""
-    return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), MOST_ROWS // 2 if centred else MOST_ROWS)
+def blocked(rows: int, centred: bool = False, k_dim: int = 0) -> int:
+    """Rows of a program for so many query rows of a stream, of keys [k_dim]; half as many at most where centres take
+    registers."""
+    most = FEWEST_ROWS if k_dim > WIDE else MOST_ROWS // 2 if centred else MOST_ROWS
+    return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), most)
 
 
 def together(rotates: bool, centred: bool, rows: int) -> bool:
@@ -26,14 +29,20 @@ def together(rotates: bool, centred: bool, rows: int) -> bool:
 
 
 def split_pages(
-    streams: int, rows: int, pages: int, page_size: int, processors: int, programs: int = MOST_PROGRAMS
+    streams: int,
+    rows: int,
+    pages: int,
+    page_size: int,
+    processors: int,
+    k_dim: int = 0,
+    programs: int = MOST_PROGRAMS,
 ) -> int:
     """Pages of a split: as few as give every one of the device's `processors` something to do, `LEAST` tokens at least.
 
     pages: of the longest stream. programs: of a processor; with the most there may be, splits are as many as can be.
     Shorter ones have idle splits, which end at once.
     """
-    splits = max(programs * processors // (streams * -(-rows // blocked(rows))), 1)
+    splits = max(programs * processors // (streams * -(-rows // blocked(rows, k_dim=k_dim))), 1)
     return max(-(-pages // splits), -(-LEAST // page_size))
 
 

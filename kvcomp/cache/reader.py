@@ -91,8 +91,8 @@ def attend(
             plan.add("pages", layout.centre_bytes, (counts + layout.page_size - 1) // layout.page_size)
         part = attend_pages(q, data, ids, counts, *how, view.in_tokens, host=host)
         return Read([part], None, plan)
-    units = layout.page_size if records.by_tokens else 1
-    plan.add("pages", layout.body_bytes, choice.valid // units)
+    pages = choice.valid // layout.page_size if records.by_tokens else choice.valid
+    plan.add("pages", layout.body_bytes, pages)
     if records.by_tokens and layout.centres:
         few = few_centres(ids.shape[1], choice.positions.shape[1])
         plan.add("pages", layout.centre_bytes, choice.valid if few else view.total)

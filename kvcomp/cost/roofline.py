@@ -1,6 +1,7 @@
 """The roofline of a model: what prefill and decode compute and move, from its shape alone.
 
-Conventions, which reproduce the published figures of Qwen3-8B on an H100 (`tests/core/test_roofline.py` asserts them):
+Conventions, which reproduce the published figures of Qwen3-8B on an H100
+(`tests/kvcomp/cost/test_roofline.py` asserts them):
 
 - A multiply-add is 2 FLOPs. A token costs 2 FLOPs per matrix parameter that it meets: attention, MLP, router, its own
   experts and the output head. An input embedding is a lookup: no FLOPs, no traffic; a table that is also the output

@@ -30,7 +30,7 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", documents.DOCUMENTS, ids=documents.name)
 def test_every_file_that_is_named_exists(path: Path) -> None:
-    """`tests/core/test_stack.py` and `kernels/reference` are files and folders of the repository."""
+    """`tests/kvcomp/stages/test_stack.py` and `kernels/reference` are files and folders of the repository."""
     tops = {
         entry.name for entry in documents.ROOT.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     } - MADE

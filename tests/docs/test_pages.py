@@ -147,6 +147,17 @@ def test_the_generated_pages_have_everything(hooks: ModuleType) -> None:
     assert hooks.changelog().startswith("# Changelog")
 
 
+def test_the_changelog_has_each_entry_once() -> None:
+    """Merges double entries of lists that were rewritten on one side."""
+    text = documents.read(documents.ROOT / "CHANGELOG.md")
+    entries = [
+        " ".join(entry.split()) for entry in re.findall(r"^- .*?(?=^- |^\n|^#|^\*\*|\Z)", text, re.DOTALL | re.M)
+    ]
+    starts = [" ".join(entry.split()[:9]) for entry in entries]
+    assert len(entries) > 100
+    assert [start for start in starts if starts.count(start) > 1] == []
+
+
 def test_every_mark_of_a_page_is_replaced(hooks: ModuleType) -> None:
     for path in documents.DOCUMENTS:
         for mark in re.findall(r"<!-- (\w+)", documents.prose(path)):

@@ -18,7 +18,7 @@ import torch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LINES = 80
 LONGER = {"engine.py"}  # an engine, not an excerpt
-IN_VLLM = {"vllm_client.py"}  # tests/vllm/test_server.py runs it
+IN_VLLM = {"vllm_client.py"}  # tests/integrations/vllm/engine/test_server.py runs it
 
 
 @pytest.fixture
@@ -44,7 +44,11 @@ def test_examples_are_short_documented_and_tested(path: Path) -> None:
     assert f"python examples/{path.name}" in text
     assert "def main(" in text
     assert len(text.splitlines()) <= LINES or path.name in LONGER
-    tests = [file for folder in ("examples", "vllm") for file in (EXAMPLES.parent / "tests" / folder).glob("test_*.py")]
+    tests = [
+        file
+        for folder in ("examples", "integrations/vllm/engine")
+        for file in (EXAMPLES.parent / "tests" / folder).glob("test_*.py")
+    ]
     assert any(path.stem in file.read_text(encoding="utf-8") for file in tests), f"no test runs {path.name}"
 
 

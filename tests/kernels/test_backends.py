@@ -8,6 +8,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ NO_KERNEL = {"write", "append"}  # of the reference: codecs and buffers do these
 def built(spec: str) -> tuple[Codec, PageLayout]:
     plan = Stack.parse(spec).plan(0, 1)
     return plan.build(PageShape(plan.page_size, 64, 64, 1, torch.float32, HOST, 0))
+
+
+@pytest.mark.parametrize("backend", [C(), Triton(anywhere=True)], ids=lambda backend: backend.name)
+def test_what_the_reference_has_defaults_for_no_backend_requires(backend: Backend) -> None:
+    """Of operations whose arguments go from the caller to a backend as they are."""
+    for operation in ("received", "runs", "shares", "choose", "largest"):
+        specified, own = getattr(Reference, operation, None), getattr(backend, operation, None)
+        if specified is None or own is None:
+            continue
+        defaults = {p.name: p.default for p in signature(specified).parameters.values()}
+        for p in signature(own).parameters.values():
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                continue
+            assert p.default == defaults.get(p.name, p.default), (operation, p.name)
 
 
 def case_of(spec: str, **others: Any) -> Case:

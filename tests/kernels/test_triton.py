@@ -24,6 +24,7 @@ TESTS = [
     ("test_triton_parts.py", ""),
     ("test_triton_decode.py", ""),
     ("test_triton_many.py", ""),
+    ("test_triton_latents.py", ""),
 ]
 
 

@@ -19,6 +19,7 @@ KERNELS = {"attend", "merge", "scores", "encode", "code_dots", "regroup", "lse",
 OURS = {  # among others: shapes and variants that are easily spilled or left out
     ("attend", "int(bits=4), 80 channels"),
     ("attend", "mxfp4, filled in part"),
+    ("attend", "int(bits=4), latents"),
     ("encode", "klt(bits=2)"),
     ("encode", "turboquant(bits=4), one token"),
     ("received", "64 queries"),

@@ -348,7 +348,7 @@ def test_what_kernels_cannot_read() -> None:
 def test_plans() -> None:
     """Splits fill a chip, are no shorter than is worth it, and follow from shapes alone."""
     assert plan.split_pages(1, 4, 8192, 16, 132) * 16 == 256  # one stream of 128k tokens
-    assert plan.split_pages(256, 4, 512, 64, 132, 4) == 256  # two splits of each of many streams
+    assert plan.split_pages(256, 4, 512, 64, 132, programs=4) == 256  # two splits of each of many streams
     assert plan.split_pages(256, 4, 512, 64, 132) == 128  # four, where programs are of one warp
     assert plan.split_pages(4096, 4, 512, 64, 132) == 512
     assert [plan.blocked(rows) for rows in (1, 16, 17, 64, 100)] == [16, 16, 32, 64, 64]

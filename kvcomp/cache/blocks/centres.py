@@ -79,7 +79,7 @@ class Centres:
 
     def __init__(self, codec: Codec, layout: PageLayout, weights: Tensor) -> None:
         self.codec, self.layout = codec, layout
-        self.parts: list[tuple[Field, slice, Tensor]] = []  # channels, weights of their coordinates [F, H * channels]
+        self.parts: list[tuple[Field, slice, Tensor]] = []  # channels, float64 weights of their coordinates
         sides, (count, heads, _) = codec.kernel_layouts(), weights.shape
         if not layout.centres or sides is None:
             return
@@ -91,7 +91,7 @@ class Centres:
         where = centres(sides[0])
         for field in layout.centres:
             channels = where[field.name]
-            self.parts.append((field, channels, coordinates[..., channels].flatten(1).float()))
+            self.parts.append((field, channels, coordinates[..., channels].flatten(1).double()))
 
     def begin(self, pool: Tensor, records: Tensor, factors: Tensor, begins: Tensor | None) -> None:
         """Write the centres of pages that begin: `records` int64 [b * H] of the pool, of positions whose `turns` are
@@ -100,7 +100,8 @@ class Centres:
             return
         for field, _, weights in self.parts:
             held = self.layout.view(pool, field)[:, 0]
-            made = saturated((factors @ weights).view(len(records), -1), held.dtype)
+            # products of float32 round by the number of rows: a page's centre would depend on who begins one with it
+            made = saturated((factors.double() @ weights).view(len(records), -1), held.dtype)
             held[records] = made if begins is None else torch.where(begins, made, held[records])
 
     def of(self, pool: Tensor, records: Tensor, heads: Tensor) -> Tensor:

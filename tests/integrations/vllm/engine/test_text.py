@@ -70,7 +70,7 @@ def test_calibrated(engine: ENGINE, hugging_face: Any, share: SHARE, text: TEXT,
     from kvcomp.integrations.huggingface.models import load_model
 
     file = tmp_path / "klt.safetensors"
-    licence = Path(__file__).parents[2] / "LICENSE"
+    licence = Path(__file__).parents[4] / "LICENSE"
     calibrate(*load_model(MODEL), "klt", [licence], 512, 256, MODEL).save(file)
     stack = f"klt(k=4.5, v=3.5, calibration='{file}') + window(sinks=4, recent=16)"
     prompts = [text(50, 90), text(310, 300)]

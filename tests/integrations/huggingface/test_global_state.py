@@ -22,7 +22,7 @@ from kvcomp.integrations.huggingface.calibrate import calibrate
 from kvcomp.stages import Policy, Quantizer, Selector
 from kvcomp.stages.registry import stages
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOLDERS = ("kvcomp", "kernels", "quantizers", "sparse", "policies", "integrations", "benchmarks")
 FLOATS = {"empty", "zeros", "ones", "full", "rand", "randn", "normal", "eye", "linspace", "logspace", "empty_strided"}
 INFERRED = {"tensor", "as_tensor", "asarray", "scalar_tensor"}  # from what may be floats

@@ -24,7 +24,7 @@ from kvcomp import KIVI, CompressedCache, KvcompError, SnapKV, Stack, prefill
 from kvcomp.stages import registry as reg
 from kvcomp.stages.registry import stages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PUBLIC = ("kvcomp", "kvcomp.stages", "kvcomp.integrations.huggingface", "kvcomp.cache.blocks")
 EXPORTS = [(module, name) for module in PUBLIC for name in importlib.import_module(module).__all__]
 METHODS = sorted((ROOT / "examples" / "methods").glob("*.py"))

@@ -78,7 +78,7 @@ def test_published_latents_of_deepseek_v3(run: Run) -> None:
 
 
 def test_the_documentation_shows_what_the_command_prints(run: Run) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "choose.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "choose.md").read_text(encoding="utf-8")
     command, shown = re.search(r"\$ kvcomp plan (.*)\n([^`]*)```", page).groups()
     assert [line.rstrip() for line in told(run(*shlex.split(command))).strip().splitlines()] == shown.splitlines()
 

@@ -44,7 +44,7 @@ def text(folder: str) -> Callable[[int, int], list[int]]:
     """text(n, start): n token ids of a licence that models know by heart, from its token `start` on."""
     from transformers import AutoTokenizer
 
-    licence = (HERE.parents[1] / "LICENSE").read_text()
+    licence = (HERE.parents[3] / "LICENSE").read_text()
     ids = AutoTokenizer.from_pretrained(folder)(licence).input_ids
     return lambda n, start: ids[start : start + n]
 

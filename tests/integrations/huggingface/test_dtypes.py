@@ -1,4 +1,4 @@
-"""bf16, fp16 and autocast: no further from float32 than DynamicCache is, plus what the stack itself costs."""
+"""bf16, fp16, fp64 and autocast: no further from float32 than DynamicCache is, plus what the stack itself costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVERY = [
     "turboquant(bits=4, variant=prod)",
     "klt(bits=2.5)",
 ]
-KINDS = ("bfloat16", "float16", "autocast bfloat16", "autocast float16", "autocast bfloat16 of bfloat16")
+KINDS = ("bfloat16", "float16", "float64", "autocast bfloat16", "autocast float16", "autocast bfloat16 of bfloat16")
 
 
 class Letters:

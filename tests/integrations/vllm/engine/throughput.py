@@ -1,4 +1,6 @@
-"""Tokens per second of SmolLM2-135M in vLLM with and without stacks: python tests/vllm/throughput.py -n 1,4 [STACK ...]
+"""Tokens per second of SmolLM2-135M in vLLM with and without stacks:
+
+    python tests/integrations/vllm/engine/throughput.py -n 1,4 [STACK ...]
 
 Prompts of --length tokens, 32 new tokens each, so many requests at once as -n says. Seconds are processor time of the
 one thread that there is, so that what else runs on the machine counts little, or with --wall those of the clock, where
@@ -39,7 +41,7 @@ def requests(folder: str, n: int, length: int) -> list[dict[str, Any]]:
     """n requests with prompts of the licence, each from another token on; after its end it begins anew."""
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(folder)((HERE.parents[1] / "LICENSE").read_text()).input_ids
+    ids = AutoTokenizer.from_pretrained(folder)((HERE.parents[3] / "LICENSE").read_text()).input_ids
     several = ids * (-(-(60 * n + length) // len(ids)))
     return [{"prompt": several[60 * i : 60 * i + length], "tokens": TOKENS} for i in range(n)]
 

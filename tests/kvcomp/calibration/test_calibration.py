@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import MODEL, write
 
-import kvcomp.calibration.file as module
 from kvcomp import SpecError, Stack
 from kvcomp.calibration.file import CalibrationError, digest, load
 from kvcomp.fingerprint import Fingerprint
@@ -158,7 +157,7 @@ def test_a_file_that_is_half_written_never_has_its_name(
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(CalibrationError, match="No space left"):
         write(tmp_path / "c", method, 1, 8)
     assert not list(tmp_path.iterdir())

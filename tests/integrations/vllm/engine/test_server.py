@@ -106,7 +106,7 @@ def test_eight_streams_at_once(
 
 def test_the_example_client(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`examples/vllm_client.py`, as a user runs it."""
-    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "vllm_client.py"))
+    example = runpy.run_path(str(Path(__file__).parents[4] / "examples" / "vllm_client.py"))
     found = example["main"](server, fillers=5)
     right = [name in answer for name, answer in zip(example["MAYORS"].values(), found["answers"], strict=True)]
     assert sum(right) >= 7, found["answers"]

@@ -1,0 +1,65 @@
+"""The Triton kernels over latents, whose values share the bytes of their keys, against the specification."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from kvcomp import Stack
+from kvcomp.cache.layer import LayerStore
+from kvcomp.kernels.dispatch import reference_only, using
+from kvcomp.kernels.triton_backend import Triton
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("test_triton.py runs these with TRITON_INTERPRET=1", allow_module_level=True)
+
+from kvcomp.kernels.triton import plan  # noqa: E402
+
+SHAPES = [(64, 32, 5, 150), (96, 16, 20, 75)]  # channels of latents and rotary keys, query heads, tokens
+SPECS = [
+    "none",
+    "int(bits=4)",
+    "int(bits=3)",
+    "kivi(bits=4, group=16)",
+    "turboquant(bits=4)",
+    "klt(bits=4)",
+    "fp8",
+    "nvfp4",
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        *((spec, shape) for spec in SPECS for shape in SHAPES),
+        ("none", (288, 32, 20, 70)),
+        ("int(bits=4)", (288, 32, 70, 70)),
+    ],
+)
+def test_attention_over_latents(spec: str, shape: tuple[int, int, int, int]) -> None:
+    rank, rotary, heads, tokens = shape
+    store = LayerStore(replace(Stack.parse(f"{spec} + window(sinks=2, recent=8)").plan(2, 4), latent=True))
+    generator = torch.Generator().manual_seed(rank)
+    latents = torch.randn(2, 1, tokens, rank + rotary, generator=generator).to(DEVICE)
+    queries = torch.randn(2, heads, 1, rank + rotary, generator=generator).to(DEVICE)
+    store.start(latents, latents[..., :rank])
+    store.write(latents, latents[..., :rank], None, queries.expand(-1, -1, tokens, -1), 0.2)
+    with using(Triton(anywhere=True)):
+        found = store.attend(queries, 0.2)
+    with reference_only():
+        expected = store.attend(queries, 0.2)
+    assert float((found.out - expected.out).norm() / expected.out.norm()) < 1e-5
+    torch.testing.assert_close(found.lse, expected.lse, atol=1e-4, rtol=0)
+
+
+def test_programs_of_wide_keys_have_few_rows() -> None:
+    assert plan.blocked(128) == plan.MOST_ROWS
+    assert plan.blocked(128, k_dim=576) == plan.FEWEST_ROWS
+    assert plan.split_pages(1, 128, 1000, 64, 132, 576) >= plan.split_pages(1, 128, 1000, 64, 132)
