@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,7 @@ def eager_ms(call: Callable[[], object], times: int = 7) -> float:
     return statistics.median(taken)
 
 
-def graph_ms(calls: list[Callable[[], object]]) -> float:
+def graph_ms(calls: Sequence[Callable[[], object]]) -> float:
     """Of one call: all recorded as a CUDA graph, replayed and timed by events; without a GPU the wall clock."""
     if not GPU:
         return statistics.mean(eager_ms(call, 1) for call in calls)
@@ -99,7 +99,7 @@ def graph_ms(calls: list[Callable[[], object]]) -> float:
         graph.replay()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / REPLAYS / len(calls)
+    return float(start.elapsed_time(end)) / REPLAYS / len(calls)
 
 
 def copy(tiny: bool) -> None:
@@ -142,10 +142,9 @@ def attention(tiny: bool) -> None:
         copies = 1 if tiny else max(1, -(-COLD // dense))
         held = [(k, v), *((k.clone(), v.clone()) for _ in range(copies - 1))]
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if GPU else (SDPBackend.MATH,):
-            case = {"stack": f"sdpa {backend.name.lower()}", "tokens": n, "batch": batch}
+            case: dict[str, Any] = {"stack": f"sdpa {backend.name.lower()}", "tokens": n, "batch": batch}
             with kept("attention", **case), sdpa_kernel(backend):
-                calls = [partial(F.scaled_dot_product_attention, query, *x, enable_gqa=True) for x in held]
-                ms = graph_ms(calls)
+                ms = graph_ms([partial(F.scaled_dot_product_attention, query, *x, enable_gqa=True) for x in held])
                 emit("attention", **case, ms=ms, bytes=dense, gbps=dense / ms / 1e6)
         for peer in PEERS:
             case = {"stack": peer.label, "tokens": n, "batch": batch}
@@ -216,9 +215,8 @@ def prefill(tiny: bool) -> None:
             if spec in policies:
                 continue
             query = torch.randn(heads, group, m, dim, dtype=dtype, device=DEVICE)
-            own = [torch.randn(heads, m, dim, dtype=dtype, device=DEVICE) for _ in range(2)]
-
-            call = partial(after, reading(store, query.flatten(1, 2), scale), query, *own, scale)
+            own_k, own_v = (torch.randn(heads, m, dim, dtype=dtype, device=DEVICE) for _ in range(2))
+            call = partial(after, reading(store, query.flatten(1, 2), scale), query, own_k, own_v, scale)
             emit("prefill", what=f"chunk of {m}", stack=spec, tokens=n, ms=eager_ms(call, 3))
 
 
@@ -241,12 +239,14 @@ def decode(tiny: bool) -> None:
         else {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}
         | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     )
-    config = Qwen3Config(**shape, max_position_embeddings=1 << 21, attn_implementation="sdpa", dtype=torch.bfloat16)
+    shape |= {"max_position_embeddings": 1 << 21, "attn_implementation": "sdpa", "dtype": torch.bfloat16}
+    config = Qwen3Config(**shape)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
         network = Qwen3ForCausalLM(config).eval()
     torch.set_default_dtype(torch.float32)
-    heads, dim, group = config.num_key_value_heads, config.head_dim, config.num_attention_heads // 2
+    heads, dim = shape["num_key_value_heads"], shape["head_dim"]
+    group = shape["num_attention_heads"] // heads
     token = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     for n in sizes:
         parts = [
@@ -283,7 +283,8 @@ def decode(tiny: bool) -> None:
                     def step(run: Any = run, cache: Any = cache, place: Tensor = place) -> Tensor:
                         found = run(token, past_key_values=cache, position_ids=place, logits_to_keep=1)
                         place.add_(1)
-                        return found.logits
+                        logits: Tensor = found.logits
+                        return logits
 
                     finite = bool(step().isfinite().all())
                     ms = eager_ms(step, 3 if tiny else 11)

@@ -102,11 +102,11 @@ def codebook_asm(pack: int, width: int, lane: int, entries: Any, half: bool) -> 
         if lane % 4:
             lines.append(f"shr.b32 u, u, {2 * (lane % 4)};")
         lines += ["and.b32 u, u, 0x03030303;", "mad.lo.u32 s, u, 0x22, 0x10101010;"]
-        for half in range(2):
-            if half == 1:
+        for side in range(2):
+            if side == 1:
                 lines.append("shr.b32 s, s, 16;")
-            if pack == 4 or half == lane // 4:
-                lines.append(f"prmt.b32 ${half if pack == 4 else 0}, {table[0]}, {table[1]}, s;")
+            if pack == 4 or side == lane // 4:
+                lines.append(f"prmt.b32 ${side if pack == 4 else 0}, {table[0]}, {table[1]}, s;")
         return "{ " + " ".join(held + lines) + " }"
     lines = [
         ".reg .b32 n, t, i, u, x, ll, lh, hl, hh, s, p, q;",
