@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models as models
@@ -73,13 +74,13 @@ def test_plans_name_the_leader_among_the_layers_that_choose() -> None:
 def test_followers_read_the_pages_of_their_leader(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stores = stores_of(spec, 5)
     handed: list[Tensor] = []
-    attend_pages = kvcomp.cache.reader.attend_pages
+    attend_chosen = kvcomp.cache.reader.attend_chosen
 
-    def watched(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, *rest: object) -> object:
-        handed.append(torch.cat([ids, counts[:, None]], 1))
-        return attend_pages(q, pool, ids, counts, *rest)  # type: ignore[arg-type]
+    def watched(q: Tensor, pool: Tensor, ids: Tensor, places: Tensor, valid: Tensor, *rest: Any, **options: Any) -> Any:
+        handed.append(torch.cat([ids.gather(1, places), valid[:, None]], 1))
+        return attend_chosen(q, pool, ids, places, valid, *rest, **options)
 
-    monkeypatch.setattr("kvcomp.cache.reader.attend_pages", watched)
+    monkeypatch.setattr("kvcomp.cache.reader.attend_chosen", watched)
     for i in range(40):  # over the ends of pages, which then begin or leave
         handed.clear()
         choices, tables = [], []

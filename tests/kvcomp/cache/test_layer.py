@@ -519,29 +519,38 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
     k, v, q = torch.randn(3, rows, heads, tokens, dim, dtype=torch.bfloat16).unbind()
     store.write(k, v, torch.arange(tokens) >= torch.tensor([[0], [tokens // 2]]), q, 0.125)
     handed: dict[str, int] = {"pages": 0, "summaries": 0, "exact": 0}
-    pages, exact, exact_tokens, select = (
+    pages, chosen, exact, exact_tokens, select = (
         reader.attend_pages,
+        reader.attend_chosen,
         layer_module.attend,
         reader.attend_tokens,
         Quest.select,
     )
 
-    def watched_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens, in_tokens):
+    def count_pages(ids, counts, codec, tokens):
         # every field of these stacks is a multiple of 16 bytes, so nothing is added for alignment
         page = sum(prod(f.shape) * f.dtype.itemsize for f in codec.fields)
         for row, count in zip(ids, counts.tolist(), strict=True):
             assert len(set(row[:count].tolist())) == count  # no page twice
             handed["pages"] += count * page
         handed["exact"] += 0 if tokens is None else tokens.nbytes
-        return pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse_of_pages, tokens, in_tokens)
+
+    def watched_pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse, tokens, *rest, **options):
+        count_pages(ids, counts, codec, tokens)
+        return pages(queries, pool, ids, counts, layout, codec, scale, softcap, lse, tokens, *rest, **options)
+
+    def watched_chosen(queries, pool, ids, places, valid, layout, codec, scale, softcap, lse, tokens, **options):
+        assert not options["by_tokens"]
+        count_pages(ids.gather(1, places), valid, codec, tokens)
+        return chosen(queries, pool, ids, places, valid, layout, codec, scale, softcap, lse, tokens, **options)
 
     def watched_exact(queries, keys, values, *rest):
         handed["exact"] += keys.nbytes + values.nbytes
         return exact(queries, keys, values, *rest)
 
-    def watched_tokens(queries, tokens, *rest):
+    def watched_tokens(queries, tokens, *rest, **options):
         handed["exact"] += tokens.nbytes
-        return exact_tokens(queries, tokens, *rest)
+        return exact_tokens(queries, tokens, *rest, **options)
 
     def watched_select(self, queries, scale, held):
         page = sum(t[0, 0].nbytes for t in held.fields.values())
@@ -549,6 +558,7 @@ def test_read_is_what_attention_was_handed(spec: str, tokens: int, monkeypatch: 
         return select(self, queries, scale, held)
 
     monkeypatch.setattr(reader, "attend_pages", watched_pages)
+    monkeypatch.setattr(reader, "attend_chosen", watched_chosen)
     monkeypatch.setattr(layer_module, "attend", watched_exact)  # chunks that are not written yet
     monkeypatch.setattr(reader, "attend_tokens", watched_tokens)
     monkeypatch.setattr(Quest, "select", watched_select)
