@@ -156,7 +156,8 @@ def put(
             CENTRE: tl.constexpr = C.centre
             ACROSS: tl.constexpr = C.tiles[1]
             centre = page_shift(source, page, first, thresholds, channel, live, DIM, PAGE, C)
-            put_halves(record, CENTRE + channel * 2, centre, live & (tile < ACROSS))
+            here = channel * 0 + tile < ACROSS  # of a number alone, triton 3.9's interpreter makes no mask
+            put_halves(record, CENTRE + channel * 2, centre, live & here)
             x = tl.where(there, x.to(tl.float32) - centre.to(tl.float32), 0)
         token += shift
         if KIND == "numbers":
