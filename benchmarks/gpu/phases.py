@@ -278,7 +278,7 @@ def decode(tiny: bool) -> None:
                     if mode == "compiled":
                         run = torch.compile(network, backend="cudagraphs" if GPU else "eager", fullgraph=True)
 
-                    place = torch.full((1, 1), n, device=DEVICE)
+                    place = torch.full((1, 1), n, dtype=torch.int64, device=DEVICE)
 
                     def step(run: Any = run, cache: Any = cache, place: Tensor = place) -> Tensor:
                         found = run(token, past_key_values=cache, position_ids=place, logits_to_keep=1)

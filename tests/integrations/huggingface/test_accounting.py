@@ -86,19 +86,29 @@ def test_read_is_what_attention_was_handed(stack: str, monkeypatch: pytest.Monke
     with torch.no_grad():
         model(tokens(1, 700), past_key_values=cache)
     handed = {"pages": 0, "exact": 0, "summaries": 0}
-    real_pages, real_tokens = kvcomp.cache.reader.attend_pages, kvcomp.cache.reader.attend_tokens
+    reader = kvcomp.cache.reader
+    real_pages, real_chosen, real_tokens = reader.attend_pages, reader.attend_chosen, reader.attend_tokens
 
-    def pages(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: Any, *rest: Any) -> Any:
-        handed["exact"] += 0 if rest[4] is None else rest[4].nbytes
+    def count(counts: Tensor, layout: Any, exact_tokens: Any) -> None:
+        handed["exact"] += 0 if exact_tokens is None else exact_tokens.nbytes
         body = sum(round_up(f.nbytes, 16) for f in layout.fields if not f.name.startswith(SUMMARY))
         handed["pages"] += int(counts.sum()) * body
-        return real_pages(q, pool, ids, counts, layout, *rest)
 
-    def exact(q: Tensor, tokens: Any, *rest: Any) -> Any:
+    def pages(q: Tensor, pool: Tensor, ids: Tensor, counts: Tensor, layout: Any, *rest: Any, **options: Any) -> Any:
+        count(counts, layout, rest[4])
+        return real_pages(q, pool, ids, counts, layout, *rest, **options)
+
+    def chosen(q: Tensor, pool: Tensor, ids: Tensor, places: Tensor, valid: Tensor, *rest: Any, **options: Any) -> Any:
+        assert not options["by_tokens"]
+        count(valid, rest[0], rest[5])
+        return real_chosen(q, pool, ids, places, valid, *rest, **options)
+
+    def exact(q: Tensor, tokens: Any, *rest: Any, **options: Any) -> Any:
         handed["exact"] += tokens.nbytes
-        return real_tokens(q, tokens, *rest)
+        return real_tokens(q, tokens, *rest, **options)
 
     monkeypatch.setattr(kvcomp.cache.reader, "attend_pages", pages)
+    monkeypatch.setattr(kvcomp.cache.reader, "attend_chosen", chosen)
     monkeypatch.setattr(kvcomp.cache.reader, "attend_tokens", exact)
     for layer in cache._compressed():
         selector = layer.plan.selector
