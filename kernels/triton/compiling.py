@@ -68,7 +68,7 @@ class Compiled:
 
     @property
     def programs(self) -> int:
-        """That a processor has room for."""
+        """That fit a processor."""
         threads = 32 * self.warps
         each = -(-self.registers // 8) * 8 * threads  # registers are given out by eights
         rooms = REGISTERS // each, THREADS // threads, PROGRAMS

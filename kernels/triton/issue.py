@@ -1,4 +1,4 @@
-"""How far instruction issue lets the decode kernel go: `python -m kvcomp.kernels.triton.issue`. Needs no GPU.
+"""What bandwidth instruction issue allows the decode kernel: `python -m kvcomp.kernels.triton.issue`. Needs no GPU.
 
 A processor of a GPU has four schedulers, each of which issues one instruction of one warp a cycle. A loop of n
 instructions a warp that w warps run for a tile of b bytes of pages takes n w / 4 cycles of a processor at least, so

@@ -22,7 +22,7 @@ STAGES = 3
 MERGE_WARPS = DECODE_WARPS = 4
 SHARED = 32  # columns of values that two warps share; fewer would be computed by both
 ALL_REGISTERS = 255  # of a thread
-REGISTERS = 168  # where programs have 2 warps: a processor has room for 12
+REGISTERS = 168  # where programs have 2 warps: 12 fit a processor
 MORE_REGISTERS = 200  # where tiles would spill then: for 10
 
 
@@ -189,7 +189,7 @@ def attend_pages(
 
 
 def _decoded(pool: Tensor, ids: Tensor, description: str, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Room for what `decode_pages` returns."""
+    """Memory for what `decode_pages` returns."""
     layout = chunks.parsed(description)
     shapes = (layout.k_dim,), (layout.v_dim,), ()
     k, v, hidden = (

@@ -226,5 +226,5 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
-    with pytest.raises(RunError, match=r"samples.jsonl.*Permission denied"):
+    with pytest.raises(RunError, match=r"config.json.*Permission denied"):
         Results(tmp_path / "run", CONFIG)

@@ -65,8 +65,9 @@ def test_two_processes_do_not_write_one_folder(tiny: Path, alone: Path, tmp_path
     wait_for(first, out, 1)
     second = start(arguments(tiny, out, SAMPLES), tmp_path / "second")
     assert sorted((finish(first), finish(second))) == [0, 2]
-    refusal = (tmp_path / "second").read_text().splitlines()[-1]
+    refusal, way_out = (tmp_path / "second").read_text().splitlines()[-2:]
     assert refusal.startswith("error: out:")
+    assert "choose another --out" in way_out
     assert "another kvcomp bench" in refusal
     assert answers(out) == answers(alone)
     assert finish(start(arguments(tiny, out, SAMPLES), tmp_path / "second")) == 0  # the lock went with its process

@@ -1,4 +1,4 @@
-"""How far instruction issue lets the decode kernel go on an H200: compiled for one, and counted."""
+"""What bandwidth instruction issue allows the decode kernel on an H200: compiled for one, and counted."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""One GPU measured by one script, `run.sh`."""
