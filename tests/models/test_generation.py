@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvcomp import CompressedCache
+from kvcomp.integrations.huggingface.layer import CompressedLayer
 
 ARCHITECTURES = (
     *("llama", "qwen3", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3", "qwen3_next", "opt", "mixtral"),
@@ -281,7 +282,7 @@ def format_of_the_cache(pair: Pair) -> None:
 @restated
 def update_and_read_back(pair: Pair) -> None:
     ours, theirs = pair.cache(True), pair.cache(False)
-    at = next(i for i, layer in enumerate(ours.layers) if type(layer).__name__ == "CompressedLayer")
+    at = next(i for i, layer in enumerate(ours.layers) if isinstance(layer, CompressedLayer))
     generator = torch.Generator().manual_seed(0)
     for n in (8, 1):
         keys, values = (torch.rand(2, 2, n, 16, generator=generator) for _ in range(2))
