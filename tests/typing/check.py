@@ -22,7 +22,8 @@ def mypy(paths: list[Path], site: Path) -> dict[tuple[str, int], str]:
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(site.parent / "mypy")]
     found = run([*command, *map(str, paths)], cwd=site, env={**os.environ, "MYPYPATH": "."})
     lines = re.findall(r"(\w+\.py):(\d+): error: (.*)", found)
-    return {(name, int(line)): message for name, line, message in lines}
+    own = {path.name for path in paths}  # in site-packages, where users have it, mypy reports nothing of kvcomp itself
+    return {(name, int(line)): message for name, line, message in lines if name in own}
 
 
 def pyright(paths: list[Path], site: Path) -> dict[tuple[str, int], str]:

@@ -56,7 +56,7 @@ def test_prompts_in_chunks(engine: ENGINE, hugging_face: Any, share: SHARE, loos
 
 
 @pytest.mark.parametrize(
-    "stack", ["int(bits=4) + quest(pages=4)", "kivi(bits=4) + quest(pages=6, heads=common, share=2)"]
+    "stack", ["int(bits=8) + quest(pages=4)", "kivi(bits=4) + quest(pages=6, heads=common, share=2)"]
 )
 def test_selected_pages(engine: ENGINE, hugging_face: Any, share: SHARE, text: TEXT, stack: str) -> None:
     prompts = [text(40, 140), text(310, 600)]  # where nothing is close: a tie would go another way with the last bit
