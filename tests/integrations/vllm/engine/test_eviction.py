@@ -68,7 +68,7 @@ def test_text_equals_hugging_face(
     "stack",
     [
         "snapkv(keep=0.4, window=16) + kivi(bits=4, group=32) + window(sinks=4, recent=40)",
-        "keydiff(keep=0.5) + int(bits=8, group=32, basis=hadamard) + quest(pages=2)",
+        "keydiff(keep=0.5) + kivi(bits=4, group=32) + quest(pages=2)",
         "tova(keep=0.3) + turboquant(bits=4)",
     ],
 )
