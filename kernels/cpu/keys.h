@@ -140,11 +140,9 @@ INLINE void NAME(dots_of)(float *acc, int64_t room, const float *q, int64_t q_ro
         for (int t = 0; t < TN; t++) acc[r * room + t] += NAME(sum)(a[r][t]);
 }
 
-/* q . k over the rows: acc[r, t] += sum_d q[r, d] x[t, d] for n tokens, x [n, x_room] float32; as many tokens at a time as
- * there are registers for. */
+/* q . k over the rows: acc[r, t] += sum_d q[r, d] x[t, d] for n tokens, x [n, x_room] float32, `many` tokens at a time. */
 INLINE void NAME(dot_block)(float *acc, int64_t room, const float *q, int64_t q_room, const float *x, int64_t x_room,
-                            int channels, int n, const int RN) {
-    const int many = LEVEL == 2 ? 4 : 2;
+                            int channels, int n, const int many, const int RN) {
     int t = 0;
     for (; t + many <= n; t += many) NAME(dots_of)(acc + t, room, q, q_room, x + t * x_room, x_room, channels, RN, many);
     for (; t < n; t++) NAME(dots_of)(acc + t, room, q, q_room, x + t * x_room, x_room, channels, RN, 1);
@@ -291,7 +289,16 @@ static TARGET void NAME(v_raw)(float *out, int64_t room, const float *p, int64_t
 
 static TARGET void NAME(k_raw)(float *acc, int64_t room, const float *q, int64_t q_room, const float *x, int64_t x_room,
                                int channels, int n, int rows) {
-#define CALL(RN) NAME(dot_block)(acc + r * room, room, q + r * q_room, q_room, x, x_room, channels, n, RN)
-    BY_ROWS(rows, CALL)
+#define CALL(RN, many) NAME(dot_block)(acc + r * room, room, q + r * q_room, q_room, x, x_room, channels, n, many, RN)
+#define ONE(RN) CALL(RN, 1)
+#define MANY(RN) CALL(RN, LEVEL == 2 ? 4 : 2)
+    /* Up to 4 rows read x once, from memory, which is fastest in its own order; more rows find it in the cache. */
+    if (rows <= 4) {
+        BY_ROWS(rows, ONE)
+    } else {
+        BY_ROWS(rows, MANY)
+    }
+#undef MANY
+#undef ONE
 #undef CALL
 }
