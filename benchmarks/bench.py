@@ -6,11 +6,8 @@ A stack that takes its prompt in chunks (`Stack.prefill_chunk`) is prefilled by 
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,14 @@ from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.compare import Comparison
 from kvcomp.benchmarks.decoding import Agreement, Answer, Decoding, Reader, Surprise, run_all
 from kvcomp.benchmarks.fidelity import Fidelity, dense_logits
+from kvcomp.benchmarks.machine import machine, versions
 from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
 from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked
 from kvcomp.benchmarks.samples import Sample
-from kvcomp.benchmarks.settings import HUGGING_FACE, VLLM, Settings, end_tokens
+from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, end_tokens
 from kvcomp.benchmarks.tasks import find_task, origins
 from kvcomp.console import progress, waiting
 from kvcomp.integrations.huggingface import prefill
@@ -61,8 +59,8 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
         "command": command,
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k not in APART},
         "data": origins(settings.tasks, settings.data),  # the texts themselves, wherever they lie
-        "versions": _versions(settings.engine),
-        "machine": _machine(),
+        "versions": versions(settings.engine),
+        "machine": machine(),
     }
     results = Results(out, config)
     _require_same_files(results, stacks)
@@ -274,31 +272,3 @@ def _by_token(reader: Reader) -> dict[str, Any]:
 
 def _rounded(figures: Sequence[float]) -> list[float]:
     return [round(figure, 7) for figure in figures]
-
-
-def _versions(engine: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("kvcomp", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    if engine == VLLM:
-        from kvcomp.integrations.vllm.plugin import installed
-
-        found[engine] = installed()
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -89,10 +89,8 @@ class CompressedCache(IndexerPositions, CheckedRows):
         """The decoder's config, if this stack can serve it."""
         config = getattr(model_or_config, "config", model_or_config)
         if not isinstance(config, PreTrainedConfig):
-            raise KvcompError(
-                f"CompressedCache(model_or_config={quote(model_or_config)}): expected a transformers model or its "
-                "config"
-            )
+            told = quote(model_or_config)
+            raise KvcompError(f"CompressedCache(model_or_config={told}): expected a transformers model or its config")
         decoder = decoder_config(config)
         alone = outside_interface(model_or_config)
         if alone is not None:

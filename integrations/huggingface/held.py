@@ -18,7 +18,7 @@ from kvcomp.state import State
 
 from .contents import Readable
 from .handles import given_dtypes
-from .pending import Pending
+from .pending import Pending, check_pair
 from .turns import Turns
 
 
@@ -293,16 +293,3 @@ class HeldLayer(Readable):
         if self.pending is not None:
             parts["pending"] = storage_bytes([x for x in self.pending if isinstance(x, Tensor)], seen)
         return parts
-
-
-def check_pair(keys: Tensor, values: Tensor) -> None:
-    """Raise a KvcompError unless these may be keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv] of the same tokens, and
-    an UnsupportedError where they have no content."""
-    k, v = tuple(keys.shape), tuple(values.shape)
-    if len(k) != 4 or k[:3] != v[:3] or len(v) != 4:
-        raise KvcompError(f"keys {k} and values {v}: expected [B, Hkv, n, Dk] and [B, Hkv, n, Dv] of the same tokens")
-    if keys.is_meta or values.is_meta:
-        raise UnsupportedError(
-            "keys and values lie on the meta device, which holds no numbers to compress: load the model's weights "
-            "first, or ask `kvcomp plan` for sizes"
-        )

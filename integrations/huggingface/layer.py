@@ -16,9 +16,9 @@ from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 from .adapters import adapters_of
 from .attention_module import AttentionModule
 from .handles import Call, Handle, given_dtypes, outside_graph
-from .held import HeldLayer, check_pair
+from .held import HeldLayer
 from .masks import Seen, read_mask
-from .pending import Pending
+from .pending import Pending, check_pair
 from .rows import WAY_ON, follow_mask
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kvcomp.attention import causal
 from kvcomp.cache.layer import LayerStore
+from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages.latent import stored
 from kvcomp.state import FLOATS, State
 
@@ -115,3 +116,16 @@ class Pending(NamedTuple):
             state.tensor("chosen", (rows, heads, n), torch.bool)
         moved: Any = (x.to(device) if isinstance(x, Tensor) else x for x in fields.values())
         return cls(*moved)
+
+
+def check_pair(keys: Tensor, values: Tensor) -> None:
+    """Raise a KvcompError unless these may be keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv] of the same tokens, and
+    an UnsupportedError where they have no content."""
+    k, v = tuple(keys.shape), tuple(values.shape)
+    if len(k) != 4 or k[:3] != v[:3] or len(v) != 4:
+        raise KvcompError(f"keys {k} and values {v}: expected [B, Hkv, n, Dk] and [B, Hkv, n, Dv] of the same tokens")
+    if keys.is_meta or values.is_meta:
+        raise UnsupportedError(
+            "keys and values lie on the meta device, which holds no numbers to compress: load the model's weights "
+            "first, or ask `kvcomp plan` for sizes"
+        )
