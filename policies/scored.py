@@ -41,7 +41,9 @@ class ScoredPolicy(Policy):
     layers: str = arg("uniform", "uniform, or pyramid: the first layers keep most, at the same sum")
     heads: str = arg("own", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
     span: int = arg(1, "neighbouring tokens that stay or leave together")
-    floor: float = arg(0.2, "adaptive heads: the share of the budget that each keeps at least")
+    floor: float = arg(
+        0.2, "adaptive heads: the share of the budget, behind protected tokens, that each keeps at least"
+    )
     beta: int = arg(20, "pyramid: the last layer keeps 1 / beta of the mean, behind the protected tokens")
     critical: bool = arg(False, "choose half by the score, then by the score times |W_o v|, as CriticalKV does")
     hold: bool = arg(False, "keep within an absolute budget while generating, too")
@@ -130,7 +132,7 @@ class ScoredPolicy(Policy):
             return chunk.alive & (~open_ | (scores >= self.threshold))
         ranked = in_spans(scores.masked_fill(~open_, -float("inf")), self.span, first)
         if self.heads == "adaptive":
-            kept = keep_best_of_heads(ranked, chunk.alive, count, first, last, int(self.floor * count))
+            kept = keep_best_of_heads(ranked, chunk.alive, count, first, last, int(self.floor * (count - first - last)))
         else:
             kept = keep_best(ranked, chunk.alive, count, first, last)
         return refined(kept, scores, output_norms(chunk), chunk.alive, first, last) if self.critical else kept
