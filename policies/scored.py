@@ -42,7 +42,7 @@ class ScoredPolicy(Policy):
     heads: str = arg("own", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
     span: int = arg(1, "neighbouring tokens that stay or leave together")
     floor: float = arg(
-        0.2, "adaptive heads: the share of the budget, behind protected tokens, that each keeps at least"
+        0.2, "adaptive heads: the share of the budget, besides protected tokens, that each keeps at least"
     )
     beta: int = arg(20, "pyramid: the last layer keeps 1 / beta of the mean, behind the protected tokens")
     critical: bool = arg(False, "choose half by the score, then by the score times |W_o v|, as CriticalKV does")

@@ -266,7 +266,7 @@ def test_heads_share_a_layer_where_the_scores_are() -> None:
     assert stores["snapkv"].kept.tolist() == [400, 400]
     ada = stores["adakv"].kept.tolist()
     assert sum(ada) == 800
-    assert ada[0] == 8 + int(0.184 * 392) == 80  # the floor: a share of the budget behind the window
+    assert ada[0] == 8 + int(0.184 * 392) == 80  # the floor: a share of the budget besides the window
     held = {name: sum(store.held(set()).values()) for name, store in stores.items()}
     assert held["adakv"] == pytest.approx(held["snapkv"], rel=0.1)
 
