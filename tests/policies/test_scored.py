@@ -179,6 +179,16 @@ def test_lagkv_is_its_definition(n: int, lag: int) -> None:
             assert bool((scores[b, h, 3 + (parts - 1) * lag :] >= 1).all())
 
 
+@pytest.mark.parametrize("name", SCORED)
+def test_a_short_turn_stays_whole(name: str) -> None:
+    """A question about what was compressed; a long turn is compressed like a prompt."""
+    given_ = "keep=0.25" + (", window=16" if "window" in fields(name) else "")
+    (policy,) = Stack.parse(f"{name}({given_})").policies
+    for n, all_stay in ((1, True), (60, True), (256, True), (257, False)):
+        kept = policy.select(replace(chunk(n, sinks=0, recent=0), past=500))
+        assert bool(kept.all()) is all_stay
+
+
 def test_chance_repeats_and_layers_draw_apart() -> None:
     c = chunk(50)
     policy = find("random")(keep=0.5)
