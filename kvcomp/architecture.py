@@ -19,7 +19,8 @@ class Traits:
     does: what the layer does, of a model that has one. packed: its keys and values, or what it caches for them, go
     through the stack. scored: policies and selectors can distinguish its tokens. fixed: its decode steps have fixed
     shapes in a preallocated cache. calibrated: what calibrated stages need can be gathered from it. engine: an engine
-    that owns the memory, such as vLLM, can hold its pages.
+    that owns the memory, such as vLLM, can hold its pages. bounded: it sees a window alone, whatever the context: policies
+    and selectors leave it to the quantizer, and calibration leaves it out.
     """
 
     does: str
@@ -28,6 +29,7 @@ class Traits:
     fixed: bool = False
     calibrated: bool = False
     engine: bool = False
+    bounded: bool = False
 
 
 class LayerKind(Enum):
@@ -36,7 +38,8 @@ class LayerKind(Enum):
     FULL = Traits("attends to all tokens", packed=True, scored=True, fixed=True, calibrated=True, engine=True)
     LATENT = Traits("caches latents (MLA)", packed=True, scored=True)
     INDEXED = Traits("chooses tokens by an indexer of its own", packed=True)
-    SLIDING = Traits("attends to a sliding window")
+    SLIDING = Traits("attends to a sliding window", packed=True, bounded=True)
+    CHUNKED = Traits("attends to a chunk of the text, or to latents in a window")
     SHARED = Traits("reads the cache of another layer, or none")
     CROSS = Traits("attends to an image or another text")
     RECURRENT = Traits("keeps a state of its own")
@@ -47,8 +50,8 @@ class LayerKind(Enum):
 
 
 def without(kinds: Iterable[LayerKind], trait: str) -> LayerKind | None:
-    """The first of a model's kinds that a stack packs and that lacks a trait; None where all have it."""
-    return next((k for k in kinds if k.traits.packed and not getattr(k.traits, trait)), None)
+    """The first of a model's kinds that a stack packs whole and that lacks a trait; None where all have it."""
+    return next((k for k in kinds if k.traits.packed and not (k.traits.bounded or getattr(k.traits, trait))), None)
 
 
 def obstacle(kinds: Iterable[LayerKind], stack: Stack) -> str | None:

@@ -201,14 +201,14 @@ class Stack:
         """What one of `layers` layers does whose queries see `window` tokens, their own included.
 
         None: it stays as it is. So it does without a quantizer, with `window(sliding=dense)`, with a calibration file
-        that has no such layer, and where the window is no larger than the exact one and two pages. Policies and
+        that has no such layer, and where the window is smaller than the exact one and a page. Policies and
         selectors leave it alone; there are no sinks, as the first tokens leave the window.
         """
         named = any(isinstance(s, Quantizer) for s in self.stages)
         if not named or self.window.sliding == DENSE or not self.quantizer.has_layer(layer):
             return None
         size, recent = self.page_size, self.window.recent
-        if recent + 2 * size > window:
+        if recent + size > window:
             return None
         return LayerPlan(self.quantizer, (), None, 0, recent, size, layer, layers, sliding=window)
 
