@@ -5,7 +5,7 @@ An engine says of which kind the layers of a model are; everything else asks her
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -170,9 +170,10 @@ class ModelShape:
         """Bytes of K and V that one more token adds, in the layers that keep all tokens."""
         return self.itemsize * sum(layer.elements for layer in self.layers if layer.full)
 
-    def fixed_bytes(self, tokens: int) -> int:
-        """Bytes that the layers a stack leaves alone (sliding windows, recurrent states) hold of a sequence."""
-        rest = [layer for layer in self.layers if not layer.full]
+    def fixed_bytes(self, tokens: int, packed: Container[int] = ()) -> int:
+        """Bytes that layers which do not grow with the context (sliding windows, recurrent states) hold of a sequence, but
+        for those, by number, that a stack has `packed`."""
+        rest = [layer for i, layer in enumerate(self.layers) if not layer.full and i not in packed]
         return sum(self.itemsize * layer.elements * layer.seen(tokens) + layer.state for layer in rest)
 
     def cache_bytes(self, tokens: int) -> int:

@@ -167,7 +167,7 @@ def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name
             rank, rotary = own.kv_lora_rank, own.qk_rope_head_dim
             expanded = own.qk_nope_head_dim + rotary + own.v_head_dim
             yield LayerShape(1, rank, rotary, own.num_attention_heads, expanded, rank + rotary + rank, kind=kind)
-        elif kind in (LayerKind.FULL, LayerKind.SLIDING):
+        elif kind in (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED):
             heads = own.num_attention_heads
             kv_heads = getattr(own, "num_key_value_heads", None) or heads
             dim = getattr(own, "head_dim", None) or own.hidden_size // heads

@@ -47,7 +47,9 @@ class Window(Stage):
 
     @property
     def implied(self) -> tuple[str, ...]:
-        return ("sliding",) if self.sliding == PACKED else ()  # as before there was a choice: hashes stay
+        if self.sliding == PACKED:  # of old, when there was no choice: hashes stay
+            return ("sliding",)
+        return () if self.sets else ("sinks", "recent")
 
     @property
     def sets(self) -> bool:
