@@ -33,8 +33,8 @@ class PagesView(NamedTuple):
     """Pages of a pool uint8 [pages, bytes_per_page]: of ids [S, n] a stream's first counts [S], read as `sides` say.
 
     in_tokens: counts are of tokens, of a layout that is `tokenwise`, and the last page may be filled in part. sides is
-    None where the codec alone can read its pages. token_bias float32 [S, R, n * P]: what is added to each q . k. skipped
-    int64 [S], below P: so many tokens at the start of a stream's first page are not seen.
+    None where the codec alone can read its pages. token_bias float32 [S, R, n * P]: what is added to each q . k.
+    skipped int64 [S], below P: so many tokens at the start of a stream's first page are not seen.
     """
 
     pool: Tensor

@@ -19,8 +19,8 @@ class Traits:
     does: what the layer does, of a model that has one. packed: its keys and values, or what it caches for them, go
     through the stack. scored: policies and selectors can distinguish its tokens. fixed: its decode steps have fixed
     shapes in a preallocated cache. calibrated: what calibrated stages need can be gathered from it. engine: an engine
-    that owns the memory, such as vLLM, can hold its pages. bounded: it sees a window alone, whatever the context: policies
-    and selectors leave it to the quantizer, and calibration leaves it out.
+    that owns the memory, such as vLLM, can hold its pages. bounded: it sees a window alone, whatever the context, so
+    that policies and selectors leave it to the quantizer, and calibration leaves it out.
     """
 
     does: str
@@ -76,7 +76,8 @@ class LayerShape:
 
     kv_heads, k_dim, v_dim: what is cached of a token (a latent: 1 head, its rank, its rotary channels). heads: query
     heads. prefill_width, decode_width: channels that a head multiplies per (query, key) pair, Dqk + Dv. window: tokens
-    that a sliding layer sees at most. state: bytes per sequence that a recurrent layer holds, whatever the context.
+    that a sliding layer sees at most. source: the layer, by number, whose cache this one reads. state: bytes per
+    sequence that a recurrent layer holds, whatever the context.
     """
 
     kv_heads: int = 0
@@ -88,6 +89,7 @@ class LayerShape:
     window: int | None = None
     state: int = 0
     kind: LayerKind = LayerKind.FULL
+    source: int | None = None
 
     @property
     def full(self) -> bool:
@@ -171,14 +173,19 @@ class ModelShape:
         return self.itemsize * sum(layer.elements for layer in self.layers if layer.full)
 
     def fixed_bytes(self, tokens: int, packed: Container[int] = ()) -> int:
-        """Bytes that layers which do not grow with the context (sliding windows, recurrent states) hold of a sequence, but
-        for those, by number, that a stack has `packed`."""
+        """Bytes of a sequence in layers that do not grow with the context (sliding windows, recurrent states), but for
+        those, by number, that a stack has `packed`."""
         rest = [layer for i, layer in enumerate(self.layers) if not layer.full and i not in packed]
         return sum(self.itemsize * layer.elements * layer.seen(tokens) + layer.state for layer in rest)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of an uncompressed cache of one sequence of `tokens` tokens."""
         return self.token_bytes * tokens + self.fixed_bytes(tokens)
+
+    def read_bytes(self, tokens: int) -> int:
+        """Bytes of an uncompressed cache that a query of `tokens` tokens reads: what layers share, once for each."""
+        sources = [self.layers[layer.source] for layer in self.layers if layer.source is not None]
+        return self.cache_bytes(tokens) + self.itemsize * sum(x.elements * x.seen(tokens) for x in sources)
 
     def weight_bytes(self, tokens: int) -> float:
         """Bytes of weights that a forward over `tokens` tokens, of all sequences together, has to move."""

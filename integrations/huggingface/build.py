@@ -17,8 +17,8 @@ from ..configs import cache_layers, field, layer_kinds, library_layer
 from .indexed import IndexedLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
-from .sliding import SlidingLayer
 from .preallocated import PreallocatedLayer, check_room
+from .sliding import SlidingLayer
 from .turns import Turns
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
@@ -31,8 +31,8 @@ def layers_of(
     preallocate: int | None,
     dense: Container[int] = (),
 ) -> list[Any]:
-    """A layer for each of a decoder's; arguments as of `CompressedCache`. dense: layers with a sliding window that are to
-    be the library's own."""
+    """A layer for each of a decoder's; arguments as of `CompressedCache`. dense: layers with a sliding window that
+    are to be the library's own."""
     types, kwargs = cache_layers(config)
     if preallocate is not None:
         check_room(config, preallocate, max_tokens)
@@ -41,16 +41,17 @@ def layers_of(
     layers: list[Any] = []
     kinds = layer_kinds(config)
     for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
-        if kind in OURS:
+        of, window = kinds[i], None
+        if of is LayerKind.SLIDING and i not in dense:
+            window = stack.sliding_plan(i, len(types), options["sliding_window"])
+        if kind in OURS and preallocate is not None:
             plan = stack.plan(i, len(types), full)
-            if preallocate is not None:
-                layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
-            else:
-                layers.append(
-                    (LatentLayer if kinds[i] is LayerKind.LATENT else OURS[kind])(plan, max_tokens, stack.prefill_chunk, choices)
-                )
-        elif kinds[i] is LayerKind.SLIDING and i not in dense and (own := stack.sliding_plan(i, len(types), options["sliding_window"])):
-            layers.append(SlidingLayer(own, max_tokens, stack.prefill_chunk, choices))
+            layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
+        elif kind in OURS:
+            made = LatentLayer if of is LayerKind.LATENT else OURS[kind]
+            layers.append(made(stack.plan(i, len(types), full), max_tokens, stack.prefill_chunk, choices))
+        elif window is not None:
+            layers.append(SlidingLayer(window, max_tokens, stack.prefill_chunk, choices))
         else:
             layers.append(library_layer(kind, options))
     if not any(isinstance(layer, CompressedLayer) for layer in layers):

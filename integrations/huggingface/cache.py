@@ -35,7 +35,16 @@ from .indexed import IndexerPositions
 from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer
-from .saving import check_kinds, dense_windows, differences, digests, essentials, layer_state, restore_layers, usable_device
+from .saving import (
+    check_kinds,
+    dense_windows,
+    differences,
+    digests,
+    essentials,
+    layer_state,
+    restore_layers,
+    usable_device,
+)
 from .watch import reuse, turns_of, unwatch, watch
 
 
@@ -45,8 +54,8 @@ class CompressedCache(IndexerPositions, CheckedRows):
     Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
 
     Layers of full attention are compressed, and by stacks with a quantizer those with a sliding window; linear and
-    convolutional layers stay the library's own. The model is hooked on construction (its config names kvcomp's attention function) and keeps working with every other cache;
-    `detach` undoes that.
+    convolutional layers stay the library's own. The model is hooked on construction (its config names kvcomp's
+    attention function) and keeps working with every other cache; `detach` undoes that.
 
     Args:
         stack: a Stack such as SnapKV(keep=0.5) + KIVI(bits=4), a stage, or the spec "snapkv(keep=0.5) + kivi(bits=4)".

@@ -24,7 +24,7 @@ from .rows import WAY_ON, follow_mask
 
 
 class CompressedLayer(HeldLayer):
-    """A layer of full attention, and what other kinds share: translates between transformers and the core's `LayerStore`."""
+    """A layer of full attention, and what other kinds share: translates between transformers and `LayerStore`."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         refuse_nothing(query_length)

@@ -154,8 +154,8 @@ def attend_kernel(
 ):  # fmt: skip
     """One split of one stream. q [S, R, Dk], bias [S, R], token_bias [S, R, n * P], skipped [S], pool uint8 in
     records of BYTES, ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens,
-    whose strides are in bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has
-    no tokens for a split, nothing is written."""
+    whose strides are in bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles].
+    Where a stream has no tokens for a split, nothing is written."""
     blocks = tl.cdiv(rows, ROWS)
     stream = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -176,7 +176,7 @@ def attend_kernel(
             first = split * each
             last = tl.minimum(first + each, held)
             seen_from = 0
-            if SKIPPED:
+            if SKIPPED:  # noqa: SIM102 (known when it is compiled)
                 if split == 0:
                     seen_from = tl.load(skipped + stream).to(tl.int32)
                     first = seen_from // TILE * TILE  # no tile without a token that is seen: its maximum is no number

@@ -152,7 +152,7 @@ class LayerContent:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of full-precision K and V for all tokens seen, padding excluded; those of the window where it slides."""
+        """Bytes of full-precision K and V for all tokens seen, or those of a window that slides; padding excluded."""
         if not self.started:
             return 0
         history, window = self.history, self.plan.sliding

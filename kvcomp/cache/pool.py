@@ -102,9 +102,7 @@ class PageTable:
     left: int64 [S] where a window slides: each stream's oldest pages that it no longer owns, or never had written.
     """
 
-    def __init__(
-        self, streams: int, device: torch.device, watched: bool = False, sliding: bool = False
-    ) -> None:
+    def __init__(self, streams: int, device: torch.device, watched: bool = False, sliding: bool = False) -> None:
         self.device = device
         self.rows = torch.zeros(streams, 0, dtype=torch.int32, device="cpu")
         self.counts = torch.zeros(streams, dtype=torch.int64, device="cpu")

@@ -26,8 +26,8 @@ def crop(content: LayerContent, tokens: int) -> None:
         raise KvcompError(f"crop({-tokens}): the cache holds {content.history.length} tokens")
     if content.plan.sliding is not None and tokens > (most := sliding.reach(content)):
         raise UnsupportedError(
-            f"crop({-tokens}): layer {content.plan.layer} sees a window of {content.plan.sliding} tokens, and older ones "
-            f"have left it: crop at most {most}, fork() the cache before, or reset() it and feed its tokens again"
+            f"crop({-tokens}): layer {content.plan.layer} sees a sliding window of {content.plan.sliding} tokens, and "
+            f"those before it are gone: crop at most {most}, fork() the cache before, or reset() it and feed all again"
         )
     content.end_prompt()
     _take_back(content, content.history.newest(tokens), f"crop({-tokens})", content.codec.lossless)

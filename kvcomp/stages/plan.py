@@ -163,6 +163,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     layout, (adapted, _) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     slots = plan.room(exact)
+    counters = 2 if plan.sliding is None else 3
     token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, slots) * token
     return _present(
@@ -170,7 +171,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         summaries=pages * layout.summary_bytes,
         sinks=sinks,
         window=slots * token - sinks,
-        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + (2 + (plan.sliding is not None)) * COUNTER.itemsize,
+        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + counters * COUNTER.itemsize,
         constants=adapted if pages else 0,
     )
 

@@ -19,8 +19,8 @@ class Window(Stage):
     """Tokens kept exactly: the first `sinks` and the last `recent` (up to one page more until the page is full).
 
     Without this stage a stack takes the window its methods publish (KIVI: 128 recent tokens), and so it does with
-    `window(sliding=dense)`, which says nothing of these. A stack with a quantizer packs the layers of a model that see a
-    sliding window, too; policies and selectors leave them alone.
+    `window(sliding=dense)`, which says nothing of these. A stack with a quantizer packs a model's layers with a sliding
+    window, too; policies and selectors leave them alone.
 
     Papers: arXiv 2309.17453, 2402.02750.
     """

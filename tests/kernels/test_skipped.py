@@ -109,9 +109,7 @@ def interpreted() -> None:
             held = triton.Pages(
                 store.pool.data, table.ids(), table.counts, triton.prepared(sides, store.layout, True, q.device)
             )
-            found = triton.attend(
-                rotated, held, None, DIM**-0.5, softcap, bias, pages_of_split=2, skipped=skipped
-            )
+            found = triton.attend(rotated, held, None, DIM**-0.5, softcap, bias, pages_of_split=2, skipped=skipped)
             out = store.codec.read_output(found.out) if store.codec.rotates else found.out
             expected = written_out(q, k, v, skipped, softcap)
             torch.testing.assert_close(out, expected.out, atol=2e-3, rtol=2e-3)
