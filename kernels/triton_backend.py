@@ -83,9 +83,9 @@ class Triton(Backend):
         """Exact where queries are float32. workspace: see `triton.attend`. More than `MOST_ROWS`: see `triton.many`."""
         from . import triton
 
-        pool, ids, counts, layout, sides, in_tokens, token_bias = pages
+        pool, ids, counts, layout, sides, in_tokens, token_bias, skipped = pages
         many_rows = case.rows > MOST_ROWS
-        if many_rows and (softcap is not None or token_bias is not None or not ids.shape[1]):
+        if many_rows and (softcap is not None or token_bias is not None or skipped is not None or not ids.shape[1]):
             return None
         assert sides is not None
         held = triton.Pages(
@@ -105,6 +105,7 @@ class Triton(Backend):
                 workspace=workspace,
                 in_tokens=in_tokens,
                 token_bias=token_bias,
+                skipped=skipped,
             )
         return part._replace(out=codec.read_output(part.out)) if case.rotates else part
 

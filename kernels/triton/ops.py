@@ -120,6 +120,7 @@ def attend_pages(
     exact: bool,
     in_tokens: bool = False,
     token_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [S, R, Dv], lse [S, R] and the lse of each page [S, R, n], all float32, of attention over pages (pool uint8
     [pages, bytes], ids [S, n], counts [S]), exact tokens (keys [S, N, Dk], values [S, N, Dv], token_counts [S]) and
@@ -127,7 +128,8 @@ def attend_pages(
 
     queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
     k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split can hold; workspace: float32
-    `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
+    `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens; skipped int [S]:
+    tokens at the start of a stream's first page that are not seen.
     """
     streams, rows, k_dim = queries.shape
     out, lse, groups = _results(queries, ids, values, description, lse_of_pages)
@@ -159,7 +161,7 @@ def attend_pages(
     with torch.cuda.device_of(queries):
         attention.attend_kernel[(streams * triton.cdiv(rows, block), splits)](
             queries,
-            *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_codebook, v_codebook)),
+            *(idle if x is None else x for x in (bias, token_bias, skipped, pool, ids, counts, k_codebook, v_codebook)),
             *(idle if x is None else x for x in (keys, values, token_counts)),
             *(workspace, partial_lse, lse_of_tiles, rows, k_dim, v_dim),
             *(0 if ids is None else ids.stride(0), *strides, 0 if token_bias is None else token_bias.shape[2]),
@@ -167,6 +169,7 @@ def attend_pages(
             **attention_constants(layout, 0 if pool is None else pool.stride(0), tokens, window, block, exact),
             BIAS=bias is not None,
             TOKEN_BIAS=token_bias is not None,
+            SKIPPED=skipped is not None,
             SOFTCAP=softcap > 0,
             LSE_OF_TILES=lse_of_pages,
             IN_TOKENS=in_tokens,
