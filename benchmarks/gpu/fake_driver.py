@@ -25,7 +25,7 @@ from kvcomp.kernels.triton.compiling import LIMITS
 from kvcomp.kernels.triton_backend import Triton
 from kvcomp.stages.stack import Stack
 
-STACKS = ("kivi(bits=4)", "turboquant(bits=4)", "klt(bits=4)")  # no selectors: nothing is computed that they could choose
+STACKS = ("kivi(bits=4)", "turboquant(bits=4)", "klt(bits=4)")  # a selector would choose from what nobody computed
 HEADS, GROUP, DIM, TOKENS = 8, 4, 128, 4120  # a window besides pages
 launched: Counter[str] = Counter()
 loaded: list[str] = []  # kernels, as often as one was compiled for other constants

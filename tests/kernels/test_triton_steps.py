@@ -86,7 +86,7 @@ def test_steps_in_fixed_memory_are_those_of_the_host(spec: str, monkeypatch: pyt
     for i in range(17):
         q = torch.randn(rows, 2 * heads, 1, dim, device=DEVICE).to(torch.bfloat16)
         k, v = torch.randn(2, rows, heads, 1, dim, device=DEVICE).to(torch.bfloat16).unbind()
-        if i == 2:
+        if i == 2 and spec != "none":  # which keeps what it is given
             k[0, 0, 0, 3], v[0, 1, 0, 5] = torch.inf, torch.nan
         mask = torch.zeros(rows, 1, 1, 120, dtype=torch.bool, device=DEVICE)
         mask[..., : prompt + i + 1] = True
