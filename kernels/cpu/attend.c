@@ -104,7 +104,7 @@ static void run(const Problem *p, const Shape *shape, const Item *item, void *sc
 
 /* Merge the items of a stream's rows, and the prior part where there is one; returns how many items they were. */
 static int64_t merge(const Problem *p, const Shape *shape, const Item *items, int64_t left, int64_t stream, int64_t row) {
-    int64_t n = 0, width = shape->v_width + 2, rows = p->rows - row < ROWS ? p->rows - row : ROWS;
+    int64_t n = 0, width = shape->v_width + 2, rows = p->rows - row < shape->rows ? p->rows - row : shape->rows;
     while (n < left && items[n].stream == stream && items[n].row == row) n++;
     for (int64_t r = 0; r < rows; r++) {
         int64_t at = stream * p->rows + row + r, dim = p->v_dim;
@@ -144,7 +144,7 @@ int kvcomp_attend(const Problem *p) {
     for (int64_t i = 0; i < p->sources; i++)
         if (!in_bounds(&p->source[i], p->streams)) return 2;
     Shape shape = shape_of(p);
-    int64_t blocks = (p->rows + ROWS - 1) / ROWS, total = 0, threads = 1;
+    int64_t blocks = (p->rows + shape.rows - 1) / shape.rows, total = 0, threads = 1;
     for (int64_t i = 0; i < p->sources; i++)
         for (int64_t s = 0; s < p->streams; s++) total += stream_tiles(&p->source[i], s, &shape) * blocks;
 #ifdef _OPENMP
@@ -155,7 +155,7 @@ int kvcomp_attend(const Problem *p) {
     int64_t step = p->source[0].ids ? p->source[0].page_tokens / shape.tile : 1; /* whole pages */
     piece = round_up(piece < LEAST ? LEAST : piece, step);
     int64_t most = p->sources * p->streams * blocks + total / piece + 1, n = 0, at = 0, room = piece;
-    int64_t partial = ROWS * (shape.v_width + 2), each = round_up(scratch_portable(&shape), 64);
+    int64_t partial = shape.rows * (shape.v_width + 2), each = round_up(scratch_portable(&shape), 64);
     Item *items = malloc(most * sizeof(Item));
     float *partials = malloc(most * partial * sizeof(float));
     uint8_t *scratch = malloc(threads * each + 64);
@@ -164,7 +164,7 @@ int kvcomp_attend(const Problem *p) {
         return 1;
     }
     for (int64_t s = 0; s < p->streams; s++) {
-        for (int64_t row = 0; row < p->rows; row += ROWS) {
+        for (int64_t row = 0; row < p->rows; row += shape.rows) {
             for (int64_t i = 0; i < p->sources; i++) {
                 const Source *from = &p->source[i];
                 int64_t tiles = stream_tiles(from, s, &shape);
@@ -189,7 +189,7 @@ int kvcomp_attend(const Problem *p) {
         for (int64_t i = 0; i < n; i++) run(p, &shape, &items[i], aligned);
     }
     for (int64_t s = 0; s < p->streams; s++)
-        for (int64_t row = 0; row < p->rows; row += ROWS) at += merge(p, &shape, items + at, n - at, s, row);
+        for (int64_t row = 0; row < p->rows; row += shape.rows) at += merge(p, &shape, items + at, n - at, s, row);
     free(items), free(partials), free(scratch);
     return 0;
 }

@@ -1,37 +1,5 @@
 /* One item: all tiles of a stream's pages and exact tokens for some query rows; and estimates from summaries. A part of `tiles.h`, as are LEVEL, VL, TARGET and NAME. */
 
-/* Where tile i of the item's stream lies. */
-INLINE Place NAME(place)(const Side *side, const Item *item, int64_t i, int tile) {
-    const Source *from = item->source;
-    int64_t left = stream_tokens(from, item->stream) - i * tile, which = 0, token = i * tile, id = item->stream;
-    if (from->ids) {
-        which = token / from->page_tokens, token %= from->page_tokens;
-        id = from->ids[item->stream * from->ids_stride + which];
-    }
-    return (Place){side->base + id * side->page_bytes, which, token, (int)(left < tile ? left : tile)};
-}
-
-/* Ask for a tile of one side, so that it is at hand when its turn comes. */
-INLINE void NAME(fetch)(const Side *side, const Item *item, int64_t i, int tile) {
-    Place next = NAME(place)(side, item, i, tile);
-    for (int j = 0; j < side->count; j++) {
-        const Segment *g = &side->segments[j];
-        for (int n = 0; n < g->planes; n++) {
-            const uint8_t *from = next.page + g->plane[n].offset + next.token * g->plane[n].stride;
-            for (int64_t at = 0; at < next.n * g->plane[n].stride; at += 64) __builtin_prefetch(from + at);
-        }
-        if (g->kind >= FLOAT32) continue;
-        if (g->centre != NOTHING && !next.token)
-            for (int64_t at = 0; at < 2 * g->channels; at += 64) __builtin_prefetch(next.page + g->centre + at);
-        int64_t first = next.token / g->token_group, last = (next.token + tile - 1) / g->token_group;
-        int64_t row = 2 * g->channels / g->channel_group;
-        for (int64_t at = first * row; at < (last + 1) * row; at += 64) {
-            __builtin_prefetch(next.page + g->scale + at);
-            if (g->zero != NOTHING) __builtin_prefetch(next.page + g->zero + at);
-        }
-    }
-}
-
 /* What the keys of a page share of their logits [rows]: bias, and q . c where they have a centre. */
 INLINE void NAME(shifts)(const Side *k, const uint8_t *page, const float *q, int64_t q_room, const float *bias,
                          float *shift, int rows, Scratch *s) {
@@ -54,12 +22,12 @@ INLINE void NAME(shifts)(const Side *k, const uint8_t *page, const float *q, int
 static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *item, void *memory) {
     Scratch s;
     NAME(laid_out)(shape, memory, &s);
-    int rows = (int)(p->rows - item->row < ROWS ? p->rows - item->row : ROWS), tile = (int)shape->tile;
+    int rows = (int)(p->rows - item->row < shape->rows ? p->rows - item->row : shape->rows), tile = (int)shape->tile;
     int64_t k_width = shape->k_width, out_width = shape->out_width, v_width = shape->v_width, at = item->stream * p->rows + item->row;
     const Side *k = &item->source->k, *v = &item->source->v;
     memset(s.q, 0, rows * k_width * sizeof(float));
     memset(s.out, 0, rows * out_width * sizeof(float));
-    float bias[ROWS], shift[ROWS], m[ROWS], sum[ROWS];
+    float bias[MANY_ROWS], shift[MANY_ROWS], m[MANY_ROWS], sum[MANY_ROWS];
     const uint8_t *centred = 0; /* the page that shift is of */
     for (int r = 0; r < rows; r++) {
         const float *q = p->q + (at + r) * p->k_dim;
@@ -77,22 +45,26 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
         }
     }
 #if LEVEL > 0
-    for (int64_t j = 0, offset = 0; j < v->count; offset += out_room(&v->segments[j++]))
-        NAME(all_lanes)(&v->segments[j], (Lanes *)s.lanes + offset / 16);
+    for (int64_t j = 0, offset = 0; j < v->count; offset += out_room(v, &v->segments[j++]))
+        if (!v->blocked) NAME(all_lanes)(&v->segments[j], (Lanes *)s.lanes + offset / 16);
 #endif
     int64_t block = TOKENS / tile;
     for (int64_t first = item->first; first < item->last; first += block) {
         int64_t last = item->last - first < block ? item->last : first + block;
+        if (k->blocked) NAME(k_of_block)(k, item, shape, first, last, s.q, rows, s.logits, &s);
         for (int64_t i = first; i < last; i++) {
             Place here = NAME(place)(k, item, i, tile);
-            NAME(fetch)(i + 1 < last ? k : v, item, i + 1 < last ? i + 1 : first, tile);
+            if (!k->blocked) NAME(fetch)(i + 1 < last ? k : v, item, i + 1 < last ? i + 1 : first, tile);
             float *logits = s.logits + (i - first) * tile;
             if (here.page != centred) {
                 NAME(shifts)(k, here.page, s.q, k_width, bias, shift, rows, &s);
                 centred = here.page;
             }
             for (int r = 0; r < rows; r++)
-                for (int t = 0; t < tile; t += VL) store(logits + r * TOKENS + t, all(shift[r]));
+                for (int t = 0; t < tile; t += VL) {
+                    float *to = logits + r * TOKENS + t;
+                    store(to, all(shift[r]) + (k->blocked ? load(to) : all(0)));
+                }
             if (p->token_bias && item->source->ids) {
                 int64_t every = item->source->listed * item->source->page_tokens;
                 for (int r = 0; r < rows; r++) {
@@ -101,7 +73,7 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
                 }
             }
             int64_t offset = 0;
-            for (int j = 0; j < k->count; j++) {
+            for (int j = 0; j < k->count && !k->blocked; j++) {
                 const Segment *g = &k->segments[j];
                 NAME(k_segment)(g, shape, here.page, here.token, here.n, s.q + offset, s.sums + offset, rows, logits, &s);
                 offset += round_up(g->channels, 16);
@@ -113,7 +85,8 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
         }
         for (int r = 0; r < rows; r++)
             NAME(soften)(s.logits + r * TOKENS, (int)(last - first) * tile, s.out + r * out_width, out_width, &m[r], &sum[r]);
-        for (int64_t i = first; i < last; i++) {
+        if (v->blocked) NAME(v_of_block)(v, item, shape, first, last, s.logits, rows, s.out, &s);
+        for (int64_t i = first; i < last && !v->blocked; i++) {
             Place here = NAME(place)(v, item, i, tile);
             if (i + 1 < item->last) NAME(fetch)(i + 1 < last ? v : k, item, i + 1, tile);
             int64_t offset = 0;
@@ -121,7 +94,7 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
                 const Segment *g = &v->segments[j];
                 NAME(v_segment)(g, shape, here.page, here.token, here.n, s.logits + (i - first) * tile, rows,
                                 s.out + offset, &s, (Lanes *)s.lanes + offset / 16);
-                offset += out_room(g);
+                offset += out_room(v, g);
             }
         }
     }

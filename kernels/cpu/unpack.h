@@ -1,7 +1,7 @@
 /* Planes of codes to words and codes of a tile of tokens, and numbers as float32. A part of `tiles.h`, as are LEVEL, VL, TARGET and NAME. */
 
 /* K: W words of each of T tokens, `stride` bytes from one to the next, to [W, T]. */
-INLINE void NAME(k_chunk)(vu *to, const uint8_t *from, int64_t stride, int tile, const int W) {
+INLINE void NAME(k_chunk)(vu *to, const uint8_t *from, int64_t stride, int tile, int room, const int W) {
     for (int t = 0; t < tile; t += VL, from += VL * stride) {
         vi x[16];
         int32_t rows[VL * 16];
@@ -15,17 +15,17 @@ INLINE void NAME(k_chunk)(vu *to, const uint8_t *from, int64_t stride, int tile,
         for (int i = 0; i < W; i++) x[i] = *(const vi *)(words + i * VL);
         NAME(turn_words)(x, W);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++) to[(i * tile + t) / VL] = (vu)x[i];
+        for (int i = 0; i < W; i++) to[i * room + t / VL] = (vu)x[i];
     }
 }
 
-/* K: one plane of T tokens to words [words, T] of 32 bits; returns where the next plane's go. */
-APART vu *NAME(k_plane)(vu *to, const uint8_t *from, int64_t stride, int bytes, int tile) {
-    int at = 0, per = tile / VL;
-    for (; bytes - at >= 64; at += 64, to += 16 * per) NAME(k_chunk)(to, from + at, stride, tile, 16);
-    if (bytes - at >= 32) NAME(k_chunk)(to, from + at, stride, tile, 8), at += 32, to += 8 * per;
-    if (bytes - at >= 16) NAME(k_chunk)(to, from + at, stride, tile, 4), at += 16, to += 4 * per;
-    if (bytes - at >= 8) NAME(k_chunk)(to, from + at, stride, tile, 2), at += 8, to += 2 * per;
+/* K: one plane of T tokens to words of 32 bits, `per` vectors from one to the next; returns where the next plane's go. */
+APART vu *NAME(k_plane)(vu *to, const uint8_t *from, int64_t stride, int bytes, int tile, int per) {
+    int at = 0;
+    for (; bytes - at >= 64; at += 64, to += 16 * per) NAME(k_chunk)(to, from + at, stride, tile, per, 16);
+    if (bytes - at >= 32) NAME(k_chunk)(to, from + at, stride, tile, per, 8), at += 32, to += 8 * per;
+    if (bytes - at >= 16) NAME(k_chunk)(to, from + at, stride, tile, per, 4), at += 16, to += 4 * per;
+    if (bytes - at >= 8) NAME(k_chunk)(to, from + at, stride, tile, per, 2), at += 8, to += 2 * per;
     for (; bytes > at; at += 4, to += per) { /* the last word of a row may end with it */
         for (int t = 0; t < tile; t++) {
             int32_t word = 0;
@@ -90,7 +90,7 @@ static TARGET void NAME(k_words)(const Segment *g, const uint8_t *page, int64_t 
     for (int i = 0; i < g->planes; i++) {
         const Plane *plane = &g->plane[i];
         const uint8_t *from = page + plane->offset + token * plane->stride;
-        words = NAME(k_plane)(words, from, plane->stride, g->channels * plane->width / 8, tile);
+        words = NAME(k_plane)(words, from, plane->stride, g->channels * plane->width / 8, tile, tile / VL);
     }
 }
 

@@ -44,8 +44,16 @@ QUANTIZERS = [
     "turboquant(bits=3)",
     "turboquant(bits=4)",
     "turboquant(bits=3, variant=prod)",
+    "klt(bits=1)",
     "klt(bits=2)",
+    "klt(k=3.5, v=2.5)",
     "klt(bits=4)",
+    "klt(bits=6)",
+    "fp8",
+    "fp8(format=e5m2)",
+    "mxfp4",
+    "mxfp4(basis=hadamard)",
+    "nvfp4",
     "quest(dense_layers=0) + int(bits=4, group=16)",
 ]
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128), (64, 112)]
@@ -319,20 +327,13 @@ def test_explanations() -> None:
     for spec, rows, device, words in [
         ("kivi", 3, cpu_device, "C, "),
         ("kivi", dispatch.MOST_ROWS + 1, cpu_device, "more than"),
-        ("nvfp4", 1, cpu_device, "floating-point codes"),
+        ("nvfp4", 1, cpu_device, "C, "),
         ("int(per=channel, group=24)", 1, cpu_device, "no multiple of 16"),
         ("kivi", 1, torch.device("meta"), "meta"),
     ]:
         plan = Stack.parse(spec).plan(0, 1)
         codec, layout = plan.build(PageShape(plan.page_size, 64, 64, 1, torch.float32, cpu_device, 0))
         assert words in dispatch.explain(codec, layout, device, rows)
-
-
-@pytest.mark.parametrize("spec", ["mxfp4", "fp8"])
-def test_what_it_cannot_read_goes_to_the_reference(spec: str) -> None:
-    pool, layout, codec = filled(spec, 3, (64, 64), torch.float32)
-    args = (torch.randn(1, 2, 64), pool.data, torch.arange(3)[None], torch.tensor([3]), layout, codec, 0.1)
-    torch.testing.assert_close(dispatch.attend_pages(*args), reference.attend_pages(*args), rtol=0, atol=0)
 
 
 def test_without_the_extension_it_warns_once_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
