@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvcomp.segments import ReadMap
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -50,6 +52,12 @@ class Basis:
         matrix = self._read_matrix
         x = y if matrix is None else y @ _of(matrix, streams).mT
         return x if self.mean is None else x + _of(self.mean[..., None, :], streams)
+
+    def map(self, streams: int) -> ReadMap:
+        """`read` and `inverse` of all `streams` for kernels."""
+        matrix = self._read_matrix
+        blocks = None if matrix is None else matrix.reshape(-1, *matrix.shape[-2:])
+        return ReadMap(blocks, None if self.mean is None else self.mean.reshape(-1, self.mean.shape[-1]))
 
     @property
     def is_identity(self) -> bool:

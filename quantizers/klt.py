@@ -14,7 +14,7 @@ from kvcomp.calibration.fitting import QueryMoments
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, ReadMap
 from kvcomp.stages import Codec, PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State, described
@@ -84,6 +84,11 @@ class KLTCodec(Codec):
 
     def read_output(self, output: Tensor) -> Tensor:
         return self.v_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
+
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap]:
+        if not self.fitted_heads:
+            self._room(streams)
+        return self.k_grid.map(), self.v_grid.map()
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         basis = self.v_grid.basis()

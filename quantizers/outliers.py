@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvcomp.segments import ReadMap
+
 from .basis import Basis
 from .centred import without_centres
 from .codecs import GridCodec
@@ -53,6 +55,11 @@ class OutlierBasis(Basis):
     def inverse(self, y: Tensor, streams: Tensor) -> Tensor:
         return _arranged(super().inverse(y, streams), self.orders.of(streams).argsort(-1))
 
+    def map(self, streams: int) -> ReadMap:
+        order = self.orders.all(streams)
+        assert self.matrix is not None
+        return super().map(streams)._replace(matrix=(self.matrix if self.dual is None else self.dual).expand(len(order), -1, -1), order=order)
+
     def fork(self) -> OutlierBasis:
         """A basis that settles by itself from here."""
         return replace(self, orders=self.orders.fork())
@@ -87,6 +94,9 @@ class OutlierCodec(GridCodec):
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         self.reserve(len(queries))
         return super().read_value_query(queries)
+
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap]:
+        return self.k_basis.map(streams), self.v_basis.map(streams)
 
     def select(self, streams: Tensor) -> None:
         for basis in self._outliers.values():

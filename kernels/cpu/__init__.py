@@ -11,7 +11,7 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.contract import PagesView
 from kvcomp.kernels.placed import reason
-from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform
+from kvcomp.segments import Codebook, Dense, KVLayout, ReadMap, Segment, SideLayout, Uniform
 
 from . import compiled
 from .compiled import library, missing
@@ -24,7 +24,8 @@ BLOCKED_ROWS = 16  # from more queries of a stream on, all sides are read in blo
 TILE = 16  # tokens that share scales come in multiples of it
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
 _NO_SOURCE = (0,) * SOURCE
-_PROBLEM = Struct(f"{2 * SOURCE + 14}q2fi4x")
+_NO_MAP = (0,) * 7
+_PROBLEM = Struct(f"{2 * SOURCE + 2 * len(_NO_MAP) + 14}q2fi4x")
 
 
 def obstacle(sides: KVLayout) -> str | None:
@@ -57,16 +58,17 @@ def attend(
     bias: Tensor | None = None,
     prior: Part | None = None,
     lse_of_pages: bool = False,
+    maps: tuple[ReadMap, ReadMap] | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; one of the three at least.
 
-    All are in the coordinates of the queries, and so is the output. bias [S, R] as in `attention.attend`. The groups
-    are the lse of each page, as in the reference, where asked for.
+    All are in the coordinates of the queries, and so is the output; maps: of K and of V, where pages have others. bias
+    [S, R] as in `attention.attend`. The groups are the lse of each page, as in the reference, where asked for.
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
     sources, groups, v_dim, token_bias = _NO_SOURCE, None, 0, None
-    blocked = rows > BLOCKED_ROWS
+    blocked, k_map, v_map = rows > BLOCKED_ROWS, _NO_MAP, _NO_MAP
     if pages is not None:
         base, stride, named = records("pool", pages.pool, pages.layout.body_bytes)
         ids, many, width = table(pages.ids, streams)
@@ -74,7 +76,9 @@ def attend(
         assert pages.sides is not None
         k, v = described(pages.sides, pages.layout)
         v_dim = v.dim
-        if k.dim != k_dim:
+        if maps is not None:
+            (v_dim, v_map), (other, k_map) = _mapped(maps[1], v.dim), _mapped(maps[0], k.dim)
+        if (k.dim if maps is None or maps[0].matrix is None else other) != k_dim:
             raise KvcompError(f"queries have {k_dim} channels, and the keys in these pages {k.dim}")
         sides = (*k.packed(base, stride, blocked), *v.packed(base, stride, blocked))
         sizes = width, pages.layout.page_size, pages.in_tokens, many, named
@@ -104,6 +108,8 @@ def attend(
         prior_lse = given("lse of prior", prior.lse, torch.float32, (streams, rows))
     problem = _PROBLEM.pack(
         *sources,
+        *k_map,
+        *v_map,
         (pages is not None) + (tokens is not None),
         streams,
         rows,
@@ -131,6 +137,25 @@ def readable(tokens: Tokens) -> bool:
     k, v, _ = tokens
     held = k.dtype in KINDS and v.dtype in KINDS and k.is_cpu and v.is_cpu
     return held and k.stride()[-1] == 1 and v.stride()[-1] == 1
+
+
+def _mapped(read: ReadMap, coordinates: int) -> tuple[int, tuple[int, ...]]:
+    """The original channels of what has so many coordinates, and the kernel's structure of the map."""
+    matrix, mean, order = read
+    if mean is not None:
+        mean = given("mean of a map", mean, torch.float32, 2)
+    if matrix is None:
+        return coordinates, (0, 0 if mean is None else mean.data_ptr(), 0, 1 if mean is None else len(mean), 0, 0, 0)
+    (n, dim, width), (each, stride, step), half = matrix.shape, matrix.stride(), matrix.dtype is torch.float16
+    if width != coordinates or step != 1 or not (half or matrix.dtype is torch.float32) or not matrix.is_cpu:
+        raise KvcompError(
+            f"the matrix of a map is {matrix.dtype} {list(matrix.shape)} on {matrix.device}, and the C kernel takes "
+            f"float16 or float32 [n, D, {coordinates}] on the CPU with contiguous rows"
+        )
+    if order is not None:
+        order = given("order of a map", order, torch.int16, (n, dim))
+    places = matrix.data_ptr(), 0 if mean is None else mean.data_ptr(), 0 if order is None else order.data_ptr()
+    return dim, (*places, n, each, stride, half)
 
 
 def _rows(name: str, x: Tensor, streams: int, blocked: bool) -> tuple[tuple[int, ...], int, int]:

@@ -56,12 +56,14 @@ INLINE void NAME(tile_scales)(const Segment *g, Place here, int64_t at, int grou
         for (int t = here.n; t < tile; t++) to[i * TOKENS + t] = 0;
 }
 
-/* Words and scales of a side for all tiles of a block. */
+/* Words and scales of a side for all tiles of a block; as many tiles of what is read next are asked for. */
 APART void NAME(read_block)(const Side *side, const Item *item, int64_t first, int64_t last, int tile, Block *b, Scratch *s) {
+    const Side *k = &item->source->k, *after = side == k ? &item->source->v : k;
+    int64_t next = side == k ? first : last;
     b->tiles = (int)(last - first), b->size = tile, b->n = b->tiles * tile / VL;
     for (int i = 0; i < b->tiles; i++) {
         Place here = b->tile[i] = NAME(place)(side, item, first + i, tile);
-        if (first + i + 1 < item->last) NAME(fetch)(side, item, first + i + 1, tile);
+        if (next + i < item->last) NAME(fetch)(after, item, next + i, tile);
         vu *to = s->block_words + i * tile / VL;
         for (int j = 0; j < side->row_count; j++) {
             const Row *row = &side->rows[j];
@@ -117,38 +119,117 @@ INLINE vf NAME(entry)(vu code, const vf *table, const float *book, const int kin
 #endif
 }
 
-/* x [many, TOKENS]: numbers of `many` channels from `first` on, of codes in `planes` planes. */
-INLINE void NAME(codes_block)(float *x, const vu *words, int n, const Segment *g, int first, int many, const int planes,
-                              const int kind) {
-    vf table[16];
+/* Where the codes of a channel lie, and the tables that make numbers of them. */
+typedef struct {
+    const vu *from[3];
+    int shift[3], width[3];
+} NAME(Channel);
+
+INLINE NAME(Channel) NAME(channel)(const vu *words, const Segment *g, int c, const int planes) {
+    NAME(Channel) found;
+#pragma GCC unroll 3
+    for (int i = 0; i < planes; i++) {
+        int bit = g->plane[i].bit + c * g->plane[i].width;
+        found.from[i] = words + bit / 32 * STEP, found.shift[i] = bit % 32, found.width[i] = g->plane[i].width;
+    }
+    return found;
+}
+
+INLINE void NAME(tables)(vf *table, const Segment *g, const int kind) {
     const int tables = LEVEL < 2 || kind > EIGHT ? 0 : kind == FEW ? 1 : 2 << (kind - FIVE);
 #pragma GCC unroll 16
     for (int i = 0; i < tables; i++) table[i] = load(g->book + i * VL);
-    const int exact = kind == WHOLE || LEVEL < 2; /* whether bits above the code's count */
+}
+
+/* Numbers of vector v of a channel, of codes of `bits` bits in `planes` planes. */
+INLINE vf NAME(numbers_at)(const NAME(Channel) *c, int v, const vf *table, const float *book, int bits, const int planes,
+                           const int kind) {
+    if (kind >= SMALL_FLOAT) {
+        vi word = (vi)(c->from[0][v] << (24 - c->shift[0]));
+        vf y = kind == SMALL_FLOAT ? (vf)(word >> 4 & (int32_t)0x87f00000) : (vf)(word >> 3 & (int32_t)0x8fe00000);
+        return y * (kind == SMALL_FLOAT ? 0x1p120f : 0x1p112f);
+    }
+    vu code = c->from[0][v] >> c->shift[0];
+#pragma GCC unroll 3
+    for (int i = 1; i < planes; i++)
+        code = code << c->width[i] | (c->from[i][v] >> c->shift[i] & ((1u << c->width[i]) - 1));
+    if (kind == WHOLE || LEVEL < 2) code &= (1u << bits) - 1; /* otherwise what lies above is not looked at */
+    return kind == WHOLE ? __builtin_convertvector((vi)code, vf) : NAME(entry)(code, table, book, kind);
+}
+
+/* x [many, TOKENS]: numbers of `many` channels from `first` on. */
+INLINE void NAME(codes_block)(float *x, const vu *words, int n, const Segment *g, int first, int many, const int planes,
+                              const int kind) {
+    vf table[16];
+    NAME(tables)(table, g, kind);
+    const float *book = g->book;
     int bits = g->bits;
     for (int c = first; c < first + many; c++, x += TOKENS) {
-        const vu *from[3];
-        int shift[3], width[3];
-#pragma GCC unroll 3
-        for (int i = 0; i < planes; i++) {
-            int bit = g->plane[i].bit + c * g->plane[i].width;
-            from[i] = words + bit / 32 * STEP, shift[i] = bit % 32, width[i] = g->plane[i].width;
+        NAME(Channel) at = NAME(channel)(words, g, c, planes);
+        for (int v = 0; v < n; v++) store(x + v * VL, NAME(numbers_at)(&at, v, table, book, bits, planes, kind));
+    }
+}
+
+/* acc[r, t] += scale[t] sum_c q[r, c] x[c, t], or without scale, for RN rows and VN vectors of tokens, without x between. */
+INLINE void NAME(k_codes)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int v, const Segment *g, int first,
+                          int many, const int planes, const int kind, const int RN, const int VN) {
+    vf table[16], a[4][2];
+    NAME(tables)(table, g, kind);
+    const float *book = g->book;
+    int bits = g->bits;
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 2
+        for (int i = 0; i < VN; i++) a[r][i] = scale ? all(0) : load(acc + r * TOKENS + i * VL);
+    for (int c = 0; c < many; c++) {
+        NAME(Channel) at = NAME(channel)(words, g, first + c, planes);
+        vf y[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < VN; i++) y[i] = NAME(numbers_at)(&at, v + i, table, book, bits, planes, kind);
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++)
+#pragma GCC unroll 2
+            for (int i = 0; i < VN; i++) a[r][i] += q[r * q_room + c] * y[i];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 2
+        for (int i = 0; i < VN; i++) {
+            float *to = acc + r * TOKENS + i * VL;
+            if (scale) a[r][i] = load(to) + a[r][i] * load(scale + i * VL);
+            store(to, a[r][i]);
         }
-        for (int v = 0; v < n; v++) {
-            if (kind >= SMALL_FLOAT) {
-                vi word = (vi)(from[0][v] << (24 - shift[0]));
-                vf y = kind == SMALL_FLOAT ? (vf)(word >> 4 & (int32_t)0x87f00000) : (vf)(word >> 3 & (int32_t)0x8fe00000);
-                store(x + v * VL, y * (kind == SMALL_FLOAT ? 0x1p120f : 0x1p112f));
-                continue;
-            }
-            vu code = from[0][v] >> shift[0];
-#pragma GCC unroll 3
-            for (int i = 1; i < planes; i++)
-                code = code << width[i] | (from[i][v] >> shift[i] & ((1u << width[i]) - 1));
-            if (exact) code &= (1u << bits) - 1;
-            store(x + v * VL, kind == WHOLE ? __builtin_convertvector((vi)code, vf) : NAME(entry)(code, table, g->book, kind));
+}
+
+/* out[r, c, lanes] += p[r, t] x[c, t] for RN rows and CN channels, without x between. */
+INLINE void NAME(v_codes_by)(float *out, int64_t room, const float *p, const vu *words, int n, const Segment *g, int first,
+                             const int planes, const int kind, const int RN, const int CN) {
+    vf table[16], a[4][4];
+    NAME(tables)(table, g, kind);
+    const float *book = g->book;
+    int bits = g->bits;
+    NAME(Channel) at[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < CN; c++) at[c] = NAME(channel)(words, g, first + c, planes);
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) a[r][c] = load(out + r * room + c * VL);
+    for (int v = 0; v < n; v++, p += VL) {
+        vf y[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) y[c] = NAME(numbers_at)(&at[c], v, table, book, bits, planes, kind);
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++) {
+            vf z = load(p + r * TOKENS);
+#pragma GCC unroll 4
+            for (int c = 0; c < CN; c++) a[r][c] += z * y[c];
         }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) store(out + r * room + c * VL, a[r][c]);
 }
 
 #define OF(planes, kind)                                                                                              \
@@ -158,6 +239,71 @@ INLINE void NAME(codes_block)(float *x, const vu *words, int n, const Segment *g
 OF(1, FEW) OF(2, FEW) OF(2, FIVE) OF(2, SIX) OF(3, SEVEN) OF(1, EIGHT)
 OF(1, WHOLE) OF(2, WHOLE) OF(3, WHOLE) OF(1, SMALL_FLOAT) OF(1, SMALLER_FLOAT)
 #undef OF
+
+/* The same of a few rows at once. */
+#define MANY(RN)                                                                                                      \
+    for (; v + 2 <= n; v += 2) NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, 2); \
+    if (v < n) NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, 1)
+#define EACH(RN)                                                                                                     \
+    for (; c + CN <= many; c += CN)                                                                                  \
+        NAME(v_codes_by)(out + c * VL, room, p, words, n, g, first + c, planes, kind, RN, CN);                       \
+    for (; c < many; c++) NAME(v_codes_by)(out + c * VL, room, p, words, n, g, first + c, planes, kind, RN, 1)
+#define OF(planes_, kind_)                                                                                            \
+    APART void NAME(k_##kind_##_##planes_)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int n,       \
+                                           const Segment *g, int first, int many, int rows) {                         \
+        const int planes = planes_, kind = kind_;                                                                     \
+        int v = 0;                                                                                                    \
+        switch (rows) {                                                                                               \
+            case 1: MANY(1); break;                                                                                   \
+            case 2: MANY(2); break;                                                                                   \
+            case 3: MANY(3); break;                                                                                   \
+            default: MANY(4);                                                                                         \
+        }                                                                                                             \
+    }                                                                                                                 \
+    APART void NAME(v_##kind_##_##planes_)(float *out, int64_t room, const float *p, const vu *words, int n,         \
+                                           const Segment *g, int first, int many, int rows) {                         \
+        const int planes = planes_, kind = kind_, CN = LEVEL == 2 ? 4 : 2;                                            \
+        int c = 0;                                                                                                    \
+        switch (rows) {                                                                                               \
+            case 1: EACH(1); break;                                                                                   \
+            case 2: EACH(2); break;                                                                                   \
+            case 3: EACH(3); break;                                                                                   \
+            default: EACH(4);                                                                                         \
+        }                                                                                                             \
+    }
+OF(1, FEW) OF(2, FEW) OF(2, FIVE) OF(1, SMALL_FLOAT)
+#undef OF
+#undef MANY
+#undef EACH
+
+/* Whether up to 4 rows are multiplied with codes as they are unpacked; more rows want the numbers again. */
+INLINE int NAME(at_once)(const Segment *g, int rows) {
+    return rows <= 4 && (g->kind == E4M3 || (g->kind == CODEBOOK && g->bits <= 5));
+}
+
+static TARGET void NAME(k_at_once)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int n, const Segment *g,
+                                   int first, int many, int rows) {
+    if (g->kind == E4M3)
+        NAME(k_SMALL_FLOAT_1)(acc, scale, q, q_room, words, n, g, first, many, rows);
+    else if (g->bits == 5)
+        NAME(k_FIVE_2)(acc, scale, q, q_room, words, n, g, first, many, rows);
+    else if (g->planes == 2)
+        NAME(k_FEW_2)(acc, scale, q, q_room, words, n, g, first, many, rows);
+    else
+        NAME(k_FEW_1)(acc, scale, q, q_room, words, n, g, first, many, rows);
+}
+
+static TARGET void NAME(v_at_once)(float *out, int64_t room, const float *p, const vu *words, int n, const Segment *g,
+                                   int first, int many, int rows) {
+    if (g->kind == E4M3)
+        NAME(v_SMALL_FLOAT_1)(out, room, p, words, n, g, first, many, rows);
+    else if (g->bits == 5)
+        NAME(v_FIVE_2)(out, room, p, words, n, g, first, many, rows);
+    else if (g->planes == 2)
+        NAME(v_FEW_2)(out, room, p, words, n, g, first, many, rows);
+    else
+        NAME(v_FEW_1)(out, room, p, words, n, g, first, many, rows);
+}
 
 /* x [many, TOKENS] of float16 or bfloat16 numbers, 0 of what is no token. */
 APART void NAME(short_block)(float *x, const vu *words, int n, const Segment *g, int first, int many) {
@@ -332,24 +478,32 @@ static TARGET void NAME(k_of_block)(const Side *side, const Item *item, const Sh
     Block b;
     NAME(read_block)(side, item, first, last, (int)shape->tile, &b, s);
     memset(logits, 0, rows * TOKENS * sizeof(float));
-    memset(s->block_acc, 0, rows * TOKENS * sizeof(float));
+    int pending = 0; /* whether block_acc has sums that are still to be scaled */
     for (int j = 0; j < side->count; q += round_up(side->segments[j++].channels, 16)) {
         const Segment *g = &side->segments[j], *next = j + 1 < side->count ? g + 1 : 0;
-        int late = NAME(scaled_late)(g), group = late ? g->channel_group : g->channels;
+        int late = NAME(scaled_late)(g), group = late ? g->channel_group : g->channels, once = NAME(at_once)(g, rows);
+        int shared = next && next->grid == g->grid && NAME(scaled_late)(next);
         for (int at = 0; at < g->channels; at += group) {
-            for (int c = at; c < at + group; c += CHUNK) {
+            const float *scale = s->grids + (g->grid + at / group) * TOKENS;
+            if (once && !shared && !pending) {
+                NAME(k_at_once)(logits, scale, q + at, shape->k_width, s->block_words, b.n, g, at, group, rows);
+                continue;
+            }
+            if (late && !pending) memset(s->block_acc, 0, rows * TOKENS * sizeof(float));
+            pending = late;
+            if (once)
+                NAME(k_at_once)(s->block_acc, 0, q + at, shape->k_width, s->block_words, b.n, g, at, group, rows);
+            for (int c = at; c < at + group && !once; c += CHUNK) {
                 int many = at + group - c < CHUNK ? at + group - c : CHUNK;
                 const float *x = NAME(numbers_block)(g, &b, c, many, s);
                 NAME(k_products)(late ? s->block_acc : logits, q + c, shape->k_width, x, many, b.n, rows);
             }
-            if (!late || (next && next->grid == g->grid && NAME(scaled_late)(next))) continue;
-            const float *scale = s->grids + (g->grid + at / group) * TOKENS;
+            if (!late || shared) continue;
+            pending = 0;
             for (int r = 0; r < rows; r++) {
-                float *acc = s->block_acc + r * TOKENS, *to = logits + r * TOKENS;
-                for (int t = 0; t < b.n * VL; t += VL) {
-                    store(to + t, load(to + t) + load(scale + t) * load(acc + t));
-                    store(acc + t, all(0));
-                }
+                const float *acc = s->block_acc + r * TOKENS;
+                float *to = logits + r * TOKENS;
+                for (int t = 0; t < b.n * VL; t += VL) store(to + t, load(to + t) + load(scale + t) * load(acc + t));
             }
         }
     }
@@ -373,7 +527,9 @@ static TARGET void NAME(v_of_block)(const Side *side, const Item *item, const Sh
                         store(s->block_acc + r * TOKENS + t, load(p + r * TOKENS + t) * load(scale + t));
                 weighted = grid;
             }
-            for (int c = at; c < at + group; c += CHUNK) {
+            if (NAME(at_once)(g, rows))
+                NAME(v_at_once)(out + at * VL, shape->out_width, s->block_acc, s->block_words, b.n, g, at, group, rows);
+            for (int c = at; c < at + group && !NAME(at_once)(g, rows); c += CHUNK) {
                 int many = at + group - c < CHUNK ? at + group - c : CHUNK;
                 const float *x = NAME(numbers_block)(g, &b, c, many, s);
                 NAME(v_products)(out + c * VL, shape->out_width, late ? s->block_acc : p, x, many, b.n, rows);

@@ -51,8 +51,18 @@ typedef struct {
     int64_t listed, records; /* ids of a stream; pages that they may name */
 } Source;
 
+/* What maps queries to the coordinates of pages, q' = q D and their bias q . mean, and sums over values back, y D' +
+ * mean; of stream s the matrix D [original, coordinates] of number s mod n. No matrix: they are the same. */
+typedef struct {
+    const void *matrix; /* float16 where `half`, or float32; `stride` numbers from row to row, `each` to the next D */
+    const float *mean;  /* [n, original], or NULL */
+    const int16_t *order; /* [n, original]: the channel that row d of D is of; NULL: d */
+    int64_t n, each, stride, half;
+} Map;
+
 typedef struct {
     Source source[2];
+    Map k_map, v_map; /* of pages */
     int64_t sources, streams, rows, k_dim, v_dim;
     const float *q, *bias;              /* [streams, rows, k_dim], [streams, rows] or NULL */
     const float *token_bias;            /* [streams, rows, listed * page_tokens] of pages, or NULL */
@@ -148,6 +158,12 @@ static int64_t out_room(const Side *side, const Segment *g) {
     int64_t plain = round_up(g->channels, 16);
     if (side->blocked) return plain * 16;
     return w.words ? round_up(w.words, 16) * (32 / g->plane[0].width + 1) : plain;
+}
+
+static int64_t channels_of(const Side *side) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < side->count; i++) sum += side->segments[i].channels;
+    return sum;
 }
 
 static Shape shape_of(const Problem *p) {

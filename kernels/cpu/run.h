@@ -19,6 +19,48 @@ INLINE void NAME(shifts)(const Side *k, const uint8_t *page, const float *q, int
     }
 }
 
+/* Row d of the matrix of a map, as float32. */
+INLINE const float *NAME(map_row)(const Map *map, int64_t stream, int64_t d, int64_t width, float *room) {
+    int64_t at = stream % map->n * map->each + d * map->stride;
+    if (!map->half) return (const float *)map->matrix + at;
+    NAME(halves)(room, (const uint8_t *)map->matrix + 2 * at, width);
+    return room;
+}
+
+/* Queries of an item [rows, width] in the coordinates of its pages, to s->mapped. */
+APART void NAME(to_coordinates)(const Problem *p, const Item *item, int64_t width, int rows, Scratch *s) {
+    const float *q = p->q + (item->stream * p->rows + item->row) * p->k_dim;
+    memset(s->mapped, 0, rows * width * sizeof(float));
+    const int16_t *order = p->k_map.order ? p->k_map.order + item->stream % p->k_map.n * p->k_dim : 0;
+    for (int64_t d = 0; d < p->k_dim; d++) {
+        const float *row = NAME(map_row)(&p->k_map, item->stream, d, width, s->x);
+        for (int r = 0; r < rows; r++) {
+            float y = q[r * p->k_dim + (order ? order[d] : d)], *to = s->mapped + r * width;
+            int64_t c = 0;
+            for (; c + VL <= width; c += VL) store(to + c, load(to + c) + y * load(row + c));
+            for (; c < width; c++) to[c] += y * row[c];
+        }
+    }
+}
+
+/* out [rows, v_dim] = y [rows, width] D', of sums over the values of a stream's pages; room: a row of D. */
+static TARGET void NAME(from_coordinates)(const Problem *p, int64_t stream, const float *y, int64_t width, int64_t rows,
+                                          float *out, float *room) {
+    const int16_t *order = p->v_map.order ? p->v_map.order + stream % p->v_map.n * p->v_dim : 0;
+    for (int64_t d = 0; d < p->v_dim; d++) {
+        const float *row = NAME(map_row)(&p->v_map, stream, d, width, room);
+        for (int64_t r = 0; r < rows; r++) {
+            const float *from = y + r * width;
+            vf sums = all(0);
+            float sum = 0;
+            int64_t c = 0;
+            for (; c + VL <= width; c += VL) sums += load(from + c) * load(row + c);
+            for (; c < width; c++) sum += from[c] * row[c];
+            out[r * p->v_dim + (order ? order[d] : d)] = sum + NAME(sum)(sums);
+        }
+    }
+}
+
 static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *item, void *memory) {
     Scratch s;
     NAME(laid_out)(shape, memory, &s);
@@ -29,10 +71,16 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
     memset(s.out, 0, rows * out_width * sizeof(float));
     float bias[MANY_ROWS], shift[MANY_ROWS], m[MANY_ROWS], sum[MANY_ROWS];
     const uint8_t *centred = 0; /* the page that shift is of */
+    int paged = item->source->ids != 0;
+    const float *mean = paged && p->k_map.mean ? p->k_map.mean + item->stream % p->k_map.n * p->k_dim : 0;
+    if (p->k_map.matrix && paged) NAME(to_coordinates)(p, item, channels_of(k), rows, &s);
     for (int r = 0; r < rows; r++) {
         const float *q = p->q + (at + r) * p->k_dim;
         int64_t to = r * k_width;
-        bias[r] = p->bias && item->source->ids ? p->bias[at + r] * p->scale : 0, m[r] = -INFINITY, sum[r] = 0;
+        bias[r] = p->bias && paged ? p->bias[at + r] * p->scale : 0, m[r] = -INFINITY, sum[r] = 0;
+        if (mean)
+            for (int64_t d = 0; d < p->k_dim; d++) bias[r] += q[d] * mean[d] * p->scale;
+        if (p->k_map.matrix && paged) q = s.mapped + r * channels_of(k);
         for (int i = 0; i < k->count; i++) {
             const Segment *g = &k->segments[i];
             for (int d = 0; d < g->channels; d++) s.q[to + d] = q[d] * p->scale;

@@ -3,7 +3,7 @@
 /* What a thread works with. */
 typedef struct {
     float *q, *scaled, *sums, *logits, *out, *p, *acc, *x, *scale, *zero, *spare, *weights;
-    float *block_acc, *numbers, *grids;
+    float *mapped, *block_acc, *numbers, *grids;
     vu *block_words;
     uint8_t *codes;
     vu *words;
@@ -18,6 +18,7 @@ static int64_t NAME(laid_out)(const Shape *shape, uint8_t *memory, Scratch *s) {
     s->field = memory ? (type *)(memory + at) : 0; \
     at += round_up((count) * (int64_t)sizeof(type), 64);
     TAKE(q, shape->rows * shape->k_width, float)
+    TAKE(mapped, shape->rows * shape->k_width, float)
     TAKE(scaled, shape->rows * shape->channels, float)
     TAKE(sums, shape->rows * shape->k_width, float)
     TAKE(logits, shape->rows * TOKENS + 16, float)

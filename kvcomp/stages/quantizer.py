@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, ReadMap
 
 from .arguments import Alias
 from .stage import Stage
@@ -88,6 +88,11 @@ class Codec:
     def read_output(self, output: Tensor) -> Tensor:
         """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
         return output
+
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap] | None:
+        """What `read_query` multiplies queries of all `streams` with, and `read_output` their output, for kernels that
+        do so themselves; None: they leave it to these. Asked for in every step."""
+        return None
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `read_query`, of queries [S, R, Dv] that are multiplied with decoded values (latents: see `latent`)."""

@@ -172,7 +172,7 @@ def test_the_kernel_is_the_reference(
 @compiled
 @given(
     seed=st.integers(0, 2**31),
-    spec=st.sampled_from([spec for spec in QUANTIZERS if "kivi" not in spec and "per=channel" not in spec]),
+    spec=st.sampled_from([spec for spec in QUANTIZERS if not any(x in spec for x in ("kivi", "per=channel", "nvfp4"))]),
     dims=st.sampled_from(DIMS),
     rows=st.sampled_from([1, 3, 4, 8, 17]),
     counts=st.lists(st.integers(0, 300), min_size=1, max_size=4),
