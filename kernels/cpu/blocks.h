@@ -108,7 +108,7 @@ INLINE vf NAME(entry)(vu code, const vf *table, const float *book, const int kin
         found[i] = (vf)_mm512_permutex2var_ps((__m512)table[2 * i], (__m512i)code, (__m512)table[2 * i + 1]);
 #pragma GCC unroll 3
     for (int half = 1, bit = 5; half < many; half *= 2, bit++) {
-        __mmask16 upper = _mm512_movepi32_mask((__m512i)(code << (31 - bit)));
+        __mmask16 upper = _mm512_test_epi32_mask((__m512i)code, _mm512_set1_epi32(1 << bit));
 #pragma GCC unroll 4
         for (int i = 0; i < many; i += 2 * half)
             found[i] = (vf)_mm512_mask_blend_ps(upper, (__m512)found[i], (__m512)found[i + half]);
@@ -129,9 +129,15 @@ INLINE NAME(Channel) NAME(channel)(const vu *words, const Segment *g, int c, con
     NAME(Channel) found;
 #pragma GCC unroll 3
     for (int i = 0; i < planes; i++) {
-        int bit = g->plane[i].bit + c * g->plane[i].width;
+        uint32_t bit = g->plane[i].bit + c * g->plane[i].width;
         found.from[i] = words + bit / 32 * STEP, found.shift[i] = bit % 32, found.width[i] = g->plane[i].width;
     }
+#if LEVEL == 2
+#pragma GCC unroll 3
+    for (int i = 1; i < planes; i++) /* rotated so far, higher bits leave room for lower ones */
+#pragma GCC unroll 2
+        for (int j = 0; j < i; j++) found.shift[j] = (found.shift[j] - found.width[i]) & 31;
+#endif
     return found;
 }
 
@@ -149,10 +155,25 @@ INLINE vf NAME(numbers_at)(const NAME(Channel) *c, int v, const vf *table, const
         vf y = kind == SMALL_FLOAT ? (vf)(word >> 4 & (int32_t)0x87f00000) : (vf)(word >> 3 & (int32_t)0x8fe00000);
         return y * (kind == SMALL_FLOAT ? 0x1p120f : 0x1p112f);
     }
+#if LEVEL == 2
+    vu code = c->from[0][v];
+    int lower = 0;
+    if (planes == 1) code >>= c->shift[0];
+    if (planes > 1) code = (vu)_mm512_rorv_epi32((__m512i)code, _mm512_set1_epi32(c->shift[0]));
+#pragma GCC unroll 3
+    for (int i = planes - 1; i > 0; i--) lower += c->width[i];
+#pragma GCC unroll 3
+    for (int i = 1; i < planes; i++) {
+        __m512i low = _mm512_rorv_epi32((__m512i)c->from[i][v], _mm512_set1_epi32(c->shift[i]));
+        code = (vu)_mm512_ternarylogic_epi32(_mm512_set1_epi32((1 << lower) - 1), low, (__m512i)code, 0xca);
+        lower -= c->width[i];
+    }
+#else
     vu code = c->from[0][v] >> c->shift[0];
 #pragma GCC unroll 3
     for (int i = 1; i < planes; i++)
         code = code << c->width[i] | (c->from[i][v] >> c->shift[i] & ((1u << c->width[i]) - 1));
+#endif
     if (kind == WHOLE || LEVEL < 2) code &= (1u << bits) - 1; /* otherwise what lies above is not looked at */
     return kind == WHOLE ? __builtin_convertvector((vi)code, vf) : NAME(entry)(code, table, book, kind);
 }
@@ -173,27 +194,27 @@ INLINE void NAME(codes_block)(float *x, const vu *words, int n, const Segment *g
 /* acc[r, t] += scale[t] sum_c q[r, c] x[c, t], or without scale, for RN rows and VN vectors of tokens, without x between. */
 INLINE void NAME(k_codes)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int v, const Segment *g, int first,
                           int many, const int planes, const int kind, const int RN, const int VN) {
-    vf table[16], a[4][2];
+    vf table[16], a[4][4];
     NAME(tables)(table, g, kind);
     const float *book = g->book;
     int bits = g->bits;
 #pragma GCC unroll 4
     for (int r = 0; r < RN; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < VN; i++) a[r][i] = scale ? all(0) : load(acc + r * TOKENS + i * VL);
     for (int c = 0; c < many; c++) {
         NAME(Channel) at = NAME(channel)(words, g, first + c, planes);
-        vf y[2];
-#pragma GCC unroll 2
+        vf y[4];
+#pragma GCC unroll 4
         for (int i = 0; i < VN; i++) y[i] = NAME(numbers_at)(&at, v + i, table, book, bits, planes, kind);
 #pragma GCC unroll 4
         for (int r = 0; r < RN; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int i = 0; i < VN; i++) a[r][i] += q[r * q_room + c] * y[i];
     }
 #pragma GCC unroll 4
     for (int r = 0; r < RN; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < VN; i++) {
             float *to = acc + r * TOKENS + i * VL;
             if (scale) a[r][i] = load(to) + a[r][i] * load(scale + i * VL);
@@ -242,8 +263,10 @@ OF(1, WHOLE) OF(2, WHOLE) OF(3, WHOLE) OF(1, SMALL_FLOAT) OF(1, SMALLER_FLOAT)
 
 /* The same of a few rows at once. */
 #define MANY(RN)                                                                                                      \
-    for (; v + 2 <= n; v += 2) NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, 2); \
-    if (v < n) NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, 1)
+    for (; v + VN <= n; v += VN)                                                                                      \
+        NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, VN); \
+    for (; v < n; v++)                                                                                                \
+        NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, 1)
 #define EACH(RN)                                                                                                     \
     for (; c + CN <= many; c += CN)                                                                                  \
         NAME(v_codes_by)(out + c * VL, room, p, words, n, g, first + c, planes, kind, RN, CN);                       \
@@ -251,7 +274,7 @@ OF(1, WHOLE) OF(2, WHOLE) OF(3, WHOLE) OF(1, SMALL_FLOAT) OF(1, SMALLER_FLOAT)
 #define OF(planes_, kind_)                                                                                            \
     APART void NAME(k_##kind_##_##planes_)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int n,       \
                                            const Segment *g, int first, int many, int rows) {                         \
-        const int planes = planes_, kind = kind_;                                                                     \
+        const int planes = planes_, kind = kind_, VN = LEVEL == 2 ? 4 : 2;                                            \
         int v = 0;                                                                                                    \
         switch (rows) {                                                                                               \
             case 1: MANY(1); break;                                                                                   \

@@ -16,14 +16,14 @@ INLINE void NAME(fetch)(const Side *side, const Item *item, int64_t i, int tile)
     Place next = NAME(place)(side, item, i, tile);
     for (int j = 0; j < side->row_count && side->blocked; j++) {
         const uint8_t *from = next.page + side->rows[j].offset + next.token * side->rows[j].stride;
-        for (int64_t at = 0; at < next.n * side->rows[j].stride; at += 64) __builtin_prefetch(from + at);
+        for (int64_t at = 0; at < next.n * side->rows[j].stride; at += 64) __builtin_prefetch(from + at, 0, 2);
     }
     for (int j = 0; j < side->count; j++) {
         const Segment *g = &side->segments[j];
         if (side->blocked) {
             if (g->scale == NOTHING || (j && g->grid == g[-1].grid)) continue;
             const uint8_t *from = next.page + g->scale + next.token / g->token_group * g->scale_stride;
-            for (int64_t at = 0; at < next.n * g->scale_stride / g->token_group; at += 64) __builtin_prefetch(from + at);
+            for (int64_t at = 0; at < next.n * g->scale_stride / g->token_group; at += 64) __builtin_prefetch(from + at, 0, 2);
             continue;
         }
         for (int n = 0; n < g->planes; n++) {

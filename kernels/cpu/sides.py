@@ -65,7 +65,10 @@ class Described:
         found = [s for at in placed(side, layout) for s in self._segments(at, layout)]
         self.array, self.rows = (_Segment * len(found))(*found), (_Row * len(self._rows))(*self._rows.values())
         self.dim = side.channels
-        self.blocked = len(found) > 1 or any(isinstance(segment, Floats) for segment in side.segments)
+        self.blocked = len(found) > 1 or any(
+            isinstance(segment, Floats) or (isinstance(segment, Codebook) and len(segment.planes) > 1)
+            for segment in side.segments
+        )
         self._place = addressof(self.array), addressof(self.rows)
 
     def packed(self, base: int, stride: int, blocked: bool) -> tuple[int, ...]:
