@@ -56,7 +56,9 @@ class Basis:
     def map(self, streams: int) -> ReadMap:
         """`read` and `inverse` of all `streams` for kernels."""
         matrix = self._read_matrix
-        blocks = None if matrix is None else matrix.reshape(-1, *matrix.shape[-2:])
+        if matrix is not None and matrix.stride(-1) != 1:
+            matrix = _row_major(matrix)
+        blocks = None if matrix is None else matrix.view(-1, *matrix.shape[-2:])
         return ReadMap(blocks, None if self.mean is None else self.mean.reshape(-1, self.mean.shape[-1]))
 
     @property
@@ -84,6 +86,12 @@ def _of_all(tensor: Tensor, streams: int) -> Tensor:
     if tensor.dim() == 2 or len(tensor) == streams:
         return tensor
     return tensor.repeat(streams // len(tensor), 1, 1)
+
+
+@cache
+def _row_major(matrix: Tensor) -> Tensor:
+    """A copy with contiguous rows, which all layers share as they share the matrix."""
+    return matrix.contiguous()
 
 
 IDENTITY = Basis()

@@ -40,7 +40,8 @@ class C(Backend):
         return f"installed, {compiled.LEVELS[compiled.level()]}"
 
     def obstacle(self, operation: str, case: Case) -> str | None:
-        why = case.obstacle if operation in ("attend", "attend_tokens", "write") else None
+        few = case if operation == "write" else case._replace(rows=1)  # attention takes any number of queries
+        why = few.obstacle if operation in ("attend", "attend_tokens", "write") else None
         if why is None and case.sides is not None:
             why = encode.obstacle(case.sides) if operation == "write" else cpu.obstacle(case.sides)
         return why or self.missing()

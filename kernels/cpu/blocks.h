@@ -3,12 +3,13 @@
  *   K: logits[r, t] = sum over groups g of scale[g, t] * sum over c in g of q[r, c] x[c, t]
  *   V: out[r, c] = sum over t of (p[r, t] scale[g, t]) x[c, t], a sum for each lane until the end
  *
- * Rows of bytes are turned to words [words, TOKENS] once for all segments. CHUNK channels become numbers x [CHUNK, TOKENS]
- * in the nearest cache, and are multiplied with all rows at once. What many segments share, a token's norm, is applied
+ * Rows of bytes are turned to words [words, TOKENS] once for all segments. Some channels at a time become numbers x
+ * [channels, TOKENS] in the nearest cache, and are multiplied with all rows at once; where there are few rows, without
+ * being stored. Words and numbers lie ROOM apart, which is no power of two: those would share few lines of the cache. What many segments share, a token's norm, is applied
  * once. Unlike the other path, it reads whatever there is: mixed widths, floating-point codes, numbers.
  */
 
-#define STEP (TOKENS / VL) /* vectors of a channel */
+#define STEP (ROOM / VL) /* vectors from a word or channel to the next */
 
 /* Tokens of a block, tile by tile. */
 typedef struct {
@@ -178,14 +179,14 @@ INLINE vf NAME(numbers_at)(const NAME(Channel) *c, int v, const vf *table, const
     return kind == WHOLE ? __builtin_convertvector((vi)code, vf) : NAME(entry)(code, table, book, kind);
 }
 
-/* x [many, TOKENS]: numbers of `many` channels from `first` on. */
+/* x [many, ROOM]: numbers of `many` channels from `first` on. */
 INLINE void NAME(codes_block)(float *x, const vu *words, int n, const Segment *g, int first, int many, const int planes,
                               const int kind) {
     vf table[16];
     NAME(tables)(table, g, kind);
     const float *book = g->book;
     int bits = g->bits;
-    for (int c = first; c < first + many; c++, x += TOKENS) {
+    for (int c = first; c < first + many; c++, x += ROOM) {
         NAME(Channel) at = NAME(channel)(words, g, c, planes);
         for (int v = 0; v < n; v++) store(x + v * VL, NAME(numbers_at)(&at, v, table, book, bits, planes, kind));
     }
@@ -328,9 +329,9 @@ static TARGET void NAME(v_at_once)(float *out, int64_t room, const float *p, con
         NAME(v_FEW_1)(out, room, p, words, n, g, first, many, rows);
 }
 
-/* x [many, TOKENS] of float16 or bfloat16 numbers, 0 of what is no token. */
+/* x [many, ROOM] of float16 or bfloat16 numbers, 0 of what is no token. */
 APART void NAME(short_block)(float *x, const vu *words, int n, const Segment *g, int first, int many) {
-    for (int c = first; c < first + many; c++, x += TOKENS) {
+    for (int c = first; c < first + many; c++, x += ROOM) {
         int bit = g->plane[0].bit + 16 * c, shift = 16 - bit % 32;
         const vu *from = words + bit / 32 * STEP;
         for (int v = 0; v < n; v++) {
@@ -348,7 +349,7 @@ APART void NAME(short_block)(float *x, const vu *words, int n, const Segment *g,
 /* code * scale + zero, of what each token, or some tokens, have of their own. */
 APART void NAME(uniform_block)(float *x, const Block *b, const Segment *g, int first, int many, const float *grids) {
     int groups = g->channels / g->channel_group;
-    for (int c = first; c < first + many; c++, x += TOKENS) {
+    for (int c = first; c < first + many; c++, x += ROOM) {
         int group = c / g->channel_group;
         if (g->token_group == 1) {
             const float *scale = grids + (g->grid + group) * TOKENS, *zero = scale + groups * TOKENS;
@@ -370,7 +371,7 @@ APART void NAME(uniform_block)(float *x, const Block *b, const Segment *g, int f
     }
 }
 
-/* Numbers [many, TOKENS] of channels from `first` on; those of codes before their scale, but for uniform ones. */
+/* Numbers [many, ROOM] of channels from `first` on; those of codes before their scale, but for uniform ones. */
 static TARGET const float *NAME(numbers_block)(const Segment *g, const Block *b, int first, int many, Scratch *s) {
     float *x = s->numbers;
     const vu *words = s->block_words;
@@ -379,7 +380,7 @@ static TARGET const float *NAME(numbers_block)(const Segment *g, const Block *b,
         const Place *end = &b->tile[b->tiles - 1];
         x = (float *)(words + (g->plane[0].bit / 32 + first) * STEP);
         for (int c = 0; c < many; c++) /* the words are ours */
-            for (int t = end->n; t < b->size; t++) x[c * TOKENS + (b->tiles - 1) * b->size + t] = 0;
+            for (int t = end->n; t < b->size; t++) x[c * ROOM + (b->tiles - 1) * b->size + t] = 0;
         return x;
     }
     switch (g->kind) {
@@ -388,7 +389,7 @@ static TARGET const float *NAME(numbers_block)(const Segment *g, const Block *b,
             NAME(short_block)(x, words, n, g, first, many);
             const Place *end = &b->tile[b->tiles - 1];
             for (int c = 0; c < many; c++)
-                for (int t = end->n; t < b->size; t++) x[c * TOKENS + (b->tiles - 1) * b->size + t] = 0;
+                for (int t = end->n; t < b->size; t++) x[c * ROOM + (b->tiles - 1) * b->size + t] = 0;
             return x;
         }
         case E4M3: NAME(block_SMALL_FLOAT1)(x, words, n, g, first, many); return x;
@@ -428,7 +429,7 @@ INLINE void NAME(k_product)(float *acc, const float *q, int64_t q_room, const fl
     for (int r = 0; r < RN; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < VN; v++) a[r][v] = load(acc + r * TOKENS + v * VL);
-    for (int c = 0; c < channels; c++, x += TOKENS) {
+    for (int c = 0; c < channels; c++, x += ROOM) {
         vf y[4];
 #pragma GCC unroll 4
         for (int v = 0; v < VN; v++) y[v] = load(x + v * VL);
@@ -468,7 +469,7 @@ INLINE void NAME(v_product)(float *out, int64_t room, const float *p, const floa
     for (int v = 0; v < n; v++, x += VL, p += VL) {
         vf y[4];
 #pragma GCC unroll 4
-        for (int c = 0; c < CN; c++) y[c] = load(x + c * TOKENS);
+        for (int c = 0; c < CN; c++) y[c] = load(x + c * ROOM);
 #pragma GCC unroll 4
         for (int r = 0; r < RN; r++) {
             vf z = load(p + r * TOKENS);
@@ -483,15 +484,16 @@ INLINE void NAME(v_product)(float *out, int64_t room, const float *p, const floa
 }
 
 APART void NAME(v_products)(float *out, int64_t room, const float *p, const float *x, int channels, int n, int rows) {
-    const int many = LEVEL == 2 ? 4 : 2;
-    int c = 0;
-#define CALL(RN, CN) NAME(v_product)(out + r * room + c * VL, room, p + r * TOKENS, x + c * TOKENS, n, RN, CN)
-#define MANY(RN) CALL(RN, many)
-#define ONE(RN) CALL(RN, 1)
-    for (; c + many <= channels; c += many) BY_ROWS(rows, MANY)
-    for (; c < channels; c++) BY_ROWS(rows, ONE)
-#undef MANY
-#undef ONE
+#define CALL(RN, CN) NAME(v_product)(out + r * room + c * VL, room, p + r * TOKENS, x + c * ROOM, n, RN, CN)
+#define EACH(RN)                                                    \
+    {                                                               \
+        const int many = LEVEL == 2 ? 4 : 2;                        \
+        int c = 0;                                                  \
+        for (; c + many <= channels; c += many) CALL(RN, many);     \
+        for (; c < channels; c++) CALL(RN, 1);                      \
+    }
+    BY_ROWS(rows, EACH)
+#undef EACH
 #undef CALL
 }
 
@@ -501,7 +503,7 @@ static TARGET void NAME(k_of_block)(const Side *side, const Item *item, const Sh
     Block b;
     NAME(read_block)(side, item, first, last, (int)shape->tile, &b, s);
     memset(logits, 0, rows * TOKENS * sizeof(float));
-    int pending = 0; /* whether block_acc has sums that are still to be scaled */
+    int chunk = rows > ROWS ? K_CHUNK : CHUNK, pending = 0; /* whether block_acc has sums that are still to be scaled */
     for (int j = 0; j < side->count; q += round_up(side->segments[j++].channels, 16)) {
         const Segment *g = &side->segments[j], *next = j + 1 < side->count ? g + 1 : 0;
         int late = NAME(scaled_late)(g), group = late ? g->channel_group : g->channels, once = NAME(at_once)(g, rows);
@@ -516,8 +518,8 @@ static TARGET void NAME(k_of_block)(const Side *side, const Item *item, const Sh
             pending = late;
             if (once)
                 NAME(k_at_once)(s->block_acc, 0, q + at, shape->k_width, s->block_words, b.n, g, at, group, rows);
-            for (int c = at; c < at + group && !once; c += CHUNK) {
-                int many = at + group - c < CHUNK ? at + group - c : CHUNK;
+            for (int c = at; c < at + group && !once; c += chunk) {
+                int many = at + group - c < chunk ? at + group - c : chunk;
                 const float *x = NAME(numbers_block)(g, &b, c, many, s);
                 NAME(k_products)(late ? s->block_acc : logits, q + c, shape->k_width, x, many, b.n, rows);
             }
@@ -537,7 +539,7 @@ static TARGET void NAME(v_of_block)(const Side *side, const Item *item, const Sh
                                     const float *p, int rows, float *out, Scratch *s) {
     Block b;
     NAME(read_block)(side, item, first, last, (int)shape->tile, &b, s);
-    int weighted = -1; /* the scales that block_acc has p times */
+    int chunk = rows > ROWS ? V_CHUNK : CHUNK, weighted = -1; /* the scales that block_acc has p times */
     for (int j = 0; j < side->count; out += out_room(side, &side->segments[j++])) {
         const Segment *g = &side->segments[j];
         int late = NAME(scaled_late)(g), group = late ? g->channel_group : g->channels;
@@ -552,8 +554,8 @@ static TARGET void NAME(v_of_block)(const Side *side, const Item *item, const Sh
             }
             if (NAME(at_once)(g, rows))
                 NAME(v_at_once)(out + at * VL, shape->out_width, s->block_acc, s->block_words, b.n, g, at, group, rows);
-            for (int c = at; c < at + group && !NAME(at_once)(g, rows); c += CHUNK) {
-                int many = at + group - c < CHUNK ? at + group - c : CHUNK;
+            for (int c = at; c < at + group && !NAME(at_once)(g, rows); c += chunk) {
+                int many = at + group - c < chunk ? at + group - c : chunk;
                 const float *x = NAME(numbers_block)(g, &b, c, many, s);
                 NAME(v_products)(out + c * VL, shape->out_width, late ? s->block_acc : p, x, many, b.n, rows);
             }

@@ -34,9 +34,9 @@ static int64_t NAME(laid_out)(const Shape *shape, uint8_t *memory, Scratch *s) {
     TAKE(lanes, shape->out_width / 16 * 256, uint8_t)
     if (shape->words) {
         TAKE(block_acc, shape->rows * TOKENS, float)
-        TAKE(numbers, CHUNK * TOKENS, float)
+        TAKE(numbers, (shape->rows > ROWS ? K_CHUNK : CHUNK) * ROOM, float)
         TAKE(grids, shape->grids * TOKENS + 16, float)
-        TAKE(block_words, shape->words * TOKENS / VL, vu)
+        TAKE(block_words, shape->words * ROOM / VL, vu)
     }
     TAKE(words, tile * (shape->channels / 4 + 4) / VL, vu)
 #undef TAKE
