@@ -153,8 +153,8 @@ class ReadMap(NamedTuple):
     """What maps queries to the coordinates of pages, or sums over coordinates back: D [n, original, coordinates] and
     mean [n, original], with q . x ~ (q D) . y + q . mean and x ~ y D' + mean; stream s uses number s mod n.
 
-    matrix: float16 or float32, with contiguous rows; None: coordinates are x itself. mean: float32, or None. order int16
-    [n, original]: the channel of x that each row of D is of; None: they are in order.
+    matrix: float16 or float32, with contiguous rows; None: coordinates are x itself. mean: float32, or None.
+    order int16 [n, original]: the channel of x that each row of D is of; None: they are in order.
     """
 
     matrix: Tensor | None = None

@@ -56,9 +56,9 @@ class OutlierBasis(Basis):
         return _arranged(super().inverse(y, streams), self.orders.of(streams).argsort(-1))
 
     def map(self, streams: int) -> ReadMap:
-        order = self.orders.all(streams)
-        assert self.matrix is not None
-        return super().map(streams)._replace(matrix=(self.matrix if self.dual is None else self.dual).expand(len(order), -1, -1), order=order)
+        plain, order = super().map(streams), self.orders.all(streams)
+        assert plain.matrix is not None
+        return plain._replace(matrix=plain.matrix.expand(len(order), -1, -1), order=order)
 
     def fork(self) -> OutlierBasis:
         """A basis that settles by itself from here."""

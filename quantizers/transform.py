@@ -112,9 +112,10 @@ class KLTGrid:
 
     def map(self) -> ReadMap:
         """As `basis`, for kernels: of what is held, in float16."""
-        if self._map is None or self._map[0] is not self.dual or self._map[2].mean is not self.mean or self._map[1] != self.widths:
-            self._map = self.dual, self.widths, ReadMap(self.dual[:, :, : self.live], self.mean)
-        return self._map[2]
+        known = self._map
+        if known is None or known[0] is not self.dual or known[1] != self.widths or known[2].mean is not self.mean:
+            known = self._map = self.dual, self.widths, ReadMap(self.dual[:, :, : self.live], self.mean)
+        return known[2]
 
     def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, P, D] of `streams` [M] -> coordinates [M, P, live] and norms [M, P, 1], before what makes up for short

@@ -15,7 +15,6 @@ from kvcomp.segments import ReadMap
 
 from . import compiled, encode, select
 
-
 MAPPED_ROWS, MAPPED_DIM = 16, 256
 
 
@@ -55,7 +54,8 @@ class C(Backend):
 
     @staticmethod
     def _maps(codec: PageCodec, case: Case, streams: int, dim: int) -> tuple[ReadMap, ReadMap] | None:
-        """Maps that the kernel applies itself. Each of its items does so again: of many or wide queries PyTorch does."""
+        """Maps that the kernel applies itself; each of its items does so again, so PyTorch does it for many or wide
+        queries."""
         return codec.read_maps(streams) if case.rows <= MAPPED_ROWS and dim <= MAPPED_DIM else None
 
     def attend(

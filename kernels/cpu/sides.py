@@ -17,7 +17,7 @@ FEW_BITS = 4  # codebooks of so many bits can hold 16 entries, others for 256
 SOURCE = 25  # numbers of the C structure of that name: two sides of 9, ids, counts, 5 sizes
 KINDS = {UNIFORM: 0, CODEBOOK: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
 FLOATS = {"e2m1": 1, "e4m3": 5, "e5m2": 6}  # E2M1 has a codebook
-SCALES = {"f16": (0, 2), "bf16": (1, 2), "e4m3": (2, 1), "e8m0": (3, 1)}  # formats as the kernel numbers them, and bytes
+SCALES = {"f16": (0, 2), "bf16": (1, 2), "e4m3": (2, 1), "e8m0": (3, 1)}  # as numbered there, and bytes
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
