@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,9 +57,20 @@ class OutlierBasis(Basis):
         return _arranged(super().inverse(y, streams), self.orders.of(streams).argsort(-1))
 
     def map(self, streams: int) -> ReadMap:
-        plain, order = super().map(streams), self.orders.all(streams)
-        assert plain.matrix is not None
-        return plain._replace(matrix=plain.matrix.expand(len(order), -1, -1), order=order)
+        self.orders.reserve(streams)
+        order = self.orders.values  # of n heads, where those share them
+        known = self._made.get("map")
+        if known is None or known.order is not order:
+            plain = super().map(streams)
+            assert plain.matrix is not None
+            known = plain._replace(matrix=plain.matrix.expand(len(order), -1, -1), order=order)
+            self._made["map"] = known
+        return known
+
+    @cached_property
+    def _made(self) -> dict[str, ReadMap]:
+        """The `map` of the orders that it was last asked for with."""
+        return {}
 
     def fork(self) -> OutlierBasis:
         """A basis that settles by itself from here."""

@@ -6,6 +6,7 @@ enum { CAST, TABLE, BOOK };
 enum { FEW, FIVE, SIX, SEVEN, EIGHT, WHOLE, SMALL_FLOAT, SMALLER_FLOAT }; /* what `blocks.h` makes numbers by */
 enum { ROWS = 16, MANY_ROWS = 64, TILE = 32, TOKENS = 256, ROOM = 320, PIECES = 4, LEAST = 8, PAGES = 64, TOGETHER = 8 };
 enum { CHUNK = 8, K_CHUNK = 64, V_CHUNK = 16 }; /* channels that `blocks.h` unpacks at a time; the others for many rows */
+enum { SUMS = 1 << 17 }; /* numbers that a cache holds for sums over values */
 #define NOTHING (-1)
 
 /* One plane of codes: `width` bits each, the first in the low bits; token t's begin at byte offset + t * stride. */
@@ -189,6 +190,7 @@ static Shape shape_of(const Problem *p) {
     }
     shape.codes = round_up(shape.channels, 128) + 128;
     if (p->rows <= ROWS) shape.rows = ROWS;
+    if (shape.rows > ROWS && shape.rows * shape.out_width > SUMS) shape.rows = MANY_ROWS / 2;
     return shape;
 }
 
