@@ -194,6 +194,7 @@ class Stack:
             layer,
             layers,
             leader,
+            exact_bits=self.window.bits,
         )
 
     def effective_bits(

@@ -1,4 +1,4 @@
-"""The exact window: the first and the most recent tokens of every stream, kept in the model's dtype."""
+"""The exact window: the first and the most recent tokens of every stream, in the model's dtype or a smaller one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ class Window(Stage):
 
     Without this stage a stack takes the window its methods publish (KIVI: 128 recent tokens).
 
+    `bits` make the tokens smaller. 16: float16 where the model's dtype is wider. 8: codes per token, with a float16
+    scale for each 32 channels, of values and of keys less a mean key; every step decodes them.
+
     Papers: arXiv 2309.17453, 2402.02750.
     """
 
@@ -33,8 +36,14 @@ class Window(Stage):
 
     sinks: int = arg(0, "first tokens kept in full precision")
     recent: int = arg(0, "last tokens kept in full precision")
+    bits: int | None = arg(None, "16 or 8 for each number of these tokens; None: the model's dtype")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.sinks >= 0, "sinks", "zero or positive")
         self.check(self.recent >= 0, "recent", "zero or positive")
+        self.check(self.bits in (None, 16, 8), "bits", "16, 8 or None")
+
+    @property
+    def implied(self) -> tuple[str, ...]:
+        return ("bits",) if self.bits is None else ()
