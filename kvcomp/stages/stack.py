@@ -162,7 +162,8 @@ class Stack:
         if own is not None:
             return own
         published = [s.default_window for s in self.stages]
-        return Window(sinks=max(w[0] for w in published), recent=max(w[1] for w in published))
+        sinks, recent = (max(window[i] for window in published) for i in (0, 1))
+        return Window(sinks, recent, self.quantizer.default_window_bits)
 
     @cached_property
     def page_size(self) -> int:
