@@ -12,6 +12,7 @@ import typer
 from kvcomp.console import note, notes
 
 from . import report
+from .config_file import Config
 from .options import Dtype, Model, one_of, whole_numbers
 from .output import Json
 
@@ -21,7 +22,9 @@ EPILOG = f"""Examples:
 
   kvcomp bench --model ./my-model --context 4096,8192 --stack none --stack "int(bits=4)"
 
-The same command continues a run that was interrupted.
+The same command continues a run that was interrupted. --out has its options, too, in config.yaml:
+
+  kvcomp bench --config out/bench/config.yaml --out out/again
 
 {report.DOCUMENT.help}"""
 
@@ -52,6 +55,14 @@ def bench(
     chat: Annotated[
         bool, typer.Option("--chat", help="Use the model's chat template for LongBench, except few-shot and code.")
     ] = False,
+    context_first: Annotated[
+        bool,
+        typer.Option(
+            "--context-first",
+            help="Compress the context before the question is known, which is read afterwards, as kvpress does. "
+            "Otherwise policies see the whole prompt.",
+        ),
+    ] = False,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
@@ -68,6 +79,7 @@ def bench(
     ] = "huggingface",
     dtype: Dtype = None,
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 
@@ -83,7 +95,7 @@ def bench(
 
     for reason in choose(names, data)[1]:
         note("left out", "yellow", reason)
-    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype, context_first)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     comparison = run(settings, out, notes(), command)

@@ -18,6 +18,7 @@ from kvcomp.console import Plain, notes, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.text import quote
 
+from .config_file import Config
 from .options import Model, completed_shapes, one_of, whole_numbers
 from .output import Document, Json
 
@@ -81,6 +82,7 @@ def speed(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for speed.json and speed.svg.")] = None,
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Time decode steps of every stack and of an uncompressed cache, taking turns in one run.
 
