@@ -117,11 +117,13 @@ class ExactBuffer:
         """One more token for every stream: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
         shortest, longest = self.bounds
         self._reserve(longest + 1)
-        if self.rows.stored != keys.dtype:
+        if self.rows.coded:
             both = self._encode(slice(None), keys.flatten(0, 1), values.flatten(0, 1))
             keys, values = (x.unflatten(0, keys.shape[:2]) for x in both)
-        elif self.plan.latent:
-            values = values[..., :0]
+        else:
+            values = values[..., :0] if self.plan.latent else values
+            if self.rows.stored is not keys.dtype:
+                keys, values = self.rows.encode(keys), self.rows.encode(values)
         if append(self.k, self.v, self.counts, keys, values):
             self._bounds = shortest + 1, longest + 1
             return

@@ -22,6 +22,7 @@ class Rows:
 
     def __init__(self, bits: int | None, dtype: torch.dtype) -> None:
         self.dtype, self.stored, self.coded = dtype, exact_dtype(bits, dtype), bits == 8
+        self.largest = torch.finfo(torch.float16).max
 
     def width(self, dim: int) -> int:
         return exact_width(8 if self.coded else None, dim)
@@ -29,7 +30,7 @@ class Rows:
     def encode(self, x: Tensor) -> Tensor:
         """Rows of x [..., D]; what float16 cannot hold saturates."""
         if not self.coded:
-            return x if x.dtype == self.stored else saturated(x, self.stored)
+            return x if x.dtype == self.stored else x.clamp(-self.largest, self.largest).to(self.stored)
         dim = x.shape[-1]
         blocks = F.pad(x.float(), (0, -dim % EXACT_GROUP)).unflatten(-1, (-1, EXACT_GROUP))
         scale = saturated((blocks.abs().amax(-1) / LEVELS).clamp_min(SMALLEST), torch.float16)
