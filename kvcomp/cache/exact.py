@@ -53,17 +53,24 @@ class ExactBuffer:
         return made
 
     def _hold(self, plan: LayerPlan, k: Tensor, v: Tensor, counts: Tensor, rows: Rows, dims: tuple[int, int]) -> None:
-        self.plan, self.k, self.v, self.counts, self.rows, self.dims, self.width = (
-            plan,
-            k,
-            v,
-            counts,
-            rows,
-            dims,
-            dims[1],
-        )
+        self.plan, self.k, self.v, self.counts = plan, k, v, counts
+        self.rows, self.dims, self.width = rows, dims, dims[1]
         self.mean = k.new_zeros(len(counts), int(rows.coded), dims[0], dtype=rows.dtype)
-        self._bounds: tuple[int, int] | None = None  # forgotten wherever counts change by more than one for all
+        self._forget()
+
+    def _forget(self) -> None:
+        """Counts have changed, by more than one for all."""
+        self._bounds: tuple[int, int] | None = None
+        self._placed: Tensor | None = None
+
+    @property
+    def placed(self) -> Tensor:
+        """The counts on the keys' device, where a kernel counts along with the host."""
+        if self.k.is_cpu:
+            return self.counts
+        if self._placed is None:
+            self._placed = self.counts.to(self.k.device)
+        return self._placed
 
     @property
     def token_bytes(self) -> int:
@@ -111,7 +118,7 @@ class ExactBuffer:
     def recount(self, streams: Tensor | slice | int, counts: Tensor | int) -> None:
         """Let these streams hold so many tokens."""
         self.counts[streams] = counts
-        self._bounds = None
+        self._forget()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """One more token for every stream: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
@@ -124,7 +131,9 @@ class ExactBuffer:
             values = values[..., :0] if self.plan.latent else values
             if self.rows.stored is not keys.dtype:
                 keys, values = self.rows.encode(keys), self.rows.encode(values)
-        if append(self.k, self.v, self.counts, keys, values):
+        if append(self.k, self.v, self.placed, keys, values):
+            if self._placed is not None:
+                self.counts += 1
             self._bounds = shortest + 1, longest + 1
             return
         k, v = keys.reshape(len(self.counts), -1), values.reshape(len(self.counts), -1)
@@ -134,7 +143,7 @@ class ExactBuffer:
             every, slot = torch.arange(len(self.counts), device=k.device), self.counts.to(k.device)
             self.k[every, slot], self.v[every, slot] = k, v
         self.counts += 1
-        self._bounds = shortest + 1, longest + 1
+        self._bounds, self._placed = (shortest + 1, longest + 1), None
 
     def window(self, streams: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Copies of what streams that hold `count` tokens have after their sinks: [s, count - sinks, D]."""
@@ -158,19 +167,20 @@ class ExactBuffer:
         """All that is held, as attention reads it: codes are decoded, as far as there are some."""
         if self.rows.coded:
             longest, every = self.bounds[1], slice(None)
-            return Tokens(*self._decode(every, self.k[:, :longest], self.v[:, :longest]), self.counts)
-        return Tokens(self.k, self.values, self.counts)
+            return Tokens(*self._decode(every, self.k[:, :longest], self.v[:, :longest]), self.placed)
+        return Tokens(self.k, self.values, self.placed)
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""
         on = streams.to(self.k.device)
-        self.k, self.v, self.counts, self._bounds = self.k[on], self.v[on], self.counts[streams], None
+        self.k, self.v, self.counts = self.k[on], self.v[on], self.counts[streams]
+        self._forget()
         self.mean = self.mean[on]
 
     def fork(self) -> ExactBuffer:
         """A copy that goes on by itself."""
         twin = copy(self)
-        twin.k, twin.v, twin.counts = self.k.clone(), self.v.clone(), self.counts.clone()
+        twin.k, twin.v, twin.counts, twin._placed = self.k.clone(), self.v.clone(), self.counts.clone(), None
         return twin
 
     def state(self) -> dict[str, Tensor]:
@@ -206,7 +216,8 @@ class ExactBuffer:
             mean = state.tensor("mean", (streams, 1, self.dims[0]), dtype)
             self.mean, k = mean.to(device), k - mean
         k, v = (self.rows.encode(x.to(device)) for x in (k, v))
-        self.k, self.v, self.counts, self._bounds = k, v, counts, None
+        self.k, self.v, self.counts = k, v, counts
+        self._forget()
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self.k.shape[1]:

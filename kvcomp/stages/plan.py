@@ -27,6 +27,7 @@ class LayerPlan:
     """The stages of one layer.
 
     leader: the layer whose choice of pages this one reads. latent: whether it caches latents, see `stages.latent`.
+    sliding: how many tokens a query sees, its own among them, where the layer has a sliding window.
     exact_bits: of the numbers of sinks and window, 16 or 8; None: as many as the model's dtype has.
     """
 
@@ -40,6 +41,7 @@ class LayerPlan:
     layers: int
     leader: int | None = None
     latent: bool = False
+    sliding: int | None = None
     exact_bits: int | None = None
 
     @cached_property
@@ -105,7 +107,8 @@ class LayerPlan:
         # every policy counts from the prompt, not from what the one before left: the strictest decides
         given = (tokens, self.sinks, self.recent, self.layer, self.layers)
         kept = min([tokens, *(policy.kept(*given) for policy in self.policies)])
-        return self.geometry.pages(kept), self.geometry.exact(kept)
+        left = 0 if self.sliding is None else max(tokens - self.sliding + 1, 0) // self.page_size
+        return self.geometry.pages(kept) - left, self.geometry.exact(kept)
 
     def chosen(self, pages: int) -> int:
         """How many of a stream's pages a decode query reads, or the most where the selector's rule gives no number."""
@@ -120,7 +123,8 @@ class LayerPlan:
     def attended(self, tokens: int) -> int:
         """Tokens that the query of a decode step after prefilling `tokens` tokens attends to, its own included."""
         pages, exact = self.stored(tokens)
-        return self.chosen(pages) * self.page_size + exact + 1
+        seen = self.chosen(pages) * self.page_size + exact + 1
+        return seen if self.sliding is None else min(tokens + 1, self.sliding)
 
     def shape(
         self,
@@ -182,6 +186,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     pages, exact = plan.stored(tokens)
     slots = plan.room(exact)
     token = _exact_bytes(plan, k_dim, v_dim, dtype)
+    counters = 2 if plan.sliding is None else 3
     sinks = min(plan.sinks, slots) * token
     mean = (k_dim + v_dim * plan.latent) * dtype.itemsize if plan.exact_bits == 8 else 0
     return _present(
@@ -189,7 +194,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         summaries=pages * layout.summary_bytes,
         sinks=sinks,
         window=slots * token - sinks,
-        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + 2 * COUNTER.itemsize + mean,
+        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + counters * COUNTER.itemsize + mean,
         constants=adapted if pages else 0,
     )
 

@@ -149,3 +149,11 @@ def test_specs_without_bits_are_the_ones_of_before() -> None:
     assert stack.hash == "8c9c2f2ef828"
     assert str(Stack.parse("window(sinks=4, recent=8, bits=8)")) == "window(sinks=4, recent=8, bits=8)"
     assert "bits=8" in str(why_not(Stack.parse("window(bits=8)").plan(0, 1)))
+
+
+def test_bits_alone_leave_the_published_window() -> None:
+    window = Stack.parse("klt(bits=2) + window(bits=8)").window
+    assert (window.sinks, window.recent, window.bits) == (4, 128, 8)
+    assert str(Stack.parse("klt(bits=2) + window(bits=8)")) == "klt(bits=2) + window(bits=8)"
+    assert Stack.parse("klt(bits=2) + window(sliding=dense)").window.bits == 16
+    assert Stack.parse("klt(bits=2) + window(sinks=4, recent=128)").window.bits is None
