@@ -60,10 +60,8 @@ class KLTCodec(Codec):
         if not bool(new.any()):
             return
         ours = streams[new]
-        weight = self.queries.take(ours)
-        identity = torch.eye(self.v_grid.dim, device=weight.device, dtype=torch.float32)
-        self.k_grid.fit(ours, keys[new], weight)
-        self.v_grid.fit(ours, values[new], identity.expand(len(ours), -1, -1))
+        self.k_grid.fit(ours, keys[new], self.queries.take(ours))
+        self.v_grid.fit(ours, values[new], None)
 
     def _room(self, streams: int) -> None:
         for side in (self.k_grid, self.v_grid):
@@ -176,13 +174,15 @@ class KLT(WidthQuantizer, CalibratedQuantizer):
     def default_window(self) -> tuple[int, int]:
         return 4, 128
 
+    @property
+    def default_window_bits(self) -> int | None:
+        return 16  # beside errors of codes, those of float16 are none
+
     @classmethod
     def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """Per side: the basis [H, D, D] and the variances [H, D]; of keys the mean [H, D]."""
         k = scaled_directions(seen.key_covariance, seen.queries)
-        identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64, device="cpu")
-        identity = identity.expand_as(seen.value_directions)
-        v = scaled_directions(seen.value_directions * len(identity[0]), identity)
+        v = scaled_directions(seen.value_directions * seen.value_mean.shape[-1], None)
         return {"k.basis": k[0], "k.variance": k[1], "k.mean": seen.key_mean, "v.basis": v[0], "v.variance": v[1]}
 
     @classmethod

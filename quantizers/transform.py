@@ -68,19 +68,20 @@ class KLTGrid:
         """Coordinates that are stored."""
         return sum(n for _, n in runs(self.widths))
 
-    def fit(self, streams: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d]."""
-        n, x = x.shape[1], x.double().clamp(-LARGEST, LARGEST)
+    def fit(self, streams: Tensor, x: Tensor, weight: Tensor | None) -> None:
+        """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d];
+        None: the identity."""
+        n, x = x.shape[1], x.float().clamp(-LARGEST, LARGEST)  # moments are of numbers near 1, which float32 can sum
         if self.mean is None:
             x = x / rms(x).clamp_min(TINY)
-            mean, moment = x.mean(1), x.mT @ x / n
+            mean, moment = x.mean(1).double(), (x.mT @ x / n).double()
             centred = moment - mean[:, :, None] * mean[:, None]
         else:  # in which single outlier tokens count for little
             mean = weighted(x)[0]
             _, centred = weighted(x - mean[:, None])
             moment = centred
         uncertain = shrinkage(centred, n) * ladder(self.dim, x.device)
-        dual, _ = scaled_directions(moment + uncertain, weight.double())
+        dual, _ = scaled_directions(moment + uncertain, None if weight is None else weight.double())
         self.take(streams, dual, mean)
 
     def take(self, streams: Tensor, dual: Tensor, mean: Tensor) -> None:

@@ -222,6 +222,11 @@ class Quantizer(Stage):
         """Whether `Codec.observe` has to be called."""
         return False
 
+    @property
+    def default_window_bits(self) -> int | None:
+        """`bits` of the window of a stack without a `window(...)` of its own."""
+        return None
+
     def codec(self, shape: PageShape) -> Codec:
         """What encodes and decodes the pages of one layer."""
         raise NotImplementedError
