@@ -93,7 +93,7 @@ def attend_latents(spec: str, capability: int, rank: int = 512, rotary: int = 64
         rows,
         exact=False,
     )
-    constants |= dict.fromkeys(("BIAS", "TOKEN_BIAS", "SOFTCAP", "LSE_OF_TILES", "IN_TOKENS"), False)
+    constants |= dict.fromkeys(("BIAS", "TOKEN_BIAS", "SKIPPED", "SOFTCAP", "LSE_OF_TILES", "IN_TOKENS"), False)
     queries = "*fp32" if codec.rotates else "*bf16"
     return compiled(attention.attend_kernel, constants, capability, f"{spec}, latents", q=queries)
 

@@ -45,6 +45,7 @@ class PagesView(NamedTuple):
 
     in_tokens: counts are of tokens, of a layout that is `tokenwise`, and the last page may be filled in part. sides is
     None where the codec alone can read its pages. token_bias float32 [S, R, n * P]: what is added to each q . k.
+    skipped int64 [S], below P: so many tokens at the start of a stream's first page are not seen.
     """
 
     pool: Tensor
@@ -54,6 +55,7 @@ class PagesView(NamedTuple):
     sides: KVLayout | None
     in_tokens: bool = False
     token_bias: Tensor | None = None
+    skipped: Tensor | None = None
 
 
 class Case(NamedTuple):

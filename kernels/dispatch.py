@@ -48,13 +48,14 @@ def attend_pages(
     workspace: Tensor | None = None,
     token_bias: Tensor | None = None,
     host: bool = True,
+    skipped: Tensor | None = None,
 ) -> Part:
     """As `reference.attend_pages`, and over exact `tokens` too.
 
     host: whether PyTorch may look at counts that lie on the host. workspace: float32 that Triton kernels use instead of
     allocating it, as in a CUDA graph; see `triton.attend`.
     """
-    pages = PagesView(pool, ids, counts, layout, codec.kernel_layouts(), in_tokens, token_bias)
+    pages = PagesView(pool, ids, counts, layout, codec.kernel_layouts(), in_tokens, token_bias, skipped)
     asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens, host
     case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):

@@ -89,9 +89,9 @@ class Triton(Backend):
         from . import triton
         from .triton import ops_rotate, plan
 
-        pool, ids, counts, layout, sides, in_tokens, token_bias = pages
+        pool, ids, counts, layout, sides, in_tokens, token_bias, skipped = pages
         many_rows = case.rows > MOST_ROWS
-        if many_rows and (softcap is not None or token_bias is not None or not ids.shape[1]):
+        if many_rows and (softcap is not None or token_bias is not None or skipped is not None or not ids.shape[1]):
             return None
         assert sides is not None
         held = triton.Pages(
@@ -115,6 +115,7 @@ class Triton(Backend):
             workspace=workspace,
             in_tokens=in_tokens,
             token_bias=token_bias,
+            skipped=skipped,
             token_queries=queries if case.rotates and tokens is not None else None,
             back=back,
         )

@@ -137,13 +137,14 @@ def attend(
     workspace: Tensor | None = None,
     in_tokens: bool = False,
     token_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
     token_queries: Tensor | None = None,
     back: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; pages or tokens at least.
 
     All are in the coordinates of the queries, and so is the output. bias [S, R] and token_bias [S, R, n * P] as in
-    `attention.attend`, for pages.
+    `attention.attend`, for pages; skipped int [S]: tokens at the start of a stream's first page that are not seen.
     The groups are the lse of each page, as in the reference, where asked for.
 
     What is launched follows from shapes: ids may be wider than any count, for counts that change on the device, as in a
@@ -188,6 +189,8 @@ def attend(
     if token_bias is not None and pages is not None:
         every = (streams, rows, pages.ids.shape[1] * pages.prepared.layout.page_size)
         token_bias = floats("bias of tokens", token_bias, on, every, exact=True)
+    if skipped is not None:
+        skipped = integers("skipped", skipped, on, (streams,)).contiguous()
     prior_out = prior_lse = None
     if prior is not None and v_dim is not None:
         prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
@@ -196,7 +199,7 @@ def attend(
     if token_queries is not None:
         token_queries = floats("queries of tokens", token_queries, on, 3)
     paged = pool, ids, counts, k_codebook, v_codebook
-    options = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias
+    options = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias, skipped
     out, lse, groups, other, share = ops.attend_pages(
         queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *options, token_queries, separate
     )

@@ -24,6 +24,7 @@ POINTERS = {
     "pool": "*u8",
     "ids": "*i32",
     "counts": "*i64",
+    "skipped": "*i64",
     "k_codebook": "*fp16",
     "v_codebook": "*bf16",
     "keys": "*u8",

@@ -84,7 +84,14 @@ def attend(
         exact=False,
     )
     biased = codec.read_query(torch.zeros(1, 1, dim, dtype=torch.float32, device="cpu"))[1] is not None
-    constants |= {"BIAS": biased, "TOKEN_BIAS": False, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
+    constants |= {
+        "BIAS": biased,
+        "TOKEN_BIAS": False,
+        "SKIPPED": False,
+        "SOFTCAP": False,
+        "LSE_OF_TILES": False,
+        "IN_TOKENS": in_tokens,
+    }
     made = compiled(attention.attend_kernel, constants, capability, q="*fp32" if codec.rotates else "*bf16")
     return made, described, layout.body_bytes / layout.page_size
 

@@ -109,6 +109,7 @@ def _launches(
     prior: bool,
     bias: bool,
     token_bias: bool,
+    skipped: bool,
     softcap: bool,
     lse_of_pages: bool,
     in_tokens: bool,
@@ -124,7 +125,7 @@ def _launches(
     if lse_of_pages:
         layout = chunks.within_pages(layout)
     constants = attention_constants(layout, record_bytes, tokens, tile, block, exact)
-    constants |= {"BIAS": bias, "TOKEN_BIAS": token_bias, "SOFTCAP": softcap}
+    constants |= {"BIAS": bias, "TOKEN_BIAS": token_bias, "SKIPPED": skipped, "SOFTCAP": softcap}
     constants |= {"LSE_OF_TILES": lse_of_pages, "IN_TOKENS": in_tokens}
     merged = {"PAGE": layout.page_size, "IN_TOKENS": in_tokens, "TOKENS": window is not None, "PRIOR": prior}
     widest = v_dim if window is None else window[1]
@@ -174,6 +175,7 @@ def attend_pages(
     exact: bool,
     in_tokens: bool = False,
     token_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
     token_queries: Tensor | None = None,
     separate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -183,7 +185,8 @@ def attend_pages(
 
     queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
     k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split can hold; workspace: float32
-    `workspace_size`; softcap 0: none; in_tokens: counts are of tokens. What was not asked for is empty.
+    `workspace_size`; softcap 0: none; in_tokens: counts are of tokens; skipped int [S]:
+    tokens at the start of a stream's first page that are not seen. What was not asked for is empty.
 
     token_queries [S, R, Dk']: of the exact tokens; None: `queries` are. separate: out is of pages alone; then come the
     attention over exact tokens times their share [S, R, Dv'], and the share of pages [S, R].
@@ -199,7 +202,7 @@ def attend_pages(
         window = keys.shape[2], values.shape[2], keys.dtype
         wide = max(wide, values.shape[2])
         strides = keys.stride(0) * keys.itemsize, values.stride(0) * values.itemsize
-    flags = bias is not None, token_bias is not None, softcap > 0, lse_of_pages, in_tokens
+    flags = bias is not None, token_bias is not None, skipped is not None, softcap > 0, lse_of_pages, in_tokens
     how = _launches(*shape, window, k_dim, v_dim, rows, exact, separate, prior_out is not None, *flags)
     splits = -(-pages // split_pages) + (window is not None)
     tiles = pages * how.tiles
@@ -217,7 +220,7 @@ def attend_pages(
         (streams * -(-rows // how.block), splits),
         queries.device,
         queries,
-        *(idle if x is None else x for x in (token_queries, bias, token_bias, pool, ids, counts)),
+        *(idle if x is None else x for x in (token_queries, bias, token_bias, skipped, pool, ids, counts)),
         *(idle if x is None else x for x in (k_codebook, v_codebook, keys, values, token_counts)),
         *(workspace, partial_lse, lse_of_tiles, rows, k_dim, k_dim if window is None else window[0], wide),
         *(0 if ids is None else ids.stride(0), *strides, 0 if token_bias is None else token_bias.shape[2]),

@@ -24,7 +24,8 @@ class Growing:
     def __init__(self, records: Records, exact: ExactBuffer, pool: PagePool) -> None:
         """Without pages: those come from the pool, which is from now on the records' memory."""
         self.records, self.exact, self.pool = records, exact, pool
-        self.table = PageTable(len(exact.counts), pool.data.device, records.plan.watched)
+        plan = records.plan
+        self.table = PageTable(len(exact.counts), pool.data.device, plan.watched, plan.sliding is not None)
         records.memory = pool
         pool.join(self.table)
 

@@ -226,6 +226,10 @@ class Quantizer(Stage):
         """What encodes and decodes the pages of one layer."""
         raise NotImplementedError
 
+    def has_layer(self, layer: int) -> bool:
+        """Whether it can make pages of a layer beyond those that the stack always compresses."""
+        return True
+
     def adapted_bytes(self, shape: PageShape) -> int:
         """Bytes per stream of `Codec.adapted`, once the stream has pages."""
         return 0
