@@ -63,12 +63,16 @@ class Triton(Backend):
         return f"Triton, {torch.cuda.get_device_name(device)}"
 
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
+        from . import triton
         from .triton import plan
 
-        centred = case.layout is not None and bool(case.layout.centres)
+        assert case.layout is not None
+        assert case.sides is not None
         if case.rows > MOST_ROWS or (case.rotates and plan.maps(codec, len(tokens.counts)) is None):
             return False
-        return plan.together(centred, case.rows)
+        exact = case.dtype == torch.float32
+        several = case.rotates and triton.prepared(case.sides, case.layout, exact, case.device).several
+        return plan.together(bool(case.layout.centres), case.rows, several)
 
     def attend(
         self,

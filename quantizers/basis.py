@@ -90,7 +90,8 @@ def times(x: Tensor, matrix: Tensor, streams: Tensor) -> Tensor:
     own = matrix[streams % len(matrix)]
     if len(own) == len(x):
         return x @ own
-    return (x.unflatten(0, (len(own), -1)).flatten(1, 2) @ own).view(*x.shape[:2], -1)
+    product: Tensor = x.unflatten(0, (len(own), -1)).flatten(1, 2) @ own
+    return product.view(*x.shape[:2], -1)
 
 
 def _of(tensor: Tensor, streams: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class RepeatLayer(HandleLayer):
         (rows, heads, n, dim), streams = call.query.shape, self.own[0].shape[1]
         q = call.query.reshape(rows * streams, heads // streams, n, dim)
         scale = dim**-0.5 if call.scaling is None else call.scaling
-        prompt, own = ([x.flatten(0, 1) for x in pair] for pair in (self.prompt, self.own))
-        part = attend_after(q, *prompt, *own, scale, call.kwargs.get("softcap"))
+        keys, values, own_keys, own_values = (x.flatten(0, 1) for x in (*self.prompt, *self.own))
+        part = attend_after(q, keys, values, own_keys, own_values, scale, call.kwargs.get("softcap"))
         shaped = part.out.reshape(rows, heads, n, -1), part.lse.reshape(rows, heads, n)
         return answered(Part(*shaped), call), None
 

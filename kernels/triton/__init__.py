@@ -29,7 +29,8 @@ class Prepared(NamedTuple):
 
     description: see `chunks`. k_codebook, v_codebook: the entries of all codebooks, in the dtypes of its products:
     float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
-    v_dim: channels of values. programs: of few rows, that a processor runs at once.
+    v_dim: channels of values. programs: of few rows, that a processor runs at once. several: whether keys are more than
+    one chunk.
     """
 
     layout: PageLayout
@@ -41,6 +42,7 @@ class Prepared(NamedTuple):
     body_bytes: int
     v_dim: int
     programs: int
+    several: bool
 
 
 def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.device) -> Prepared:
@@ -53,7 +55,7 @@ def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.dev
             chunks.codebooks(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True)
         )
         described = chunks.described(sides, layout)
-        sizes = processors(device), layout.body_bytes, described.v_dim, ops.programs_of(described)
+        sizes = processors(device), layout.body_bytes, described.v_dim, ops.programs_of(described), len(described.k) > 1
         found = known.setdefault(key, Prepared(layout, exact, str(described), k_codebook, v_codebook, *sizes))
     return found
 

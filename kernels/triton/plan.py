@@ -25,10 +25,10 @@ def blocked(rows: int, centred: bool = False, k_dim: int = 0) -> int:
     return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), most)
 
 
-def together(centred: bool, rows: int) -> bool:
-    """Whether one launch attends to pages and to exact tokens: with many rows, centres of pages would spill some
-    registers."""
-    return not (centred and blocked(rows) > FEWEST_ROWS)
+def together(centred: bool, rows: int, several: bool = False) -> bool:
+    """Whether one launch attends to pages and to exact tokens. Some registers would spill with many rows and centres of
+    pages, or with queries of their own and `several` chunks a side."""
+    return not (several or (centred and blocked(rows) > FEWEST_ROWS))
 
 
 def maps(codec: PageCodec, streams: int) -> tuple[ReadMap, ReadMap] | None:

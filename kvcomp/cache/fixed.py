@@ -245,7 +245,8 @@ class FixedStore:
         sizes = plan.page_size, plan.sinks, plan.recent
         moved = shift_windows(self.k, self.v, self.counts, self.pages, due, *sizes, not codec.lossless)
         assert moved is not None
-        self.records.memory.encode(due, codec, *moved, self.streams, {})
+        keys, values = moved
+        self.records.memory.encode(due, codec, keys, values, self.streams, {})
 
     def view(self) -> View:
         """What queries may read. How many pages that is, `read` finds out when it is asked."""

@@ -61,7 +61,8 @@ def test_a_call_takes_the_host_little() -> None:
     assert len(lines) == 2 * len(HOST_MS)
     for line in lines:
         kernels = line["launches"]
-        assert kernels.pop("attend") == kernels.pop("merge") == 1
+        several = 2 if "klt" in line["stack"] else 1  # whose registers are all taken by the widths of its codes
+        assert kernels.pop("attend") == kernels.pop("merge") == several
         assert kernels == ({} if "kivi" in line["stack"] else {"rotate": 2})
         if line["call"] == "attend":
             assert line["host_ms"] <= SLOW * HOST_MS[line["stack"]], line
