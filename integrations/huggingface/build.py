@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Container
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -17,34 +18,45 @@ from .indexed import IndexedLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
+from .sliding import SlidingLayer
 from .turns import Turns
 
 OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
 
 
-def layers_of(stack: Stack, config: PreTrainedConfig, max_tokens: int | None, preallocate: int | None) -> list[Any]:
-    """A layer for each of a decoder's; arguments as of `CompressedCache`."""
+def layers_of(
+    stack: Stack,
+    config: PreTrainedConfig,
+    max_tokens: int | None,
+    preallocate: int | None,
+    dense: Container[int] = (),
+) -> list[Any]:
+    """A layer for each of a decoder's; arguments as of `CompressedCache`. dense: layers with a sliding window that
+    are to be the library's own."""
     types, kwargs = cache_layers(config)
     if preallocate is not None:
         check_room(config, preallocate, max_tokens)
     full = [i for i, kind in enumerate(types) if kind in OURS]
     choices: dict[int, Shared] = {}
     layers: list[Any] = []
-    latent = [kind is LayerKind.LATENT for kind in layer_kinds(config)]
+    kinds = layer_kinds(config)
     for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
-        if kind in OURS:
+        of, window = kinds[i], None
+        if of is LayerKind.SLIDING and i not in dense:
+            window = stack.sliding_plan(i, len(types), options["sliding_window"])
+        if kind in OURS and preallocate is not None:
             plan = stack.plan(i, len(types), full)
-            if preallocate is not None:
-                layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
-            else:
-                layers.append(
-                    (LatentLayer if latent[i] else OURS[kind])(plan, max_tokens, stack.prefill_chunk, choices)
-                )
+            layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
+        elif kind in OURS:
+            made = LatentLayer if of is LayerKind.LATENT else OURS[kind]
+            layers.append(made(stack.plan(i, len(types), full), max_tokens, stack.prefill_chunk, choices))
+        elif window is not None:
+            layers.append(SlidingLayer(window, max_tokens, stack.prefill_chunk, choices))
         else:
             layers.append(library_layer(kind, options))
     if not any(isinstance(layer, CompressedLayer) for layer in layers):
         warnings.warn(
-            f"no layer of this {config.model_type} is full attention ({', '.join(sorted(set(types)))}): "
+            f"no layer of this {config.model_type} is one that {stack} compresses ({', '.join(sorted(set(types)))}): "
             "nothing is compressed",
             KvcompWarning,
             stacklevel=3,

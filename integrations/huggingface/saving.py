@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp.cache.saving import Saved
 from kvcomp.errors import KvcompError
@@ -74,6 +75,12 @@ def check_kinds(layers: Sequence[Any], saved: Saved) -> None:
         kind, here = State(state, f"layer {i}").text("kind"), _kind(layer)
         if kind != here:
             raise KvcompError(f"a {short(kind)[1:-1]} was saved where this version of transformers has a {here}")
+
+
+def dense_windows(saved: Saved) -> set[int]:
+    """Layers, by number, that were saved as transformers' own with a sliding window."""
+    kinds = (State(state, f"layer {i}").text("kind") for i, state in enumerate(saved.layers))
+    return {i for i, kind in enumerate(kinds) if kind == DynamicSlidingWindowLayer.__name__}
 
 
 def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from struct import Struct
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
-from kvcomp.kernels.contract import PagesView
+from kvcomp.kernels.contract import PagesView, ReadBasis
 from kvcomp.kernels.placed import reason
-from kvcomp.segments import Codebook, Dense, KVLayout, ReadMap, Segment, SideLayout, Uniform
+from kvcomp.segments import Codebook, Dense, KVLayout, Segment, SideLayout, Uniform
 
 from . import compiled
 from .compiled import library, missing
@@ -25,7 +26,7 @@ TILE = 16  # tokens that share scales come in multiples of it
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
 _NO_SOURCE = (0,) * SOURCE
 _NO_MAP = (0,) * 7
-_PROBLEM = Struct(f"{2 * SOURCE + 2 * len(_NO_MAP) + 14}q2fi4x")
+_PROBLEM = Struct(f"{2 * SOURCE + 2 * len(_NO_MAP) + 15}q2fi4x")
 
 
 def obstacle(sides: KVLayout) -> str | None:
@@ -58,16 +59,17 @@ def attend(
     bias: Tensor | None = None,
     prior: Part | None = None,
     lse_of_pages: bool = False,
-    maps: tuple[ReadMap, ReadMap] | None = None,
+    maps: tuple[ReadBasis, ReadBasis] | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; one of the three at least.
 
-    All are in the coordinates of the queries, and so is the output; maps: of K and of V, where pages have others. bias
-    [S, R] as in `attention.attend`. The groups are the lse of each page, as in the reference, where asked for.
+    All are in the coordinates of the queries, and so is the output; maps: bases of K and of V, where pages have
+    others. bias [S, R] as in `attention.attend`. The groups are the lse of each page, as in the reference, where
+    asked for.
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
-    sources, groups, v_dim, token_bias = _NO_SOURCE, None, 0, None
+    sources, groups, v_dim, token_bias, skipped = _NO_SOURCE, None, 0, None, None
     blocked, k_map, v_map = rows > BLOCKED_ROWS, _NO_MAP, _NO_MAP
     if pages is not None:
         base, stride, named = records("pool", pages.pool, pages.layout.body_bytes)
@@ -77,8 +79,8 @@ def attend(
         k, v = described(pages.sides, pages.layout)
         v_dim = v.dim
         if maps is not None:
-            (v_dim, v_map), (other, k_map) = _mapped(maps[1], v.dim), _mapped(maps[0], k.dim)
-        if (k.dim if maps is None or maps[0].matrix is None else other) != k_dim:
+            (v_dim, v_map, _v), (other, k_map, _k) = _mapped(maps[1], v.dim), _mapped(maps[0], k.dim)
+        if (k.dim if maps is None or maps[0].read_matrix is None else other) != k_dim:
             raise KvcompError(f"queries have {k_dim} channels, and the keys in these pages {k.dim}")
         sides = (*k.packed(base, stride, blocked), *v.packed(base, stride, blocked))
         sizes = width, pages.layout.page_size, pages.in_tokens, many, named
@@ -86,6 +88,8 @@ def attend(
         if pages.token_bias is not None:
             every = streams, rows, many * pages.layout.page_size
             token_bias = given("bias of tokens", pages.token_bias, torch.float32, every)
+        if pages.skipped is not None:
+            skipped = given("skipped", pages.skipped, torch.int64, (streams,))
         if lse_of_pages:
             groups = queries.new_full((streams, rows, many), -torch.inf)
     if tokens is not None:
@@ -118,6 +122,7 @@ def attend(
         queries.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if token_bias is None else token_bias.data_ptr(),
+        0 if skipped is None else skipped.data_ptr(),
         0 if prior_out is None else prior_out.data_ptr(),
         0 if prior_lse is None else prior_lse.data_ptr(),
         out.data_ptr(),
@@ -139,23 +144,37 @@ def readable(tokens: Tokens) -> bool:
     return held and k.stride()[-1] == 1 and v.stride()[-1] == 1
 
 
-def _mapped(read: ReadMap, coordinates: int) -> tuple[int, tuple[int, ...]]:
-    """The original channels of what has so many coordinates, and the kernel's structure of the map."""
-    matrix, mean, order = read
+def _mapped(basis: ReadBasis, coordinates: int) -> tuple[int, tuple[int, ...], tuple[Tensor | None, ...]]:
+    """The original channels of so many coordinates, the kernel's structure of the basis, and what that points at."""
+    matrix, mean, order = basis.read_matrix, basis.mean, basis.order
+    n, dim, places = 1, coordinates, [0, 0, 0]
+    each = stride = half = 0
+    if matrix is not None:
+        if matrix.stride(-1) != 1:
+            matrix = _row_major(matrix)
+        dim, width = matrix.shape[-2:]
+        half = matrix.dtype is torch.float16
+        if width != coordinates or not (half or matrix.dtype is torch.float32) or not matrix.is_cpu:
+            raise KvcompError(
+                f"the matrix of a basis is {matrix.dtype} {list(matrix.shape)} on {matrix.device}, and the C kernel "
+                f"takes float16 or float32 [n, D, {coordinates}] on the CPU"
+            )
+        stride, places[0] = matrix.stride(-2), matrix.data_ptr()
+        if matrix.dim() == 3:
+            n, each = len(matrix), matrix.stride(0)
     if mean is not None:
-        mean = given("mean of a map", mean, torch.float32, 2)
-    if matrix is None:
-        return coordinates, (0, 0 if mean is None else mean.data_ptr(), 0, 1 if mean is None else len(mean), 0, 0, 0)
-    (n, dim, width), (each, stride, step), half = matrix.shape, matrix.stride(), matrix.dtype is torch.float16
-    if width != coordinates or step != 1 or not (half or matrix.dtype is torch.float32) or not matrix.is_cpu:
-        raise KvcompError(
-            f"the matrix of a map is {matrix.dtype} {list(matrix.shape)} on {matrix.device}, and the C kernel takes "
-            f"float16 or float32 [n, D, {coordinates}] on the CPU with contiguous rows"
-        )
+        n = len(mean) if mean.dim() == 2 else n
+        mean = given("mean of a basis", mean if mean.dim() == 2 else mean.expand(n, -1), torch.float32, (n, dim))
     if order is not None:
-        order = given("order of a map", order, torch.int16, (n, dim))
-    places = matrix.data_ptr(), 0 if mean is None else mean.data_ptr(), 0 if order is None else order.data_ptr()
-    return dim, (*places, n, each, stride, half)
+        n, order = len(order), given("order of a basis", order, torch.int16, (len(order), dim))
+    places[1:] = 0 if mean is None else mean.data_ptr(), 0 if order is None else order.data_ptr()
+    return dim, (*places, n, each, stride, half), (matrix, mean, order)
+
+
+@cache
+def _row_major(matrix: Tensor) -> Tensor:
+    """A copy with contiguous rows of a matrix that all layers share."""
+    return matrix.contiguous()
 
 
 def _rows(name: str, x: Tensor, streams: int, blocked: bool) -> tuple[tuple[int, ...], int, int]:

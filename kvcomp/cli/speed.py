@@ -14,6 +14,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from kvcomp import __version__
 from kvcomp.console import Plain, notes, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.text import quote
@@ -208,4 +209,5 @@ def _write(out: Path, timings: list[Timing], document: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {package: version(package) for package in ("kvcomp", "torch", "transformers")}
+    """Of kvcomp also where it is a source tree that was never installed."""
+    return {"kvcomp": __version__} | {package: version(package) for package in ("torch", "transformers")}

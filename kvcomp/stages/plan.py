@@ -26,6 +26,7 @@ class LayerPlan:
     """The stages of one layer.
 
     leader: the layer whose choice of pages this one reads. latent: whether it caches latents, see `stages.latent`.
+    sliding: how many tokens a query sees, its own among them, where the layer has a sliding window.
     """
 
     quantizer: Quantizer
@@ -38,6 +39,7 @@ class LayerPlan:
     layers: int
     leader: int | None = None
     latent: bool = False
+    sliding: int | None = None
 
     @cached_property
     def needs_queries(self) -> bool:
@@ -102,7 +104,8 @@ class LayerPlan:
         # every policy counts from the prompt, not from what the one before left: the strictest decides
         given = (tokens, self.sinks, self.recent, self.layer, self.layers)
         kept = min([tokens, *(policy.kept(*given) for policy in self.policies)])
-        return self.geometry.pages(kept), self.geometry.exact(kept)
+        left = 0 if self.sliding is None else max(tokens - self.sliding + 1, 0) // self.page_size
+        return self.geometry.pages(kept) - left, self.geometry.exact(kept)
 
     def chosen(self, pages: int) -> int:
         """How many of a stream's pages a decode query reads, or the most where the selector's rule gives no number."""
@@ -117,7 +120,8 @@ class LayerPlan:
     def attended(self, tokens: int) -> int:
         """Tokens that the query of a decode step after prefilling `tokens` tokens attends to, its own included."""
         pages, exact = self.stored(tokens)
-        return self.chosen(pages) * self.page_size + exact + 1
+        seen = self.chosen(pages) * self.page_size + exact + 1
+        return seen if self.sliding is None else min(tokens + 1, self.sliding)
 
     def shape(
         self,
@@ -159,6 +163,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     layout, (adapted, _) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     slots = plan.room(exact)
+    counters = 2 if plan.sliding is None else 3
     token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, slots) * token
     return _present(
@@ -166,7 +171,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         summaries=pages * layout.summary_bytes,
         sinks=sinks,
         window=slots * token - sinks,
-        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + 2 * COUNTER.itemsize,
+        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + counters * COUNTER.itemsize,
         constants=adapted if pages else 0,
     )
 
