@@ -14,11 +14,12 @@ from kvcomp.calibration.fitting import QueryMoments
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout, ReadMap
+from kvcomp.segments import KVLayout
 from kvcomp.stages import Codec, PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State, described
 
+from .basis import Basis
 from .calibrated import CalibratedQuantizer
 from .directions import scaled_directions, singular
 from .grid import SCALE
@@ -89,10 +90,8 @@ class KLTCodec(Codec):
     def read_output(self, output: Tensor) -> Tensor:
         return self.v_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
 
-    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap]:
-        if not self.fitted_heads:
-            self._room(streams)
-        return self.k_grid.map(), self.v_grid.map()
+    def read_bases(self) -> tuple[Basis, Basis]:
+        return self.k_grid.stored_basis(), self.v_grid.stored_basis()
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         basis = self.v_grid.basis()

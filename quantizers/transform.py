@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kvcomp.errors import SpecError
 from kvcomp.layout import Field
-from kvcomp.segments import Codebook, Gain, Plane, ReadMap, SideLayout
+from kvcomp.segments import Codebook, Gain, Plane, SideLayout
 from kvcomp.state import DamagedError
 
 from .basis import Basis, each_page, rotation, times
@@ -56,7 +56,6 @@ class KLTGrid:
         # x ~ z D' + mean: D [n, d, d] and mean [n, d] of n streams, or of n heads that all rows share
         self.dual = torch.zeros(0, dim, dim, dtype=SCALE, device=device)
         self.mean = torch.zeros(0, dim, dtype=MEAN, device=device) if centred else None
-        self._map: tuple[Tensor, tuple[int, ...], ReadMap] | None = None  # of which dual and widths
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -111,12 +110,9 @@ class KLTGrid:
         """What maps queries to coordinates, and coordinates back."""
         return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
 
-    def map(self) -> ReadMap:
-        """As `basis`, for kernels: of what is held, in float16."""
-        known = self._map
-        if known is None or known[0] is not self.dual or known[1] != self.widths or known[2].mean is not self.mean:
-            known = self._map = self.dual, self.widths, ReadMap(self.dual[:, :, : self.live], self.mean)
-        return known[2]
+    def stored_basis(self) -> Basis:
+        """As `basis`, in the dtype that it is stored in."""
+        return Basis(None, self.dual[:, :, : self.live], self.mean)
 
     def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, P, D] of `streams`, as of `Basis.write`, -> coordinates [M, P, live] and norms [M, P, 1], before what

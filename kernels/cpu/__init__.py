@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from struct import Struct
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
-from kvcomp.kernels.contract import PagesView
+from kvcomp.kernels.contract import PagesView, ReadBasis
 from kvcomp.kernels.placed import reason
-from kvcomp.segments import Codebook, Dense, KVLayout, ReadMap, Segment, SideLayout, Uniform
+from kvcomp.segments import Codebook, Dense, KVLayout, Segment, SideLayout, Uniform
 
 from . import compiled
 from .compiled import library, missing
@@ -58,12 +59,13 @@ def attend(
     bias: Tensor | None = None,
     prior: Part | None = None,
     lse_of_pages: bool = False,
-    maps: tuple[ReadMap, ReadMap] | None = None,
+    maps: tuple[ReadBasis, ReadBasis] | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; one of the three at least.
 
-    All are in the coordinates of the queries, and so is the output; maps: of K and of V, where pages have others. bias
-    [S, R] as in `attention.attend`. The groups are the lse of each page, as in the reference, where asked for.
+    All are in the coordinates of the queries, and so is the output; maps: bases of K and of V, where pages have
+    others. bias [S, R] as in `attention.attend`. The groups are the lse of each page, as in the reference, where
+    asked for.
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
@@ -77,8 +79,8 @@ def attend(
         k, v = described(pages.sides, pages.layout)
         v_dim = v.dim
         if maps is not None:
-            (v_dim, v_map), (other, k_map) = _mapped(maps[1], v.dim), _mapped(maps[0], k.dim)
-        if (k.dim if maps is None or maps[0].matrix is None else other) != k_dim:
+            (v_dim, v_map, _v), (other, k_map, _k) = _mapped(maps[1], v.dim), _mapped(maps[0], k.dim)
+        if (k.dim if maps is None or maps[0].read_matrix is None else other) != k_dim:
             raise KvcompError(f"queries have {k_dim} channels, and the keys in these pages {k.dim}")
         sides = (*k.packed(base, stride, blocked), *v.packed(base, stride, blocked))
         sizes = width, pages.layout.page_size, pages.in_tokens, many, named
@@ -142,23 +144,37 @@ def readable(tokens: Tokens) -> bool:
     return held and k.stride()[-1] == 1 and v.stride()[-1] == 1
 
 
-def _mapped(read: ReadMap, coordinates: int) -> tuple[int, tuple[int, ...]]:
-    """The original channels of what has so many coordinates, and the kernel's structure of the map."""
-    matrix, mean, order = read
+def _mapped(basis: ReadBasis, coordinates: int) -> tuple[int, tuple[int, ...], tuple[Tensor | None, ...]]:
+    """The original channels of so many coordinates, the kernel's structure of the basis, and what that points at."""
+    matrix, mean, order = basis.read_matrix, basis.mean, basis.order
+    n, dim, places = 1, coordinates, [0, 0, 0]
+    each = stride = half = 0
+    if matrix is not None:
+        if matrix.stride(-1) != 1:
+            matrix = _row_major(matrix)
+        dim, width = matrix.shape[-2:]
+        half = matrix.dtype is torch.float16
+        if width != coordinates or not (half or matrix.dtype is torch.float32) or not matrix.is_cpu:
+            raise KvcompError(
+                f"the matrix of a basis is {matrix.dtype} {list(matrix.shape)} on {matrix.device}, and the C kernel "
+                f"takes float16 or float32 [n, D, {coordinates}] on the CPU"
+            )
+        stride, places[0] = matrix.stride(-2), matrix.data_ptr()
+        if matrix.dim() == 3:
+            n, each = len(matrix), matrix.stride(0)
     if mean is not None:
-        mean = given("mean of a map", mean, torch.float32, 2)
-    if matrix is None:
-        return coordinates, (0, 0 if mean is None else mean.data_ptr(), 0, 1 if mean is None else len(mean), 0, 0, 0)
-    (n, dim, width), (each, stride, step), half = matrix.shape, matrix.stride(), matrix.dtype is torch.float16
-    if width != coordinates or step != 1 or not (half or matrix.dtype is torch.float32) or not matrix.is_cpu:
-        raise KvcompError(
-            f"the matrix of a map is {matrix.dtype} {list(matrix.shape)} on {matrix.device}, and the C kernel takes "
-            f"float16 or float32 [n, D, {coordinates}] on the CPU with contiguous rows"
-        )
+        n = len(mean) if mean.dim() == 2 else n
+        mean = given("mean of a basis", mean if mean.dim() == 2 else mean.expand(n, -1), torch.float32, (n, dim))
     if order is not None:
-        order = given("order of a map", order, torch.int16, (n, dim))
-    places = matrix.data_ptr(), 0 if mean is None else mean.data_ptr(), 0 if order is None else order.data_ptr()
-    return dim, (*places, n, each, stride, half)
+        n, order = len(order), given("order of a basis", order, torch.int16, (len(order), dim))
+    places[1:] = 0 if mean is None else mean.data_ptr(), 0 if order is None else order.data_ptr()
+    return dim, (*places, n, each, stride, half), (matrix, mean, order)
+
+
+@cache
+def _row_major(matrix: Tensor) -> Tensor:
+    """A copy with contiguous rows of a matrix that all layers share."""
+    return matrix.contiguous()
 
 
 def _rows(name: str, x: Tensor, streams: int, blocked: bool) -> tuple[tuple[int, ...], int, int]:

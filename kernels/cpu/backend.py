@@ -9,9 +9,8 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.kernels import cpu
-from kvcomp.kernels.contract import Backend, Case, PageCodec, PagesView
+from kvcomp.kernels.contract import Backend, Case, PageCodec, PagesView, ReadBasis
 from kvcomp.layout import PageLayout, Summary
-from kvcomp.segments import ReadMap
 
 from . import compiled, encode, select
 
@@ -49,14 +48,17 @@ class C(Backend):
         return f"C, {compiled.LEVELS[compiled.level()]}, {torch.get_num_threads()} threads"
 
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
-        inside = not case.rotates or self._maps(codec, case, len(tokens.counts), tokens.keys.shape[2]) is not None
+        inside = not case.rotates or self._maps(codec, case, tokens.keys.shape[2]) is not None
         return inside and cpu.readable(tokens)
 
     @staticmethod
-    def _maps(codec: PageCodec, case: Case, streams: int, dim: int) -> tuple[ReadMap, ReadMap] | None:
-        """Maps that the kernel applies itself; each of its items does so again, so PyTorch does it for many or wide
-        queries."""
-        return codec.read_maps(streams) if case.rows <= MAPPED_ROWS and dim <= MAPPED_DIM else None
+    def _maps(codec: PageCodec, case: Case, dim: int) -> tuple[ReadBasis, ReadBasis] | None:
+        """Bases that the kernel applies itself; each of its items does so again, so PyTorch does it for many or wide
+        queries. None too before any stream has a basis; streams without one have no pages."""
+        found = codec.read_bases() if case.rows <= MAPPED_ROWS and dim <= MAPPED_DIM else None
+        if found is None or any(len(x) == 0 for b in found for x in (b.read_matrix, b.order) if x is not None):
+            return None
+        return found
 
     def attend(
         self,
@@ -71,7 +73,7 @@ class C(Backend):
     ) -> Part:
         if not case.rotates:
             return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=case.lse_of_pages)
-        maps = self._maps(codec, case, len(queries), queries.shape[2])
+        maps = self._maps(codec, case, queries.shape[2])
         if maps is not None:
             return cpu.attend(queries, pages, tokens, scale, softcap, None, None, case.lse_of_pages, maps)
         rotated, bias = codec.read_query(queries.float())

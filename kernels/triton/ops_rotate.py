@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from kvcomp.kernels.contract import ReadBasis
 from kvcomp.operators import operator
-from kvcomp.segments import ReadMap
 
 from . import rotate as rotating
 from .chunks import NARROWEST
@@ -71,18 +71,14 @@ def rotate_constants(k_dim: int, n_dim: int, rows: int, mean: bool, adds: bool) 
 
 
 def _tile(channels: int) -> int:
-    tile: int = min(max(triton.next_power_of_2(channels), NARROWEST), ROTATED)
-    return tile
+    return min(max(triton.next_power_of_2(channels), NARROWEST), ROTATED)
 
 
-def rotated(queries: Tensor, read: ReadMap) -> tuple[Tensor, Tensor | None]:
-    """As `Codec.read_query` of queries [S, R, D] whose channels are in order, in one launch."""
-    matrix, mean, _ = read
+def rotated(queries: Tensor, basis: ReadBasis) -> tuple[Tensor, Tensor | None]:
+    """As `Codec.read_query` of queries [S, R, D], in one launch."""
+    matrix, mean = basis.read_matrix, basis.mean
     if matrix is None:
-        if mean is None:
-            return queries, None
-        each = mean[torch.arange(len(queries), device=mean.device) % len(mean)]
-        return queries, (queries.float() * each[:, None]).sum(-1)
+        return queries, basis.offset(queries)
     x = floats("queries", queries, matrix.device, (*queries.shape[:2], matrix.shape[-2]))
     out, bias = rotate(x, matrix, None if mean is None else mean.float().contiguous())
     return out, None if mean is None else bias

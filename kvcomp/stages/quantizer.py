@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout, ReadMap
+from kvcomp.segments import KVLayout
 
 from .arguments import Alias
 from .stage import Stage
@@ -94,9 +94,9 @@ class Codec:
         """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
         return output
 
-    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap] | None:
-        """What `read_query` multiplies queries of all `streams` with, and `read_output` their output, for kernels that
-        do so themselves; None: they leave it to these. Asked for in every step."""
+    def read_bases(self) -> Any:
+        """The bases of K and of V, by which `read_query` and `read_output` multiply all that they get; None: they do
+        otherwise, or more."""
         return None
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
