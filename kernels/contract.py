@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
-from kvcomp.segments import KVLayout, centres
+from kvcomp.segments import KVLayout, ReadMap, centres
 
 MOST_ROWS = 128  # queries of a stream; for more it is faster to decode pages for all of them, and multiply matrices
 Reduce = Literal["sum", "max"]
@@ -27,6 +27,7 @@ class PageCodec(Protocol):
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]: ...
     def read_output(self, output: Tensor) -> Tensor: ...
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap] | None: ...
 
 
 class PagesView(NamedTuple):
@@ -96,6 +97,8 @@ class Backend:
     attend_tokens: Callable[..., Part | None]
     write: Callable[..., None]
     append: Callable[..., bool]
+    advance: Callable[..., Tensor | None]
+    shift_windows: Callable[..., tuple[Tensor, Tensor]]
     runs: Callable[..., Tensor]
     vector_dots: Callable[..., Tensor]
     code_dots: Callable[..., Tensor]

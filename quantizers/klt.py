@@ -14,7 +14,7 @@ from kvcomp.calibration.fitting import QueryMoments
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, ReadMap
 from kvcomp.stages import Codec, PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State, described
@@ -33,11 +33,17 @@ class KLTCodec(Codec):
     To fit, the second moment of a stream's queries is gathered until its first page, and dropped then.
     """
 
-    hosted = True
-
     def __init__(self, k_grid: KLTGrid, v_grid: KLTGrid, fitted_heads: bool = False) -> None:
         self.k_grid, self.v_grid, self.fitted_heads = k_grid, v_grid, fitted_heads
         self.queries = QueryMoments(k_grid.dim, k_grid.device)
+
+    @property
+    def hosted(self) -> bool:  # type: ignore[override]
+        return self.adapts
+
+    @property
+    def adapts(self) -> bool:
+        return not self.fitted_heads
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -84,6 +90,11 @@ class KLTCodec(Codec):
 
     def read_output(self, output: Tensor) -> Tensor:
         return self.v_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
+
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap]:
+        if not self.fitted_heads:
+            self._room(streams)
+        return self.k_grid.map(), self.v_grid.map()
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         basis = self.v_grid.basis()

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from kvcomp.errors import SpecError
 from kvcomp.layout import Field
-from kvcomp.segments import Codebook, Gain, Plane, SideLayout
+from kvcomp.segments import Codebook, Gain, Plane, ReadMap, SideLayout
 from kvcomp.state import DamagedError
 
-from .basis import Basis, rotation
+from .basis import Basis, each_page, rotation, times
 from .directions import ladder, rms, scaled_directions, shrinkage, singular, weighted
 from .grid import HUGE, SCALE, TINY
 from .lloyd import nearest, sphere_codebook
@@ -56,6 +56,7 @@ class KLTGrid:
         # x ~ z D' + mean: D [n, d, d] and mean [n, d] of n streams, or of n heads that all rows share
         self.dual = torch.zeros(0, dim, dim, dtype=SCALE, device=device)
         self.mean = torch.zeros(0, dim, dtype=MEAN, device=device) if centred else None
+        self._map: tuple[Tensor, tuple[int, ...], ReadMap] | None = None  # of which dual and widths
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -109,13 +110,26 @@ class KLTGrid:
         """What maps queries to coordinates, and coordinates back."""
         return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
 
+    def map(self) -> ReadMap:
+        """As `basis`, for kernels: of what is held, in float16."""
+        known = self._map
+        if known is None or known[0] is not self.dual or known[1] != self.widths or known[2].mean is not self.mean:
+            known = self._map = self.dual, self.widths, ReadMap(self.dual[:, :, : self.live], self.mean)
+        return known[2]
+
     def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """x [M, P, D] of `streams` [M] -> coordinates [M, P, live] and norms [M, P, 1], before what makes up for short
-        codes; float32."""
+        """x [M, P, D] of `streams`, as of `Basis.write`, -> coordinates [M, P, live] and norms [M, P, 1], before what
+        makes up for short codes; float32."""
         x = x.float().clamp(-LARGEST, LARGEST)
-        used, which = (streams % len(self.dual)).unique(return_inverse=True)
-        write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
-        z = (x if self.mean is None else x - self.mean[used][which, None]) @ write[which]
+        used, which = streams % len(self.dual), None
+        if used.is_cpu and len(used) > 1:
+            used, which = used.unique(return_inverse=True)
+        elif len(used) > len(self.dual):  # to look which there are would be to wait for the device
+            used, which = torch.arange(len(self.dual), device=used.device), used
+        inverse = torch.linalg.inv_ex(self.dual[used].float()).inverse  # what is stored decides
+        write = inverse.mT[:, :, : self.live]
+        z = x if self.mean is None else x - self.mean[each_page(streams % len(self.dual), len(x)), None]
+        z = times(z, write, torch.arange(len(used), device=x.device) if which is None else which)
         size = rms(z)
         return z, size if self.mean is not None else rms(x).minimum(SHORT * size)
 

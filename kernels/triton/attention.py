@@ -8,6 +8,8 @@ has neither in common (several scales a token), its elements are scaled. Where k
 added to their logits, in float32. bias: of a row, and of a row and token. Tokens at the start of a stream's first page
 may be skipped.
 
+Exact tokens have queries of their own where pages are in another basis than K and V.
+
 V may be some of K's channels (latents): the same bytes, which the second look finds in a cache.
 
 Grid: (stream * blocks of rows, split). A program has all query rows of a stream, up to 64 (of latents 16), and a run of
@@ -145,17 +147,18 @@ def run(
 
 @triton.jit(do_not_specialize=CHANGING)
 def attend_kernel(
-    q, bias, token_bias, skipped, pool, ids, counts, k_codebook, v_codebook, keys, values, token_counts, out, lse,
-    lse_of_tiles, rows, k_dim, v_dim, ids_stride, keys_stride, values_stride, bias_stride, tiles, split_pages, scale,
-    softcap, K: tl.constexpr, V: tl.constexpr, TOKENS_K: tl.constexpr, TOKENS_V: tl.constexpr, PAGE: tl.constexpr,
+    q, token_q, bias, token_bias, skipped, pool, ids, counts, k_codebook, v_codebook, keys, values, token_counts, out,
+    lse, lse_of_tiles, rows, k_dim, token_dim, v_dim, ids_stride, keys_stride, values_stride, bias_stride, tiles,
+    split_pages, scale, softcap, K: tl.constexpr, V: tl.constexpr, TOKENS_K: tl.constexpr, TOKENS_V: tl.constexpr,
+    PAGE: tl.constexpr,
     BYTES: tl.constexpr, TILE: tl.constexpr, TOKENS_TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
     BIAS: tl.constexpr, TOKEN_BIAS: tl.constexpr, SKIPPED: tl.constexpr, SOFTCAP: tl.constexpr,
     LSE_OF_TILES: tl.constexpr, IN_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One split of one stream. q [S, R, Dk], bias [S, R], token_bias [S, R, n * P], skipped [S], pool uint8 in
-    records of BYTES, ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens,
-    whose strides are in bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles].
-    Where a stream has no tokens for a split, nothing is written."""
+    """One split of one stream. q [S, R, Dk]; token_q [S, R, token_dim]: of exact tokens; bias [S, R], token_bias [S, R,
+    n * P], skipped [S], pool uint8 in records of BYTES, ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys,
+    values: exact tokens, whose strides are in bytes; out float32 [S, splits, R, Dv], of the widest values; lse (base 2)
+    [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has no tokens for a split, nothing is written."""
     blocks = tl.cdiv(rows, ROWS)
     stream = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -188,9 +191,10 @@ def attend_kernel(
                     LSE_OF_TILES, IN_TOKENS,
                 )  # fmt: skip
     elif len(TOKENS_K) > 0:
+        k_bytes, v_bytes = keys.to(tl.pointer_type(tl.uint8)), values.to(tl.pointer_type(tl.uint8))
         run(
-            q, bias, token_bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
-            tl.load(token_counts + stream).to(tl.int32), k_codebook, v_codebook, out, lse,
-            lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap, 0,
+            token_q + stream * rows * token_dim, bias, token_bias, k_bytes + stream * keys_stride,
+            v_bytes + stream * values_stride, ids, 0, tl.load(token_counts + stream).to(tl.int32), k_codebook,
+            v_codebook, out, lse, lse_of_tiles, row, rows, token_dim, v_dim, bias_stride, tiles, scale, softcap, 0,
             TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, False, SOFTCAP, False, False,
         )  # fmt: skip

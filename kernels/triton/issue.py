@@ -78,7 +78,7 @@ def attend(
     constants = ops.attention_constants(
         described,
         layout.bytes_per_page,
-        (one, one) if plan.together(codec.rotates, bool(layout.centres), rows) else ((), ()),
+        (one, one) if plan.together(bool(layout.centres), rows) else ((), ()),
         plan.tokens_tile(dim * torch.bfloat16.itemsize),
         plan.blocked(rows, described.centred),
         exact=False,

@@ -127,7 +127,8 @@ def choose(
     if adapted := index.adapted():
         plan.add("constants", storage_bytes(adapted))
     summary = Summary(layout, records.data, view.ids, view.counts)
-    held = Summaries(summary, view.counts, view.heads, layout.page_size, records.by_tokens)
+    on_host = view.held if view.held.is_cpu and not view.in_tokens else None
+    held = Summaries(summary, view.counts, view.heads, layout.page_size, records.by_tokens, on_host)
     choice = index.choose(q, scale, held)
     assert stages.selector is not None
     if stages.selector.share > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, ReadMap
 
 from .arguments import Alias
 from .stage import Stage
@@ -58,6 +58,11 @@ class Codec:
     hosted: bool = False  # whether `fit` or `encode` look at tensors on the host, which no recorded graph can
 
     @property
+    def adapts(self) -> bool:
+        """Whether `fit` does anything."""
+        return type(self).fit is not Codec.fit
+
+    @property
     def rotates(self) -> bool:
         """Whether pages have other coordinates than K and V: `read_output` is not the identity, or `read_query` changes
         queries."""
@@ -69,7 +74,7 @@ class Codec:
         raise NotImplementedError
 
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
-        """Fields [M, *shape] of M pages; streams int64 [M]."""
+        """Fields [M, *shape] of M pages; streams int64 [M], or [s] which have M / s of the pages each, in a row."""
         raise NotImplementedError
 
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -89,6 +94,11 @@ class Codec:
         """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
         return output
 
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap] | None:
+        """What `read_query` multiplies queries of all `streams` with, and `read_output` their output, for kernels that
+        do so themselves; None: they leave it to these. Asked for in every step."""
+        return None
+
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `read_query`, of queries [S, R, Dv] that are multiplied with decoded values (latents: see `latent`)."""
         return queries, None
@@ -98,7 +108,7 @@ class Codec:
         return output
 
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
+        """Decoded K and V of M pages, of streams as of `encode`, in original coordinates: [M, P, Dk], [M, P, Dv]."""
         return keys, values
 
     def kernel_layouts(self) -> KVLayout | None:
@@ -162,6 +172,10 @@ class AroundCodec(Codec):
 
     def __init__(self, codec: Codec) -> None:
         self.codec, self.hosted = codec, codec.hosted
+
+    @property
+    def adapts(self) -> bool:
+        return self.codec.adapts
 
     def constants(self) -> list[Tensor]:
         return self.codec.constants()
