@@ -20,11 +20,15 @@ from .sliding import SlidingLayer
 
 
 class Rows(HandleLayer):
-    """The same layer of several caches, one row each; every row keeps to its own."""
+    """The same layer of several caches, one row each; every row keeps to its own.
+
+    Some caches may leave a layer with a sliding window to transformers, and others not.
+    """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
         self.members = layers
+        self.held: list[tuple[Any, Any]] = []  # what each member gave for the token that came last
         self.is_sliding = layers[0].is_sliding
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -32,8 +36,9 @@ class Rows(HandleLayer):
         self.lazy_initialization(key_states, value_states)
         rows = zip(self.members, key_states.split(1), value_states.split(1), strict=True)
         held = [self.give(member, *row, *args, **kwargs) for member, *row in rows]
-        if isinstance(self.members[0], CompressedLayer):
-            return self.handles(key_states.shape, value_states.shape, held[0][0].length)
+        if any(isinstance(member, CompressedLayer) for member in self.members):
+            self.held = held
+            return self.handles(key_states.shape, value_states.shape, held[0][0].shape[2])
         k, v = (torch.cat(parts) for parts in zip(*held, strict=True))
         return k, v
 
@@ -44,14 +49,15 @@ class Rows(HandleLayer):
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         outs, mask = [], dense_mask(call.mask) if isinstance(call.mask, BlockMask) else call.mask
-        for i, (member, q) in enumerate(zip(self.members, call.query.split(1), strict=True)):
-            own = mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1]
-            outs.append(member.attention(call._replace(query=q, mask=own)))
+        for i, (member, q, held) in enumerate(zip(self.members, call.query.split(1), self.held, strict=True)):
+            own = call._replace(query=q, mask=mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1])
+            outs.append(member.attention(own) if isinstance(member, CompressedLayer) else own.dense_behind(*held))
         out, weights = zip(*outs, strict=True)
-        return torch.cat(out), None if weights[0] is None else torch.cat(weights)
+        return torch.cat(out), None if any(x is None for x in weights) else torch.cat(weights)
 
     def dense(self, which: int) -> Tensor:
-        return torch.cat([member.dense(which) for member in self.members])
+        each = zip(self.members, self.held, strict=True)
+        return torch.cat([x.dense(which) if isinstance(x, CompressedLayer) else held[which] for x, held in each])
 
     def get_seq_length(self) -> int:
         return int(self.members[0].get_seq_length())
