@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from kvcomp.architecture import LayerKind
 from kvcomp.cache.layer import Shared
 from kvcomp.errors import KvcompWarning
 from kvcomp.stages.stack import Stack
 
-from ..configs import cache_layers, field, layer_kinds, library_layer
-from .indexed import IndexedLayer
+from ..configs import cache_layers, field, layer_fields, layer_kinds, library_layer
+from .indexed import IndexedLatentLayer, IndexedLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
 from .turns import Turns
 
-OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
+OURS: dict[str, type[CompressedLayer]] = {
+    "full_attention": CompressedLayer,
+    "indexed_attention": IndexedLayer,
+    "minimax_m3_sparse": IndexedLayer,
+}
 
 
 def layers_of(stack: Stack, config: PreTrainedConfig, max_tokens: int | None, preallocate: int | None) -> list[Any]:
@@ -27,19 +31,22 @@ def layers_of(stack: Stack, config: PreTrainedConfig, max_tokens: int | None, pr
     types, kwargs = cache_layers(config)
     if preallocate is not None:
         check_room(config, preallocate, max_tokens)
-    full = [i for i, kind in enumerate(types) if kind in OURS]
+    latent, known = layer_fields(config, "kv_lora_rank"), layer_kinds(config)
+    scored = [i for i, kind in enumerate(known) if kind.traits.packed and kind.traits.scored]
     choices: dict[int, Shared] = {}
     layers: list[Any] = []
-    latent = [kind is LayerKind.LATENT for kind in layer_kinds(config)]
     for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
         if kind in OURS:
-            plan = stack.plan(i, len(types), full)
+            plan = stack.plan(i, len(types), scored if i in scored else None)
+            if i not in scored:  # a quantizer alone
+                plan = replace(plan, policies=(), selector=None, leader=None)
             if preallocate is not None:
                 layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
             else:
-                layers.append(
-                    (LatentLayer if latent[i] else OURS[kind])(plan, max_tokens, stack.prefill_chunk, choices)
-                )
+                made = OURS[kind]
+                if latent[i]:
+                    made = IndexedLatentLayer if made is IndexedLayer else LatentLayer
+                layers.append(made(plan, max_tokens, stack.prefill_chunk, choices))
         else:
             layers.append(library_layer(kind, options))
     if not any(isinstance(layer, CompressedLayer) for layer in layers):

@@ -1,4 +1,4 @@
-"""Attention over tokens that the model chose by itself (an indexer's): those are read, of pages and exact ones alike."""
+"""Attention over tokens that a model's own indexer chose: those alone are read, of pages and exact ones alike."""
 
 from __future__ import annotations
 
@@ -73,11 +73,9 @@ def _by_tokens(records: Records) -> bool:
     return layout.tokenwise and not (centred and (records.plan.latent or records.codec.kernel_layouts() is None))
 
 
-def _decoded(
-    records: Records, view: View, at: Tensor, inside: Tensor, tokens: Tokens | None, plan: ReadPlan
-) -> Tokens:
-    """Tokens at places [S, w] of pages, of which a stream's first `inside` [S, 1] are chosen, before exact `tokens`; the
-    pages that they lie in are decoded once."""
+def _decoded(records: Records, view: View, at: Tensor, inside: Tensor, tokens: Tokens | None, plan: ReadPlan) -> Tokens:
+    """Tokens at places [S, w] of pages, of which a stream's first `inside` [S, 1] are chosen, before exact `tokens`.
+    The pages that they lie in are decoded once."""
     size, pages = records.layout.page_size, view.ids.shape[1]
     stream, place = (torch.arange(at.shape[1], device=at.device) < inside).nonzero(as_tuple=True)
     where = at[stream, place]
