@@ -75,6 +75,8 @@ class LayerShape:
     kv_heads, k_dim, v_dim: what is cached of a token (a latent: 1 head, its rank, its rotary channels). heads: query
     heads. prefill_width, decode_width: channels that a head multiplies per (query, key) pair, Dqk + Dv. window: tokens
     that a sliding layer sees at most. state: bytes per sequence that a recurrent layer holds, whatever the context.
+    latent: whether that is a latent. index: channels of a token's index key, all of which a model's own indexer reads;
+    chosen: tokens that it chooses.
     """
 
     kv_heads: int = 0
@@ -86,6 +88,9 @@ class LayerShape:
     window: int | None = None
     state: int = 0
     kind: LayerKind = LayerKind.FULL
+    latent: bool = False
+    index: int = 0
+    chosen: int | None = None
 
     @property
     def full(self) -> bool:
@@ -169,9 +174,10 @@ class ModelShape:
         return self.itemsize * sum(layer.elements for layer in self.layers if layer.full)
 
     def fixed_bytes(self, tokens: int) -> int:
-        """Bytes that the layers a stack leaves alone (sliding windows, recurrent states) hold of a sequence."""
+        """Bytes that a stack leaves alone (sliding windows, recurrent states, index keys) of a sequence."""
         rest = [layer for layer in self.layers if not layer.full]
-        return sum(self.itemsize * layer.elements * layer.seen(tokens) + layer.state for layer in rest)
+        index = sum(self.itemsize * layer.index for layer in self.layers) * tokens
+        return index + sum(self.itemsize * layer.elements * layer.seen(tokens) + layer.state for layer in rest)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of an uncompressed cache of one sequence of `tokens` tokens."""

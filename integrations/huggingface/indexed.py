@@ -19,15 +19,15 @@ from .held import HeldLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer, answered
 
-SPARE = 64  # tokens of room that index keys get when they grow
+SPARE = 64  # tokens that the buffer of index keys is longer whenever it grows
 
 
 class IndexedLayer(CompressedLayer):
     """A layer that also holds what the model's own indexer needs, as it is, and whose steps read what that chose.
 
-    index_keys: its keys [B, n, D], a view of a buffer with room for the next ones. indexer_position_ids: int64
-    [dims, B, n], the positions of tokens, which some models keep here themselves; the name is transformers'. All of a
-    model's indexed layers may use those of the first.
+    index_keys: its keys [B, n, D], a view of a longer buffer. indexer_position_ids: int64 [dims, B, n], the positions
+    of tokens, which some models keep here themselves; the name is transformers'. All of a model's indexed layers may
+    use those of the first.
 
     Prompts are attended to in full under the model's mask, and so is whatever comes in chunks. That mask may hide what
     the indexer left out, too, and so does not tell which tokens are padding: all are stored, as in transformers' cache.

@@ -144,11 +144,14 @@ def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 
     read: Counter[str] = Counter()
     flops = shared = 0
     dtype = getattr(torch, shape.dtype)
-    full = [i for i, layer in enumerate(shape.layers) if layer.full]
+    full = [i for i, layer in enumerate(shape.layers) if layer.full and layer.kind.traits.scored]
     for i, layer in enumerate(shape.layers):
         seen = layer.seen(context + 1)
         if layer.full and stack is not None:
-            plan = replace(stack.plan(i, len(shape.layers), full), latent=layer.kind is LayerKind.LATENT)
+            plan = stack.plan(i, len(shape.layers), full if i in full else None)
+            plan = replace(plan, latent=layer.latent or layer.kind is LayerKind.LATENT)
+            if not layer.kind.traits.scored:
+                plan = replace(plan, policies=(), selector=None, leader=None, chosen_tokens=layer.chosen)
             shared += shared_bytes(plan, layer.k_dim, layer.v_dim, layer.kv_heads, dtype)
             for total, parts in ((held, held_parts), (read, read_parts)):
                 part = parts(plan, layer.k_dim, layer.v_dim, context, dtype)

@@ -14,6 +14,7 @@ from kvcomp.attention import attend
 from kvcomp.cache.layer import LayerStore
 from kvcomp.kernels.dispatch import reference_only
 from kvcomp.stages import Choice
+from kvcomp.stages.plan import read_parts
 
 SPECS = [
     *("none", "int(bits=4)", "int8", "int(bits=4, basis=hadamard)", "int(bits=4, per=channel, group=16)"),
@@ -105,6 +106,19 @@ def test_a_choice_may_lie_in_any_part(spec: str, part: str) -> None:
         assert bool((found.lse == -torch.inf).all())
         return
     near(found.out[:, :, 0], expected(store, q, choice))
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("spec", ["none", "int(bits=4)", "int(bits=4) + window(sinks=4, recent=64)", "kivi(bits=4)"])
+def test_plans_foretell_what_random_choices_read(spec: str, latent: bool) -> None:
+    held, rows, heads, chosen = 6000, 6, 1 if latent else 3, 500
+    streams = rows * heads
+    store, choice = store_of(spec, rows, heads, latent, held), drawn(streams, [chosen] * streams, held)
+    store.attend(torch.randn(rows, heads, 1, 96), 0.1, choice=choice)
+    dims = (64, 32) if latent else (96, 64)
+    foretold = read_parts(replace(store.plan, chosen_tokens=chosen), *dims, held - 1, torch.float32)
+    assert sum(store.read.values()) == pytest.approx(streams * sum(foretold.values()), rel=0.01)
+    assert store.read["pages"] == pytest.approx(streams * foretold["pages"], rel=0.01)
 
 
 def test_before_the_first_page_all_tokens_are_exact() -> None:
