@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.compare import Comparison
@@ -24,17 +25,20 @@ from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
 from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked
-from kvcomp.benchmarks.samples import Sample
+from kvcomp.benchmarks.samples import Sample, TaskError
 from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, end_tokens
 from kvcomp.benchmarks.tasks import find_task, origins
 from kvcomp.console import progress, waiting
 from kvcomp.integrations.huggingface import prefill
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
+from kvcomp.integrations.huggingface.forward import with_cache
 from kvcomp.integrations.huggingface.models import load_model, on_disk
+from kvcomp.integrations.huggingface.timing import clock
 from kvcomp.text import quote
 
 Missing = dict[tuple[str, int], dict[int, list[Stack]]]  # stacks by task and context, and by the index of a sample
 WORDS = {ACCURACY: "right", NLL: "perplexity", FIDELITY: "1 - TVD"}
+SINCE = ("context_first",)  # settings that runs of older versions do not have: noted where they are on
 APART = ("data", "engine", "named")  # settings that a configuration says elsewhere: in "data", "versions", "left_out"
 
 
@@ -57,7 +61,11 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
     stacks = [Stack.parse(stack) for stack in settings.stacks]
     config = {
         "command": command,
-        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items() if k not in APART},
+        "settings": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(settings).items()
+            if name not in APART and (value or name not in SINCE)
+        },
         "data": origins(settings.tasks, settings.data),  # the texts themselves, wherever they lie
         "versions": versions(settings.engine),
         "machine": machine(),
@@ -136,9 +144,8 @@ def _measure(
                 shown.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
                 scores: dict[str, str] = {}
                 dense_s = own_s = 0.0
-                for record in answer(
-                    model, tokenizer, samples[index], context, stacks, settings.max_new_tokens, settings.prefill_chunk
-                ):
+                how = settings.max_new_tokens, settings.prefill_chunk, settings.context_first
+                for record in answer(model, tokenizer, samples[index], context, stacks, *how):
                     results.append(record)
                     metric = record.metric
                     scores[record.hash] = _score(record)
@@ -191,6 +198,7 @@ def answer(
     stacks: Sequence[Stack],
     max_new_tokens: int | None,
     prefill_chunk: int | None = None,
+    context_first: bool = False,
 ) -> Iterator[Record]:
     """Yield a record per stack, each as soon as it is done.
 
@@ -198,6 +206,12 @@ def answer(
     the first one that each stack decodes, so that every token of the answer comes from its compressed pages. Of a
     text whose end is scored, the prompt is what stands before that end. The peak of memory is that of decoding alone:
     the prefill is shared.
+
+    context_first: the prefill is of what stands before the question, which every stack reads afterwards, by itself. The
+    tokens are the same.
+
+    Raises:
+        TaskError: context_first, and a prompt that has no question after its context.
     """
     task = find_task(sample.task)
     ids = tokenizer(sample.prompt, return_tensors="pt").input_ids.to(model.device)  # [1, L]
@@ -207,7 +221,11 @@ def answer(
         ids, rest = ids.split([ids.shape[1] - sample.max_new_tokens, sample.max_new_tokens], dim=1)
     caches = [CompressedCache(stack, model) for stack in stacks]
     compared = [CompressedCache("none", model)] if isinstance(task, Fidelity) else []
-    filled = prefill(model, ids[:, :-1], [*caches, *compared], tokenizer=tokenizer, chunk=prefill_chunk)
+    known = ids.shape[1] - 1
+    if context_first and not isinstance(task, Perplexity):
+        known = context_tokens(tokenizer, sample, ids[0].tolist())
+    filled = prefill(model, ids[:, :known], [*caches, *compared], tokenizer=tokenizer, chunk=prefill_chunk)
+    asked_s = [_read(model, ids[:, known:-1], cache) for cache in caches]
     ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
 
     def text(tokens: list[int]) -> str:
@@ -256,11 +274,36 @@ def answer(
             read_dense=traffic.dense,
             ms_per_token=decoding.ms_per_token,
             prefill_s=filled[at].dense_s,
-            prefill_own_s=filled[at].own_s,
+            prefill_own_s=filled[at].own_s + asked_s[at],
             peak=decoding.peak,
             metric=FIDELITY if dense else NLL if isinstance(task, Perplexity) else ACCURACY,
             **_by_token(decoding.reader),
         )
+
+
+def context_tokens(tokenizer: Any, sample: Sample, ids: list[int]) -> int:
+    """How many tokens of a prompt lie before its question; one that holds parts of both is the question's.
+
+    Raises:
+        TaskError: there is no question after a context.
+    """
+    if sample.question is None:
+        raise TaskError(
+            f"context-first: {sample.task} has prompts without a question after their context: leave out the task, or "
+            "--context-first."
+        )
+    before = tokenizer(sample.prompt[: len(sample.prompt) - sample.question]).input_ids
+    same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+    return min(max(same, 2), len(ids) - 1)
+
+
+def _read(model: Any, ids: Tensor, cache: CompressedCache) -> float:
+    """Feed tokens ids [1, n] to a model with a cache; the seconds that it took."""
+    if not ids.shape[1]:
+        return 0.0
+    begun = clock(ids.device)
+    model(ids, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
+    return clock(ids.device) - begun
 
 
 def _by_token(reader: Reader) -> dict[str, Any]:

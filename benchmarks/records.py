@@ -119,6 +119,7 @@ class Settings(TypedDict, total=False):
     chat: bool
     prefill_chunk: Count | None
     dtype: Name | None
+    context_first: bool
 
 
 class Machine(TypedDict, total=False):

@@ -21,6 +21,8 @@ class Sample:
     classes: the answers to choose from, in a classification.
     tags: groups that a report breaks a task down by, such as "0-4k" or "hard".
     origin: which texts the prompt is made of, where there is a choice (`data.origin`).
+    question: how many characters at the end of the prompt are the question and what follows it; None: the prompt has no
+        context that stands before a question.
     """
 
     task: str
@@ -32,6 +34,14 @@ class Sample:
     classes: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     origin: str = ""
+    question: int | None = None
+
+
+def question_of(prompt: str, template: str) -> int | None:
+    """`Sample.question` of a prompt that was written by a template whose `{context}` stands before the question."""
+    begins = template.partition("{context}")[2].partition("{")[0]
+    at = prompt.rfind(begins) if begins else -1
+    return None if at <= 0 else len(prompt) - at
 
 
 class Prompts(Protocol):

@@ -25,6 +25,8 @@ class Settings:
     chat: put the prompts of LongBench into the model's chat template, except those of its few-shot and code tasks.
     prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
     engine: what answers, one of `ENGINES`.
+    context_first: compress what stands before the question, which every stack reads afterwards. Otherwise prompts enter
+        whole, and policies see the question.
     dtype: of the model's weights and cache, one of `DTYPES`; None: float32 on a CPU, bfloat16 on a GPU.
     named: the tasks that were asked for by their own name, and not by a group's.
     """
@@ -41,6 +43,7 @@ class Settings:
     prefill_chunk: int | None = None
     engine: str = HUGGING_FACE
     dtype: str | None = None
+    context_first: bool = False
     named: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -53,6 +56,11 @@ class Settings:
         object.__setattr__(self, "named", tuple(name for name in self.tasks if name not in GROUPS))
         tasks = expand(self.tasks, self.data)
         compared = [task for task in tasks if task in GROUPS["fidelity"]]
+        if self.engine == VLLM and self.context_first:
+            raise RunError(
+                f"context-first: --engine {VLLM} compresses a prompt when all of it is in: choose --engine "
+                f"{HUGGING_FACE}, or leave out --context-first."
+            )
         if self.engine == VLLM and compared:
             raise RunError(
                 f"tasks: {compared[0]} compares whole distributions, which vLLM does not give out: choose "

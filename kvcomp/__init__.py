@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from kvcomp.policies.h2o import H2O, TOVA
     from kvcomp.policies.keys import KeyDiff, KNorm, LagKV, Random
     from kvcomp.policies.kvzip import KVzip
+    from kvcomp.policies.leverage import Compactor, CurDKV
+    from kvcomp.policies.simlayer import SimLayerKV
     from kvcomp.policies.snapkv import AdaKV, ChunkKV, CriticalKV, PyramidKV, SnapKV
     from kvcomp.policies.streaming import StreamingLLM
     from kvcomp.quantizers.fp8 import FP8
@@ -98,8 +100,10 @@ __all__ = [
     "Answers",
     "ChunkKV",
     "Compaction",
+    "Compactor",
     "CompressedCache",
     "CriticalKV",
+    "CurDKV",
     "ExpectedAttention",
     "Int",
     "Int8",
@@ -116,6 +120,7 @@ __all__ = [
     "PyramidKV",
     "Quest",
     "Random",
+    "SimLayerKV",
     "Sketch",
     "SnapKV",
     "SpecError",
@@ -140,8 +145,10 @@ _HOMES = {
     "Answers": "kvcomp.integrations.huggingface",
     "ChunkKV": "kvcomp.policies.snapkv",
     "Compaction": "kvcomp.integrations.huggingface",
+    "Compactor": "kvcomp.policies.leverage",
     "CompressedCache": "kvcomp.integrations.huggingface",
     "CriticalKV": "kvcomp.policies.snapkv",
+    "CurDKV": "kvcomp.policies.leverage",
     "DSA": "kvcomp.sparse.dsa",
     "ExpectedAttention": "kvcomp.policies.expected",
     "FP8": "kvcomp.quantizers.fp8",
@@ -166,6 +173,7 @@ _HOMES = {
     "Quest": "kvcomp.sparse.quest",
     "Random": "kvcomp.policies.keys",
     "SVD": "kvcomp.quantizers.svd",
+    "SimLayerKV": "kvcomp.policies.simlayer",
     "Sketch": "kvcomp.sparse.sketch",
     "SnapKV": "kvcomp.policies.snapkv",
     "Stack": "kvcomp.stages.stack",

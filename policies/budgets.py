@@ -67,13 +67,13 @@ def keep_best(scores: Tensor, alive: Tensor, count: int, first: int, last: int) 
 def keep_best_of_heads(scores: Tensor, alive: Tensor, count: int, first: int, last: int, floor: int) -> Tensor:
     """bool [b, H, n]: as `keep_best`, but H * `count` in all heads of a row, wherever the scores are best.
 
-    Every head keeps its own best `floor` tokens, and the protected ones (AdaKV, arXiv 2407.11550).
+    Every head keeps the protected tokens, and its own best `floor` others (AdaKV, arXiv 2407.11550).
     """
     n = scores.shape[-1]
     if count >= n:
         return alive
     scores = _guarded(scores, alive, first, last)
-    own = scores.topk(min(max(floor, first + last), n), -1).indices
+    own = scores.topk(min(first + last + floor, n), -1).indices
     scores = scores.scatter(-1, own, torch.inf).masked_fill(~alive, -torch.inf)
     best = scores.flatten(1).topk(count * scores.shape[1], -1).indices
     kept = torch.zeros_like(alive).flatten(1).scatter_(-1, best, True).view_as(alive)

@@ -27,8 +27,9 @@ class ExpectedAttention(ScoredPolicy):
     The prompt's queries before their rotary embedding, without the first `sinks`, give mean m and covariance C; with R
     the mean rotation of the positions to come, m' = R m and C' = R C R'. Of a query head,
     score_j = softmax_j(s k_j . m' + s^2 k_j' C' k_j / 2) with the softmax scale s: the expectation of exp(s q . k_j) of
-    a Gaussian q. It is averaged over the query heads of a KV head, and multiplied by |v_j|. The first `sinks` tokens
-    are always kept.
+    a Gaussian q. It is averaged over the query heads of a KV head, and (score_j + epsilon) is multiplied by |v_j|: with
+    epsilon = 0.01, as the authors use it with adaptive heads, large values count without a score. The first `sinks`
+    tokens are always kept.
 
     Paper: arXiv 2510.00636.
     """
@@ -46,16 +47,23 @@ class ExpectedAttention(ScoredPolicy):
     sinks: int = arg(4, "first tokens, which are kept, and whose queries do not count")
     covariance: bool = arg(True, "whether the spread of the queries counts, beside their mean")
     norms: bool = arg(True, "whether scores are multiplied by |v|")
+    epsilon: float = arg(0.0, "added to scores before they are multiplied by |v|")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(0 < self.future <= FARTHEST, "future", f"positive, and at most {FARTHEST}")
         self.check(self.sinks >= 0, "sinks", "zero or positive")
+        self.check(self.epsilon >= 0, "epsilon", "zero or positive")
+        self.check(self.norms or not self.epsilon, "epsilon", "0 where norms is false: it would change nothing")
         self.check(not (self.critical and self.norms), "norms", "false where critical weighs values itself")
 
     @property
     def needs_model(self) -> bool:
         return True
+
+    @property
+    def implied(self) -> tuple[str, ...]:
+        return () if self.epsilon else ("epsilon",)  # of old, when there was none: hashes stay
 
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
@@ -86,5 +94,5 @@ class ExpectedAttention(ScoredPolicy):
         logits = logits.masked_fill(~chunk.alive[:, :, None, sinks:], -torch.inf)
         received = logits.softmax(-1).nan_to_num(0).mean(2)
         if self.norms:
-            received = received * chunk.values[:, :, sinks:].float().norm(dim=-1)
+            received = (received + self.epsilon) * chunk.values[:, :, sinks:].float().norm(dim=-1)
         return F.pad(received, (sinks, 0), value=float(received.max()) + 1)

@@ -17,6 +17,7 @@ LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
 ROUND = 512  # tokens of a prompt from which a policy chooses at least, after its first chunk
 SHORT = 64  # tokens that may all stay after others of their prompt, where there is a budget: a question, say
+TURN = 256  # tokens of a later turn that all stay, whatever the share: a question about what was compressed
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ScoredPolicy(Policy):
 
     A prompt that comes in chunks is chosen from in rounds: the first chunk, then `gathers` tokens or more. Each keeps
     its share, or the part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds
-    the budget leaves in whole pages.
+    the budget leaves in whole pages. A later turn of at most 256 tokens stays whole.
     """
 
     scores_within: ClassVar[tuple[float, float]] = (-1e30, 1e30)  # what `scores` are at least and at most
@@ -41,7 +42,9 @@ class ScoredPolicy(Policy):
     layers: str = arg("uniform", "uniform, or pyramid: the first layers keep most, at the same sum")
     heads: str = arg("own", "own choice of each KV head, a common one, or adaptive: heads share a layer's budget")
     span: int = arg(1, "neighbouring tokens that stay or leave together")
-    floor: float = arg(0.2, "adaptive heads: the share of the budget that each keeps at least")
+    floor: float = arg(
+        0.2, "adaptive heads: the share of the budget, besides protected tokens, that each keeps at least"
+    )
     beta: int = arg(20, "pyramid: the last layer keeps 1 / beta of the mean, behind the protected tokens")
     critical: bool = arg(False, "choose half by the score, then by the score times |W_o v|, as CriticalKV does")
     hold: bool = arg(False, "keep within an absolute budget while generating, too")
@@ -130,7 +133,7 @@ class ScoredPolicy(Policy):
             return chunk.alive & (~open_ | (scores >= self.threshold))
         ranked = in_spans(scores.masked_fill(~open_, -float("inf")), self.span, first)
         if self.heads == "adaptive":
-            kept = keep_best_of_heads(ranked, chunk.alive, count, first, last, int(self.floor * count))
+            kept = keep_best_of_heads(ranked, chunk.alive, count, first, last, int(self.floor * (count - first - last)))
         else:
             kept = keep_best(ranked, chunk.alive, count, first, last)
         return refined(kept, scores, output_norms(chunk), chunk.alive, first, last) if self.critical else kept
@@ -193,6 +196,8 @@ class ScoredPolicy(Policy):
             self.kept(tokens, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
             for tokens in (n, chunk.before, chunk.before + n)
         )
+        if not chunk.before and chunk.past and n <= TURN:
+            return n
         if not chunk.before or self.threshold is not None:
             return own
         if self.keep is not None:

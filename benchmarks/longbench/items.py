@@ -21,12 +21,13 @@ LENGTHS = {"0-4k": 4000, "4-8k": 8000, "8k+": float("inf")}  # LongBench-E's, by
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its text in place."""
+    """One question with its text in place. question: as of `Sample`."""
 
     prompt: str
     answers: tuple[str, ...]
     classes: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    question: int | None = None
 
 
 def source(task: str, dataset: Dataset, even: bool) -> Source[list[Item]]:
@@ -120,9 +121,15 @@ def _item(dataset: Dataset, even: bool, record: Mapping[str, Any]) -> Item:
     whole = "prompt" in record and "context" not in record  # MiniLongBench's items are written out
     prompt = record["prompt"] if whole else dataset.prompt.format_map(record)
     tags = (next(tag for tag, end in LENGTHS.items() if record["length"] < end),) if even else ()
-    return Item(prompt, tuple(map(str, answers)), tuple(classes or ()), tags)
+    asked = None if whole else _question(dataset.prompt, record)
+    return Item(prompt, tuple(map(str, answers)), tuple(classes or ()), tags, asked)
+
+
+def _question(template: str, record: Mapping[str, Any]) -> int | None:
+    return len(template.partition("{context}")[2].format_map(record)) or None
 
 
 def _item_v2(record: Mapping[str, Any]) -> Item:
     fields = {name: record[name].strip() for name in ("context", "question", *(f"choice_{c}" for c in "ABCD"))}
-    return Item(V2.prompt.format_map(fields), (record["answer"],), tags=(record["difficulty"], record["length"]))
+    tags = record["difficulty"], record["length"]
+    return Item(V2.prompt.format_map(fields), (record["answer"],), tags=tags, question=_question(V2.prompt, fields))

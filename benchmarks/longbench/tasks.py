@@ -51,19 +51,21 @@ class LongBench:
         chosen = load(self.source, data)[:samples]
         made_of = origin(self.source, data)
         room = context - self.max_new_tokens
+        fitted = [self._fit(tokenizer, item.prompt, room) for item in chosen]
         made = [
             Sample(
                 task=self.name,
                 index=index,
-                prompt=self._fit(tokenizer, item.prompt, room),
+                prompt=prompt,
                 references=item.answers,
                 depth=None,
                 max_new_tokens=self.max_new_tokens,
                 classes=item.classes,
                 tags=item.tags,
                 origin=made_of,
+                question=_asked(item, prompt),
             )
-            for index, item in enumerate(chosen)
+            for index, (item, prompt) in enumerate(zip(chosen, fitted, strict=True))
         ]
         if made:
             self.score("", made[0])  # a library that is missing is better known before a model runs
@@ -90,6 +92,12 @@ class LongBench:
                 f"beside the {self.max_new_tokens} tokens of its answer."
             )
         return fitted
+
+
+def _asked(item: Item, prompt: str) -> int | None:
+    """`Sample.question` of an item whose prompt was cut, and perhaps put into a chat template."""
+    at = -1 if item.question is None else prompt.rfind(item.prompt[len(item.prompt) - item.question :])
+    return None if at <= 0 else len(prompt) - at
 
 
 def cut_middle(tokenizer: Any, prompt: str, budget: int, wrap: Callable[[str], str] = str) -> str | None:

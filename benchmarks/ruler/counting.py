@@ -61,7 +61,7 @@ class CommonWords(RulerTask):
             chosen = rng.sample(pool, len(pool))[:units]
             asked, answer = _list(chosen, Repeats(30, 3) if long else Repeats(6, 1), rng)
             prompt = f"{COMMON.format(context=shown)} {numbered}\n{COMMON.format(context=asked)}"
-            return Draft(prompt, tuple(answer), None)
+            return Draft(prompt, tuple(answer), None, COMMON)
 
         return Writer(write, fewest=11, most=max(len(words), len(english)))
 
@@ -92,6 +92,6 @@ class FrequentWords(RulerTask):
             words[0] = "..."
             text = [word for k, word in enumerate(words, start=1) for _ in range(int(units * k**-2 / zeta))]
             rng.shuffle(text)
-            return Draft(FREQUENT.format(context=" ".join(text)), tuple(words[1:4]), None)
+            return Draft(FREQUENT.format(context=" ".join(text)), tuple(words[1:4]), None, FREQUENT)
 
         return Writer(write, fewest=74)  # the fewest from which on the fourth word always beats the fifth

@@ -69,11 +69,11 @@ class Niah(RulerTask):
         else:
             pieces = [texts.NOISE] * units if self.haystack == "noise" else self._others(units, others, keys, data)
             context = "\n".join(_insert(needles, sorted(rng.sample(range(units), len(needles))), pieces))
-        one = self.queries * self.values == 1
+        template = ONE if self.queries * self.values == 1 else SOME
         query = ", and ".join([", ".join(asked[:-1]), asked[-1]]) if len(asked) > 1 else asked[0]
-        prompt = (ONE if one else SOME).format(value=self.value, context=context, query=query)
+        prompt = template.format(value=self.value, context=context, query=query)
         place = min(prompt.index(self._needle(key, value)) for key in asked for value in values[key])
-        return Draft(prompt, tuple(value for key in asked for value in values[key]), place)
+        return Draft(prompt, tuple(value for key in asked for value in values[key]), place, template)
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(values=f"{self.value}s", key=key, value=value)

@@ -207,7 +207,7 @@ class Qa(RulerTask):
             rng.shuffle(documents)
             prompt, starts = _prompt(content, question, documents)
             place = min(starts[documents.index(number)] for number in question.own[: question.needed])
-            return Draft(prompt, question.answers, place)
+            return Draft(prompt, question.answers, place, TEMPLATE)
 
         return Writer(write, fewest=1)
 

@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from kvcomp.benchmarks.data import Data, Source, load, origin
-from kvcomp.benchmarks.samples import Sample, TaskError
+from kvcomp.benchmarks.samples import Sample, TaskError, question_of
 
 ENDLESS = 10**9
 CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 class Draft(NamedTuple):
-    """A prompt, its references, and the character where what the answer needs begins; None where it is all over."""
+    """A prompt, its references, and the character where what the answer needs begins; None where it is all over.
+
+    template: by which the prompt's end was written, from its `{context}` on.
+    """
 
     prompt: str
     references: tuple[str, ...]
     place: int | None
+    template: str
 
 
 class Setting(NamedTuple):
@@ -99,9 +103,10 @@ class RulerTask(ABC):
         used = self._used(index, writer, setting)
         self._require_room(used(writer.fewest), setting)
         units = fit(used, setting.context, writer.fewest, writer.most)
-        prompt, references, place = self._draft(units, index, writer, setting)
+        prompt, references, place, template = self._draft(units, index, writer, setting)
         depth = None if place is None else round(place / len(prompt), 4)
-        return Sample(self.name, index, prompt, references, depth, self.max_new_tokens, origin=made_of)
+        about = self.name, index, prompt, references, depth, self.max_new_tokens
+        return Sample(*about, origin=made_of, question=question_of(prompt, template))
 
     def _draft(self, units: int, index: int, writer: Writer, setting: Setting) -> Draft:
         return writer.write(units, index, random.Random(f"{setting.seed}/{self.name}/{index}"))

@@ -45,7 +45,7 @@ class Tracking(RulerTask):
             shown, names, _ = self._text(example, 3, rng)
             before = f"{shown} {' '.join(names)}\n\n"
             text, names, place = self._text(units, 5, rng)
-            return Draft(before + text, tuple(names), len(before) + place)
+            return Draft(before + text, tuple(names), len(before) + place, TEMPLATE)
 
         return Writer(write, fewest=self.hops + 1)
 

@@ -52,6 +52,14 @@ def bench(
     chat: Annotated[
         bool, typer.Option("--chat", help="Use the model's chat template for LongBench, except few-shot and code.")
     ] = False,
+    context_first: Annotated[
+        bool,
+        typer.Option(
+            "--context-first",
+            help="Compress the context before the question is known, which is read afterwards, as kvpress does. "
+            "Otherwise policies see the whole prompt.",
+        ),
+    ] = False,
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
@@ -83,7 +91,7 @@ def bench(
 
     for reason in choose(names, data)[1]:
         note("left out", "yellow", reason)
-    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype, context_first)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     comparison = run(settings, out, notes(), command)

@@ -34,7 +34,7 @@ FIELD = {
 OTHERS = {  # stages whose argument of that name is something else
     "nbits": {"dsa", "sketch"},  # bits of index keys
     "compression_ratio": {"think", "dsa", "moba", "nsa", "quest", "sketch"},  # shares of channels, and of what is read
-    "residual_length": {"h2o", "streaming"},  # a share of a budget; recent tokens that are quantized like all others
+    "residual_length": {"h2o", "simlayerkv", "streaming"},  # a share of a budget; recent tokens that are quantized
 }
 
 
