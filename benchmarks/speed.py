@@ -33,7 +33,7 @@ SDPA, DYNAMIC = "sdpa", "DynamicCache + sdpa"
 QUANTO = "HF QuantizedCache, quanto 4 bit"
 WARM = 3  # steps of each that are not counted
 COPY = 1 << 28  # bytes of the tensor whose copy shows the bandwidth
-PIECE = 1 << 16  # tokens of a cache that are written at a time, where the stack need not see all of them at once
+FIRST, PIECE = 1 << 11, 1 << 15  # tokens that are written first, then at a time, where no policy has to see all at once
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def attention(
         stack = Stack.parse(spec)
         store = LayerStore(replace(stack.plan(layer, layer + 1), latent=geometry.latent))
         store.start(k, v)
-        if store.plan.needs_queries or store.plan.policies:
-            seen = query.expand(-1, -1, context, -1) + torch.randn(1, 1, context, 1, dtype=dtype, device=device)
-            store.write(k, v, None, seen if store.plan.needs_queries else None, scale)
-        else:
-            for at in range(0, context, PIECE):
-                store.write(k[:, :, at : at + PIECE], v[:, :, at : at + PIECE], None, None, scale)
+        ends = [context] if store.plan.policies else [*range(FIRST, context, PIECE), context]
+        for at, end in zip([0, *ends], ends, strict=False):
+            n, seen = end - at, None
+            if store.plan.needs_queries and at == 0:  # what adapts to queries does so with the first pages
+                seen = query.expand(-1, -1, n, -1) + torch.randn(1, 1, n, 1, dtype=dtype, device=device)
+            store.write(k[:, :, at:end], v[:, :, at:end], None, seen, scale)
         calls[str(stack)] = _checked(store, query, scale, str(stack))
         read[str(stack)] = sum(store.read.values())
         planned = (f(store.plan, *geometry.cached, context, dtype) for f in (read_by_stream, held_by_stream))
