@@ -203,7 +203,7 @@ def test_quantized_weights_of_a_given_size() -> None:
 
 @pytest.mark.parametrize("spec", [None, "none", "int(bits=8)", "kivi(bits=4, group=16)"])
 def test_layers_with_an_indexer_are_foretold(spec: str | None) -> None:
-    """All index keys are held and read, beside the tokens that the model chooses: how many in pages, the text decides."""
+    """All index keys are held and read, beside the tokens that the model chooses, wherever those lie."""
     model, shape = tiny("deepseek32")
     assert set(shape.kinds) == {LayerKind.INDEXED}
     assert {(x.k_dim, x.v_dim, x.index, x.chosen) for x in shape.layers} == {(32, 16, 32, 24)}
