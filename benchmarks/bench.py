@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -24,9 +25,9 @@ from kvcomp.benchmarks.perplexity import Perplexity
 from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
 from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
-from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked
+from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked, write_text
 from kvcomp.benchmarks.samples import Sample, TaskError
-from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, end_tokens
+from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, as_options, end_tokens
 from kvcomp.benchmarks.tasks import find_task, origins
 from kvcomp.console import progress, waiting
 from kvcomp.integrations.huggingface import prefill
@@ -72,6 +73,7 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
     }
     results = Results(out, config)
     _require_same_files(results, stacks)
+    write_text(out / "config.yaml", yaml.safe_dump(as_options(settings), sort_keys=False, width=200))
     done = {record.key for record in results.records}
     missing = _missing(settings, stacks, results)
     if missing:

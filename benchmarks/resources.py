@@ -22,14 +22,19 @@ from kvcomp.kernels.triton import (
     issue,
     ops,
     ops_records,
+    ops_rotate,
     ops_scores,
+    ops_window,
     pieces,
     plan,
     received,
     summaries,
 )
+from kvcomp.kernels.triton import choose as choosing
 from kvcomp.kernels.triton import merge as merging
+from kvcomp.kernels.triton import rotate as rotating
 from kvcomp.kernels.triton import tokens as of_tokens
+from kvcomp.kernels.triton import window as windows
 from kvcomp.kernels.triton.compiling import LIMITS, Compiled
 from kvcomp.kernels.triton.issue import built
 
@@ -83,20 +88,27 @@ def attend_latents(spec: str, capability: int, rank: int = 512, rotary: int = 64
     constants = ops.attention_constants(
         chunks.described(sides, layout),
         layout.bytes_per_page,
-        tokens if plan.together(codec.rotates, False, rows) else ((), ()),
+        tokens if plan.together(False, rows) else ((), ()),
         plan.tokens_tile((rank + rotary) * torch.bfloat16.itemsize),
         rows,
         exact=False,
     )
-    constants |= dict.fromkeys(("BIAS", "TOKEN_BIAS", "SOFTCAP", "LSE_OF_TILES", "IN_TOKENS"), False)
+    constants |= dict.fromkeys(("BIAS", "TOKEN_BIAS", "SKIPPED", "SOFTCAP", "LSE_OF_TILES", "IN_TOKENS"), False)
     queries = "*fp32" if codec.rotates else "*bf16"
     return compiled(attention.attend_kernel, constants, capability, f"{spec}, latents", q=queries)
 
 
 def merge(capability: int, dim: int = 128) -> Resources:
     constants = {"PRIOR": True, "SPLITS": ops.SPLITS, "BLOCK": dim, "num_warps": ops.MERGE_WARPS}
-    constants |= {"PAGE": 64, "IN_TOKENS": True, "TOKENS": True}
+    constants |= {"PAGE": 64, "IN_TOKENS": True, "TOKENS": True, "SEPARATE": True, "OTHER": dim}
     return compiled(merging.merge_kernel, constants, capability, "all")
+
+
+def rotate(capability: int, back: bool, dim: int = 128) -> Resources:
+    """Of queries in the basis of pages, and of attention over those mapped back."""
+    types = {"x": "*fp32" if back else "*bf16", "matrix": "*fp16", "mean": "*fp32"}
+    constants = ops_rotate.rotate_constants(dim, dim, 16, mean=not back, adds=back)
+    return compiled(rotating.rotate_kernel, constants, capability, "back" if back else "queries", **types)
 
 
 def score(capability: int, bits: int, dim: int = 128) -> Resources:
@@ -121,6 +133,24 @@ def code_dots(capability: int, bits: int, rank: int = 16, page_size: int = 16) -
     """Of estimates of tokens, for sketch (4 bits) and dsa (8)."""
     constants = ops_scores.code_dots_constants(16, rank, bits, page_size, 1 << 14) | {"OFFSET": 1 << 13}
     return compiled(of_tokens.code_dots_kernel, constants, capability, f"{rank} channels of {bits} bits", q="*fp32")
+
+
+def choose(capability: int, unit: int, each: int, groups: int = 16) -> Resources:
+    """Of what a selector reads, by pages (unit 1) of `each` vectors, or by tokens."""
+    constants = ops_scores.choose_constants(groups, unit, each)
+    types = {"logits": "*fp32", "wanted": "*i64", "shares": "*fp32", "out": "*i64"}
+    name = f"{'pages' if unit == 1 else 'tokens'} of {groups} heads"
+    return compiled(choosing.choose_kernel, constants, capability, name, **types)
+
+
+def window(capability: int, dim: int = 128) -> Iterator[Resources]:
+    """Of a token that comes into windows, and of a page that leaves them."""
+    types = dict.fromkeys(("k", "v", "keys", "values", "k_page", "v_page"), "*bf16")
+    types |= dict.fromkeys(("counts", "pages", "seen", "ids"), "*i64")
+    put, moved = ops_window.append_constants(dim, dim), ops_window.shift_constants(dim, dim, 32, 4, 128, True)
+    kernels = (windows.append_kernel, put), (windows.advance_kernel, put), (windows.shift_kernel, moved)
+    for kernel, constants in kernels:
+        yield compiled(kernel, constants, capability, f"{dim} channels", **types)
 
 
 def regroup(spec: str, capability: int, dim: int = 128) -> Resources:
@@ -155,6 +185,9 @@ def every(capabilities: list[int]) -> Iterator[Resources]:
         yield from (write(spec, capability) for spec in WRITTEN)
         yield from (attend(spec, capability, in_tokens=True) for spec in BY_TOKEN)
         yield from (write(spec, capability, single=True) for spec in BY_TOKEN)
+        yield from (rotate(capability, back) for back in (False, True))
+        yield from (choose(capability, *how) for how in ((1, 1), (1, 4), (16, 1)))
+        yield from window(capability)
         yield from (code_dots(capability, bits) for bits in (4, 8))
         yield code_dots(capability, 8, rank=128, page_size=64)
         yield from (regroup(spec, capability) for spec in ("none", "int(bits=4)"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvcomp import Stack
@@ -84,6 +84,17 @@ class Settings:
         for stack in map(Stack.parse, self.stacks):
             stacks.setdefault(stack.hash, str(stack))
         object.__setattr__(self, "stacks", tuple(stacks.values()))
+
+
+def as_options(settings: Settings) -> dict[str, Any]:
+    """The options of `kvcomp bench` that are these settings, as a file for `--config` has them."""
+    options: dict[str, Any] = {"model": settings.model, "tasks": ",".join(settings.tasks)}
+    options |= {"context": list(settings.contexts), "stack": list(settings.stacks)}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.name not in ("model", "tasks", "contexts", "stacks", "named") and (value != f.default or f.name == "seed"):
+            options[f.name.replace("_", "-")] = value
+    return options
 
 
 def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:

@@ -26,7 +26,7 @@ from kvcomp.kernels import dispatch
 from kvcomp.stages.plan import held_by_stream, read_by_stream
 from kvcomp.stages.stack import Stack
 
-from .peers import PEERS, TOLERANCE, Geometry, ready
+from .peers import HALF_TOLERANCE, PEERS, TOLERANCE, Geometry, ready
 
 ATTENTION, MODEL = "attention", "model"
 SDPA, DYNAMIC = "sdpa", "DynamicCache + sdpa"
@@ -88,11 +88,9 @@ def attention(
 ) -> list[Timing]:
     """One decode query of each row over random K and V of one layer; each stack is checked against the reference.
 
-    tell: is called with a line about peers that are not timed, and why.
+    tell: is called with a line about peers and stacks that are not timed, and why: one whose kernel fails, or does not
+    agree with the reference, leaves the others as they are.
     tick: is called after each turn with the turns done and their total.
-
-    Raises:
-        KvcompError: a kernel that does not agree with the reference.
     """
     torch.manual_seed(0)
     shape = (batch, geometry.heads, context)
@@ -128,7 +126,11 @@ def attention(
             if store.plan.needs_queries and at == 0:  # what adapts to queries does so with the first pages
                 seen = query.expand(-1, -1, n, -1) + torch.randn(1, 1, n, 1, dtype=dtype, device=device)
             store.write(k[:, :, at:end], v[:, :, at:end], None, seen, scale)
-        calls[str(stack)] = _checked(store, query, scale, str(stack))
+        call = _checked(store, query, scale)
+        if isinstance(call, str):
+            tell(f"not timed: {stack}: {call}")
+            continue
+        calls[str(stack)] = call
         read[str(stack)] = sum(store.read.values())
         planned = (f(store.plan, *geometry.cached, context, dtype) for f in (read_by_stream, held_by_stream))
         streams = batch * geometry.heads
@@ -136,15 +138,21 @@ def attention(
     return list(_timed(ATTENTION, calls, read, context, batch, steps, device, tick, known))
 
 
-def _checked(store: LayerStore, query: Tensor, scale: float, label: str) -> Callable[[], Any]:
-    """A step of the store, once it agrees with the reference."""
-    store.attend(query, scale)  # the next may be by a kernel that plans for what is read again
-    fast = store.attend(query, scale).out
+def _checked(store: LayerStore, query: Tensor, scale: float) -> Callable[[], Any] | str:
+    """A step of the store, once it agrees with the reference; else why there is none."""
+    try:
+        store.attend(query, scale)  # the next may be by a kernel that plans for what is read again
+        fast = store.attend(query, scale).out
+    except KvcompError:
+        raise
+    except Exception as failure:  # what it compiles, or the memory that it takes, may be missing
+        return f"it failed: {str(failure) or type(failure).__name__}"
     with dispatch.reference_only():
         slow = store.attend(query, scale).out
     error = float((fast - slow).norm() / slow.norm())
-    if not error < TOLERANCE:
-        raise KvcompError(f"{label}: the kernel is off by {error:.2g} of the reference's norm; its speed means nothing")
+    most = TOLERANCE if query.dtype == torch.float32 else HALF_TOLERANCE
+    if not error < most:
+        return f"its kernel is off by {error:.2g} of the reference's norm, and {most:.2g} is what rounding explains"
     return lambda: store.attend(query, scale)
 
 

@@ -18,10 +18,11 @@ KINDS = {
     "indexed_attention": LayerKind.INDEXED,
     "minimax_m3_sparse": LayerKind.INDEXED,
     "sliding_attention": LayerKind.SLIDING,
-    "chunked_attention": LayerKind.SLIDING,
+    "chunked_attention": LayerKind.CHUNKED,
     "dummy": LayerKind.SHARED,
     "cross_attention": LayerKind.CROSS,
 }
+OF_LATENTS = {"full_attention": LayerKind.LATENT, "sliding_attention": LayerKind.CHUNKED}
 
 
 def decoder_config(outer: PreTrainedConfig) -> PreTrainedConfig:
@@ -107,7 +108,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
     """
     latent = layer_fields(config, "kv_lora_rank")
     return [
-        LayerKind.LATENT if kind == "full_attention" and rank else KINDS.get(kind, LayerKind.RECURRENT)
+        (OF_LATENTS if rank else KINDS).get(kind) or KINDS.get(kind, LayerKind.RECURRENT)
         for kind, rank in zip(cache_layers(config)[0], latent, strict=True)
     ]
 

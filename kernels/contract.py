@@ -16,6 +16,16 @@ MOST_ROWS = 128  # queries of a stream; for more it is faster to decode pages fo
 Reduce = Literal["sum", "max"]
 
 
+class ReadBasis(Protocol):
+    """What kernels need of a basis: as `quantizers.basis.Basis`."""
+
+    @property
+    def read_matrix(self) -> Tensor | None: ...
+    @property
+    def mean(self) -> Tensor | None: ...
+    def offset(self, queries: Tensor) -> Tensor | None: ...
+
+
 class PageCodec(Protocol):
     """What kernels need of a codec: the methods of `stages.Codec` of the same names."""
 
@@ -27,6 +37,7 @@ class PageCodec(Protocol):
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]: ...
     def read_output(self, output: Tensor) -> Tensor: ...
+    def read_bases(self) -> tuple[ReadBasis, ReadBasis] | None: ...
 
 
 class PagesView(NamedTuple):
@@ -34,6 +45,7 @@ class PagesView(NamedTuple):
 
     in_tokens: counts are of tokens, of a layout that is `tokenwise`, and the last page may be filled in part. sides is
     None where the codec alone can read its pages. token_bias float32 [S, R, n * P]: what is added to each q . k.
+    skipped int64 [S], below P: so many tokens at the start of a stream's first page are not seen.
     """
 
     pool: Tensor
@@ -43,6 +55,7 @@ class PagesView(NamedTuple):
     sides: KVLayout | None
     in_tokens: bool = False
     token_bias: Tensor | None = None
+    skipped: Tensor | None = None
 
 
 class Case(NamedTuple):
@@ -94,6 +107,8 @@ class Backend:
     attend_tokens: Callable[..., Part | None]
     write: Callable[..., None]
     append: Callable[..., bool]
+    advance: Callable[..., Tensor | None]
+    shift_windows: Callable[..., tuple[Tensor, Tensor]]
     runs: Callable[..., Tensor]
     vector_dots: Callable[..., Tensor]
     code_dots: Callable[..., Tensor]

@@ -17,6 +17,7 @@ from .select import regroup, token_bias
 
 __all__ = [
     "MOST_ROWS",
+    "advance",
     "append",
     "attend_chosen",
     "attend_pages",
@@ -26,6 +27,7 @@ __all__ = [
     "obstacle",
     "reference_only",
     "runs",
+    "shift_windows",
     "using",
     "write_obstacle",
 ]
@@ -46,13 +48,14 @@ def attend_pages(
     workspace: Tensor | None = None,
     token_bias: Tensor | None = None,
     host: bool = True,
+    skipped: Tensor | None = None,
 ) -> Part:
     """As `reference.attend_pages`, and over exact `tokens` too.
 
     host: whether PyTorch may look at counts that lie on the host. workspace: float32 that Triton kernels use instead of
     allocating it, as in a CUDA graph; see `triton.attend`.
     """
-    pages = PagesView(pool, ids, counts, layout, codec.kernel_layouts(), in_tokens, token_bias)
+    pages = PagesView(pool, ids, counts, layout, codec.kernel_layouts(), in_tokens, token_bias, skipped)
     asked = queries.shape[1], queries.dtype, layout, codec.rotates, lse_of_pages, in_tokens, host
     case = Case(pages.sides, pool.device, *asked)
     for backend in backends.able("attend", case):
@@ -149,6 +152,26 @@ def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -
     """Write one token of each stream, keys and values [B, H, 1, D], after the counts [S] that k and v [S, N, D] hold,
     and count it; False, and nothing done, where no kernel takes these tensors."""
     return any(b.append(k, v, counts, keys, values) for b in backends.on("append", keys.device))
+
+
+def advance(
+    k: Tensor, v: Tensor, counts: Tensor, pages: Tensor, seen: Tensor, keys: Tensor, values: Tensor, each: int
+) -> Tensor | None:
+    """As `append`, of a store of `each` records a stream, of which pages int64 [S] exist, and of rows of seen int64 [B]
+    tokens, which are counted as well. int64 [S]: the record for the next page of each stream whose slots are all full,
+    -1 of others; None, and nothing done, where no kernel takes these tensors."""
+    found = (b.advance(k, v, counts, pages, seen, keys, values, each) for b in backends.on("advance", k.device))
+    return next((ids for ids in found if ids is not None), None)
+
+
+def shift_windows(
+    k: Tensor, v: Tensor, counts: Tensor, pages: Tensor, ids: Tensor, page: int, sinks: int, recent: int, clean: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Take the oldest page of tokens, keys [S, page, Dk] and values [S, page, Dv], out of each window that `advance`
+    gave a record for; 0 for what is not finite where `clean`. None, and nothing done, where there is no kernel."""
+    for backend in backends.on("shift_windows", k.device):
+        return backend.shift_windows(k, v, counts, pages, ids, page, sinks, recent, clean)
+    return None
 
 
 runs = door(tokens_reference.runs)

@@ -207,8 +207,8 @@ class FlashInfer(Backend):
         softcap: float | None,
         *_: object,
     ) -> Part | None:
-        pool, ids, counts, layout, sides, _in_tokens, token_bias = pages
+        pool, ids, counts, layout, sides, _in_tokens, token_bias, skipped = pages
         assert sides is not None
-        if token_bias is not None:
+        if token_bias is not None or skipped is not None:
             return None
         return attend(queries, pool, ids, counts, layout, sides, scale, softcap)

@@ -13,6 +13,7 @@ from kvcomp.layout import PageLayout, Summary
 from kvcomp.segments import KVLayout
 
 from .contract import MOST_ROWS, Backend, Case, PageCodec, PagesView, Reduce
+from .reference import select
 
 MISSING = (
     "triton is not installed, so attention over compressed pages runs in PyTorch on the GPU, several times slower: "
@@ -65,9 +66,9 @@ class Triton(Backend):
         from .triton import plan
 
         centred = case.layout is not None and bool(case.layout.centres)
-        if case.rows > MOST_ROWS:
+        if case.rows > MOST_ROWS or (case.rotates and plan.bases(codec) is None):
             return False
-        return plan.together(case.rotates, centred, case.rows)
+        return plan.together(centred, case.rows)
 
     def attend(
         self,
@@ -82,31 +83,39 @@ class Triton(Backend):
     ) -> Part | None:
         """Exact where queries are float32. workspace: see `triton.attend`. More than `MOST_ROWS`: see `triton.many`."""
         from . import triton
+        from .triton import ops_rotate, plan
 
-        pool, ids, counts, layout, sides, in_tokens, token_bias = pages
+        pool, ids, counts, layout, sides, in_tokens, token_bias, skipped = pages
         many_rows = case.rows > MOST_ROWS
-        if many_rows and (softcap is not None or token_bias is not None or not ids.shape[1]):
+        if many_rows and (softcap is not None or token_bias is not None or skipped is not None or not ids.shape[1]):
             return None
         assert sides is not None
         held = triton.Pages(
             pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device)
         )
-        rotated, bias = queries, None
-        if case.rotates:
+        bases = plan.bases(codec) if case.rotates else None
+        rotated, bias, back = queries, None, None
+        if bases is not None:
+            rotated, bias = ops_rotate.rotated(queries, bases[0])
+            back = bases[1].read_matrix
+        elif case.rotates:
             rotated, bias = codec.read_query(queries.float())
         if many_rows:
             from .triton import many
 
             part = many.attend(rotated, held, scale, queries.dtype, bias, in_tokens)
-        else:
-            part = triton.attend(
-                *(rotated, held, tokens, scale, softcap, bias),
-                lse_of_pages=case.lse_of_pages,
-                workspace=workspace,
-                in_tokens=in_tokens,
-                token_bias=token_bias,
-            )
-        return part._replace(out=codec.read_output(part.out)) if case.rotates else part
+            return part._replace(out=codec.read_output(part.out)) if case.rotates else part
+        part = triton.attend(
+            *(rotated, held, tokens, scale, softcap, bias),
+            lse_of_pages=case.lse_of_pages,
+            workspace=workspace,
+            in_tokens=in_tokens,
+            token_bias=token_bias,
+            skipped=skipped,
+            token_queries=queries if case.rotates and tokens is not None else None,
+            back=back,
+        )
+        return part if bases is not None or not case.rotates else part._replace(out=codec.read_output(part.out))
 
     def attend_tokens(
         self,
@@ -121,6 +130,30 @@ class Triton(Backend):
         from . import triton
 
         return triton.attend(queries, None, tokens, scale, softcap, prior=prior, workspace=workspace)
+
+    def append(self, k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -> bool:
+        from .triton import ops_window
+
+        if not (counts.device == k.device and _rows(k, v, keys, values)):
+            return False
+        ops_window.append_token(k, v, counts, keys, values)
+        return True
+
+    def advance(
+        self, k: Tensor, v: Tensor, counts: Tensor, pages: Tensor, seen: Tensor, keys: Tensor, values: Tensor, each: int
+    ) -> Tensor | None:
+        from .triton import ops_window
+
+        if not _rows(k, v, keys, values):
+            return None
+        ids: Tensor = ops_window.advance(k, v, counts, pages, seen, keys, values, each)
+        return ids
+
+    def shift_windows(self, *args: Any) -> tuple[Tensor, Tensor]:
+        from .triton import ops_window
+
+        moved: tuple[Tensor, Tensor] = ops_window.shift_windows(*args)
+        return moved
 
     def write(
         self,
@@ -149,6 +182,26 @@ class Triton(Backend):
 
         return triton.code_dots(queries, summary.pool, summary.ids, summary.counts, summary.layout, name, bits)
 
+    def choose(
+        self,
+        logits: Tensor,
+        scale: float,
+        counts: Tensor,
+        unit: int,
+        wanted: Tensor,
+        width: int,
+        pages: int,
+        ends: tuple[int, int],
+    ) -> Tensor:
+        from .triton import ops_scores
+
+        if logits.shape[1] > ops_scores.MOST_HEADS:
+            return select.choose(logits, scale, counts, unit, wanted, width, pages, ends)
+        each = logits.shape[-1] // pages if unit == 1 else 1
+        given = logits.float().contiguous(), counts.contiguous(), wanted.contiguous()
+        chosen: Tensor = ops_scores.choose(*given, unit, each, width, *(n * unit for n in ends), scale)
+        return chosen
+
     def regroup(self, *args: Any) -> Tensor:
         from . import triton
 
@@ -166,3 +219,10 @@ class Triton(Backend):
         from . import triton
 
         return triton.attention_received(queries, keys, scale, visible, softcap, reduce == "max")
+
+
+def _rows(k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether kernels can put tokens [B, H, 1, D] into slots [S, n, D]: of the same numbers, each contiguous."""
+    alike = k.dtype == v.dtype == keys.dtype == values.dtype and k.device == keys.device
+    slots = all(x.stride()[1:] == (x.shape[2], 1) or not x.shape[2] for x in (k, v))
+    return alike and slots and keys.stride(3) == 1 and (values.stride(3) == 1 or not values.shape[3])

@@ -5,7 +5,7 @@ An engine says of which kind the layers of a model are; everything else asks her
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,7 +19,8 @@ class Traits:
     does: what the layer does, of a model that has one. packed: its keys and values, or what it caches for them, go
     through the stack. scored: policies and selectors can distinguish its tokens. fixed: its decode steps have fixed
     shapes in a preallocated cache. calibrated: what calibrated stages need can be gathered from it. engine: an engine
-    that owns the memory, such as vLLM, can hold its pages.
+    that owns the memory, such as vLLM, can hold its pages. bounded: it sees a window alone, whatever the context, so
+    that policies and selectors leave it to the quantizer, and calibration leaves it out.
     """
 
     does: str
@@ -28,6 +29,7 @@ class Traits:
     fixed: bool = False
     calibrated: bool = False
     engine: bool = False
+    bounded: bool = False
 
 
 class LayerKind(Enum):
@@ -36,7 +38,8 @@ class LayerKind(Enum):
     FULL = Traits("attends to all tokens", packed=True, scored=True, fixed=True, calibrated=True, engine=True)
     LATENT = Traits("caches latents (MLA)", packed=True, scored=True)
     INDEXED = Traits("chooses tokens by an indexer of its own", packed=True)
-    SLIDING = Traits("attends to a sliding window")
+    SLIDING = Traits("attends to a sliding window", packed=True, bounded=True)
+    CHUNKED = Traits("attends to a chunk of the text, or to latents in a window")
     SHARED = Traits("reads the cache of another layer, or none")
     CROSS = Traits("attends to an image or another text")
     RECURRENT = Traits("keeps a state of its own")
@@ -47,8 +50,8 @@ class LayerKind(Enum):
 
 
 def without(kinds: Iterable[LayerKind], trait: str) -> LayerKind | None:
-    """The first of a model's kinds that a stack packs and that lacks a trait; None where all have it."""
-    return next((k for k in kinds if k.traits.packed and not getattr(k.traits, trait)), None)
+    """The first of a model's kinds that a stack packs whole and that lacks a trait; None where all have it."""
+    return next((k for k in kinds if k.traits.packed and not (k.traits.bounded or getattr(k.traits, trait))), None)
 
 
 def obstacle(kinds: Iterable[LayerKind], stack: Stack) -> str | None:
@@ -74,9 +77,9 @@ class LayerShape:
 
     kv_heads, k_dim, v_dim: what is cached of a token (a latent: 1 head, its rank, its rotary channels). heads: query
     heads. prefill_width, decode_width: channels that a head multiplies per (query, key) pair, Dqk + Dv. window: tokens
-    that a sliding layer sees at most. state: bytes per sequence that a recurrent layer holds, whatever the context.
-    latent: whether that is a latent. index: channels of a token's index key, all of which a model's own indexer reads;
-    chosen: tokens that it chooses.
+    that a sliding layer sees at most. source: the layer, by number, whose cache this one reads. state: bytes per
+    sequence that a recurrent layer holds, whatever the context. latent: whether it caches latents. index: channels of a
+    token's index key, all of which a model's own indexer reads; chosen: tokens that it chooses.
     """
 
     kv_heads: int = 0
@@ -88,6 +91,7 @@ class LayerShape:
     window: int | None = None
     state: int = 0
     kind: LayerKind = LayerKind.FULL
+    source: int | None = None
     latent: bool = False
     index: int = 0
     chosen: int | None = None
@@ -173,15 +177,21 @@ class ModelShape:
         """Bytes of K and V that one more token adds, in the layers that keep all tokens."""
         return self.itemsize * sum(layer.elements for layer in self.layers if layer.full)
 
-    def fixed_bytes(self, tokens: int) -> int:
-        """Bytes that a stack leaves alone (sliding windows, recurrent states, index keys) of a sequence."""
-        rest = [layer for layer in self.layers if not layer.full]
+    def fixed_bytes(self, tokens: int, packed: Container[int] = ()) -> int:
+        """Bytes of a sequence that a stack leaves alone: index keys, and layers that do not grow with the context
+        (sliding windows, recurrent states) but for those, by number, that it has `packed`."""
+        rest = [layer for i, layer in enumerate(self.layers) if not layer.full and i not in packed]
         index = sum(self.itemsize * layer.index for layer in self.layers) * tokens
         return index + sum(self.itemsize * layer.elements * layer.seen(tokens) + layer.state for layer in rest)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of an uncompressed cache of one sequence of `tokens` tokens."""
         return self.token_bytes * tokens + self.fixed_bytes(tokens)
+
+    def read_bytes(self, tokens: int) -> int:
+        """Bytes of an uncompressed cache that a query of `tokens` tokens reads: what layers share, once for each."""
+        sources = [self.layers[layer.source] for layer in self.layers if layer.source is not None]
+        return self.cache_bytes(tokens) + self.itemsize * sum(x.elements * x.seen(tokens) for x in sources)
 
     def weight_bytes(self, tokens: int) -> float:
         """Bytes of weights that a forward over `tokens` tokens, of all sequences together, has to move."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 MAX_LOGITS = 1 << 24  # largest block of logits held at once, in elements (64 MiB of float32)
 MANY_LOGITS = 1 << 16  # from so many on torch's flash attention is faster, and holds none of them
+ALIGNED = 8  # elements: what kernels of 16 bits take is a multiple of it
 MANY_ROWS = 64  # of queries, from which on a GPU multiplies matrices of 16 bits
 HIDDEN = -30000.0  # logits are far above it, and float16 has it
 HALVES = (torch.float16, torch.bfloat16)
@@ -144,6 +145,23 @@ def attend_causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float, s
     return attend(queries.flatten(1, 2), keys, values, scale, causal(n, keys.device).repeat(1, group, 1), softcap)
 
 
+def attend_after(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Part:
+    """As `attend_causal`, also over earlier keys [S, N, Dk] and values [S, N, Dv], without a mask of n x N."""
+    earlier, flat = keys.shape[1], queries.flatten(1, 2)
+    whole = earlier - earlier % ALIGNED if _on_gpu(queries) else earlier
+    runs = [slice(a, b) for a, b in ((0, whole), (whole, earlier)) if a < b]
+    parts = [attend(flat, keys[:, run], values[:, run], scale, None, softcap) for run in runs]
+    return merge([*parts, attend_causal(queries, own_keys, own_values, scale, softcap)])
+
+
 def by_efficient(queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: Tensor | None = None) -> Part:
     """Attention on a GPU of queries [S, R, Dk] over keys [S, N, Dk] and values [S, N, Dv] of 16 bits, by torch's
     kernel, which holds no logits. hidden [S, N]: `HIDDEN` for tokens that are not seen, whose numbers must be finite;
@@ -157,7 +175,7 @@ def by_efficient(queries: Tensor, keys: Tensor, values: Tensor, scale: float, hi
 
 def _efficient(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> bool:
     """Whether `by_efficient` takes these, and there are queries enough: what is visible, all of a stream see alike."""
-    aligned = all(n % 8 == 0 for n in (keys.shape[1], keys.shape[2], values.shape[2]))
+    aligned = all(n % ALIGNED == 0 for n in (keys.shape[1], keys.shape[2], values.shape[2]))
     alike = visible is None or (visible.dim() == 3 and visible.shape[1] == 1)
     halves = queries.dtype in HALVES and queries.dtype == keys.dtype == values.dtype
     return halves and _on_gpu(queries) and queries.shape[1] > MANY_ROWS and aligned and alike

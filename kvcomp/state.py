@@ -149,7 +149,7 @@ def described(value: Any) -> str:
 
 
 def learned(state: State, fresh: Mapping[str, Tensor], streams: int, device: torch.device) -> State:
-    """The tensors of what a codec or an index learned of so many streams, on `device`.
+    """The tensors of what a codec or an index learned of so many streams, on `device`, or where `fresh` has them.
 
     fresh: the same before anything was learned. Tensors of those names have the same dtypes, and the same sizes but
     where those are 0; numbers are finite. Others, of an older form perhaps, are for the codec to check.
@@ -164,7 +164,7 @@ def learned(state: State, fresh: Mapping[str, Tensor], streams: int, device: tor
             state.require(not many, f"{name} is {described(tensor)}, but there are {streams} streams")
         tensor = state[name]
         state.require(tensor.is_meta or bool(tensor.isfinite().all()), f"{name} is not finite")
-        found[name] = tensor.to(device)
+        found[name] = tensor.to(device if like is None else like.device)
     return State(found, state.where)
 
 

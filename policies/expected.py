@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kvcomp.stages import Alias, Chunk, arg
 from kvcomp.stages.registry import register
@@ -17,6 +16,7 @@ from .scored import ScoredPolicy
 
 FARTHEST = 1 << 16  # positions that `future` may look at
 BLOCK = 512  # of them at a time: D x D matrices of that many are held at once
+ELEMENTS = 1 << 24  # of queries in float32 that are held at once: 64 MiB
 
 
 @register("expected_attention")
@@ -68,31 +68,68 @@ class ExpectedAttention(ScoredPolicy):
     def scores(self, chunk: Chunk) -> Tensor:
         assert chunk.queries is not None
         assert chunk.model is not None
-        queries, keys = chunk.queries.float(), chunk.keys.float()
-        n, dim = keys.shape[2:]
+        n, dim = chunk.keys.shape[2:]
         sinks = min(max(self.sinks - chunk.past, 0), n - 1)
-        at = chunk.past + torch.arange(n, device=keys.device)
-        plain = chunk.model.rotate(queries, -at)[:, :, sinks:]
-        ahead = chunk.past + n + torch.arange(self.future, device=keys.device)
-        unit = torch.eye(dim, device=keys.device, dtype=torch.float32)[:, None]
-        turn = torch.zeros((), device=keys.device, dtype=torch.float32)
-        for block in ahead.split(BLOCK):
-            turned = chunk.model.rotate(unit.expand(-1, len(block), -1), block).mean(1)
-            turn = turn + turned * (len(block) / self.future)  # [D, D], whose transpose is R
-        mean = plain.mean(2, keepdim=True)
-        keys = keys[:, :, None, sinks:]  # [b, Hkv, 1, m, D]
-
-        def grouped(x: Tensor) -> Tensor:
-            heads: Tensor = x.unflatten(1, (keys.shape[1], -1))
-            return heads
-
-        logits = chunk.scale * (keys @ grouped(mean @ turn).mT)[..., 0]  # [b, Hkv, G, m]
-        if self.covariance:
-            spread = (plain - mean) @ turn
-            spread = grouped(spread.mT @ spread / spread.shape[2])
-            logits = logits + chunk.scale**2 / 2 * ((keys @ spread) * keys).sum(-1)
+        turn, device = self._turn(chunk), chunk.keys.device
+        logits = chunk.values.new_empty(*chunk.queries.shape[:2], n - sinks, dtype=torch.float32, device=device)
+        group = chunk.queries.shape[1] // chunk.keys.shape[1]
+        block = max(ELEMENTS // (group * dim), 1)
+        for head in range(chunk.keys.shape[1]):  # all at once would be copies of the queries in float32
+            for row in range(len(logits)):
+                ours = slice(head * group, (head + 1) * group)
+                mean, spread = self._expected(chunk, row, ours, sinks, block, turn)
+                for at in range(sinks, n, block):
+                    k = chunk.keys[row, head, at : at + block].float()  # [t, D]
+                    found = chunk.scale * (mean @ k.mT)  # [G, t]
+                    if spread is not None:
+                        found = found + chunk.scale**2 / 2 * ((k @ spread) * k).sum(-1)
+                    logits[row, ours, at - sinks : at - sinks + block] = found
+        logits = logits.unflatten(1, (-1, group))  # [b, Hkv, G, m]
         logits = logits.masked_fill(~chunk.alive[:, :, None, sinks:], -torch.inf)
         received = logits.softmax(-1).nan_to_num(0).mean(2)
         if self.norms:
-            received = (received + self.epsilon) * chunk.values[:, :, sinks:].float().norm(dim=-1)
-        return F.pad(received, (sinks, 0), value=float(received.max()) + 1)
+            size = torch.linalg.vector_norm(chunk.values[:, :, sinks:], dim=-1, dtype=torch.float32)
+            received = (received + self.epsilon) * size
+        first = (received.amax() + 1).expand(*received.shape[:2], sinks)
+        return torch.cat([first, received], -1)
+
+    def _turn(self, chunk: Chunk) -> Tensor:
+        """R' float32 [D, D]: the mean rotation of the positions to come, transposed."""
+        assert chunk.model is not None
+        n, dim = chunk.keys.shape[2:]
+        device = chunk.keys.device
+        ahead = chunk.past + n + torch.arange(self.future, device=device)
+        unit = torch.eye(dim, device=device, dtype=torch.float32)[:, None]
+        turn = torch.zeros((), device=device, dtype=torch.float32)
+        for block in ahead.split(BLOCK):
+            turned = chunk.model.rotate(unit.expand(-1, len(block), -1), block).mean(1)
+            turn = turn + turned * (len(block) / self.future)
+        return turn
+
+    def _expected(
+        self, chunk: Chunk, row: int, heads: slice, sinks: int, block: int, turn: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """m' [G, D] and C' [G, D, D] (None: not asked for) of some query heads of a row, `block` queries at a time.
+        Sums of their differences from the mean of the first ones lose nothing to cancellation."""
+        assert chunk.queries is not None
+        assert chunk.model is not None
+        n = chunk.keys.shape[2]
+        near = total = products = None
+        for at in range(sinks, n, block):
+            queries = chunk.queries[row : row + 1, heads, at : at + block].float()
+            positions = chunk.past + torch.arange(at, at + queries.shape[2], device=queries.device)
+            plain = chunk.model.rotate(queries, -positions)[0]  # [G, t, D]
+            near = plain.mean(1, keepdim=True) if near is None else near
+            plain = plain - near
+            summed = plain.sum(1, keepdim=True)
+            total = summed if total is None else total + summed
+            if self.covariance:
+                squares = plain.mT @ plain
+                products = squares if products is None else products + squares
+        assert near is not None
+        assert total is not None
+        off = total / (n - sinks)
+        mean = (near + off)[:, 0] @ turn
+        if products is None:
+            return mean, None
+        return mean, turn.mT @ (products / (n - sinks) - off.mT @ off) @ turn

@@ -28,15 +28,15 @@ class Basis:
     mean: Tensor | None = None
 
     def write(self, x: Tensor, streams: Tensor) -> Tensor:
-        """Coordinates [M, P, R] of x [M, P, D], pages of `streams` [M]; float32."""
+        """Coordinates float32 [M, P, R] of x [M, P, D], pages of `streams` [M], or [s] that have M / s of them each."""
         x = x.float()
         if self.mean is not None:
-            x = x - _of(self.mean[..., None, :], streams)
-        return x if self.matrix is None else x @ _of(self.matrix, streams)
+            x = x - _of(self.mean[..., None, :], each_page(streams, len(x)))
+        return x if self.matrix is None else times(x, self.matrix, streams)
 
     def read(self, queries: Tensor) -> Tensor:
         """What queries [S, R', D] of all streams are multiplied with coordinates as: [S, R', R] float32."""
-        matrix = self._read_matrix
+        matrix = self.read_matrix
         return queries.float() if matrix is None else queries.float() @ _of_all(matrix, len(queries))
 
     def offset(self, queries: Tensor) -> Tensor | None:
@@ -46,10 +46,10 @@ class Basis:
         return (queries.float() * _of_all(self.mean[..., None, :], len(queries))).sum(-1)
 
     def inverse(self, y: Tensor, streams: Tensor) -> Tensor:
-        """Original coordinates [M, P, D] of y [M, P, R], which belong to `streams` [M]."""
-        matrix = self._read_matrix
-        x = y if matrix is None else y @ _of(matrix, streams).mT
-        return x if self.mean is None else x + _of(self.mean[..., None, :], streams)
+        """Original coordinates [M, P, D] of y [M, P, R], which belong to `streams`, as of `write`."""
+        matrix = self.read_matrix
+        x = y if matrix is None else times(y, matrix.mT, streams)
+        return x if self.mean is None else x + _of(self.mean[..., None, :], each_page(streams, len(y)))
 
     @property
     def is_identity(self) -> bool:
@@ -57,13 +57,30 @@ class Basis:
         return not self.tensors
 
     @property
-    def _read_matrix(self) -> Tensor | None:
+    def read_matrix(self) -> Tensor | None:
+        """What queries are multiplied with; None: the identity."""
         return self.matrix if self.dual is None else self.dual
 
     @property
     def tensors(self) -> list[Tensor]:
         """Tensors that a layer holds for the basis."""
         return [t for t in (self.matrix, self.dual, self.mean) if t is not None]
+
+
+def each_page(streams: Tensor, pages: int) -> Tensor:
+    """The stream [M] of each of M pages, of `streams` [s] that have as many of them each, in a row."""
+    return streams if len(streams) == pages else streams.repeat_interleave(pages // max(len(streams), 1))
+
+
+def times(x: Tensor, matrix: Tensor, streams: Tensor) -> Tensor:
+    """x [M, P, A] of `streams` [s], which have M / s pages each, times matrix [A, B] or [n, A, B]: [M, P, B]. A matrix
+    is read once for each of the streams, and not for each of their pages."""
+    if matrix.dim() == 2:
+        return x @ matrix
+    own = matrix[streams % len(matrix)]
+    if len(own) == len(x):
+        return x @ own
+    return (x.unflatten(0, (len(own), -1)).flatten(1, 2) @ own).view(*x.shape[:2], -1)
 
 
 def _of(tensor: Tensor, streams: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.file import CalibrationError
 from kvcomp.calibration.stage import Blank, Calibrated, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.layout import Field
@@ -58,6 +59,12 @@ class CalibratedQuantizer(Calibrated, Quantizer):
 
     def codec(self, shape: PageShape) -> Codec:
         return self.made_of(self.load(), shape)
+
+    def has_layer(self, layer: int) -> bool:
+        try:
+            return layer in self.load().layers if self.calibration is not None else not self.required
+        except CalibrationError:  # a plan is made before there is a file
+            return False
 
     def shared_bytes(self, shape: PageShape) -> int:
         if self.calibration is None and not self.required:

@@ -116,6 +116,10 @@ class GridCodec(Codec):
     def read_output(self, output: Tensor) -> Tensor:
         return _output(self.v_basis, output)
 
+    def read_bases(self) -> tuple[Basis, Basis] | None:
+        plain = type(self.k_basis) is Basis and type(self.v_basis) is Basis
+        return (self.k_basis, self.v_basis) if plain else None
+
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.v_basis.read(queries), self.v_basis.offset(queries)
 

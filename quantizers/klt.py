@@ -19,6 +19,7 @@ from kvcomp.stages import Codec, PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State, described
 
+from .basis import Basis
 from .calibrated import CalibratedQuantizer
 from .directions import scaled_directions, singular
 from .grid import SCALE
@@ -33,11 +34,17 @@ class KLTCodec(Codec):
     To fit, the second moment of a stream's queries is gathered until its first page, and dropped then.
     """
 
-    hosted = True
-
     def __init__(self, k_grid: KLTGrid, v_grid: KLTGrid, fitted_heads: bool = False) -> None:
         self.k_grid, self.v_grid, self.fitted_heads = k_grid, v_grid, fitted_heads
         self.queries = QueryMoments(k_grid.dim, k_grid.device)
+
+    @property
+    def hosted(self) -> bool:  # type: ignore[override]
+        return self.adapts
+
+    @property
+    def adapts(self) -> bool:
+        return not self.fitted_heads
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -84,6 +91,9 @@ class KLTCodec(Codec):
 
     def read_output(self, output: Tensor) -> Tensor:
         return self.v_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
+
+    def read_bases(self) -> tuple[Basis, Basis]:
+        return self.k_grid.stored_basis(), self.v_grid.stored_basis()
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         basis = self.v_grid.basis()

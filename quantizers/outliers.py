@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .basis import Basis
+from .basis import Basis, each_page
 from .centred import without_centres
 from .codecs import GridCodec
 from .per_stream import PerStream, weights
@@ -45,13 +45,13 @@ class OutlierBasis(Basis):
             self.orders.settle(streams, new, energy.argsort(dim=-1, descending=True, stable=True))
 
     def write(self, x: Tensor, streams: Tensor) -> Tensor:
-        return super().write(_arranged(x, self.orders.of(streams)), streams)
+        return super().write(_arranged(x, self.orders.of(each_page(streams, len(x)))), streams)
 
     def read(self, queries: Tensor) -> Tensor:
         return super().read(_arranged(queries, self.orders.all(len(queries))))
 
     def inverse(self, y: Tensor, streams: Tensor) -> Tensor:
-        return _arranged(super().inverse(y, streams), self.orders.of(streams).argsort(-1))
+        return _arranged(super().inverse(y, streams), self.orders.of(each_page(streams, len(y))).argsort(-1))
 
     def fork(self) -> OutlierBasis:
         """A basis that settles by itself from here."""
@@ -70,6 +70,10 @@ class OutlierCodec(GridCodec):
     def _outliers(self) -> dict[str, OutlierBasis]:
         bases = {"k": self.k_basis, "v": self.v_basis}
         return {side: basis for side, basis in bases.items() if isinstance(basis, OutlierBasis)}
+
+    @property
+    def adapts(self) -> bool:
+        return bool(self._outliers)
 
     def fit(self, streams: Tensor, keys: Tensor, values: Tensor, due: Tensor | None = None) -> None:
         given = {"k": keys, "v": values}

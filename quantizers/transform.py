@@ -14,7 +14,7 @@ from kvcomp.layout import Field
 from kvcomp.segments import Codebook, Gain, Plane, SideLayout
 from kvcomp.state import DamagedError
 
-from .basis import Basis, rotation
+from .basis import Basis, each_page, rotation, times
 from .directions import ladder, rms, scaled_directions, shrinkage, singular, weighted
 from .grid import HUGE, SCALE, TINY
 from .lloyd import nearest, sphere_codebook
@@ -109,13 +109,23 @@ class KLTGrid:
         """What maps queries to coordinates, and coordinates back."""
         return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
 
+    def stored_basis(self) -> Basis:
+        """As `basis`, in the dtype that it is stored in."""
+        return Basis(None, self.dual[:, :, : self.live], self.mean)
+
     def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """x [M, P, D] of `streams` [M] -> coordinates [M, P, live] and norms [M, P, 1], before what makes up for short
-        codes; float32."""
+        """x [M, P, D] of `streams`, as of `Basis.write`, -> coordinates [M, P, live] and norms [M, P, 1], before what
+        makes up for short codes; float32."""
         x = x.float().clamp(-LARGEST, LARGEST)
-        used, which = (streams % len(self.dual)).unique(return_inverse=True)
-        write = torch.linalg.inv(self.dual[used].float()).mT[:, :, : self.live]  # what is stored decides
-        z = (x if self.mean is None else x - self.mean[used][which, None]) @ write[which]
+        used, which = streams % len(self.dual), None
+        if used.is_cpu and len(used) > 1:
+            used, which = used.unique(return_inverse=True)
+        elif len(used) > len(self.dual):  # to look which there are would be to wait for the device
+            used, which = torch.arange(len(self.dual), device=used.device), used
+        inverse = torch.linalg.inv_ex(self.dual[used].float()).inverse  # what is stored decides
+        write = inverse.mT[:, :, : self.live]
+        z = x if self.mean is None else x - self.mean[each_page(streams % len(self.dual), len(x)), None]
+        z = times(z, write, torch.arange(len(used), device=x.device) if which is None else which)
         size = rms(z)
         return z, size if self.mean is not None else rms(x).minimum(SHORT * size)
 

@@ -98,14 +98,16 @@ class RankedSelector(Selector):
         """Pages that are read in any case."""
         return max(self.min_pages, self.first + self.last)
 
-    def _reads(self, counts: Tensor, most: int, page_size: int) -> Tensor:
-        """int64 [S]: `reads` of counts [S] pages, of which `most` is the largest; nothing waits for a GPU."""
-        if counts.is_cpu:  # each operation on a tensor costs more than all of this
-            each = [self.reads(count, page_size) for count in counts.tolist()]
-            return torch.tensor(each, dtype=torch.int64, device="cpu")
+    def _reads(self, held: Summaries, most: int, unit: int) -> Tensor:
+        """int64 [S]: `reads` of the pages held, of which `most` is the largest, in units; nothing waits for a GPU."""
+        counts = held.counts
+        known = counts if counts.is_cpu else held.held
+        if known is not None:  # each operation on a tensor costs more than all of this
+            each = [unit * self.reads(count, held.page_size) for count in known.tolist()]
+            return torch.tensor(each, dtype=torch.int64, device="cpu").to(counts.device, non_blocking=True)
         if self.keep is None:
-            return counts.long().clamp_max(most)
-        return self._bounded((counts.double() * self.keep).round().long().clamp_min(1), counts)
+            return unit * counts.long().clamp_max(most)
+        return unit * self._bounded((counts.double() * self.keep).round().long().clamp_min(1), counts)
 
     def _bounded(self, wanted: Tensor, counts: Tensor) -> Tensor:
         return wanted.clamp_min(self._least).minimum(counts.long())
@@ -119,7 +121,7 @@ class RankedSelector(Selector):
         unit = held.page_size if held.by_tokens else 1  # how many of what is chosen a page holds
         most = max(self.reads(pages, held.page_size), 1)
         if self.top_p is None and self.threshold is None and self.heads == "own":
-            valid = unit * self._reads(counts, most, held.page_size)
+            valid = self._reads(held, most, unit)
             return Choice(choose(logits, scale, counts, unit, valid, unit * most, pages, ends), valid)
         each = logits.shape[-1] // pages
         share = by_unit(shares(logits * scale, counts * each), pages, unit)  # [S, n * unit]
@@ -132,7 +134,7 @@ class RankedSelector(Selector):
         elif self.threshold is not None:
             enough = ((share >= self.threshold) | (ranks >= 2)).sum(-1)  # what does not exist has no share
         else:
-            valid = unit * self._reads(counts, most, held.page_size)
+            valid = self._reads(held, most, unit)
             return Choice(largest(ranks, valid, unit * most), valid)
         valid = unit * self._bounded((enough + unit - 1) // unit, counts)
         width = max(int(valid.max()), unit) if valid.is_cpu else unit * pages  # to read it would wait for a GPU

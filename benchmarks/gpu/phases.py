@@ -2,7 +2,8 @@
 $OUT, written when it is there, so that nothing is lost if a later one fails. No network, no weights: everything is
 random, and what is timed is checked against the reference, which a line reports.
 
-python benchmarks/gpu/phases.py copy|attention|prefill|decode|summary [--tiny]: tiny sizes, also where there is no GPU
+python benchmarks/gpu/phases.py copy|host|attention|prefill|decode|summary [--tiny] [--fake]: tiny sizes, also where
+there is no GPU; fake: there, triton compiles for one and launches nothing, so that no result means anything
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvcomp.attention import Part, attend_causal, merge
+from kvcomp.benchmarks.gpu import fake_driver
 from kvcomp.benchmarks.peers import PEERS, Geometry, ready
 from kvcomp.cache.layer import LayerStore
 from kvcomp.kernels import dispatch
+from kvcomp.kernels.triton_backend import Triton
 from kvcomp.stages.stack import Stack
 
 OUT = Path(os.environ.get("OUT", "."))
@@ -109,6 +114,13 @@ def copy(tiny: bool) -> None:
     for name, call, times in (("copy", lambda: target.copy_(source), 2), ("sum", source.sum, 1)):
         ms = graph_ms([call] * 4)
         emit("copy", what=name, ms=ms, gbps=times * source.nbytes / ms / 1e6)
+
+
+def host(_: bool) -> None:
+    """CPU time of one call, under a driver that launches nothing: where there is a GPU, in a process of its own."""
+    command = [sys.executable, "-m", "kvcomp.benchmarks.gpu.fake_driver"]
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        emit("host", **json.loads(line))
 
 
 def filled(spec: str, k: Tensor, v: Tensor, q: Tensor, scale: float) -> LayerStore:
@@ -314,16 +326,23 @@ def summary(_: bool) -> None:
     print("\n".join(text))
 
 
-PHASES = {f.__name__: f for f in (copy, attention, prefill, decode, summary)}
+PHASES = {f.__name__: f for f in (copy, host, attention, prefill, decode, summary)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--fake", action="store_true")
     options = parser.parse_args()
-    with kept(options.phase, what="phase"):
+    rehearsed: AbstractContextManager[None] = nullcontext()
+    if options.fake:
+        fake_driver.install()
+        rehearsed = dispatch.using(Triton(anywhere=True))
+    with kept(options.phase, what="phase"), rehearsed:
         PHASES[options.phase](options.tiny)
+    if fake_driver.launched:
+        emit("launched", phase_of=options.phase, **fake_driver.launched)
 
 
 if __name__ == "__main__":

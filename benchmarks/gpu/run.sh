@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What one GPU says of kvcomp in at most ten minutes, without a network: tests of the kernels on the device, attention,
 # prefill, decoding; results in $OUT as lines of JSON and summary.md. Wheels that the machine lacks are taken from
-# $WHEELS, if that is set. TINY=1: the same with tiny sizes, also without a GPU.
+# $WHEELS, if that is set. TINY=1: the same with tiny sizes, also without a GPU; FAKE=1 besides: there, with triton's
+# kernels, compiled for one and never launched.
 #
 #   OUT=results WHEELS=wheels benchmarks/gpu/run.sh
 set -uo pipefail
@@ -15,7 +16,7 @@ if [ -n "${WHEELS:-}" ]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$SITE" "$WHEELS"/*.whl || echo "run.sh: wheels were not installed"
 fi
 export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$OUT/.triton}"
-TINY_FLAG=(${TINY:+--tiny})
+TINY_FLAG=(${TINY:+--tiny} ${FAKE:+--fake})
 
 # seconds, name, command: cut off when it takes longer; what it wrote stays, and the next one runs
 phase() {
@@ -39,6 +40,7 @@ phase() {
 run() { phase "$1" "$2" "$PYTHON" benchmarks/gpu/phases.py "$2" "${TINY_FLAG[@]}"; }
 
 run 30 copy
+phase 60 host "$PYTHON" benchmarks/gpu/phases.py host
 if [ -n "${TINY:-}" ]; then
     phase 60 tests "$PYTHON" -m pytest -q tests/kernels/test_triton_assembly.py
 else

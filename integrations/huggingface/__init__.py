@@ -3,7 +3,7 @@
 How it hooks in: a layer's `update` keeps a chunk's K and V as *pending* and returns two light handles in their place
 (handles.py); the attention function registered for the model (hook.py) recognises the handles, runs the model's own
 attention for the first prefill and attention over the compressed parts for everything later, and then the chunk is
-committed: score, evict, encode. A plain tensor instead of a handle (another cache, a sliding layer) goes to the
+committed: score, evict, encode. A plain tensor instead of a handle (another cache, a recurrent layer) goes to the
 model's own attention.
 """
 

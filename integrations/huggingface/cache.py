@@ -35,7 +35,16 @@ from .indexed import IndexerPositions
 from .interface import outside_interface
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer
-from .saving import check_kinds, differences, digests, essentials, layer_state, restore_layers, usable_device
+from .saving import (
+    check_kinds,
+    dense_windows,
+    differences,
+    digests,
+    essentials,
+    layer_state,
+    restore_layers,
+    usable_device,
+)
 from .watch import reuse, turns_of, unwatch, watch
 
 
@@ -44,9 +53,9 @@ class CompressedCache(IndexerPositions, CheckedRows):
 
     Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
 
-    Full-attention layers are compressed; sliding, linear and convolutional layers stay the library's own. The model is
-    hooked on construction (its config names kvcomp's attention function) and keeps working with every other cache;
-    `detach` undoes that.
+    Layers of full attention are compressed, and by stacks with a quantizer those with a sliding window; linear and
+    convolutional layers stay the library's own. The model is hooked on construction (its config names kvcomp's
+    attention function) and keeps working with every other cache; `detach` undoes that.
 
     Args:
         stack: a Stack such as SnapKV(keep=0.5) + KIVI(bits=4), a stage, or the spec "snapkv(keep=0.5) + kivi(bits=4)".
@@ -77,7 +86,7 @@ class CompressedCache(IndexerPositions, CheckedRows):
             stage.serves(partial(fingerprint, model_or_config))
         if max_tokens is None:
             max_tokens = max_positions(config)
-        layers = layers_of(self.stack, config, max_tokens, preallocate)
+        layers, self._max_tokens = layers_of(self.stack, config, max_tokens, preallocate), max_tokens
         if isinstance(model_or_config, torch.nn.Module) and any(isinstance(x, CompressedLayer) for x in layers):
             watch(model_or_config)
         hook(config)
@@ -161,6 +170,8 @@ class CompressedCache(IndexerPositions, CheckedRows):
             found = differences(saved, cache._model, model_or_config)
             if found:
                 raise KvcompError(f"{asked}): the cache is of another model: {', '.join(found)}")
+            if dense := dense_windows(saved):  # of versions that left layers with a window to transformers
+                cache.layers = layers_of(cache.stack, cache._config(), cache._max_tokens, preallocate, dense)
             check_kinds(cache.layers, saved)
             on = usable_device(f"{asked}, device={device!r})", model_or_config, device)
             restore_layers(cache.layers, file.saved(), on)

@@ -47,7 +47,7 @@ def compact(
     if not isinstance(span, tuple | list) or len(span) != 2 or not all(is_count(at, 0) for at in span):
         raise KvcompError(f"compact(span={quote(span)}): expected (start, end), two numbers of tokens")
     token_ids("compact(input_ids=", input_ids)
-    ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    ours = [layer for layer in cache.layers if _compacts(layer)]
     if any(layer.plan.latent for layer in ours):
         raise UnsupportedError(f"compact(span={span}): the model caches latents (MLA), which cannot be compacted yet")
     length = cache.get_seq_length()
@@ -75,6 +75,11 @@ def compact(
     return Compaction((start, end), total, *errors.tolist())
 
 
+def _compacts(layer: Any) -> bool:
+    """Whether a layer has spans of tokens to compact: those with a window forget them anyway."""
+    return isinstance(layer, CompressedLayer) and not layer.is_sliding
+
+
 @torch.no_grad()
 def _questions(cache: Any, model: Any, ids: Tensor, tokenizer: Any) -> list[_Recorder]:
     """What compressed layers are asked while the model repeats `ids` [B, n] after what a fork of the cache holds."""
@@ -83,6 +88,7 @@ def _questions(cache: Any, model: Any, ids: Tensor, tokenizer: Any) -> list[_Rec
     for layer in fork.layers:
         if isinstance(layer, CompressedLayer):
             layer.max_tokens = None
+        if _compacts(layer):
             asked.append(_Recorder(layer.attention))
             layer.attention = asked[-1]  # type: ignore[method-assign]
     request = tokenizer(REQUEST, add_special_tokens=False, return_tensors="pt").input_ids

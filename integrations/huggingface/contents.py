@@ -19,7 +19,7 @@ class Contents(Handle):
     layer: Readable
 
     def __init__(self, layer: Readable, which: int) -> None:
-        super().__init__(layer, which, layer.nothing(which), int(layer.get_seq_length()))
+        super().__init__(layer, which, layer.nothing(which), layer.readable())
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -46,6 +46,10 @@ class Readable(HandleLayer):
     """A layer whose `keys` and `values` can be read between forwards."""
 
     warned = False  # that it is read as dense tensors
+
+    def readable(self) -> int:
+        """Columns of K and V that can be read."""
+        return int(self.get_seq_length())
 
     def nothing(self, which: int) -> torch.Size:
         """The shape [B, Hkv, 0, D] of no K (0) or V (1)."""

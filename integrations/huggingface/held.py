@@ -23,7 +23,7 @@ from .turns import Turns
 
 
 class HeldLayer(Readable):
-    """Keys and values of one full-attention layer: those in the core's `LayerStore`, and chunks that wait to go there.
+    """Keys and values of one layer: those in the core's `LayerStore`, and chunks that wait to go there.
 
     `CompressedLayer` brings them in, and attends.
     """
@@ -90,6 +90,17 @@ class HeldLayer(Readable):
         """From now on a chunk is committed at the following `crop` (or the next update), so that a crop is exact."""
         self.record_past = True
 
+    def columns(self, past: int) -> int:
+        """How many of `past` columns queries may see: those that masks tell of."""
+        return past
+
+    def in_full(self) -> tuple[Tensor, Tensor]:
+        """Keys [B, Hkv, N, Dk] and values [B, Hkv, N, Dv] of those `columns`, decoded."""
+        return self.store.padded()
+
+    def readable(self) -> int:
+        return self.columns(self.get_seq_length())
+
     # Lengths are logical: transformers derives positions and the tokens still to be fed from them.
     def get_seq_length(self) -> int:
         return self._store.history.length + (self.pending.keys.shape[2] if self.pending else 0)
@@ -150,9 +161,9 @@ class HeldLayer(Readable):
     def decoded(self, which: int) -> Tensor:
         """All K (0) or V (1) that is held, [B, Hkv, N, D], a pending chunk included."""
         if self.pending is None:
-            return self._store.padded()[which]
+            return self.in_full()[which]
         new = (self.pending.keys, self.pending.values)[which]
-        return new if self._store.history.length == 0 else torch.cat([self._store.padded()[which], new], 2)
+        return new if self._store.history.length == 0 else torch.cat([self.in_full()[which], new], 2)
 
     @outside_inference
     def crop(self, tokens_to_remove: int) -> None:

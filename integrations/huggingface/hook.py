@@ -79,7 +79,7 @@ def _attention_function(base: str) -> Attention:
             if not kwargs.keys() <= served and (unknown := given(kwargs, served)):
                 raise refuse(module, unknown)
             window = kwargs.get("sliding_window")
-            if not masked and window is not None and key.length > window:
+            if not masked and window is not None and key.length > window and not key.layer.is_sliding:
                 raise UnsupportedError(
                     f"{type(module).__name__} passes sliding_window={window} to {base} attention in a layer of full "
                     f"attention that holds {key.length} tokens: load the model with attn_implementation='sdpa'"

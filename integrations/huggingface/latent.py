@@ -75,7 +75,7 @@ class LatentLayer(LatentHandles, CompressedLayer):
         shown = read_mask(call.mask, past, call.query.shape[2]).past
         return shown is not None and bool((shown.cpu() != past).any())
 
-    def expands(self, n: int, tracked: bool) -> bool:
+    def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
         if not self.latent or self.plan.policies:
             return False
         return n >= MANY or (tracked and self.plan.selector is None)  # gradients flow through what is expanded

@@ -1,4 +1,4 @@
-"""One full-attention layer of the cache."""
+"""One layer of the cache that a stack compresses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kvcomp.ledger import ReadPlan
 from kvcomp.modes import normal_tensors, outside_inference, without_gradient
 
 from .adapters import adapters_of
+from .arriving import check_arrival, refuse_nothing
 from .attention_module import AttentionModule
 from .handles import Call, Handle, given_dtypes, outside_graph
 from .held import HeldLayer
@@ -23,10 +24,10 @@ from .rows import WAY_ON, follow_mask
 
 
 class CompressedLayer(HeldLayer):
-    """One full-attention layer: translates between transformers and the core's `LayerStore`."""
+    """A layer of full attention, and what other kinds share: translates between transformers and `LayerStore`."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        _refuse_nothing(query_length)
+        refuse_nothing(query_length)
         return super().get_mask_sizes(query_length)
 
     def update(  # type: ignore[override]
@@ -61,38 +62,16 @@ class CompressedLayer(HeldLayer):
             self.commit()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        _refuse_nothing(n)
+        refuse_nothing(n)
         self.check_shapes(key_states, value_states)
-        length = self.get_seq_length()
-        if self.max_tokens is not None and length + n > self.max_tokens:  # padding counts there
-            seen = int(self.counted()[0].max()) + n
-            if seen > self.max_tokens:
-                raise KvcompError(
-                    f"{seen} tokens exceed the model's max_position_embeddings={self.max_tokens}: shorten the prompt "
-                    "or the generation, or pass max_tokens= to CompressedCache if the model's positions do reach "
-                    "further"
-                )
-        if self.prefill_chunk is not None and n > self.prefill_chunk:
-            warnings.warn(
-                f"{n} tokens came at once to a stack that takes its prompt in chunks of {self.prefill_chunk}, so they "
-                f"see each other densely: use kvcomp.prefill, or generate(prefill_chunk_size={self.prefill_chunk})",
-                KvcompWarning,
-                stacklevel=2,
-            )
-        if n == 1 and not length and self.plan.gathers and self.to_come is None:
-            warnings.warn(
-                "the first token came alone, as generated tokens do: if all of the prompt comes so, "
-                f"{self.plan.policies[0].name} evicts nothing of it: use kvcomp.prefill(chunk=1), or larger chunks",
-                KvcompWarning,
-                stacklevel=2,
-            )
+        check_arrival(self, n)
         new = key_states, value_states
         self.pending, self.attended = Pending(*new) if earlier is None else earlier.followed_by(*new), False
         self.waiting, self.earlier = False, earlier
         self._store.reads = []  # of the step that begins
         if self.turns is not None:
             self.turns.take(self._store.rows, n)
-        return self.handles(key_states.shape, value_states.shape, self.get_seq_length())
+        return self.handles(key_states.shape, value_states.shape, self.columns(self.get_seq_length() - n) + n)
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
@@ -111,10 +90,18 @@ class CompressedLayer(HeldLayer):
         chunk = () if self.pending is None else self.pending[:2]
         return without_gradient(out, call.query, *chunk), weights
 
-    def expands(self, n: int, tracked: bool) -> bool:
+    def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
         """Whether n queries after tokens that are held are answered from those in full, by the model's attention.
-        tracked: a gradient is asked for."""
+        tracked: a gradient is asked for. valid: which of their tokens are no padding; None: all."""
         return False
+
+    def shown(self, seen: Seen) -> Tensor | None:
+        """bool [B or 1, n]: which new tokens are no padding, as a mask has it; None for all."""
+        return seen.valid
+
+    def follow(self, seen: Seen | None, compare: bool) -> None:
+        """Let the store follow a mask; see `follow_mask`."""
+        follow_mask(self._store, seen, compare)
 
     def _attention(self, call: Call, tracked: bool) -> tuple[Tensor, Tensor | None]:
         if self.pending is None or self.attended:
@@ -128,8 +115,8 @@ class CompressedLayer(HeldLayer):
         if n > 1:
             self._notice(adapters_of(call.module), past)
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        seen = None if call.mask is None and n == 1 else read_mask(call.mask, past, n)
-        valid = seen.valid if seen is not None else None
+        seen = None if call.mask is None and n == 1 else read_mask(call.mask, self.columns(past), n)
+        valid = None if seen is None else self.shown(seen)
         if valid is not None:
             valid = valid.expand(store.rows, n)
             if bool(valid.all()):
@@ -139,7 +126,7 @@ class CompressedLayer(HeldLayer):
             out, weights = call.dense(keys, values)
             self._hold(valid, call, scale)
             return out, weights
-        if self.expands(n, tracked):
+        if self.expands(n, tracked, valid):
             out, weights = self._behind(call, keys, values)
             self._hold(valid, call, scale)
             return out, weights
@@ -173,7 +160,7 @@ class CompressedLayer(HeldLayer):
 
     def _behind(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's own attention over all tokens, decoded, and the new ones."""
-        held = self._without_gradient(self.store.padded())
+        held = self._without_gradient(self.in_full())
         self._decoded_all(held[0].nbytes + (0 if self.plan.latent else held[1].nbytes))
         return call.dense_behind(torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2))
 
@@ -212,6 +199,8 @@ class CompressedLayer(HeldLayer):
             if store.history.length == 0:
                 last = causal(n, query.device)[None, :, -asked:] if call.mask is None and asked < n else call.mask
                 return call._replace(mask=last).dense(keys, values)
+            if self.is_sliding:
+                return self.lend_chunk(call, keys, values)
             visible = read_mask(call.mask, store.history.length, n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
@@ -236,7 +225,7 @@ class CompressedLayer(HeldLayer):
                 )
         elif past and (seen is not None or not store.history.unpadded):
             compare = turns is not None and (turns.asked or call.query.device.type == "cpu")
-            follow_mask(store, seen, compare)
+            self.follow(seen, compare)
         if turns is not None:
             if not turns.entered:
                 counts = store.history.counts if counts is None else counts
@@ -291,7 +280,7 @@ class CompressedLayer(HeldLayer):
                 stacklevel=2,
             )
             self.warned = True
-        past = self._without_gradient(self.store.padded())[which]
+        past = self._without_gradient(self.in_full())[which]
         self._decoded_all(past.nbytes)
         return torch.cat([past, new], 2)
 
@@ -302,11 +291,6 @@ class CompressedLayer(HeldLayer):
         plan.add("window", store.exact.token_bytes, store.exact.counts)
         plan.add("dense copy", copied)
         store.reads, store.dense_read = [*store.reads, plan], store.dense_bytes
-
-
-def _refuse_nothing(tokens: int) -> None:
-    if tokens == 0:
-        raise KvcompError("the cache was given 0 new tokens: the prompt is empty, or all of it is cached already")
 
 
 def answered(part: Part, call: Call) -> Tensor:

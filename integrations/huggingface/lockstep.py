@@ -16,6 +16,7 @@ from .handles import Call, HandleLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
 from .masks import dense_mask
+from .sliding import SlidingLayer
 
 
 class Rows(HandleLayer):
@@ -73,7 +74,7 @@ class LatentRows(LatentHandles, Rows):
 
 def can_step_together(cache: CompressedCache) -> bool:
     """Whether all layers hold keys and values only, and a row can be taken out of a batch's."""
-    served = (CompressedLayer, LatentLayer, DynamicLayer, DynamicSlidingWindowLayer)
+    served = (CompressedLayer, LatentLayer, SlidingLayer, DynamicLayer, DynamicSlidingWindowLayer)
     return all(type(layer) in served for layer in cache.layers)
 
 

@@ -23,6 +23,7 @@ class Seen(NamedTuple):
     visible: Tensor | None  # bool [B or 1, n, n]: which new tokens each query sees; None for those up to its own
     past: Tensor | None  # int64 [B or 1, n or 1]: how many earlier tokens each query sees; None for all
     shown: Tensor | None = None  # bool [B or 1, past]: the earlier tokens that all queries see; None where they differ
+    first: Tensor | None = None  # bool [B or 1, past]: those that the first query sees; None for all
 
 
 Mask = Tensor | BlockMask  # [B, N], [B, 1 or Hq, n, N], or flex attention's
@@ -91,12 +92,14 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
     if allowed.dim() == 2:
         valid = allowed[:, past:].clone()  # no view: what is remembered must not keep the mask alive
         visible, earlier = causal(n, allowed.device) & valid[:, None], allowed[:, :past]
-        seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), earlier.clone())
+        shown = earlier.clone()
+        seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), shown, shown)
     elif allowed.shape[1] == 1:
         rows = allowed[:, 0]  # [B, n, past + n]
         earlier, last = rows[:, :, :past], rows[:, -1, :past]
         shown = last.clone() if bool((earlier == last[:, None]).all()) else None
-        seen = Seen(rows[:, -1, past:].clone(), rows[:, :, past:].clone(), earlier.sum(-1), shown)
+        new = rows[:, -1, past:].clone(), rows[:, :, past:].clone()
+        seen = Seen(*new, earlier.sum(-1), shown, earlier[:, 0].clone() if shown is None else shown)
     else:
         raise UnsupportedError(f"attention mask {tuple(mask.shape)} differs between heads")
     _read_masks[mask] = ((past, n), seen)

@@ -29,15 +29,23 @@ from .timing import Stopwatch, clock
 
 
 class SharedLayer(HandleLayer):
-    """The same layer of several caches during their common prefill: dense attention once, then every stack commits."""
+    """The same layer of several caches during their common prefill: dense attention once, then every stack commits.
 
-    def __init__(self, layers: Sequence[CompressedLayer], watches: Sequence[Stopwatch]) -> None:
+    library: one of transformers' own for those caches that leave the layer to it, as some may do with a window.
+    """
+
+    def __init__(self, layers: Sequence[Any], watches: Sequence[Stopwatch]) -> None:
         super().__init__()
-        self.members, self.watches = layers, watches
+        pairs = [pair for pair in zip(layers, watches, strict=True) if isinstance(pair[0], CompressedLayer)]
+        self.members, self.watches = [layer for layer, _ in pairs], [watch for _, watch in pairs]
+        self.library = next((deepcopy(layer) for layer in layers if not isinstance(layer, CompressedLayer)), None)
+        self.is_sliding = self.members[0].is_sliding
 
     def take(self, keys: Tensor, values: Tensor) -> None:
         for member in self.members:
             member.update(keys, values)
+        if self.library is not None:
+            self.library.update(keys, values)
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         chunk = self.members[0].pending
@@ -189,7 +197,8 @@ def _together(
     for at_layer in zip(*(cache.layers for cache in caches), strict=True):
         first = at_layer[0]
         shared = SharedLatents if isinstance(first, LatentLayer) and first.latent else SharedLayer
-        layers.append(shared(at_layer, watches) if isinstance(first, CompressedLayer) else deepcopy(first))
+        ours = any(isinstance(layer, CompressedLayer) for layer in at_layer)
+        layers.append(shared(at_layer, watches) if ours else deepcopy(first))
     for cache in caches:
         if (turns := cache._turns()) is not None:
             turns.announce(prompt.ids)
@@ -199,8 +208,8 @@ def _together(
     seconds = clock(model.device) - start
     for cache in caches:
         for i, layer in enumerate(layers):
-            if not isinstance(layer, SharedLayer):
-                cache.layers[i] = deepcopy(layer)
+            if not isinstance(cache.layers[i], CompressedLayer):
+                cache.layers[i] = deepcopy(layer.library if isinstance(layer, SharedLayer) else layer)
     own = [watch.seconds() for watch in watches]
     dense = seconds - sum(own)
     passes: dict[int, tuple[list[list[Tensor]], float]] = {}  # by tokens repeated at a time: what they saw, and seconds
@@ -229,7 +238,7 @@ def _repeat(
         tokens = torch.arange(n, device="cpu") if prompt.mask is None else prompt.mask[b].nonzero().flatten().cpu()
         layers: list[Any] = []
         for layer in cache.layers:
-            if isinstance(layer, CompressedLayer):
+            if isinstance(layer, CompressedLayer) and not layer.is_sliding:
                 assert layer.pending is not None
                 repeats = RepeatLatents if layer.plan.latent else RepeatLayer
                 layers.append(repeats(*(x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2])))
@@ -246,7 +255,7 @@ def _repeat(
 
 def _choose(policy: Policy, cache: CompressedCache, rows: list[list[Tensor]]) -> None:
     """Let the policy choose by what each row's tokens received, and commit the prompt."""
-    ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer) and not layer.is_sliding]
     plan = ours[0].plan
     masks = [policy.choose(row, plan.sinks, plan.recent) for row in rows]
     for i, layer in enumerate(ours):

@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvcomp.attention import Part, attend_after
 from kvcomp.errors import UnsupportedError
 from kvcomp.policies.kvzip import most_received
 
 from .followed import LatentHandles
 from .forward import with_cache
 from .handles import Call, HandleLayer
+from .layer import answered
 from .masks import chunk_mask
 
 REQUEST = "\n\nRepeat the previous context exactly.\n"
@@ -45,9 +47,18 @@ class RepeatLayer(HandleLayer):
         self.own = keys, values
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        keys, values = (torch.cat(pair, 2) for pair in zip(self.prompt, self.own, strict=True))
         self._watch(call)
-        return call._replace(mask=chunk_mask(call.name, call.query, keys.shape[2], None)).dense(keys, values)
+        if call.latent is not None:
+            keys, values = (torch.cat(pair, 2) for pair in zip(self.prompt, self.own, strict=True))
+            return call._replace(mask=chunk_mask(call.name, call.query, keys.shape[2], None)).dense(keys, values)
+        # without a mask of the repetition x all tokens, and without K and V of the prompt once more
+        (rows, heads, n, dim), streams = call.query.shape, self.own[0].shape[1]
+        q = call.query.reshape(rows * streams, heads // streams, n, dim)
+        scale = dim**-0.5 if call.scaling is None else call.scaling
+        prompt, own = ([x.flatten(0, 1) for x in pair] for pair in (self.prompt, self.own))
+        part = attend_after(q, *prompt, *own, scale, call.kwargs.get("softcap"))
+        shaped = part.out.reshape(rows, heads, n, -1), part.lse.reshape(rows, heads, n)
+        return answered(Part(*shaped), call), None
 
     def _watch(self, call: Call) -> None:
         sinks, (keys, _) = min(SINKS, self.start), self.prompt

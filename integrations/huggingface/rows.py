@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from kvcomp.cache.history import History
 from kvcomp.cache.layer import LayerStore
@@ -39,18 +41,41 @@ def follow_mask(store: LayerStore, seen: Seen | None, compare: bool) -> None:
         return
     if not bool((seen.past.cpu() != history.counts[:, None]).any()) and not compare:
         return
-    past = history.length
-    valid, shown = history.valid(), None if seen.shown is None else seen.shown.cpu()
-    held = torch.ones(len(history.counts), past, dtype=torch.bool, device="cpu") if valid is None else valid
+    shown = None if seen.shown is None else seen.shown.cpu()
+    _drop_hidden(store, _held(history, history.length), shown)
+
+
+def follow_window(store: LayerStore, seen: Seen | None, columns: int) -> None:
+    """As `follow_mask`, of a mask of the newest `columns` columns, those that the first of the next tokens sees."""
+    history = store.history
+    first = None if seen is None else seen.first
+    if history.unpadded and (first is None or bool(first.all())):
+        return
+    held = _held(history, columns)
+    if first is None and bool((~held).any()):
+        refuse_unmasked(history)
+    _drop_hidden(store, held, torch.ones_like(held) if first is None else first.cpu())
+
+
+def _held(history: History, columns: int) -> Tensor:
+    """bool [B, columns]: which of the newest columns are no padding."""
+    valid = history.valid()
+    if valid is None:
+        return torch.ones(len(history.counts), columns, dtype=torch.bool, device="cpu")
+    return valid[:, history.length - columns :]
+
+
+def _drop_hidden(store: LayerStore, held: Tensor, shown: Tensor | None) -> None:
+    """Drop the tokens of the newest columns that are `held`, bool [B, n], and not `shown`, bool [B or 1, n]."""
     if shown is None or bool((shown & ~held).any()):
         raise UnsupportedError(
             "the attention mask hides or shows other cached tokens than those that were written as no padding; "
             f"compressed pages cannot follow a mask that changes later: {WAY_ON}"
         )
-    gone = held & ~shown
+    gone, n = held & ~shown, held.shape[1]
     if bool(gone.any()):
-        first = torch.where(gone.any(1), gone.int().argmax(1), past)
-        stay = held & ~gone & (torch.arange(past, device="cpu") > first[:, None])
+        first = torch.where(gone.any(1), gone.int().argmax(1), n)
+        stay = held & ~gone & (torch.arange(n, device="cpu") > first[:, None])
         if bool(stay.any()):
             row = int(stay.any(1).int().argmax())
             raise UnsupportedError(
@@ -58,4 +83,4 @@ def follow_mask(store: LayerStore, seen: Seen | None, compare: bool) -> None:
                 f"row {row} it hides tokens before some that it shows, and only the newest of a row can be dropped: "
                 f"{WAY_ON}"
             )
-        store.drop_newest(gone)
+        store.drop_newest(F.pad(gone, (store.history.length - n, 0)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp.cache.saving import Saved
 from kvcomp.errors import KvcompError
@@ -18,8 +19,10 @@ from kvcomp.state import FLOATS, DamagedError, State
 from ..configs import field
 from .fingerprint import ESSENTIALS, fingerprint
 from .indexed import IndexedLayer
+from .latent import LatentLayer
 from .layer import CompressedLayer
 from .library import restore_library
+from .preallocated import PreallocatedLayer
 
 
 def essentials(config: PreTrainedConfig) -> dict[str, Any]:
@@ -62,8 +65,9 @@ def layer_state(layer: Any) -> dict[str, Any]:
 
 def _kind(layer: Any) -> str:
     """A layer's class, but for how it decodes, which is not saved; all of them were once one."""
-    bases = IndexedLayer, CompressedLayer
-    return next((kind for kind in bases if isinstance(layer, kind)), type(layer)).__name__
+    if isinstance(layer, IndexedLayer):
+        return IndexedLayer.__name__
+    return (CompressedLayer if isinstance(layer, PreallocatedLayer | LatentLayer) else type(layer)).__name__
 
 
 def check_kinds(layers: Sequence[Any], saved: Saved) -> None:
@@ -74,6 +78,12 @@ def check_kinds(layers: Sequence[Any], saved: Saved) -> None:
         kind, here = State(state, f"layer {i}").text("kind"), _kind(layer)
         if kind not in (here, layer.former if isinstance(layer, IndexedLayer) else here):
             raise KvcompError(f"a {short(kind)[1:-1]} was saved where this version of transformers has a {here}")
+
+
+def dense_windows(saved: Saved) -> set[int]:
+    """Layers, by number, that were saved as transformers' own with a sliding window."""
+    kinds = (State(state, f"layer {i}").text("kind") for i, state in enumerate(saved.layers))
+    return {i for i, kind in enumerate(kinds) if kind == DynamicSlidingWindowLayer.__name__}
 
 
 def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) -> None:

@@ -153,24 +153,31 @@ class _Bits:
         return self.plain
 
 
-def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name: str) -> Iterator[LayerShape]:
+def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name: str) -> list[LayerShape]:
     """What each layer caches, and what its attention multiplies."""
     widths = {key: parameter.shape[0] for key, parameter in model.named_parameters() if key.endswith("k_proj.weight")}
     types, options = cache_layers(config)
     each = zip(layer_kinds(config), types, options, config.per_layer_config, strict=True)
+    found: list[LayerShape] = []
     for i, (kind, of_type, option, own) in enumerate(each):
         if kind is LayerKind.SHARED:  # caches nothing: an MLP, or it reads another layer's cache
-            yield LayerShape(kind=kind)
+            source = _source(config, i)
+            if source is None:
+                found.append(LayerShape(kind=kind))
+            else:
+                given = found[source]
+                widths_of = given.prefill_width, given.decode_width, given.window
+                found.append(LayerShape(0, 0, 0, own.num_attention_heads, *widths_of, kind=kind, source=source))
         elif of_type == "linear_attention" and getattr(own, "linear_num_value_heads", None):
-            yield LayerShape(state=_state_bytes(own, dtype.itemsize), kind=kind)
+            found.append(LayerShape(state=_state_bytes(own, dtype.itemsize), kind=kind))
         elif kind in (LayerKind.LATENT, LayerKind.INDEXED) and getattr(own, "kv_lora_rank", None):
             rank, rotary = own.kv_lora_rank, own.qk_rope_head_dim if _of(config, "no_rope_layers", i) != 0 else 0
             expanded = own.qk_nope_head_dim + own.qk_rope_head_dim + own.v_head_dim
-            lent = _of(config, "kv_sharing_modes", i) == "reuse_but_indexer"  # it reads another layer's latents
-            cached = (0, 0, 0) if lent else (1, rank, rotary)
-            attends = own.num_attention_heads, expanded, rank + rotary + rank
-            yield LayerShape(*cached, *attends, kind=kind, latent=True, **_indexer(kind, own, config, i))
-        elif kind in (LayerKind.FULL, LayerKind.SLIDING, LayerKind.INDEXED):
+            lent = _source(config, i) if _of(config, "kv_sharing_modes", i) == "reuse_but_indexer" else None
+            cached, heads = (1, rank, rotary) if lent is None else (0, 0, 0), own.num_attention_heads
+            more = {"kind": kind, "source": lent, "latent": True, **_indexer(kind, own, config, i)}
+            found.append(LayerShape(*cached, heads, expanded, rank + rotary + rank, **more))
+        elif kind in (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED, LayerKind.INDEXED):
             heads = own.num_attention_heads
             kv_heads = getattr(own, "num_key_value_heads", None) or heads
             dim = getattr(own, "head_dim", None) or own.hidden_size // heads
@@ -179,10 +186,23 @@ def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name
                 raise UnsupportedError(
                     f"{name}: layer {i} has keys of {width} channels, but its config says {kv_heads} heads of {dim}"
                 )
-            cached, window = (kv_heads, dim, dim, heads, 2 * dim, 2 * dim), option.get("sliding_window")
-            yield LayerShape(*cached, window, kind=kind, **_indexer(kind, own, config, i))
+            sizes, window = (kv_heads, dim, dim, heads, 2 * dim, 2 * dim), option.get("sliding_window")
+            found.append(LayerShape(*sizes, window, kind=kind, **_indexer(kind, own, config, i)))
         else:
             raise UnsupportedError(f"{name}: layer {i} is {of_type!r}, whose cache a plan does not know yet")
+    return found
+
+
+def _source(config: PreTrainedConfig, layer: int) -> int | None:
+    """The layer whose keys and values one reads that caches none; None: it does not attend."""
+    modes = field(config, "kv_sharing_modes") or ()
+    if not any(modes) or not str(modes[layer]).startswith("reuse"):
+        return None
+    sources = getattr(config, "kv_source_layers", None)
+    if sources is not None:
+        return int(sources[layer])
+    kinds = config.layer_types
+    return max(i for i, mode in enumerate(modes[:layer]) if mode == "store" and kinds[i] == kinds[layer])
 
 
 def _of(config: PreTrainedConfig, name: str, layer: int) -> Any:

@@ -25,6 +25,7 @@ from kvcomp.errors import KvcompError, UnsupportedError
 
 from .checks import accepted, check_layer
 from .config import report_prompt_lengths
+from .reserve import release
 from .specs import EvictingSpec
 
 
@@ -112,6 +113,7 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
         if self.setup.stack.policies:
             report_prompt_lengths(vllm_config.model_config)
         self.decoder: Decoder | None = None
+        release(device)
         if self.get_cudagraph_support(vllm_config, kv_cache_spec) is not AttentionCGSupport.NEVER:
             layers = vllm_config.compilation_config.static_forward_context
             impls = {name: layers[name].impl for name in layer_names}
@@ -119,7 +121,12 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
             pages = [layer.pages for layer in bound]  # made before a graph is recorded
             rows = max(impl.num_heads // impl.num_kv_heads for impl in impls.values())
             requests, tokens = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
-            sizes = self.setup.page_size, kv_cache_spec.num_kv_heads, rows, most_channels([p.codec for p in pages])
+            sizes = (
+                self.setup.page_size,
+                kv_cache_spec.num_kv_heads,
+                rows,
+                most_channels([p.codec for p in pages], self.setup.dim),
+            )
             self.decoder = Decoder.on(device, requests, tokens, *sizes, pages[0].frequencies)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> DecodeStep:

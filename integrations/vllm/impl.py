@@ -21,6 +21,7 @@ from kvcomp.errors import UnsupportedError
 
 from .checks import accepted, check_layer
 from .key_centres import turned_biases
+from .reserve import needed, reserve
 from .window import Window
 
 
@@ -65,7 +66,8 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         self.window: Window | None = None
         if self.setup.slots:
             self.window = Window(self.setup, self.num_kv_heads, num_heads)
-        Pages(self.setup, 0, self.num_kv_heads)  # refuses what cannot be served before there is anything to serve
+        self.config = config
+        self.any_pages = Pages(self.setup, 0, self.num_kv_heads)  # refuses now what cannot be served
 
     def bind(self, layer_name: str, device: torch.device) -> BlockLayer:
         """The layer, for a pool on `device`."""
@@ -100,6 +102,7 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         key and value [T, Hkv, D] are the step's new tokens, all requests in a row; kv_cache uint8 [blocks, Hkv, P, C].
         """
         if attn_metadata is None:  # vLLM measures memory, and there is no cache yet
+            reserve(needed(self.config, self.any_pages, self.num_heads, output.device), output.device)
             return output.zero_()
         bound, blocks = self.bind(layer.layer_name, kv_cache.device), None
         bound.pages.at(kv_cache)

@@ -51,7 +51,7 @@ class _Segment(Structure):
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
 _SOURCE = 15  # as the C structure of that name has it: two sides of 4, ids, counts, 5 sizes
 _NO_SOURCE = (0,) * _SOURCE
-_PROBLEM = Struct(f"{2 * _SOURCE + 14}q2fi4x")
+_PROBLEM = Struct(f"{2 * _SOURCE + 15}q2fi4x")
 
 
 class Described:
@@ -127,7 +127,7 @@ def attend(
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
-    sources, groups, v_dim, token_bias = _NO_SOURCE, None, 0, None
+    sources, groups, v_dim, token_bias, skipped = _NO_SOURCE, None, 0, None, None
     if pages is not None:
         base, stride, named = records("pool", pages.pool, pages.layout.body_bytes)
         ids, many, width = table(pages.ids, streams)
@@ -143,6 +143,8 @@ def attend(
         if pages.token_bias is not None:
             every = streams, rows, many * pages.layout.page_size
             token_bias = given("bias of tokens", pages.token_bias, torch.float32, every)
+        if pages.skipped is not None:
+            skipped = given("skipped", pages.skipped, torch.int64, (streams,))
         if lse_of_pages:
             groups = queries.new_full((streams, rows, many), -torch.inf)
     if tokens is not None:
@@ -173,6 +175,7 @@ def attend(
         queries.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if token_bias is None else token_bias.data_ptr(),
+        0 if skipped is None else skipped.data_ptr(),
         0 if prior_out is None else prior_out.data_ptr(),
         0 if prior_lse is None else prior_lse.data_ptr(),
         out.data_ptr(),

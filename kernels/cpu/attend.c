@@ -3,6 +3,7 @@
  *   logit[r, t] = softcap(scale * (q[r] . k[t] + bias[r, t])),  out[r] = sum_t softmax_t(logit[r, t]) v[t]
  *
  * bias: of a row, and of a row and token. Where keys of a page have a centre c, q . c is added to their logits, too.
+ * Tokens at the start of a stream's first page may be skipped.
  * k and v are read as they are stored. With k = code * s + z, q . k = (q s) . code + q . z: scales and zeros that tokens
  * share fold into q, those of one token into its logit; on the V side into the outputs and the probabilities. So an
  * element costs its unpacking, shared by all rows of a stream, and one multiplication and addition a row.
@@ -143,6 +144,8 @@ static int64_t merge(const Problem *p, const Shape *shape, const Item *items, in
 int kvcomp_attend(const Problem *p) {
     for (int64_t i = 0; i < p->sources; i++)
         if (!in_bounds(&p->source[i], p->streams)) return 2;
+    for (int64_t s = 0; p->skipped && s < p->streams; s++)
+        if (p->skipped[s] < 0 || p->skipped[s] >= p->source[0].page_tokens) return 2;
     Shape shape = shape_of(p);
     int64_t blocks = (p->rows + ROWS - 1) / ROWS, total = 0, threads = 1;
     for (int64_t i = 0; i < p->sources; i++)

@@ -44,6 +44,7 @@ typedef struct {
     int64_t sources, streams, rows, k_dim, v_dim;
     const float *q, *bias;              /* [streams, rows, k_dim], [streams, rows] or NULL */
     const float *token_bias;            /* [streams, rows, listed * page_tokens] of pages, or NULL */
+    const int64_t *skipped;             /* [streams] first tokens of pages that are not seen, fewer than a page; or NULL */
     const float *prior_out, *prior_lse; /* NULL, or attention over other tokens, to be merged with */
     float *out, *lse, *lse_of_pages;    /* [streams, rows, v_dim], [streams, rows], [streams, rows, pages] or NULL */
     int64_t pages;

@@ -80,8 +80,9 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
     for (int64_t j = 0, offset = 0; j < v->count; offset += out_room(&v->segments[j++]))
         NAME(all_lanes)(&v->segments[j], (Lanes *)s.lanes + offset / 16);
 #endif
-    int64_t block = TOKENS / tile;
-    for (int64_t first = item->first; first < item->last; first += block) {
+    int64_t block = TOKENS / tile, skipped = p->skipped && item->source->ids ? p->skipped[item->stream] : 0;
+    int64_t start = item->first > skipped / tile ? item->first : skipped / tile; /* no tile that is not seen at all */
+    for (int64_t first = start; first < item->last; first += block) {
         int64_t last = item->last - first < block ? item->last : first + block;
         for (int64_t i = first; i < last; i++) {
             Place here = NAME(place)(k, item, i, tile);
@@ -107,6 +108,8 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
                 offset += round_up(g->channels, 16);
             }
             NAME(finish)(p, logits, rows, here.n, tile);
+            for (int r = 0; r < rows && i * tile < skipped; r++)
+                for (int64_t t = 0; t < skipped - i * tile; t++) logits[r * TOKENS + t] = -INFINITY;
             if (p->lse_of_pages && item->source->ids)
                 for (int r = 0; r < rows; r++)
                     NAME(add_page)(p->lse_of_pages + (at + r) * p->pages + here.which, logits + r * TOKENS, tile);

@@ -43,9 +43,9 @@ class Reference(Backend):
         softcap: float | None,
         *_: object,
     ) -> Part:
-        pool, ids, counts, layout, _sides, in_tokens, token_bias = pages
+        pool, ids, counts, layout, _sides, in_tokens, token_bias, skipped = pages
         ragged = None if pool.is_cpu and case.host else True  # reading counts would synchronize a GPU
-        how = codec, scale, softcap, case.lse_of_pages, ragged, in_tokens, token_bias
+        how = codec, scale, softcap, case.lse_of_pages, ragged, in_tokens, token_bias, skipped
         return of_pages.attend_pages(queries, pool, ids, counts, layout, *how)
 
     def attend_tokens(

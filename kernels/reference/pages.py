@@ -28,6 +28,7 @@ def attend_pages(
     ragged: bool | None = None,
     in_tokens: bool = False,
     token_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over each stream's pages, in original coordinates.
 
@@ -35,7 +36,8 @@ def attend_pages(
     entries are never decoded into the result: what they point at may be anything. With `lse_of_pages` the part's groups
     are the lse of each page, -inf where there is none. `ragged`: whether some count may be less than n; None: they are
     looked at, on the host. `in_tokens`: counts are of tokens, and a stream's last page may be filled in part; what lies
-    after it is not read either. token_bias [S, R, n * P]: what is added to each q . k, too.
+    after it is not read either. token_bias [S, R, n * P]: what is added to each q . k, too. skipped [S]: so many tokens
+    at the start of a stream's first page are not seen.
     """
     streams, n = ids.shape
     size = layout.page_size
@@ -62,6 +64,9 @@ def attend_pages(
             exists = torch.arange(at * size, (at + m) * size, device=ids.device) < held[:, None]
             keys, values = (x.masked_fill(~exists[..., None], 0) for x in (keys, values))
             visible = exists[:, None]
+        if skipped is not None and at == 0:
+            later = (torch.arange(m * size, device=ids.device)[: keys.shape[1]] >= skipped[:, None])[:, None]
+            visible = later if visible is None else visible & later
         group = size if lse_of_pages else None
         own = bias if bias is None or bias.dim() == 2 else bias[..., at * size : at * size + keys.shape[1]]
         parts.append(attend(rotated, keys, values, scale, visible, softcap, own, group))

@@ -19,7 +19,7 @@ from kvcomp.kernels.placed import NOTHING
 from kvcomp.layout import PageLayout
 from kvcomp.segments import KVLayout, alone, memo
 
-from . import chunks, ops, ops_records, ops_scores, pieces
+from . import chunks, ops, ops_records, ops_rotate, ops_scores, pieces
 from .memory import floats, integers, records, rows_of
 from .plan import MOST_ROWS, PROGRAMS, processors, split_pages
 
@@ -135,11 +135,14 @@ def attend(
     workspace: Tensor | None = None,
     in_tokens: bool = False,
     token_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
+    token_queries: Tensor | None = None,
+    back: Tensor | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; pages or tokens at least.
 
     All are in the coordinates of the queries, and so is the output. bias [S, R] and token_bias [S, R, n * P] as in
-    `attention.attend`, for pages.
+    `attention.attend`, for pages; skipped int [S]: tokens at the start of a stream's first page that are not seen.
     The groups are the lse of each page, as in the reference, where asked for.
 
     What is launched follows from shapes: ids may be wider than any count, for counts that change on the device, as in a
@@ -148,6 +151,9 @@ def attend(
 
     pages_of_split: at most; by default as `plan.split_pages` says. workspace: float32 [`ops.workspace_size`] or more,
     to be used again; None: allocated. in_tokens: counts are of tokens, and the last page may be filled in part.
+
+    token_queries: those of exact tokens, where queries are in the basis of the pages; back [Dv', Dv] or [n, Dv', Dv]:
+    what maps values of the pages back, as in `Basis.inverse`; None: both have the same coordinates.
     """
     pool = ids = counts = k_codebook = v_codebook = None
     on = queries.device
@@ -171,24 +177,32 @@ def attend(
     if tokens is not None:
         n = tokens.keys.shape[1]
         v_dim = tokens.values.shape[2] if v_dim is None else v_dim
+        dims = (k_dim, v_dim) if token_queries is None else (token_queries.shape[2], tokens.values.shape[2])
         keys, values = (
-            rows_of("keys", tokens.keys, on, (streams, n, k_dim)),
-            rows_of("values", tokens.values, on, (streams, n, v_dim)),
+            rows_of(name, x, on, (streams, n, dim))
+            for name, x, dim in zip(("keys", "values"), tokens, dims, strict=False)
         )
         held = integers("counts of tokens", tokens.counts.to(on, non_blocking=True), on, (streams,)).contiguous()
     bias = None if bias is None else floats("bias", bias, on, (streams, rows), exact=True)
     if token_bias is not None and pages is not None:
         every = (streams, rows, pages.ids.shape[1] * pages.prepared.layout.page_size)
         token_bias = floats("bias of tokens", token_bias, on, every, exact=True)
+    if skipped is not None:
+        skipped = integers("skipped", skipped, on, (streams,)).contiguous()
     prior_out = prior_lse = None
     if prior is not None and v_dim is not None:
         prior_out = floats("out of prior", prior.out, on, (streams, rows, v_dim), exact=True)
         prior_lse = floats("lse of prior", prior.lse, on, (streams, rows), exact=True)
+    separate = tokens is not None and back is not None
+    if token_queries is not None:
+        token_queries = floats("queries of tokens", token_queries, on, 3)
     paged = pool, ids, counts, k_codebook, v_codebook
-    options = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias
-    out, lse, groups = ops.attend_pages(
-        queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *options
+    options = description, each, scale, softcap or 0.0, lse_of_pages, exact, in_tokens, token_bias, skipped
+    out, lse, groups, other, share = ops.attend_pages(
+        queries, bias, *paged, keys, values, held, prior_out, prior_lse, workspace, *options, token_queries, separate
     )
+    if back is not None:
+        out = ops_rotate.rotate(out, back, None, True, *((other, share) if separate else (None, None)))[0]
     return Part(out, lse, groups if lse_of_pages else None)
 
 

@@ -5,7 +5,10 @@
 k and v are read as they are stored. With k = code * s + z, q . k = (q s) . code + q . z: scales and zeros that tokens
 share fold into q, those of one token into its logit; on the V side into the outputs and the probabilities. Where a tile
 has neither in common (several scales a token), its elements are scaled. Where keys of a page have a centre c, q . c is
-added to their logits, in float32. bias: of a row, and of a row and token.
+added to their logits, in float32. bias: of a row, and of a row and token. Tokens at the start of a stream's first page
+may be skipped.
+
+Exact tokens have queries of their own where pages are in another basis than K and V.
 
 V may be some of K's channels (latents): the same bytes, which the second look finds in a cache.
 
@@ -41,11 +44,13 @@ from .unpack import LN2, LOG2E, chunk, token_grid
 @triton.jit
 def run(
     q, bias, token_bias, k_base, v_base, ids, first, last, k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows,
-    k_dim, v_dim, bias_stride, tiles, scale, softcap, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr,
+    k_dim, v_dim, bias_stride, tiles, scale, softcap, seen_from, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr,
     BYTES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, BIAS: tl.constexpr,
-    TOKEN_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LSE_OF_TILES: tl.constexpr, IN_TOKENS: tl.constexpr,
+    TOKEN_BIAS: tl.constexpr, SKIPPED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_OF_TILES: tl.constexpr,
+    IN_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Attention over tokens first to last of a stream, in pages; PAGE = 0: side by side. Logits are in base 2."""
+    """Attention over tokens first to last of a stream, in pages; PAGE = 0: side by side. Logits are in base 2. SKIPPED:
+    tokens before `seen_from`, of the first tile alone, are not seen."""
     queries = ()
     most = tl.full((ROWS,), 1e-30, tl.float32)
     for i in tl.static_range(len(K)):
@@ -110,6 +115,8 @@ def run(
         if SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
             logits = (tl.sigmoid(logits * (2 / softcap)) * 2 - 1) * (softcap * LOG2E)
         logits = tl.where(seen[None, :], logits, float("-inf"))
+        if SKIPPED:
+            logits = tl.where((at + tl.arange(0, TILE) >= seen_from)[None, :], logits, float("-inf"))
         highest = tl.max(logits, 1)
         if LSE_OF_TILES:
             own = tl.log2(tl.sum(tl.exp2(logits - highest[:, None]), 1)) + highest
@@ -140,17 +147,18 @@ def run(
 
 @triton.jit(do_not_specialize=CHANGING)
 def attend_kernel(
-    q, bias, token_bias, pool, ids, counts, k_codebook, v_codebook, keys, values, token_counts, out, lse,
-    lse_of_tiles, rows, k_dim, v_dim, ids_stride, keys_stride, values_stride, bias_stride, tiles, split_pages, scale,
-    softcap, K: tl.constexpr, V: tl.constexpr, TOKENS_K: tl.constexpr, TOKENS_V: tl.constexpr, PAGE: tl.constexpr,
+    q, token_q, bias, token_bias, skipped, pool, ids, counts, k_codebook, v_codebook, keys, values, token_counts, out,
+    lse, lse_of_tiles, rows, k_dim, token_dim, v_dim, ids_stride, keys_stride, values_stride, bias_stride, tiles,
+    split_pages, scale, softcap, K: tl.constexpr, V: tl.constexpr, TOKENS_K: tl.constexpr, TOKENS_V: tl.constexpr,
+    PAGE: tl.constexpr,
     BYTES: tl.constexpr, TILE: tl.constexpr, TOKENS_TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
-    BIAS: tl.constexpr, TOKEN_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LSE_OF_TILES: tl.constexpr,
-    IN_TOKENS: tl.constexpr,
+    BIAS: tl.constexpr, TOKEN_BIAS: tl.constexpr, SKIPPED: tl.constexpr, SOFTCAP: tl.constexpr,
+    LSE_OF_TILES: tl.constexpr, IN_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One split of one stream. q [S, R, Dk], bias [S, R], token_bias [S, R, n * P], pool uint8 in records of BYTES,
-    ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys, values: bytes of exact tokens, whose strides are in
-    bytes; out float32 [S, splits, R, Dv], lse (base 2) [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has
-    no tokens for a split, nothing is written."""
+    """One split of one stream. q [S, R, Dk]; token_q [S, R, token_dim]: of exact tokens; bias [S, R], token_bias [S, R,
+    n * P], skipped [S], pool uint8 in records of BYTES, ids [S, n], counts [S] of pages or, IN_TOKENS, of tokens; keys,
+    values: exact tokens, whose strides are in bytes; out float32 [S, splits, R, Dv], of the widest values; lse (base 2)
+    [S, splits, R], lse_of_tiles [S, R, tiles]. Where a stream has no tokens for a split, nothing is written."""
     blocks = tl.cdiv(rows, ROWS)
     stream = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -169,16 +177,24 @@ def attend_kernel(
             held = tokens_held(counts, stream, PAGE, IN_TOKENS)
             each = tokens_of_split(held, splits, split_pages, PAGE)
             first = split * each
+            last = tl.minimum(first + each, held)
+            seen_from = 0
+            if SKIPPED:  # noqa: SIM102 (known when it is compiled)
+                if split == 0:
+                    seen_from = tl.load(skipped + stream).to(tl.int32)
+                    first = seen_from // TILE * TILE  # no tile without a token that is seen: its maximum is no number
             if first < held:
                 run(
-                    q, bias, token_bias, pool, pool, ids + stream * ids_stride, first, tl.minimum(first + each, held),
+                    q, bias, token_bias, pool, pool, ids + stream * ids_stride, first, last,
                     k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale,
-                    softcap, K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SOFTCAP, LSE_OF_TILES, IN_TOKENS,
+                    softcap, seen_from, K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SKIPPED, SOFTCAP,
+                    LSE_OF_TILES, IN_TOKENS,
                 )  # fmt: skip
     elif len(TOKENS_K) > 0:
+        k_bytes, v_bytes = keys.to(tl.pointer_type(tl.uint8)), values.to(tl.pointer_type(tl.uint8))
         run(
-            q, bias, token_bias, keys + stream * keys_stride, values + stream * values_stride, ids, 0,
-            tl.load(token_counts + stream).to(tl.int32), k_codebook, v_codebook, out, lse,
-            lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale, softcap,
-            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, SOFTCAP, False, False,
+            token_q + stream * rows * token_dim, bias, token_bias, k_bytes + stream * keys_stride,
+            v_bytes + stream * values_stride, ids, 0, tl.load(token_counts + stream).to(tl.int32), k_codebook,
+            v_codebook, out, lse, lse_of_tiles, row, rows, token_dim, v_dim, bias_stride, tiles, scale, softcap, 0,
+            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, False, SOFTCAP, False, False,
         )  # fmt: skip

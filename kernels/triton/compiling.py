@@ -20,9 +20,11 @@ RESERVED = 1024  # bytes of shared memory that each program takes besides
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 POINTERS = {
     "q": "*bf16",
+    "token_q": "*bf16",
     "pool": "*u8",
     "ids": "*i32",
     "counts": "*i64",
+    "skipped": "*i64",
     "k_codebook": "*fp16",
     "v_codebook": "*bf16",
     "keys": "*u8",
@@ -34,9 +36,14 @@ POINTERS = {
     "k_thresholds": "*fp32",
     "v_thresholds": "*fp32",
 }
-FLOATS = ("bias", "token_bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse")
+FLOATS = (
+    *("bias", "token_bias", "out", "lse", "lse_of_tiles", "partial", "partial_lse", "prior", "prior_lse"),
+    *("other", "share"),
+)
 SCALARS = ("scale", "softcap")
-ALIGNED = ("k_dim", "v_dim", "keys_stride", "values_stride")  # multiples of 16, for all usual dimensions
+ALIGNED = (  # multiples of 16, for all usual dimensions
+    *("k_dim", "token_dim", "v_dim", "wide", "other_dim", "keys_stride", "values_stride"),
+)
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
 BRANCH = re.compile(r"BRA(?:\.\w+)*\s+(?:[!\w]+,\s*)*0x([0-9a-f]+)")
 

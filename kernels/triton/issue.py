@@ -78,13 +78,20 @@ def attend(
     constants = ops.attention_constants(
         described,
         layout.bytes_per_page,
-        (one, one) if plan.together(codec.rotates, bool(layout.centres), rows) else ((), ()),
+        (one, one) if plan.together(bool(layout.centres), rows) else ((), ()),
         plan.tokens_tile(dim * torch.bfloat16.itemsize),
         plan.blocked(rows, described.centred),
         exact=False,
     )
     biased = codec.read_query(torch.zeros(1, 1, dim, dtype=torch.float32, device="cpu"))[1] is not None
-    constants |= {"BIAS": biased, "TOKEN_BIAS": False, "SOFTCAP": False, "LSE_OF_TILES": False, "IN_TOKENS": in_tokens}
+    constants |= {
+        "BIAS": biased,
+        "TOKEN_BIAS": False,
+        "SKIPPED": False,
+        "SOFTCAP": False,
+        "LSE_OF_TILES": False,
+        "IN_TOKENS": in_tokens,
+    }
     made = compiled(attention.attend_kernel, constants, capability, q="*fp32" if codec.rotates else "*bf16")
     return made, described, layout.body_bytes / layout.page_size
 

@@ -17,8 +17,8 @@ from .unpack import LN2, LOG2E
 LEAST = tl.constexpr(plan.LEAST)
 
 
-# With a stream's length: one kernel for all of them.
-CHANGING = ["ids_stride", "bias_stride", "tiles", "split_pages", "splits"]
+# With a stream's length and the number of its queries: one kernel for all of them, which none may compile in a graph.
+CHANGING = ["rows", "ids_stride", "bias_stride", "tiles", "split_pages", "splits"]
 
 
 @triton.jit
@@ -37,13 +37,17 @@ def tokens_of_split(held, splits, split_pages, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize=CHANGING)
 def merge_kernel(
-    partial, partial_lse, prior, prior_lse, counts, out, lse, splits, split_pages, rows, v_dim, PAGE: tl.constexpr,
-    IN_TOKENS: tl.constexpr, TOKENS: tl.constexpr, PRIOR: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    partial, partial_lse, prior, prior_lse, counts, out, lse, other, share, splits, split_pages, rows, wide, v_dim,
+    other_dim, PAGE: tl.constexpr, IN_TOKENS: tl.constexpr, TOKENS: tl.constexpr, PRIOR: tl.constexpr,
+    SEPARATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """sum_i w_i out_i, w_i = exp(lse_i - lse), over splits and what came before. Grid: (stream * rows). partial [S,
-    splits, R, Dv] with lse in base 2; prior and out [S, R, Dv], their lse [S, R] in base e. Of the splits of pages
+    splits, R, wide] with lse in base 2; prior and out [S, R, Dv], their lse [S, R] in base e. Of the splits of pages
     (PAGE = 0: there are none) those are read that were written, by the same counts [S]; TOKENS: the last is the exact
-    tokens'."""
+    tokens'.
+
+    SEPARATE: out is of pages alone, whose `share` [S, R] of all weights is given; other [S, R, other_dim]: of the exact
+    tokens, which are in another basis, times their share."""
     at = tl.program_id(0).to(tl.int64)
     first = at // rows * splits * rows + at % rows
     channel = tl.arange(0, BLOCK)
@@ -60,7 +64,7 @@ def merge_kernel(
     if PAGE > 0:
         held = tokens_held(counts, at // rows, PAGE, IN_TOKENS)
         live = tl.cdiv(held, tokens_of_split(held, last, split_pages, PAGE))
-    parts = live + 1 if TOKENS else live
+    parts = live + 1 if TOKENS and not SEPARATE else live
     for begin in range(0, parts, SPLITS):
         part = begin + tl.arange(0, SPLITS)
         split = tl.where(part < live, part, last)
@@ -69,11 +73,25 @@ def merge_kernel(
         if highest > float("-inf"):
             weight = tl.exp2(logits - highest)
             there = (logits > float("-inf"))[:, None] & (channel < v_dim)[None, :]
-            where = (first + split * rows)[:, None] * v_dim + channel[None, :]
+            where = (first + split * rows)[:, None] * wide + channel[None, :]
             keep = tl.exp2(top - highest)
             found = found * keep + tl.sum(tl.load(partial + where, mask=there, other=0) * weight[:, None], 0)
             mass = mass * keep + tl.sum(weight, 0)
             top = highest
     mass = tl.where(top > float("-inf"), mass, 1)
-    tl.store(lse + at, (top + tl.log2(mass)) * LN2)
     tl.store(out + at * v_dim + channel, found / mass, mask=channel < v_dim)
+    total = top + tl.log2(mass)
+    if SEPARATE:
+        own = tl.load(partial_lse + first + last * rows)
+        highest = tl.maximum(own, total)
+        safe = tl.where(highest > float("-inf"), highest, 0)
+        a, b = tl.exp2(total - safe), tl.exp2(own - safe)
+        both = tl.where(highest > float("-inf"), a + b, 1)
+        total = safe + tl.log2(both)
+        total = tl.where(highest > float("-inf"), total, float("-inf"))
+        tl.store(share + at, a / both)
+        place = tl.arange(0, OTHER)
+        x = tl.load(partial + (first + last * rows) * wide + place, mask=place < other_dim, other=0)
+        x = tl.where(own > float("-inf"), x * (b / both), 0)  # nothing was written there otherwise
+        tl.store(other + at * other_dim + place, x, mask=place < other_dim)
+    tl.store(lse + at, total * LN2)

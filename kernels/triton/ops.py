@@ -5,7 +5,8 @@ Nothing here looks into a tensor: what is launched follows from shapes alone.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from kvcomp.attention import HIDDEN
 from kvcomp.operators import operator
 
 from . import attention, chunks, decode, merge
+from .launching import Launch
 from .plan import MOST_PROGRAMS, blocked, tokens_tile
 
 SPLITS = 16  # that a program merges at once
@@ -85,16 +87,69 @@ def workspace_size(streams: int, rows: int, splits: int, v_dim: int) -> int:
     return streams * rows * splits * (v_dim + 1)
 
 
+class Launches(NamedTuple):
+    """What `attend_pages` launches. block: rows of a program; tiles: of a page, where their lse are kept."""
+
+    attend: Launch
+    merge: Launch
+    block: int
+    tiles: int
+
+
+@lru_cache(4096)
+def _launches(
+    record_bytes: int,
+    description: str,
+    window: tuple[int, int, torch.dtype] | None,
+    k_dim: int,
+    v_dim: int,
+    rows: int,
+    exact: bool,
+    separate: bool,
+    prior: bool,
+    bias: bool,
+    token_bias: bool,
+    skipped: bool,
+    softcap: bool,
+    lse_of_pages: bool,
+    in_tokens: bool,
+) -> Launches:
+    """For pages of a description ("": there are none), and exact tokens of (channels of keys, of values, dtype)."""
+    layout = chunks.parsed(description) if description else chunks.Description((), (), 0, chunks.TILE)
+    block = blocked(rows, layout.centred, k_dim)
+    tokens: Exact = (), ()
+    tile = chunks.NARROWEST
+    if window is not None:
+        tokens = chunks.numbers(window[0], window[2]), chunks.numbers(window[1], window[2])
+        tile = tokens_tile(window[0] * window[2].itemsize)
+    if lse_of_pages:
+        layout = chunks.within_pages(layout)
+    constants = attention_constants(layout, record_bytes, tokens, tile, block, exact)
+    constants |= {"BIAS": bias, "TOKEN_BIAS": token_bias, "SKIPPED": skipped, "SOFTCAP": softcap}
+    constants |= {"LSE_OF_TILES": lse_of_pages, "IN_TOKENS": in_tokens}
+    merged = {"PAGE": layout.page_size, "IN_TOKENS": in_tokens, "TOKENS": window is not None, "PRIOR": prior}
+    widest = v_dim if window is None else window[1]
+    merged |= {"SEPARATE": separate, "SPLITS": SPLITS, "BLOCK": triton.next_power_of_2(v_dim)}
+    merged |= {"OTHER": triton.next_power_of_2(widest), "num_warps": MERGE_WARPS}
+    tiles = layout.page_size // layout.tile if lse_of_pages else 0
+    return Launches(Launch(attention.attend_kernel, constants), Launch(merge.merge_kernel, merged), block, tiles)
+
+
 def _results(
-    queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, ids: Tensor | None, values: Tensor | None, description: str, lse_of_pages: bool, separate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Memory for what `attend_pages` returns."""
     streams, rows, _ = queries.shape
-    v_dim = values.shape[2] if values is not None else chunks.parsed(description).v_dim
+    v_dim = chunks.parsed(description).v_dim if description or values is None else values.shape[2]
     pages = ids.shape[1] if lse_of_pages and ids is not None else 0
-    shapes = (streams, rows, v_dim), (streams, rows), (streams, rows, pages)
-    out, lse, groups = (torch.empty(shape, dtype=torch.float32, device=queries.device) for shape in shapes)
-    return out, lse, groups
+    out = torch.empty((streams, rows, v_dim), dtype=torch.float32, device=queries.device)
+    lse = torch.empty((streams, rows), dtype=torch.float32, device=queries.device)
+    if not (pages or separate):  # one for what there is none of costs less than three
+        nothing = torch.empty((0,), dtype=torch.float32, device=queries.device)
+        return out, lse, nothing, torch.empty_like(nothing), torch.empty_like(nothing)
+    other = values.shape[2] if values is not None and separate else 0
+    groups = torch.empty((streams, rows, pages), dtype=torch.float32, device=queries.device)
+    return out, lse, groups, out.new_empty(streams, rows, other), torch.empty_like(lse)
 
 
 @operator("attend_pages", _results, mutates=("workspace",))
@@ -120,72 +175,68 @@ def attend_pages(
     exact: bool,
     in_tokens: bool = False,
     token_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    skipped: Tensor | None = None,
+    token_queries: Tensor | None = None,
+    separate: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out [S, R, Dv], lse [S, R] and the lse of each page [S, R, n], all float32, of attention over pages (pool uint8
     [pages, bytes], ids [S, n], counts [S]), exact tokens (keys [S, N, Dk], values [S, N, Dv], token_counts [S]) and
     what came before (prior).
 
     queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
     k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split can hold; workspace: float32
-    `workspace_size`; softcap 0: none; n is 0 unless `lse_of_pages`; in_tokens: counts are of tokens.
+    `workspace_size`; softcap 0: none; in_tokens: counts are of tokens; skipped int [S]:
+    tokens at the start of a stream's first page that are not seen. What was not asked for is empty.
+
+    token_queries [S, R, Dk']: of the exact tokens; None: `queries` are. separate: out is of pages alone; then come the
+    attention over exact tokens times their share [S, R, Dv'], and the share of pages [S, R].
     """
     streams, rows, k_dim = queries.shape
-    out, lse, groups = _results(queries, ids, values, description, lse_of_pages)
-    v_dim = out.shape[2]
-    layout, pages, splits = chunks.Description((), (), 0, chunks.TILE), 0, 0
-    if ids is not None and ids.shape[1]:
-        layout, pages = chunks.parsed(description), ids.shape[1]
-        splits = triton.cdiv(pages, split_pages)
-    block = blocked(rows, layout.centred, k_dim)
-    tokens: Exact = (), ()
-    strides, window = [0, 0], chunks.NARROWEST
+    out, lse, groups, other, share = _results(queries, ids, values, description, lse_of_pages, separate)
+    v_dim = wide = out.shape[2]
+    pages = ids.shape[1] if ids is not None else 0
+    shape = (pool.stride(0), description) if pages and pool is not None else (0, "")
+    window = None
+    strides = 0, 0
     if keys is not None and values is not None:
-        tokens = chunks.numbers(keys.shape[2], keys.dtype), chunks.numbers(values.shape[2], values.dtype)
-        window = tokens_tile(keys.shape[2] * keys.itemsize)
-        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
-        strides, splits = [keys.stride(0), values.stride(0)], splits + 1
-    tiles = 0
+        window = keys.shape[2], values.shape[2], keys.dtype
+        wide = max(wide, values.shape[2])
+        strides = keys.stride(0) * keys.itemsize, values.stride(0) * values.itemsize
+    flags = bias is not None, token_bias is not None, skipped is not None, softcap > 0, lse_of_pages, in_tokens
+    how = _launches(*shape, window, k_dim, v_dim, rows, exact, separate, prior_out is not None, *flags)
+    splits = -(-pages // split_pages) + (window is not None)
+    tiles = pages * how.tiles
+    lse_of_tiles = lse  # where nobody writes them
     if lse_of_pages:
-        layout = chunks.within_pages(layout)
-        tiles = pages * (layout.page_size // layout.tile)
-    lse_of_tiles = queries.new_full((streams, rows, tiles), -torch.inf, dtype=torch.float32)
-    needed = workspace_size(streams, rows, splits, v_dim)
+        lse_of_tiles = queries.new_full((streams, rows, tiles), -torch.inf, dtype=torch.float32)
+    needed = workspace_size(streams, rows, splits, wide)
     if workspace is None:
         workspace = torch.empty(needed, device=queries.device, dtype=torch.float32)
     if workspace.numel() < needed:
         raise ValueError(f"workspace has {workspace.numel()} numbers, and {needed} are needed: see workspace_size")
-    partial_lse = workspace[streams * rows * splits * v_dim :]
+    partial_lse = workspace[streams * rows * splits * wide :]
     idle = queries  # stands for pointers that are not used
-    with torch.cuda.device_of(queries):
-        attention.attend_kernel[(streams * triton.cdiv(rows, block), splits)](
-            queries,
-            *(idle if x is None else x for x in (bias, token_bias, pool, ids, counts, k_codebook, v_codebook)),
-            *(idle if x is None else x for x in (keys, values, token_counts)),
-            *(workspace, partial_lse, lse_of_tiles, rows, k_dim, v_dim),
-            *(0 if ids is None else ids.stride(0), *strides, 0 if token_bias is None else token_bias.shape[2]),
-            *(tiles, split_pages, scale, softcap),
-            **attention_constants(layout, 0 if pool is None else pool.stride(0), tokens, window, block, exact),
-            BIAS=bias is not None,
-            TOKEN_BIAS=token_bias is not None,
-            SOFTCAP=softcap > 0,
-            LSE_OF_TILES=lse_of_pages,
-            IN_TOKENS=in_tokens,
-        )
-        merge.merge_kernel[(streams * rows,)](
-            *(workspace, partial_lse),
-            *(idle if x is None else x for x in (prior_out, prior_lse, counts)),
-            *(out, lse, splits, split_pages, rows, v_dim),
-            PAGE=layout.page_size,
-            IN_TOKENS=in_tokens,
-            TOKENS=keys is not None,
-            PRIOR=prior_out is not None,
-            SPLITS=SPLITS,
-            BLOCK=triton.next_power_of_2(v_dim),
-            num_warps=MERGE_WARPS,
-        )
+    how.attend(
+        (streams * -(-rows // how.block), splits),
+        queries.device,
+        queries,
+        *(idle if x is None else x for x in (token_queries, bias, token_bias, skipped, pool, ids, counts)),
+        *(idle if x is None else x for x in (k_codebook, v_codebook, keys, values, token_counts)),
+        *(workspace, partial_lse, lse_of_tiles, rows, k_dim, k_dim if window is None else window[0], wide),
+        *(0 if ids is None else ids.stride(0), *strides, 0 if token_bias is None else token_bias.shape[2]),
+        *(tiles, split_pages, scale, softcap),
+    )
+    how.merge(
+        (streams * rows,),
+        queries.device,
+        *(workspace, partial_lse),
+        *(idle if x is None else x for x in (prior_out, prior_lse, counts)),
+        *(out, lse, other if separate else out, share if separate else lse),
+        *(splits, split_pages, rows, wide, v_dim, wide if window is None else window[1]),
+    )
     if lse_of_pages and pages:
         groups = lse_of_tiles.unflatten(-1, (pages, -1)).logsumexp(-1)
-    return out, lse, groups
+    return out, lse, groups, other, share
 
 
 def _decoded(pool: Tensor, ids: Tensor, description: str, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from kvcomp.kernels.placed import NOTHING
 from kvcomp.operators import operator
 
+from . import choose as choosing
 from . import received, summaries, tokens
 from .chunks import NARROWEST
+from .launching import Launch
 from .plan import blocked, split_keys
 
 CHANNELS = 64  # of a product
@@ -20,6 +23,8 @@ SCORED = 64  # vectors of a program
 ESTIMATED = 128  # tokens of a program
 KEYS = 64  # at once
 WARPS = 4
+CHOSEN = 1024  # places that a program looks at at once
+MOST_HEADS = 16  # of a stream, among which shares are averaged
 
 
 def scores_constants(rows: int, dim: int, page_bytes: int, exact: bool) -> dict[str, Any]:
@@ -147,3 +152,46 @@ def attention_received(
             queries, keys, hidden, lse, out, rows, n, scale, softcap, group, **constants, MOST=most
         )
     return out
+
+
+def choose_constants(groups: int, unit: int, each: int) -> dict[str, Any]:
+    """As `scores_constants`, of `choose_kernel`."""
+    return {
+        "UNIT": unit,
+        "EACH": each,
+        "GROUP": triton.next_power_of_2(groups),
+        "BLOCK": CHOSEN,
+        "num_warps": 2 * WARPS,
+    }
+
+
+@operator("choose", lambda logits, width: torch.empty(len(logits), width, dtype=torch.int64, device=logits.device))
+def choose(
+    logits: Tensor,
+    counts: Tensor,
+    wanted: Tensor,
+    unit: int,
+    each: int,
+    width: int,
+    first: int,
+    last: int,
+    scale: float,
+) -> Tensor:
+    """int64 [S, width]: of logits float32 [S, G, n * each], places of whose shares the wanted int64 [S] largest are
+    read; counts [S] of pages, of `unit` places each; the first and last places in any case. See `choose.choose_kernel`.
+    G is at most `MOST_HEADS`."""
+    streams, groups, slots = logits.shape
+    places = slots // each
+    out = torch.empty(streams, width, dtype=torch.int64, device=logits.device)
+    shares = _floats(logits, streams, places)
+    _choose(groups, unit, each)(
+        (streams,),
+        logits.device,
+        *(logits, counts, wanted, shares, out, groups, places, width, first, last, scale),
+    )
+    return out
+
+
+@lru_cache(256)
+def _choose(groups: int, unit: int, each: int) -> Launch:
+    return Launch(choosing.choose_kernel, choose_constants(groups, unit, each))

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from kvcomp.kernels.contract import PageCodec, ReadBasis
+
 MOST_ROWS = 64  # query rows that a program has in registers
 FEWEST_ROWS = 16  # what tensor cores take
 WIDE = 256  # channels of keys; with more, as of latents, a program has memory for the fewest rows and a small tile
@@ -22,10 +24,16 @@ def blocked(rows: int, centred: bool = False, k_dim: int = 0) -> int:
     return min(max(1 << (rows - 1).bit_length(), FEWEST_ROWS), most)
 
 
-def together(rotates: bool, centred: bool, rows: int) -> bool:
-    """Whether one launch attends to pages and to exact tokens: both are in the coordinates of the queries, and the
-    registers suffice. With many rows, centres of pages would spill some."""
-    return not rotates and not (centred and blocked(rows) > FEWEST_ROWS)
+def together(centred: bool, rows: int) -> bool:
+    """Whether one launch attends to pages and to exact tokens: with many rows, centres of pages would spill some
+    registers."""
+    return not (centred and blocked(rows) > FEWEST_ROWS)
+
+
+def bases(codec: PageCodec) -> tuple[ReadBasis, ReadBasis] | None:
+    """The bases of pages that kernels multiply with; None: the codec has to."""
+    found = codec.read_bases()
+    return None if found is None or found[1].mean is not None else found
 
 
 def split_pages(

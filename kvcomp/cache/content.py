@@ -113,27 +113,32 @@ class LayerContent:
         k, v = (torch.stack([s[i] for s in streams]).unflatten(0, (self.rows, self.heads)) for i in (0, 1))
         return k, v
 
-    def padded(self) -> tuple[Tensor, Tensor]:
+    def padded(self, columns: int | None = None) -> tuple[Tensor, Tensor]:
         """Everything seen, decoded into its logical place: keys [B, Hkv, length, Dk], values [B, Hkv, length, Dv];
-        padding is 0.
+        padding is 0. columns: the newest ones alone.
 
         For models that insist on tensors.
 
         Raises:
             UnsupportedError: some tokens were evicted.
         """
-        if bool((self.kept != self.history.counts.repeat_interleave(self.heads)).any()):
+        history = self.history
+        length = history.length if columns is None else min(columns, history.length)
+        counts = history.counts if length == history.length else history.newest(length)
+        if bool((self.kept < counts.repeat_interleave(self.heads)).any()):
             raise UnsupportedError(
                 "the model asks for all keys and values as a tensor, but the stack evicted some of them; "
                 "use a stack without eviction policy for this model"
             )
-        valid = self.history.valid()
-        shape = (self.rows * self.heads, self.history.length)
+        valid = history.valid()
+        shape = (self.rows * self.heads, length)
         k = torch.zeros(*shape, self.k_dim, dtype=self.dtype, device=self.device)
         v = k[..., : self.v_dim] if self.plan.latent else k.new_zeros(*shape, self.v_dim)
         for s in range(shape[0]):
-            where = slice(None) if valid is None else valid[s // self.heads].to(self.device)
-            k[s, where], values = self._tokens(s)
+            row = s // self.heads
+            where = slice(None) if valid is None else valid[row, history.length - length :].to(self.device)
+            keys, values = (x[len(x) - int(counts[row]) :] for x in self._tokens(s))
+            k[s, where] = keys
             if not self.plan.latent:
                 v[s, where] = values
         return k.unflatten(0, (self.rows, self.heads)), v.unflatten(0, (self.rows, self.heads))
@@ -147,7 +152,12 @@ class LayerContent:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of full-precision K and V for all tokens seen, padding excluded."""
+        """Bytes of full-precision K and V for all tokens seen, or those of a window that slides; padding excluded."""
         if not self.started:
             return 0
-        return self.history.total * self.heads * self.records.shape.channels * self.dtype.itemsize
+        history, window = self.history, self.plan.sliding
+        if window is not None and history.length > window:
+            seen = self.rows * window if history.unpadded else int(history.newest(window).sum())
+        else:
+            seen = history.total
+        return seen * self.heads * self.records.shape.channels * self.dtype.itemsize

@@ -48,7 +48,21 @@ class ExactBuffer:
 
     def _hold(self, plan: LayerPlan, k: Tensor, v: Tensor, counts: Tensor, width: int) -> None:
         self.plan, self.k, self.v, self.counts, self.width = plan, k, v, counts, width
-        self._bounds: tuple[int, int] | None = None  # forgotten wherever counts change by more than one for all
+        self._forget()
+
+    def _forget(self) -> None:
+        """Counts have changed, by more than one for all."""
+        self._bounds: tuple[int, int] | None = None
+        self._placed: Tensor | None = None
+
+    @property
+    def placed(self) -> Tensor:
+        """The counts on the keys' device, where a kernel counts along with the host."""
+        if self.k.is_cpu:
+            return self.counts
+        if self._placed is None:
+            self._placed = self.counts.to(self.k.device)
+        return self._placed
 
     @property
     def token_bytes(self) -> int:
@@ -80,7 +94,7 @@ class ExactBuffer:
     def recount(self, streams: Tensor | slice | int, counts: Tensor | int) -> None:
         """Let these streams hold so many tokens."""
         self.counts[streams] = counts
-        self._bounds = None
+        self._forget()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """One more token for every stream: keys [B, Hkv, 1, Dk], values [B, Hkv, 1, Dv]."""
@@ -88,7 +102,9 @@ class ExactBuffer:
         self._reserve(longest + 1)
         if self.plan.latent:
             values = values[..., :0]
-        if append(self.k, self.v, self.counts, keys, values):
+        if append(self.k, self.v, self.placed, keys, values):
+            if self._placed is not None:
+                self.counts += 1
             self._bounds = shortest + 1, longest + 1
             return
         k, v = keys.reshape(len(self.counts), -1), values.reshape(len(self.counts), -1)
@@ -98,7 +114,7 @@ class ExactBuffer:
             every, slot = torch.arange(len(self.counts), device=k.device), self.counts.to(k.device)
             self.k[every, slot], self.v[every, slot] = k, v
         self.counts += 1
-        self._bounds = shortest + 1, longest + 1
+        self._bounds, self._placed = (shortest + 1, longest + 1), None
 
     def window(self, streams: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Copies of what streams that hold `count` tokens have after their sinks: [s, count - sinks, D]."""
@@ -121,17 +137,18 @@ class ExactBuffer:
     @property
     def tokens(self) -> Tokens:
         """All that is held, as attention reads it."""
-        return Tokens(self.k, self.values, self.counts)
+        return Tokens(self.k, self.values, self.placed)
 
     def select(self, streams: Tensor) -> None:
         """Keep, repeat and order streams."""
         on = streams.to(self.k.device)
-        self.k, self.v, self.counts, self._bounds = self.k[on], self.v[on], self.counts[streams], None
+        self.k, self.v, self.counts = self.k[on], self.v[on], self.counts[streams]
+        self._forget()
 
     def fork(self) -> ExactBuffer:
         """A copy that goes on by itself."""
         twin = copy(self)
-        twin.k, twin.v, twin.counts = self.k.clone(), self.v.clone(), self.counts.clone()
+        twin.k, twin.v, twin.counts, twin._placed = self.k.clone(), self.v.clone(), self.counts.clone(), None
         return twin
 
     def state(self) -> dict[str, Tensor]:
@@ -160,7 +177,8 @@ class ExactBuffer:
         counts = state.numbers("counts", (streams,), COUNTER, 0, min(k.shape[1], slots - 1))  # the next has a slot
         if self.plan.latent:
             k, v = torch.cat([k, v], -1), v.new_zeros(*v.shape[:2], 0)
-        self.k, self.v, self.counts, self._bounds = k.to(device), v.to(device), counts, None
+        self.k, self.v, self.counts = k.to(device), v.to(device), counts
+        self._forget()
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self.k.shape[1]:

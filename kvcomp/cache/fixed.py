@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from kvcomp.attention import Part, Tokens, merge
-from kvcomp.errors import KvcompError, UnsupportedError
+from kvcomp.errors import UnsupportedError
+from kvcomp.kernels.dispatch import advance, shift_windows
 from kvcomp.ledger import ReadPlan
 from kvcomp.modes import outside_inference
 from kvcomp.stages.plan import COUNTER, TABLE_ENTRY, LayerPlan
 
 from . import reader, writer
+from .checked import check
 from .content import LayerContent
 from .exact import ExactBuffer
 from .growing import Growing
@@ -58,6 +60,7 @@ class FixedStore:
         self.plan, self.tokens, self._host = plan, tokens, host
         self.live = False  # holds the tokens, which a LayerStore holds otherwise
         self.name = ""  # for graphs; another one where the tensors are others
+        self.cache: object = self  # what is the same for all layers of a cache
 
     # -- hand-over ------------------------------------------------------------------------------------------------
 
@@ -73,7 +76,7 @@ class FixedStore:
         """
         if store.compacted is not None:
             raise UnsupportedError("a compacted span cannot be taken into a preallocated cache: leave preallocate= out")
-        held = store.storage
+        held, self.cache = store.storage, store.choices
         most = int(store.kept.max()) + self.tokens - store.history.length
         pages = max(self.plan.pages_of(most), held.table.longest)  # after a crop the window may be short of its tokens
         held.records.codec.reserve(store.rows * store.heads)
@@ -151,8 +154,14 @@ class FixedStore:
         if not self.host:  # kernels make what they keep, such as codebooks, now: what is made in a graph is its own
             self._adopt(store.storage.records)
             reader.attend(self.records, self.view(), self.k[:, :1], 1.0)
-            nowhere = torch.full_like(self.streams, -1)[:, None]
-            self.records.encode(nowhere, self.k, self.v, self.streams, due=self.pages > 0)
+            nowhere = torch.full_like(self.streams, -1)
+            token = [x[:, :1].unflatten(0, (store.rows, -1)) for x in (self.k, self.v)]
+            if self._put(*token) is None:
+                self.records.encode(nowhere[:, None], self.k, self.v, self.streams, due=self.pages > 0)
+            else:
+                self._settle(nowhere)
+            self.counts.zero_()
+            self.seen.zero_()
 
     def _adopt(self, records: Records) -> None:
         """Go on with what a store's codec adapted to: where graphs are recorded, in the tensors that they know."""
@@ -198,33 +207,39 @@ class FixedStore:
             KvcompError: the row is full.
             UnsupportedError: a mask that shows other tokens. On GPUs both stop the device at an assertion instead.
         """
-        self._check(mask, length)
+        check(mask, length, self.seen, self.tokens, self.host, self.plan.layer, self.cache)
         streams, rows = self.k.shape[0], queries.shape[:2]
+        due = self._put(keys, values)
+        q = queries.reshape(streams, -1, queries.shape[-1])
+        part = merge(reader.attend(self.records, self.view(), q, scale, softcap).parts)
+        if due is None:
+            writer.settle(self)
+        else:
+            self._settle(due)
+        return Part(part.out.reshape(*rows, 1, -1), part.lse.reshape(*rows, 1))
+
+    def _put(self, keys: Tensor, values: Tensor) -> Tensor | None:
+        """Add a token of each stream. int64 [S]: the records of pages that are due then, of streams that have none -1;
+        None where `writer.settle` has to find out, as on the host, or for codecs that adapt to their tokens."""
+        streams = self.k.shape[0]
+        if not (self.host or self.records.codec.adapts):
+            state = self.k, self.v, self.counts, self.pages, self.seen
+            due = advance(*state, keys, values, self.ids.shape[1])
+            if due is not None:
+                return due
         self.k[self.streams, self.counts] = keys.reshape(streams, -1)
         self.v[self.streams, self.counts] = values.reshape(streams, -1)
         self.counts += 1
         self.seen += 1
-        q = queries.reshape(streams, -1, queries.shape[-1])
-        part = merge(reader.attend(self.records, self.view(), q, scale, softcap).parts)
-        writer.settle(self)
-        return Part(part.out.reshape(*rows, 1, -1), part.lse.reshape(*rows, 1))
+        return None
 
-    def _check(self, mask: Tensor | None, length: Tensor) -> None:
-        room = f"the cache has room for preallocate={self.tokens} tokens per row, and all is taken: ask for more"
-        self._require(length < self.tokens, KvcompError, room)
-        if mask is not None:
-            allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            hidden = (
-                "the attention mask hides or shows other cached tokens than those that were written as no padding; "
-                "compressed pages cannot follow a mask that changes later"
-            )
-            self._require((allowed.flatten(1).sum(-1) == self.seen + 1).all(), UnsupportedError, hidden)
-
-    def _require(self, fulfilled: Tensor, error: type[KvcompError], message: str) -> None:
-        if not self.host:
-            torch._assert_async(fulfilled, message)
-        elif not fulfilled:
-            raise error(message)
+    def _settle(self, due: Tensor) -> None:
+        """As `writer.settle`, on the device, of the streams whose next page goes to record due [S], if one does."""
+        plan, codec = self.plan, self.records.codec
+        sizes = plan.page_size, plan.sinks, plan.recent
+        moved = shift_windows(self.k, self.v, self.counts, self.pages, due, *sizes, not codec.lossless)
+        assert moved is not None
+        self.records.memory.encode(due, codec, *moved, self.streams, {})
 
     def view(self) -> View:
         """What queries may read. How many pages that is, `read` finds out when it is asked."""

@@ -24,7 +24,8 @@ class Growing:
     def __init__(self, records: Records, exact: ExactBuffer, pool: PagePool) -> None:
         """Without pages: those come from the pool, which is from now on the records' memory."""
         self.records, self.exact, self.pool = records, exact, pool
-        self.table = PageTable(len(exact.counts), pool.data.device, records.plan.watched)
+        plan = records.plan
+        self.table = PageTable(len(exact.counts), pool.data.device, plan.watched, plan.sliding is not None)
         records.memory = pool
         pool.join(self.table)
 
@@ -83,7 +84,7 @@ class Growing:
 
     def decode(self, ids: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         """A stream's pages ids [m] as tokens [m * P, Dk], [m * P, Dv] in original coordinates and the model's dtype."""
-        streams = torch.full((len(ids),), stream, device=self.records.data.device, dtype=torch.int64)
+        streams = torch.full((1,), stream, device=self.records.data.device, dtype=torch.int64)
         k, v = self.records.decode(ids, streams)
         return k.flatten(0, 1), v.flatten(0, 1)
 

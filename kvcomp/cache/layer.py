@@ -18,7 +18,7 @@ from kvcomp.stages import Choice
 from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
 
-from . import chosen, reader, surgery, writer
+from . import chosen, reader, sliding, surgery, writer
 from .content import LayerContent
 from .pool import compact
 from .reader import Shared
@@ -55,6 +55,8 @@ class LayerStore(LayerContent):
 
     def settle(self) -> None:
         """Move what overflows the windows into pages, then let the policies expire old pages."""
+        if self.plan.sliding is not None:
+            sliding.leave(self)
         writer.settle(self.storage)
         if self.plan.policies:
             writer.expire(self)
@@ -73,8 +75,9 @@ class LayerStore(LayerContent):
 
         `chunk` adds tokens that are not written yet: keys [B, Hkv, c, Dk], values [B, Hkv, c, Dv] and which of them
         each query sees, bool, broadcastable to [B, n, c]; None: those up to its own, the queries being those of the
-        last n <= c. Selectors act on single queries only (n = 1); more read every page. `choice`: what the model's own
-        indexer chose for single queries, as `chosen.attend` takes it, instead of a selector; of all tokens held.
+        last n <= c. Selectors act on single queries only (n = 1); more read every page. Where a window slides, the one
+        query is that of the newest token held. `choice`: what the model's own indexer chose for single queries, of all
+        tokens held, as `chosen.attend` takes it, instead of a selector.
         """
         n, storage = queries.shape[2], self.storage
         table = storage.table
@@ -84,6 +87,8 @@ class LayerStore(LayerContent):
         q = queries.reshape(self.rows * self.heads, group * n, queries.shape[3])
         self.choices.pop(self.plan.layer, None)
         view, watched = storage.view(), table.received is not None
+        if self.plan.sliding is not None:
+            view = view._replace(skipped=sliding.skipped(self))
         found = None
         if choice is None:
             found = reader.attend(
@@ -171,6 +176,7 @@ class LayerStore(LayerContent):
             "compacted": None if self.compacted is None else self.compacted._asdict(),
             "tail": self.tail,
             "prompt": None if self.prompt is None else [list(numbers) for numbers in self.prompt],
+            **({} if self.table.left is None else {"left": self.table.left}),
         }
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:

@@ -16,6 +16,8 @@ from kvcomp.state import State
 
 from .records import PageMemory
 
+MOST_LEFT = 1 << 40  # pages that a file may say have left
+
 
 class PagePool(PageMemory):
     """Pages of one layer: records uint8 [capacity, bytes_per_page] that grow by a sixteenth, and their free list.
@@ -97,13 +99,16 @@ class PageTable:
 
     received: float32 [S, capacity, 2] where a policy watches: the attention that each page received, and of how many
     queries. On the pages' device: steps add to it, and the host reads it only where pages are to leave.
+    left: int64 [S] where a window slides: each stream's oldest pages that it no longer owns, or never had written.
     """
 
-    def __init__(self, streams: int, device: torch.device, watched: bool = False) -> None:
+    def __init__(self, streams: int, device: torch.device, watched: bool = False, sliding: bool = False) -> None:
         self.device = device
         self.rows = torch.zeros(streams, 0, dtype=torch.int32, device="cpu")
         self.counts = torch.zeros(streams, dtype=torch.int64, device="cpu")
         self.received = torch.zeros(streams, 0, 2, dtype=torch.float32, device=device) if watched else None
+        self.left = torch.zeros(streams, dtype=torch.int64, device="cpu") if sliding else None
+        self._fewest_left: int | None = None
         self._mirror: tuple[Tensor, Tensor] | None = None
         self._total: int | None = None
 
@@ -159,6 +164,24 @@ class PageTable:
             self.received = self.received.gather(1, order[..., None].expand_as(self.received)) * inside[..., None]
         self._mirror = self._total = None
 
+    @property
+    def fewest_left(self) -> int:
+        """The least number of pages that `left` a stream."""
+        if self._fewest_left is None:
+            self._fewest_left = 0 if self.left is None or not self.left.numel() else int(self.left.min())
+        return self._fewest_left
+
+    def count_left(self, streams: Tensor | slice, amount: Tensor | int) -> None:
+        """So many more of the oldest pages of `streams` have left."""
+        assert self.left is not None
+        self.left[streams] += amount
+        self._fewest_left = None
+
+    def drop_oldest(self, amount: Tensor) -> None:
+        """Forget each stream's `amount` [S] oldest pages, which `left`."""
+        self.drop(torch.arange(self.longest, device="cpu") < amount[:, None])
+        self.count_left(slice(None), amount)
+
     def drop_newest(self, amount: Tensor) -> None:
         """Forget each stream's `amount` [S] newest pages."""
         self.counts = self.counts - amount
@@ -193,6 +216,7 @@ class PageTable:
         self.rows, self.counts = self.rows[streams], self.counts[streams]
         self._mirror = self._total = None
         self.received = None if self.received is None else self.received[streams.to(self.device)]
+        self.left, self._fewest_left = None if self.left is None else self.left[streams], None
 
     def owned(self) -> Tensor:
         """Sorted ids of all pages that some stream owns."""
@@ -231,12 +255,15 @@ class PageTable:
             state.require(self.received is not None, "received is there, but nothing watches")
             received = state.finite("received", (streams, longest, 2), torch.float32)
             state.require(not (received < 0).any(), "received has negative numbers")
+        if self.left is not None:
+            self.left, self._fewest_left = state.numbers("left", (streams,), torch.int64, 0, MOST_LEFT), None
         self.rows, self.counts = rows, counts
         self.received = None if received is None else received.to(self.device)
         self._mirror = self._total = None
 
     def tensors(self) -> Iterable[Tensor]:
-        return [t for t in (self.rows, self.counts, self.received, *(self._mirror or ())) if t is not None]
+        held = self.rows, self.counts, self.received, self.left, *(self._mirror or ())
+        return [t for t in held if t is not None]
 
 
 def compact(pool: PagePool, table: PageTable) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class View(NamedTuple):
     ids int [S, n]: records, oldest first, of which a stream's first counts int64 [S] exist, on the records' device.
     tokens: exact ones; None: there are none. held: counts again, by which followers compare their pages with their
     leader's: on the host, or the very same tensor for all layers. total: pages of all streams, if it is known.
-    in_tokens: counts are of tokens, and a stream's last page may be filled in part.
+    in_tokens: counts are of tokens, and a stream's last page may be filled in part. skipped: as in `PagesView`.
     """
 
     ids: Tensor
@@ -42,6 +42,7 @@ class View(NamedTuple):
     held: Tensor
     total: int | Tensor
     in_tokens: bool = False
+    skipped: Tensor | None = None
 
 
 class Read(NamedTuple):
@@ -89,7 +90,7 @@ def attend(
         plan.add("pages", size, view.total)
         if view.in_tokens and layout.centres:
             plan.add("pages", layout.centre_bytes, (counts + layout.page_size - 1) // layout.page_size)
-        part = attend_pages(q, data, ids, counts, *how, view.in_tokens, host=host)
+        part = attend_pages(q, data, ids, counts, *how, view.in_tokens, host=host, skipped=view.skipped)
         return Read([part], None, plan)
     pages = choice.valid // layout.page_size if records.by_tokens else choice.valid
     plan.add("pages", layout.body_bytes, pages)
@@ -126,7 +127,8 @@ def choose(
     if adapted := index.adapted():
         plan.add("constants", storage_bytes(adapted))
     summary = Summary(layout, records.data, view.ids, view.counts)
-    held = Summaries(summary, view.counts, view.heads, layout.page_size, records.by_tokens)
+    on_host = view.held if view.held.is_cpu and not view.in_tokens else None
+    held = Summaries(summary, view.counts, view.heads, layout.page_size, records.by_tokens, on_host)
     choice = index.choose(q, scale, held)
     assert stages.selector is not None
     if stages.selector.share > 1:

@@ -42,8 +42,9 @@ class PageMemory:
         streams: Tensor,
         summaries: Mapping[str, Tensor],
     ) -> None:
-        """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, and summary
-        fields [M, ...], in the records ids int64 [M]: in one pass, where a kernel can. Ids below 0: nowhere."""
+        """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64, as of `Codec.encode`, as the codec encodes
+        them, and summary fields [M, ...], in the records ids int64 [M]: in one pass, where a kernel can. Ids below 0:
+        nowhere."""
         if not encode_pages(self.data, ids, self.layout, codec, keys, values, streams):
             self.write(ids, codec.encode(keys, values, streams) | dict(summaries))
         elif summaries:
@@ -119,8 +120,9 @@ class Records:
             if self.index is not None:
                 self.index.fit(streams, keys)
         k, v = (x[:, : m * size].unflatten(1, (m, size)).flatten(0, 1) for x in (keys, values))  # [s * m, P, D]
-        streams = streams.repeat_interleave(m) if m > 1 else streams
-        summaries = {} if self.index is None else self.index.summarize(k, v, streams)
+        summaries = {}
+        if self.index is not None:
+            summaries = self.index.summarize(k, v, streams.repeat_interleave(m) if m > 1 else streams)
         self.memory.encode(ids.flatten(), self.codec, k, v, streams, summaries)
 
     def clean(self, keys: Tensor, values: Tensor, look: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -151,7 +153,7 @@ class Records:
     # -- read -----------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [M, P, Dk] and values [M, P, Dv] of the records ids [M], whose streams are int64 [M], in original
+        """Keys [M, P, Dk] and values [M, P, Dv] of the records ids [M], of streams as of `Codec.encode`, in original
         coordinates and the model's dtype. For round trips and surgery, never on the way of attention."""
         shape = self.shape
         if not len(ids):  # a codec that adapts to its first page has nothing to decode with yet

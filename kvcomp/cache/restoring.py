@@ -25,7 +25,7 @@ WIDEST = 2048  # channels of a head that a file may have: bases are square matri
 def restore(store: LayerContent, state: State, device: torch.device) -> None:
     """`LayerStore.restore` of a state that is not empty."""
     plan = store.plan
-    state.only(*NAMES)
+    state.only(*NAMES, *(() if plan.sliding is None else ("left",)))
     rows, heads = state.integer("rows", 0), state.integer("heads", 1)
     exact = state.part("exact")
     keys = exact.tensor("k", (rows * heads, None, None), *FLOATS)
@@ -97,6 +97,10 @@ def _check_kept(store: LayerContent, state: State) -> None:
         kept = kept + replaced - store.compacted.bias.shape[1]
         end = max((b for _, b in store.compacted.columns), default=0)
         state.require(end <= store.history.length, f"compacted ends at {end} of {store.history.length} tokens")
+    if store.table.left is not None:
+        kept = kept + store.table.left * store.plan.page_size
+        alone = (store.table.left * store.plan.page_size > seen).any()
+        state.require(not alone, "more pages have left than tokens were seen")
     state.require(not (kept > seen).any(), "more tokens are held than were seen")
     surely = seen if store.tail is None else seen.clamp_max(store.tail)
     state.require(not (kept < surely).any(), "fewer tokens are held than were seen and not evicted")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcomp.errors import KvcompError, UnsupportedError
 
+from . import sliding
 from .compaction import Compacted, CompactSpans, match
 from .content import LayerContent
 
@@ -23,6 +24,11 @@ def crop(content: LayerContent, tokens: int) -> None:
     """
     if tokens > content.history.length:
         raise KvcompError(f"crop({-tokens}): the cache holds {content.history.length} tokens")
+    if content.plan.sliding is not None and tokens > (most := sliding.reach(content)):
+        raise UnsupportedError(
+            f"crop({-tokens}): layer {content.plan.layer} sees a sliding window of {content.plan.sliding} tokens, and "
+            f"those before it are gone: crop at most {most}, fork() the cache before, or reset() it and feed all again"
+        )
     content.end_prompt()
     _take_back(content, content.history.newest(tokens), f"crop({-tokens})", content.codec.lossless)
     content.history.crop(tokens)

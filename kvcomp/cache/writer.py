@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from . import eviction
+from . import eviction, sliding
 from .content import LayerContent
 from .storage import Storage
 
@@ -71,6 +71,8 @@ def write(
         [past, past - torch.tensor(content.prompt[0], dtype=torch.int64, device="cpu")], 1
     )  # in all, and of this prompt
     content.history.append(n, valid)
+    if content.plan.sliding is not None:
+        sliding.leave(content)
     if valid is None and bool((seen == seen[0]).all()):
         rows = torch.arange(content.rows, device="cpu")
         tails = [_write_rows(content, rows, keys, values, queries, chosen, seen[0].tolist(), scale)]
@@ -83,6 +85,8 @@ def write(
             at, row_alone = seen[b].tolist(), torch.tensor([b], dtype=torch.int64, device="cpu")
             tails.append(_write_rows(content, row_alone, keys[row], values[row], q, c, at, scale))
     content.tail = min((t for t in tails if t is not None), default=None)
+    if content.plan.sliding is not None:
+        sliding.leave(content)
     expire(content)
 
 
@@ -142,8 +146,9 @@ def _extend(content: LayerContent, streams: Tensor, k: Tensor, v: Tensor) -> Non
         old_k, old_v = content.exact.window(streams, count)
         k, v, count = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), plan.sinks
     paged = max(k.shape[1] - plan.recent, 0) // plan.page_size * plan.page_size
-    if paged:
-        ids = content.storage.new_pages(streams, paged // plan.page_size)
-        content.records.encode(ids, k, v, streams, look=True)
+    first = 0 if plan.sliding is None or not paged else sliding.unseen(content, streams, paged // plan.page_size)
+    if paged > (at := first * plan.page_size):
+        ids = content.storage.new_pages(streams, paged // plan.page_size - first)
+        content.records.encode(ids, k[:, at:], v[:, at:], streams, look=True)
         content.storage.paged(streams, ids)
     content.exact.put(streams, count, k[:, paged:], v[:, paged:])

@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcomp import __version__
 from kvcomp.errors import KvcompError
 from kvcomp.files import expanded, named, readable, reason, write_whole
 from kvcomp.fingerprint import Fingerprint
@@ -105,7 +105,7 @@ class Calibration:
             "texts": json.dumps([{"name": name, "sha256": digest} for name, digest in self.texts]),
             "tokens": str(self.tokens),
             "context": str(self.context),
-            "kvcomp": version("kvcomp"),
+            "kvcomp": __version__,
         }
         tensors = {name: t.float().contiguous() for name, t in self.tensors.items()}
         content = save(tensors, metadata | {CHECKSUM: checksum(metadata, tensors)})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
+from kvcomp import __version__
 from kvcomp.console import Group, note
 
 from . import ask, bench, calibrate, data, doctor, generate, plan, report, speed, stacks, tune
@@ -34,7 +34,7 @@ Start with [bold]kvcomp stacks[/], which lists the stages.""",
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"kvcomp {version('kvcomp')}")
+        typer.echo(f"kvcomp {__version__}")
         raise typer.Exit
 
 

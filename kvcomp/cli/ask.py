@@ -14,6 +14,7 @@ from kvcomp.errors import KvcompError
 from kvcomp.files import read_text, reason
 from kvcomp.text import quote, size_text
 
+from .config_file import Config
 from .options import Model
 from .output import Document, Json
 
@@ -50,6 +51,7 @@ def ask(
     load: Annotated[Path | None, typer.Option(help="Use the compressed context that --save wrote.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Leave out the tokenizer's chat template.")] = False,
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Answer questions about a text that the model reads once, compressed before it knows any question.
 

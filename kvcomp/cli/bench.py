@@ -12,6 +12,7 @@ import typer
 from kvcomp.console import note, notes
 
 from . import report
+from .config_file import Config
 from .options import Dtype, Model, one_of, whole_numbers
 from .output import Json
 
@@ -21,7 +22,9 @@ EPILOG = f"""Examples:
 
   kvcomp bench --model ./my-model --context 4096,8192 --stack none --stack "int(bits=4)"
 
-The same command continues a run that was interrupted.
+The same command continues a run that was interrupted. --out has its options, too, in config.yaml:
+
+  kvcomp bench --config out/bench/config.yaml --out out/again
 
 {report.DOCUMENT.help}"""
 
@@ -76,6 +79,7 @@ def bench(
     ] = "huggingface",
     dtype: Dtype = None,
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Measure stacks against each other: bytes held, bytes read, accuracy and time, on the same prompts.
 

@@ -15,6 +15,8 @@ from kvcomp.cost.roofline import attention_intensity, decode_limit, prefill
 
 from .output import size
 
+NEVER_DENSE = (LayerKind.SLIDING, LayerKind.SHARED)  # of layers that do not attend to all tokens
+
 
 def remarks(shape: ModelShape, longest: int, assumed: bool, compressed: bool) -> list[str]:
     """What to know about these figures."""
@@ -34,8 +36,10 @@ def remarks(shape: ModelShape, longest: int, assumed: bool, compressed: bool) ->
             f"{shape.active_experts} of {shape.total_experts} experts per token, chosen uniformly: "
             "a larger batch reads more of them."
         )
-    if compressed and not all(layer.full for layer in shape.layers):
-        notes.append("Sliding windows and recurrent states stay uncompressed; they are in every row.")
+    if compressed and LayerKind.SLIDING in shape.kinds:
+        notes.append("Layers with a sliding window are packed by quantizers; policies and selectors leave them alone.")
+    if compressed and any(not layer.full and layer.kind not in NEVER_DENSE for layer in shape.layers):
+        notes.append("Recurrent states and windows of another kind stay uncompressed; they are in every row.")
     return notes
 
 

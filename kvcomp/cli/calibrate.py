@@ -16,6 +16,7 @@ from kvcomp.errors import KvcompError
 from kvcomp.files import reason, usable
 from kvcomp.text import quote
 
+from .config_file import Config
 from .options import Model, one_of
 from .output import Document, Json, size
 
@@ -54,6 +55,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use.")] = 20480,
     context: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 2048,
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Run a model over texts, and write the statistics of queries, keys and values that a calibrated stage needs.
 

@@ -15,6 +15,7 @@ from kvcomp.errors import KvcompError
 from kvcomp.files import read_text
 from kvcomp.text import quote, size_text
 
+from .config_file import Config
 from .options import Model
 from .output import Document, Json
 
@@ -56,6 +57,7 @@ def generate(
     stack: Annotated[str, typer.Option(help="How to compress the cache.")] = "kivi(bits=4)",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="Stop after this many tokens.")] = 64,
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Continue a text from a compressed cache, and print what the cache held and read beside an uncompressed one."""
     text = _read_prompt(prompt, file)

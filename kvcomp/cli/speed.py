@@ -14,10 +14,12 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from kvcomp import __version__
 from kvcomp.console import Plain, notes, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.text import quote, size_text
 
+from .config_file import Config
 from .options import Model, completed_shapes, one_of, whole_numbers
 from .output import Document, Json
 
@@ -83,6 +85,7 @@ def speed(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for speed.json and speed.svg.")] = None,
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Time decode steps of every stack and of an uncompressed cache, taking turns in one run.
 
@@ -216,4 +219,5 @@ def _write(out: Path, timings: list[Timing], document: dict[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {package: version(package) for package in ("kvcomp", "torch", "transformers")}
+    """Of kvcomp also where it is a source tree that was never installed."""
+    return {"kvcomp": __version__} | {package: version(package) for package in ("torch", "transformers")}

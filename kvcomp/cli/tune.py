@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kvcomp.console import notes, results, styled
 
+from .config_file import Config
 from .options import Dtype, Model
 from .output import Document, Json
 
@@ -60,6 +61,7 @@ def tune(
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the results, as of bench.")] = Path("out/tune"),
     as_json: Json = False,
+    config: Config = None,
 ) -> None:
     """Find the stack to use: measure a grid of them on your text, print the Pareto front and the one line to write.
 

@@ -1,7 +1,8 @@
 """The bill of materials: what a model's cache holds and a decode step reads, for any stack, context and batch.
 
 Predicted by the code that the stack itself uses (`kvcomp.plan`), for a prompt of `context` tokens and the decode step
-after it. Full-attention layers are the stack's; sliding windows and recurrent states stay the library's own.
+after it. Layers of full attention are the stack's, and those with a sliding window its quantizer's; recurrent states
+stay the library's own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from kvcomp.architecture import LayerKind, ModelShape, obstacle
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.stages.plan import held_parts, read_parts, shared_bytes
+from kvcomp.stages.plan import LayerPlan, held_parts, read_parts, shared_bytes
 from kvcomp.stages.stack import Stack, StackLike
 from kvcomp.text import quote, size_text
 
@@ -61,7 +62,8 @@ class Bill:
     """What one cache costs: bytes held and read by part, for the whole batch, and the step's work.
 
     stack: None for the library's own uncompressed cache. dense: what that holds and reads. elements: cached elements of
-    K and V in the full-attention layers. weights: bytes of all weights. assumed: what was divided by, beyond the stack.
+    K and V in the layers that the stack compresses. weights: bytes of all weights. assumed: what was divided by, beyond
+    the stack.
     """
 
     stack: Stack | None
@@ -143,26 +145,31 @@ def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 
     held: Counter[str] = Counter()
     read: Counter[str] = Counter()
     flops = shared = 0
+    packed: dict[int, int] = {}  # elements of layers with a sliding window, by number
     dtype = getattr(torch, shape.dtype)
     full = [i for i, layer in enumerate(shape.layers) if layer.full and layer.kind.traits.scored]
     for i, layer in enumerate(shape.layers):
-        seen = layer.seen(context + 1)
-        if layer.full and stack is not None:
-            plan = stack.plan(i, len(shape.layers), full if i in full else None)
-            plan = replace(plan, latent=layer.latent or layer.kind is LayerKind.LATENT)
-            if not layer.kind.traits.scored:
-                plan = replace(plan, policies=(), selector=None, leader=None, chosen_tokens=layer.chosen)
-            shared += shared_bytes(plan, layer.k_dim, layer.v_dim, layer.kv_heads, dtype)
-            for total, parts in ((held, held_parts), (read, read_parts)):
-                part = parts(plan, layer.k_dim, layer.v_dim, context, dtype)
-                total.update({name: size * layer.kv_heads for name, size in part.items()})
+        source = i if layer.source is None else layer.source
+        holder, own = shape.layers[source], source == i  # who holds what this layer reads
+        seen, token = holder.seen(context + 1), holder.elements * shape.itemsize
+        plan = None if stack is None else _plan(stack, shape, source, full)
+        if plan is not None:
+            sizes = plan, holder.k_dim, holder.v_dim
+            read.update({name: size * holder.kv_heads for name, size in read_parts(*sizes, context, dtype).items()})
+            if own:
+                held.update({name: size * holder.kv_heads for name, size in held_parts(*sizes, context, dtype).items()})
+                shared += shared_bytes(*sizes, holder.kv_heads, dtype)
+                if plan.sliding is not None:
+                    packed[i] = layer.elements * layer.seen(context)
             seen = plan.attended(context)
-        elif layer.full:
-            held["dense"] += layer.elements * shape.itemsize * context
-            read["dense"] += layer.elements * shape.itemsize * (context + 1)
+        elif holder.full:
+            held["dense"] += token * context * own
+            read["dense"] += token * (context + 1)
+        elif not own:
+            read["library"] += token * seen
         flops += 2 * layer.heads * layer.decode_width * seen
     for total, tokens in ((held, context), (read, context + 1)):
-        total["library"] += shape.fixed_bytes(tokens)
+        total["library"] += shape.fixed_bytes(tokens, packed)
     together = _times(held, batch)
     if shared:
         together["constants"] = together.get("constants", 0.0) + shared
@@ -172,11 +179,25 @@ def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 
         batch,
         together,
         _times(read, batch),
-        (batch * shape.cache_bytes(context), batch * shape.cache_bytes(context + 1)),
-        batch * context * shape.token_bytes // shape.itemsize,
+        (batch * shape.cache_bytes(context), batch * shape.read_bytes(context + 1)),
+        batch * (context * shape.token_bytes // shape.itemsize + sum(packed.values())),
         step(shape, batch, sum(read.values()), flops),
         shape.weights.nbytes,
     )
+
+
+def _plan(stack: Stack, shape: ModelShape, i: int, full: list[int]) -> LayerPlan | None:
+    """What the stack does with layer i, of which those in `full` attend to all tokens; None: it leaves it alone."""
+    layer, layers = shape.layers[i], len(shape.layers)
+    if layer.full:
+        latent = layer.latent or layer.kind is LayerKind.LATENT
+        plan = replace(stack.plan(i, layers, full if i in full else None), latent=latent)
+        if layer.kind.traits.scored:
+            return plan
+        return replace(plan, policies=(), selector=None, leader=None, chosen_tokens=layer.chosen)
+    if layer.kind is LayerKind.SLIDING and layer.window is not None:
+        return stack.sliding_plan(i, layers, layer.window)
+    return None
 
 
 def bills(

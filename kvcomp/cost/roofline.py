@@ -60,7 +60,7 @@ def prefill(shape: ModelShape, tokens: int, batch: int = 1) -> Work:
 
 def decode(shape: ModelShape, context: int, batch: int = 1) -> Work:
     """One decode step of `batch` sequences with `context` tokens each in an uncompressed cache."""
-    return step(shape, batch, shape.cache_bytes(context + 1), shape.attention_flops(context + 1))
+    return step(shape, batch, shape.read_bytes(context + 1), shape.attention_flops(context + 1))
 
 
 def step(shape: ModelShape, batch: int, read: float, attention_flops: float) -> Work:
@@ -70,10 +70,10 @@ def step(shape: ModelShape, batch: int, read: float, attention_flops: float) -> 
 
 def attention_intensity(shape: ModelShape, context: int) -> float:
     """FLOP per byte of decode attention alone, over an uncompressed cache. No batch changes it."""
-    return shape.attention_flops(context + 1) / shape.cache_bytes(context + 1)
+    return shape.attention_flops(context + 1) / shape.read_bytes(context + 1)
 
 
 def decode_limit(shape: ModelShape, context: int) -> float:
     """FLOP per byte of a decode step as the batch grows without end: per sequence only the cache is read."""
     flops = 2 * shape.active_parameters + shape.attention_flops(context + 1)
-    return flops / shape.cache_bytes(context + 1)
+    return flops / shape.read_bytes(context + 1)

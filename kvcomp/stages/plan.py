@@ -26,7 +26,8 @@ class LayerPlan:
     """The stages of one layer.
 
     leader: the layer whose choice of pages this one reads. latent: whether it caches latents, see `stages.latent`.
-    chosen_tokens: how many of all tokens the model's own indexer chooses, for predictions; None: no indexer, or any.
+    sliding: how many tokens a query sees, its own among them, where the layer has a sliding window. chosen_tokens: how
+    many of all tokens the model's own indexer chooses, where that is known; for predictions alone.
     """
 
     quantizer: Quantizer
@@ -39,6 +40,7 @@ class LayerPlan:
     layers: int
     leader: int | None = None
     latent: bool = False
+    sliding: int | None = None
     chosen_tokens: int | None = None
 
     @cached_property
@@ -104,7 +106,8 @@ class LayerPlan:
         # every policy counts from the prompt, not from what the one before left: the strictest decides
         given = (tokens, self.sinks, self.recent, self.layer, self.layers)
         kept = min([tokens, *(policy.kept(*given) for policy in self.policies)])
-        return self.geometry.pages(kept), self.geometry.exact(kept)
+        left = 0 if self.sliding is None else max(tokens - self.sliding + 1, 0) // self.page_size
+        return self.geometry.pages(kept) - left, self.geometry.exact(kept)
 
     def chosen(self, pages: int) -> int:
         """How many of a stream's pages a decode query reads, or the most where the selector's rule gives no number."""
@@ -121,7 +124,8 @@ class LayerPlan:
         if self.chosen_tokens is not None:
             return min(self.chosen_tokens, tokens + 1)
         pages, exact = self.stored(tokens)
-        return self.chosen(pages) * self.page_size + exact + 1
+        seen = self.chosen(pages) * self.page_size + exact + 1
+        return seen if self.sliding is None else min(tokens + 1, self.sliding)
 
     def shape(
         self,
@@ -163,6 +167,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     layout, (adapted, _) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     slots = plan.room(exact)
+    counters = 2 if plan.sliding is None else 3
     token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, slots) * token
     return _present(
@@ -170,7 +175,7 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         summaries=pages * layout.summary_bytes,
         sinks=sinks,
         window=slots * token - sinks,
-        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + 2 * COUNTER.itemsize,
+        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + counters * COUNTER.itemsize,
         constants=adapted if pages else 0,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class Codec:
     hosted: bool = False  # whether `fit` or `encode` look at tensors on the host, which no recorded graph can
 
     @property
+    def adapts(self) -> bool:
+        """Whether `fit` does anything."""
+        return type(self).fit is not Codec.fit
+
+    @property
     def rotates(self) -> bool:
         """Whether pages have other coordinates than K and V: `read_output` is not the identity, or `read_query` changes
         queries."""
@@ -69,7 +74,7 @@ class Codec:
         raise NotImplementedError
 
     def encode(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
-        """Fields [M, *shape] of M pages; streams int64 [M]."""
+        """Fields [M, *shape] of M pages; streams int64 [M], or [s] which have M / s of the pages each, in a row."""
         raise NotImplementedError
 
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -89,6 +94,11 @@ class Codec:
         """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
         return output
 
+    def read_bases(self) -> Any:
+        """The bases of K and of V, by which `read_query` and `read_output` multiply all that they get; None: they do
+        otherwise, or more."""
+        return None
+
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `read_query`, of queries [S, R, Dv] that are multiplied with decoded values (latents: see `latent`)."""
         return queries, None
@@ -98,7 +108,7 @@ class Codec:
         return output
 
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoded K and V of M pages, whose streams are int64 [M], in original coordinates: [M, P, Dk], [M, P, Dv]."""
+        """Decoded K and V of M pages, of streams as of `encode`, in original coordinates: [M, P, Dk], [M, P, Dv]."""
         return keys, values
 
     def kernel_layouts(self) -> KVLayout | None:
@@ -163,6 +173,10 @@ class AroundCodec(Codec):
     def __init__(self, codec: Codec) -> None:
         self.codec, self.hosted = codec, codec.hosted
 
+    @property
+    def adapts(self) -> bool:
+        return self.codec.adapts
+
     def constants(self) -> list[Tensor]:
         return self.codec.constants()
 
@@ -211,6 +225,10 @@ class Quantizer(Stage):
     def codec(self, shape: PageShape) -> Codec:
         """What encodes and decodes the pages of one layer."""
         raise NotImplementedError
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether it can make pages of a layer beyond those that the stack always compresses."""
+        return True
 
     def adapted_bytes(self, shape: PageShape) -> int:
         """Bytes per stream of `Codec.adapted`, once the stream has pages."""

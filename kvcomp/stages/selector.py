@@ -21,7 +21,7 @@ class Summaries(NamedTuple):
     """What a selector chooses from: summary fields [S, n, ...] of pages of `page_size` tokens.
 
     Of a stream's n pages the first counts [S] exist. Each row has `heads` KV heads: stream = row * heads + head.
-    by_tokens: single tokens are read.
+    by_tokens: single tokens are read. held: counts again, on the host; None: to look at them would be to wait.
     """
 
     fields: Mapping[str, Tensor]
@@ -29,6 +29,7 @@ class Summaries(NamedTuple):
     heads: int
     page_size: int
     by_tokens: bool = False
+    held: Tensor | None = None
 
     @property
     def pages(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -23,7 +23,7 @@ from .registry import find
 from .selector import Selector
 from .spec import parse, text_of
 from .stage import Stage
-from .window import Window
+from .window import DENSE, Window
 
 FREE_PAGE = 64  # page size where no stage cares
 PAGE_UNIT = 16
@@ -74,7 +74,7 @@ class Stack:
             )
         chosen = next((s for s in self.stages if isinstance(s, Window)), None)
         for stage in self.stages:
-            if chosen is not None and chosen.sinks < stage.required_sinks:
+            if chosen is not None and chosen.sets and chosen.sinks < stage.required_sinks:
                 raise SpecError(
                     f"window(sinks={chosen.sinks}) contradicts {stage.name}, which keeps {stage.required_sinks} sinks: "
                     f"use window(sinks={stage.required_sinks}, recent={chosen.recent})"
@@ -159,10 +159,11 @@ class Stack:
     def window(self) -> Window:
         """The stack's own `window(...)`, or the largest one that its methods publish."""
         own = next((s for s in self.stages if isinstance(s, Window)), None)
-        if own is not None:
+        if own is not None and own.sets:
             return own
         published = [s.default_window for s in self.stages]
-        return Window(sinks=max(w[0] for w in published), recent=max(w[1] for w in published))
+        most = max(w[0] for w in published), max(w[1] for w in published)
+        return Window(*most) if own is None else replace(own, sinks=most[0], recent=most[1])
 
     @cached_property
     def page_size(self) -> int:
@@ -195,6 +196,21 @@ class Stack:
             layers,
             leader,
         )
+
+    def sliding_plan(self, layer: int, layers: int, window: int) -> LayerPlan | None:
+        """What one of `layers` layers does whose queries see `window` tokens, their own included.
+
+        None: it stays as it is. So it does without a quantizer, with `window(sliding=dense)`, with a calibration file
+        that has no such layer, and where the window is smaller than the exact one and a page. Policies and
+        selectors leave it alone; there are no sinks, as the first tokens leave the window.
+        """
+        named = any(isinstance(s, Quantizer) for s in self.stages)
+        if not named or self.window.sliding == DENSE or not self.quantizer.has_layer(layer):
+            return None
+        size, recent = self.page_size, self.window.recent
+        if recent + size > window:
+            return None
+        return LayerPlan(self.quantizer, (), None, 0, recent, size, layer, layers, sliding=window)
 
     def effective_bits(
         self, head_dim: int, tokens: int, dtype: torch.dtype = torch.bfloat16, layers: int = 32

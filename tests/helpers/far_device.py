@@ -32,3 +32,33 @@ class FarDevice(TorchDispatchMode):
         elif len(devices) > 1:
             raise RuntimeError(f"{func} is given tensors of the host and of the device")
         return func(*args, **kwargs)
+
+
+NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "lift_fresh", "detach")
+SEVERAL = {"attend_pages": 2, "attention_received": 3}  # operators of ours that launch more than one kernel
+
+
+class Counted(FarDevice):
+    """`FarDevice` that counts what is launched there, and remembers the largest tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self.largest, self.largest_of = 0, ""
+
+    @property
+    def launches(self) -> int:
+        """Kernels, and copies from the host."""
+        return sum(SEVERAL.get(name, 1) for name in self.operators)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func.overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs, found)) if isinstance(x, torch.Tensor)]
+        if not func.is_view and name not in NO_LAUNCH and any(x.device == FAR for x in tensors):
+            self.operators.append(name)
+        results = [] if func.is_view else [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        made = max((x.untyped_storage().nbytes() for x in results), default=0)
+        if made > self.largest:
+            self.largest, self.largest_of = made, name
+        return found

@@ -31,7 +31,7 @@ from kvcomp.stages import Codec, PageShape
 ROOT = Path(__file__).parents[2]
 HOST = torch.device("cpu")
 OPERATIONS = sorted(set(Backend.__annotations__) - {"name"})
-NO_KERNEL = {"write", "append"}  # of the reference: codecs and buffers do these by themselves
+NO_KERNEL = {"write", "append", "advance", "shift_windows"}  # of the reference: codecs and buffers do these themselves
 
 
 def built(spec: str) -> tuple[Codec, PageLayout]:
@@ -213,8 +213,11 @@ def test_received_is_its_definition(reduce: Any, softcap: float | None, hidden: 
 
 
 DOORS = {"backends", "contract", "dispatch", "received", "reference", "select"}
-INSIDE = {  # what needs more than an operation: space for a graph's kernels, and a peer to be timed against
+INSIDE = {  # what needs more than an operation: space for a graph's kernels, a peer to be timed against, a driver
     ("decode.py", "triton"),
+    ("fake_driver.py", "triton"),
+    ("fake_driver.py", "triton_backend"),
+    ("phases.py", "triton_backend"),
     ("peers.py", "flashinfer"),
     ("resources.py", "placed"),
     ("resources.py", "triton"),

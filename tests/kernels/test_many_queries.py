@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
-from far_device import FAR, FarDevice
-from torch.utils._pytree import tree_leaves
+from far_device import FAR, Counted
 
 from kvcomp import Stack
 from kvcomp.attention import attend_causal, merge
@@ -23,28 +21,6 @@ if find_spec("triton") is None:
 HEADS, GROUP, DIM = 8, 4, 128
 CHUNK, PAST = 8192, 120 * 1024
 MOST_OPERATORS, MOST_BYTES = 60, 256 << 20
-LAUNCH_NOTHING = (
-    *("view", "expand", "slice", "unsqueeze", "select", "transpose", "_unsafe_view", "alias", "detach", "empty"),
-    *("permute", "t", "unflatten", "split", "as_strided", "squeeze"),
-)
-
-
-class Counted(FarDevice):
-    """`FarDevice` that counts what would be launched, and remembers the largest tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators: list[str] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = super().__torch_dispatch__(func, types, args, kwargs)
-        name = func.overloadpacket.__name__
-        if name not in LAUNCH_NOTHING:
-            self.operators.append(name)
-        tensors = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
-        self.largest = max([self.largest, *(x.untyped_storage().nbytes() for x in tensors)])
-        return found
 
 
 @pytest.mark.parametrize("spec", ["none", "kivi(bits=4)", "int(bits=4)", "turboquant(bits=4)", "nvfp4", "klt(bits=2)"])

@@ -25,6 +25,7 @@ TESTS = [
     ("test_triton_decode.py", ""),
     ("test_triton_many.py", ""),
     ("test_triton_latents.py", ""),
+    ("test_triton_steps.py", ""),
 ]
 
 

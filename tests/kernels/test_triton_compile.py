@@ -15,7 +15,21 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 COMMAND = [sys.executable, "-m", "kvcomp.benchmarks.resources", "--json"]
-KERNELS = {"attend", "merge", "scores", "encode", "code_dots", "regroup", "lse", "received"}
+KERNELS = {
+    "attend",
+    "merge",
+    "rotate",
+    "choose",
+    "append",
+    "advance",
+    "shift",
+    "scores",
+    "encode",
+    "code_dots",
+    "regroup",
+    "lse",
+    "received",
+}
 OURS = {  # among others: shapes and variants that are easily spilled or left out
     ("attend", "int(bits=4), 80 channels"),
     ("attend", "mxfp4, filled in part"),

@@ -71,7 +71,7 @@ class Case:
         assert obstacle(self.pages, group, torch.device("cuda")) is None
 
     def made(self, device: torch.device) -> Decoder:
-        sizes = self.setup.page_size, self.heads, self.group, most_channels([self.pages.codec])
+        sizes = self.setup.page_size, self.heads, self.group, most_channels([self.pages.codec], self.setup.dim)
         return Decoder.on(device, len(LENGTHS), LONGEST, *sizes, self.pages.frequencies)
 
     def random(self, tokens: int, heads: int) -> Tensor:

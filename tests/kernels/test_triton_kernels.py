@@ -330,7 +330,7 @@ def test_operators_keep_their_promises() -> None:
         True,
         True,
     )
-    torch.library.opcheck(ops.attend_pages, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.kvcomp.attend_pages.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_kernels_cannot_read() -> None:

@@ -29,7 +29,7 @@ if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_triton.py runs these with TRITON_INTERPRET=1", allow_module_level=True)
 
 from kvcomp.kernels import triton as kernels  # noqa: E402
-from kvcomp.kernels.triton import ops_records, pieces  # noqa: E402
+from kvcomp.kernels.triton import pieces  # noqa: E402
 
 
 def by_triton() -> AbstractContextManager[None]:
@@ -301,7 +301,7 @@ def test_the_operator_keeps_its_promises() -> None:
     pool = torch.zeros(3, layout.bytes_per_page, dtype=torch.uint8, device=DEVICE)
     x, ids = torch.randn(2, layout.page_size, 64, device=DEVICE), torch.tensor([2, 0], device=DEVICE)
     args = (pool, ids, x, x, how.k_thresholds, how.v_thresholds, how.description)
-    torch.library.opcheck(ops_records.write_pages, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.kvcomp.write_pages.default, args, test_utils=("test_schema", "test_faketensor"))
 
     def step(pool: Tensor, x: Tensor) -> Tensor:
         kernels.write(pool, ids, x * 2, x, how)

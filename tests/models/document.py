@@ -15,7 +15,13 @@ DOCUMENT = ROOT / "docs" / "models.md"
 FOUND = ROOT / "out" / "models"  # a JSON file for each architecture of the last run
 LOSSY = ("int8", "kivi4", "snapkv + int8", "int8 + quest")
 COLUMNS = ("architecture", "layers", "full precision", *LOSSY, "remarks")
-OURS = {"CompressedLayer": "full", "LatentLayer": "latent", "IndexedLayer": "indexed", "IndexedLatentLayer": "indexed"}
+OURS = {
+    "CompressedLayer": "full",
+    "LatentLayer": "latent",
+    "IndexedLayer": "indexed",
+    "IndexedLatentLayer": "indexed",
+    "SlidingLayer": "sliding",
+}
 THEIRS = {
     "DynamicLayer": "cross-attention",
     "DynamicSlidingWindowLayer": "sliding",
@@ -45,7 +51,7 @@ What `make test-models` finds for every causal LM of transformers {pinned()} and
 tiny with random weights (`tests/models/overrides.py`). The file is written by that command.
 
 - **layers**: those that kvcomp compresses, and those that stay transformers' own.
-- **full precision**: pages without a quantizer against `DynamicCache`: a padded batch, two turns, chunked prefill,
+- **full precision**: pages of the quantizer `none` against `DynamicCache`: a padded batch, two turns, chunked prefill,
   beams, prompt lookup, eager attention, a cache made from the config alone, and `DynamicCache` on the hooked model.
   `equal`: the same tokens, and logits within 1e-3, of a model whose logits change at least ten times as much where
   its prompt is hidden.

@@ -67,7 +67,7 @@ def _llava() -> Built:
 
 
 def _gemma3() -> Built:
-    text = hf.Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=16, layer_types=SLIDING)
+    text = hf.Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=90, layer_types=SLIDING)
     config = hf.Gemma3Config(
         text_config=text.to_dict(),
         vision_config=hf.SiglipVisionConfig(**VISION, image_size=32, patch_size=8).to_dict(),

@@ -26,7 +26,8 @@ SIZES: dict[str, Any] = {
     "global_head_dim": 32,
     "attention_hidden_size": 64,
     "rotary_dim": 8,
-    **dict.fromkeys(("sliding_window", "attention_window", "attention_window_size", "attention_chunk_size"), 16),
+    "sliding_window": 90,  # more than the exact window and a page, less than the prompts
+    **dict.fromkeys(("attention_window", "attention_window_size", "attention_chunk_size"), 16),
     # latents and indexers
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "index_head_dim"), 32),
     **dict.fromkeys(("qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim"), 16),

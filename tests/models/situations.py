@@ -19,12 +19,13 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 
 from kvcomp import CompressedCache, KvcompError, KvcompWarning
 
-EXACT = "window(sinks=2, recent=8)"
+WINDOW = "window(sinks=2, recent=8)"
+EXACT = f"none + {WINDOW}"
 LOSSY = {  # and the least correlation with the dense logits that is no sign of a wrong cache
-    "int8": (f"int(bits=8) + {EXACT}", 0.9),
-    "kivi4": (f"kivi(bits=4, group=16) + {EXACT}", 0.8),
-    "snapkv + int8": (f"snapkv(keep=0.8, window=8) + int(bits=8) + {EXACT}", 0.3),
-    "int8 + quest": (f"int(bits=8) + quest(keep=0.5) + {EXACT}", 0.6),
+    "int8": (f"int(bits=8) + {WINDOW}", 0.9),
+    "kivi4": (f"kivi(bits=4, group=16) + {WINDOW}", 0.8),
+    "snapkv + int8": (f"snapkv(keep=0.8, window=8) + int(bits=8) + {WINDOW}", 0.3),
+    "int8 + quest": (f"int(bits=8) + quest(keep=0.5) + {WINDOW}", 0.6),
 }
 TOLERANCE = 1e-3  # of logits; the differences of rounding are below 2e-5
 SENSITIVE = 10 * TOLERANCE  # logits change by this where most of the prompt is hidden: a wrong cache is seen

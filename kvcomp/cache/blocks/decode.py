@@ -36,9 +36,9 @@ def obstacle(pages: Pages, rows: int, device: torch.device) -> str | None:
     return dispatch.write_obstacle(sides, pages.layout, device)
 
 
-def most_channels(codecs: Sequence[Codec]) -> int:
-    """Of values, in the coordinates of the codecs' pages."""
-    return max(sides[1].channels for codec in codecs if (sides := codec.kernel_layouts()) is not None)
+def most_channels(codecs: Sequence[Codec], dim: int) -> int:
+    """Of values, in the coordinates of the codecs' pages, and of new tokens, which have `dim`."""
+    return max(dim, *(sides[1].channels for codec in codecs if (sides := codec.kernel_layouts()) is not None))
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,17 @@ class Decoder:
         size = workspace_size(requests * heads, heads, rows, pages, page_size, v_dim, plan.processors(device))
         workspace = torch.empty(size, device=device, dtype=torch.float32)
         return cls(requests, pages, page_size, heads, workspace, frequencies)
+
+    @staticmethod
+    def nbytes(
+        requests: int, tokens: int, page_size: int, heads: int, rows: int, v_dim: int, device: torch.device
+    ) -> int:
+        """Bytes that one made by `on` holds for most: ids, and the workspace of its kernels."""
+        from kvcomp.kernels.triton import plan
+
+        pages = -(-tokens // page_size)
+        size = workspace_size(requests * heads, heads, rows, pages, page_size, v_dim, plan.processors(device))
+        return size * torch.float32.itemsize + requests * heads * pages * torch.int32.itemsize
 
     def plan(self, table: Tensor, lengths: Tensor, slots: Tensor) -> DecodeStep:
         """The step of R requests with lengths [R] tokens, the new one among them; 0: padding. table int32 [R, m]: their

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from kvcomp import CompressedCache, UnsupportedError
 from kvcomp.integrations.huggingface.masks import dense_mask, read_mask
+from kvcomp.integrations.huggingface.sliding import SlidingLayer
 
 FLASH, KERNEL, BARE = "flash_attention_of_tests", "tests/a-kernel@main", "test_without_masks"
 CALLS: list[str] = []  # names of the implementations that ran, as they see them
@@ -75,8 +76,8 @@ def _without_compilation() -> Iterator[None]:
         yield
 
 
-def make(name: str, implementation: str) -> PreTrainedModel:
-    model = models.make(name)
+def make(name: str, implementation: str, **changes: Any) -> PreTrainedModel:
+    model = models.make(name, **changes)
     model.config._attn_implementation = implementation  # what is not installed could not be asked for
     return model
 
@@ -134,6 +135,15 @@ def test_the_same_tokens_as_with_sdpa(implementation: str, run: Run) -> None:
             assert set(CALLS) == {implementation.removeprefix("paged|")}  # the prompt, under its own name
         cache.detach()
         assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize(("implementation", "run"), CASES, ids=lambda x: getattr(x, "__name__", x))
+def test_layers_with_a_sliding_window(implementation: str, run: Run) -> None:
+    dense = models.make("gemma3", sliding_window=72)
+    model = make("gemma3", implementation, sliding_window=72)
+    cache = CompressedCache("none + window(recent=8)", model)
+    assert sum(isinstance(layer, SlidingLayer) for layer in cache.layers) == 2
+    assert_same(run(model, cache), run(dense, DynamicCache(config=dense.config)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

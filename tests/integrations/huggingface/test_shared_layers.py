@@ -50,13 +50,14 @@ STACKS = [
 ]
 
 
-def make(name: str, implementation: str = "sdpa") -> PreTrainedModel:
+def make(name: str, implementation: str = "sdpa", window: int = 16) -> PreTrainedModel:
     torch.manual_seed(0)
+    small = {**SMALL, "sliding_window": window}
     if name == "gemma3n":
         more = {"intermediate_size": [128] * 6, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6}
-        config, cls = Gemma3nTextConfig(**SMALL, **more), Gemma3nForCausalLM
+        config, cls = Gemma3nTextConfig(**small, **more), Gemma3nForCausalLM
     else:
-        config = Gemma4TextConfig(**SMALL, intermediate_size=128, global_head_dim=16)
+        config = Gemma4TextConfig(**small, intermediate_size=128, global_head_dim=16)
         cls = Gemma4ForCausalLM
     config._attn_implementation = implementation
     model = cls(config).eval()
@@ -68,15 +69,17 @@ def make(name: str, implementation: str = "sdpa") -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["gemma3n", "gemma4"])
+@pytest.fixture(scope="module", params=[(name, window) for name in ("gemma3n", "gemma4") for window in (16, 100)])
 def model(request: Any) -> PreTrainedModel:
-    return make(request.param)
+    """Layers with the larger window are packed by the quantizers of these tests."""
+    return make(request.param[0], window=request.param[1])
 
 
 @pytest.fixture(scope="module")
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, never hooked."""
-    return make("gemma3n" if isinstance(model, Gemma3nForCausalLM) else "gemma4")
+    name = "gemma3n" if isinstance(model, Gemma3nForCausalLM) else "gemma4"
+    return make(name, window=model.config.sliding_window)
 
 
 IDS, MASK = left_padded([150, 110])
@@ -104,7 +107,7 @@ def test_tokens_and_logits_equal_dynamic_cache(model: PreTrainedModel, twin: Pre
 
 def test_eager_attention(model: PreTrainedModel) -> None:
     name = "gemma3n" if isinstance(model, Gemma3nForCausalLM) else "gemma4"
-    a, b = make(name, "eager"), make(name, "eager")
+    a, b = (make(name, "eager", model.config.sliding_window) for _ in range(2))
     assert_same(
         greedy(a, IDS, CompressedCache("none", a), new=40, attention_mask=MASK),
         greedy(b, IDS, DynamicCache(config=b.config), new=40, attention_mask=MASK),
@@ -160,15 +163,19 @@ def test_every_stack_serves_the_layers_that_share(model: PreTrainedModel, stack:
                 twin.save(tmp_path / "x.kv")
                 twin = CompressedCache.load(tmp_path / "x.kv", model)
     assert torch.isfinite(dense).all()
-    owner = cache._compressed()[0]
-    assert [layer.lends for layer in cache._compressed()] == [True]
+    full = [layer for layer in cache._compressed() if not layer.is_sliding]
+    windows = [layer for layer in cache._compressed() if layer.is_sliding]
+    owner = full[0]
+    assert [layer.lends for layer in full] == [True]
+    assert [layer.lends for layer in windows] in ([], [False, True])
     assert int(owner.store.history.counts) == cache.get_seq_length() == 195
     traffic = cache.traffic()  # three layers of the six attend to these tokens, one of which holds them
     assert traffic.parts.get("window", 1) > 0
     token = 2 * 2 * 16 * 4
-    library = traffic.parts["library"]
-    assert traffic.dense - library == 3 * 195 * token
-    assert cache.memory().dense - cache.memory().parts["library"] == 195 * token
+    library = traffic.parts.get("library", 0)
+    packed = 100 if windows else 0  # tokens of each of two layers, one of which a third one reads
+    assert traffic.dense - library == 3 * (195 + packed) * token
+    assert cache.memory().dense - library == (195 + 2 * packed) * token
 
 
 @pytest.mark.parametrize("stack", ["int8", "kivi(bits=4, group=16) + window(recent=16)", "klt(bits=4)"])
@@ -178,7 +185,8 @@ def test_lossy_stacks_stay_near(model: PreTrainedModel, twin: PreTrainedModel, s
         for a, b in ((0, 100), *((i, i + 1) for i in range(100, 130))):
             x = model(IDS[:1, a:b], past_key_values=ours).logits[:, -1]
             y = twin(IDS[:1, a:b], past_key_values=theirs).logits[:, -1]
-            assert torch.corrcoef(torch.cat([x, y]))[0, 1] > 0.9
+            least = 0.9 if model.config.sliding_window == 16 else 0.75  # as more layers are coded
+            assert torch.corrcoef(torch.cat([x, y]))[0, 1] > least
     assert ours.memory().held
 
 
@@ -188,7 +196,7 @@ def test_memory_after_a_prompt_is_compressed(model: PreTrainedModel) -> None:
     memory = cache.memory()
     assert "pending" not in memory.parts
     assert cache._compressed()[0].pending is None
-    assert memory.effective_bits < 8
+    assert memory.effective_bits < (8 if model.config.sliding_window == 16 else 11)  # windows keep 64 of 100 exact
 
 
 def test_a_preallocated_cache_is_refused(model: PreTrainedModel) -> None:

@@ -333,7 +333,7 @@ def test_the_operator_keeps_its_promises() -> None:
     ahead, _ = taken("int(bits=4)", dims=(64, 32))
     q, k, v = token(0, (64, 32))
     args = (q, k, v, None, ahead.length, ahead.name, 0.1, 0.0)
-    torch.library.opcheck(decode_step, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.kvcomp.decode_step.default, args, test_utils=("test_schema", "test_faketensor"))
     ahead.take(filled("int(bits=4)", dims=(64, 32)))
     other = filled("int(bits=4)", dims=(64, 32))
     other.append(k, v)

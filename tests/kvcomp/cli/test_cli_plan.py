@@ -137,7 +137,7 @@ def test_a_local_folder(run: Run, tmp_path: Path) -> None:
     text = told(run("--model", tmp_path / "mine", "--context", 512, "--stack", "kivi(bits=2)"))
     assert "mine  " in text
     assert "in 2 full-attention layers; the other 2 hold at most" in text
-    assert "Sliding windows and recurrent states stay uncompressed" in text
+    assert "Layers with a sliding window are packed by quantizers" in text
 
 
 def test_help_teaches(run: Run) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomp import Stack, UnsupportedError
+from kvcomp import Stack, UnsupportedError, Window
 from kvcomp.architecture import LayerKind, LayerShape, Matrices, ModelShape
 from kvcomp.cache.layer import LayerStore
 from kvcomp.cost.bill import Assumption, bill, bills
@@ -34,12 +36,17 @@ STACKS = (
 ROWS, HEADS = 2, 3
 
 
-def after_one_step(spec: str, tokens: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> tuple[LayerStore, dict]:
-    """The store after a prefill and one decode step, and what it held between the two."""
+def after_one_step(
+    spec: str, tokens: int, k_dim: int, v_dim: int, dtype: torch.dtype, window: int | None = None
+) -> tuple[LayerStore, dict]:
+    """The store after a prefill and one decode step, and what it held between the two. window: of a sliding layer."""
     torch.manual_seed(tokens)
     k, v = torch.randn(ROWS, HEADS, tokens, k_dim).to(dtype), torch.randn(ROWS, HEADS, tokens, v_dim).to(dtype)
     q = torch.randn(ROWS, 2 * HEADS, tokens, k_dim).to(dtype)
-    store = LayerStore(Stack.parse(spec).plan(0, 1))
+    stack = Stack.parse(spec)
+    plan = stack.plan(0, 1) if window is None else stack.sliding_plan(0, 1, window)
+    assert plan is not None
+    store = LayerStore(plan)
     store.start(k, v)
     store.write(k, v, None, q, k_dim**-0.5)
     held = store.held(set())
@@ -54,7 +61,29 @@ def after_one_step(spec: str, tokens: int, k_dim: int, v_dim: int, dtype: torch.
 def test_read_and_held_are_what_the_store_reports(
     spec: str, tokens: int, k_dim: int, v_dim: int, dtype: torch.dtype
 ) -> None:
-    store, held = after_one_step(spec, tokens, k_dim, v_dim, dtype)
+    check_foretold(*after_one_step(spec, tokens, k_dim, v_dim, dtype), tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 139, 140, 160, 203, 204, 777, 1024])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "none",
+        "kivi(bits=2, group=16) + window(recent=40)",
+        "int(bits=4, basis=hadamard)",
+        "snapkv(keep=0.25) + turboquant(bits=4) + quest(pages=4) + window(sinks=4, recent=32)",
+    ],
+)
+def test_so_is_a_layer_with_a_sliding_window(spec: str, tokens: int) -> None:
+    store, held = after_one_step(spec, tokens, 64, 64, torch.bfloat16, window=140)
+    check_foretold(store, held, tokens)
+    assert store.plan.attended(tokens) == min(tokens + 1, 140)
+    pages, exact = store.plan.stored(tokens)
+    assert min(tokens, 139) <= pages * store.plan.page_size + exact < 139 + store.plan.page_size
+
+
+def check_foretold(store: LayerStore, held: dict, tokens: int) -> None:
+    k_dim, v_dim, dtype = store.k_dim, store.v_dim, store.dtype
     streams = ROWS * HEADS
     given = (store.plan, k_dim, v_dim, tokens, dtype)
     assert {name: size * streams for name, size in read_parts(*given).items()} == add_parts([store.read])
@@ -97,6 +126,7 @@ def test_attended_tokens_are_those_read(spec: str, tokens: int) -> None:
 FULL = LayerShape(2, 64, 64, 8, 128, 128)
 SLIDING = LayerShape(2, 64, 64, 8, 128, 128, window=128)
 SHAPE = ModelShape("", (FULL,) * 4, Matrices(1000, 2000.0))
+WINDOWED = ModelShape("", (replace(SLIDING, kind=LayerKind.SLIDING), FULL), Matrices(1000, 2000.0))
 HYBRID = ModelShape("", (SLIDING, FULL, LayerShape(state=500), FULL), Matrices(1000, 2000.0))
 
 
@@ -123,6 +153,22 @@ def test_only_full_attention_layers_are_compressed() -> None:
     alone = bill(ModelShape("", (FULL, FULL), Matrices(1000, 2000.0)), Stack.parse("int(bits=4)"), 3000, batch=2)
     assert row.held - library == alone.held
     assert row.effective_bits == alone.effective_bits
+
+
+@pytest.mark.parametrize("spec", ["int(bits=4)", "snapkv(keep=0.5) + int(bits=4)"])
+def test_a_quantizer_packs_layers_with_a_sliding_window(spec: str) -> None:
+    stack, context = Stack.parse(spec), 3000
+    row, dense = bill(WINDOWED, stack, context, batch=2), bill(WINDOWED, stack + Window(sliding="dense"), context)
+    plan = stack.sliding_plan(0, 2, 128)
+    assert plan is not None
+    own = held_by_stream(plan, 64, 64, context, torch.bfloat16)
+    full = held_by_stream(stack.plan(1, 2, [1]), 64, 64, context, torch.bfloat16)
+    assert row.held == 2 * 2 * (own + full)
+    assert "library" not in row.held_parts
+    assert row.effective_bits == pytest.approx(8 * (own + full) / (2 * 64 * (context + 128)))
+    assert row.read < 2 * dense.read
+    assert dense.held_parts["library"] == 128 * 2 * 128 * 2
+    assert bill(WINDOWED, "snapkv(keep=0.5)", context).held_parts["library"] == 128 * 2 * 128 * 2  # no quantizer
 
 
 def test_layer_exceptions_count_model_layers() -> None:

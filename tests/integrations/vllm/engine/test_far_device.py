@@ -11,11 +11,11 @@ import torch
 from far_device import FAR, FarDevice
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from kvcomp.cache.blocks.decode import Decoder, DecodeStep
+from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import KvcompError
-from kvcomp.integrations.vllm import backend, impl, window
+from kvcomp.integrations.vllm import backend, impl, reserve, window
 from kvcomp.integrations.vllm.backend import StepBuilder
 from kvcomp.integrations.vllm.impl import PageAttention
 from kvcomp.stages.stack import Stack
@@ -120,6 +120,42 @@ def test_what_is_declared_is_built(
         assert captured.counts.shape == (4 * HEADS,)
         with pytest.raises(KvcompError, match="a graph would hold lengths"):
             built.build_for_cudagraph_capture(batch_of(engine, [3, 70], [1, 20]))
+
+
+@pytest.mark.parametrize("stack", ["int(bits=4)", "turboquant(bits=4)", "int(bits=4, basis=hadamard)"])
+def test_what_steps_keep_is_there_while_vllm_measures(
+    builder: Any, stack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many bytes as the builder then holds, and not for the layers together with it."""
+    monkeypatch.setattr(reserve, "_held", {})
+    made = Decoder.on
+    engine, built = builder(stack, "cuda", None)
+    monkeypatch.setattr(reserve, "_held", {})
+    engine.config.scheduler_config = built.vllm_config.scheduler_config
+    engine.config.model_config.max_model_len = built.vllm_config.model_config.max_model_len
+    for _ in range(2):  # layers
+        q = torch.empty(5, HEADS * GROUP, DIM, device=FAR)
+        assert engine.attention.forward(LAYER, q, q, q, q, None, q.flatten(1)).shape == (5, HEADS * GROUP * DIM)
+    (held,) = reserve._held.values()
+    monkeypatch.setattr(Decoder, "on", made)
+    monkeypatch.undo()
+    sizes = engine.setup.page_size, HEADS, GROUP, most_channels([engine.attention.any_pages.codec], DIM)
+    decoder = Decoder.on(FAR, REQUESTS, 500, *sizes, torch.zeros(0))
+    assert held.numel() == decoder.workspace.nbytes + decoder.ids.nbytes > 0
+    reserve._held[FAR] = held
+    reserve.release(FAR)
+    assert not reserve._held
+
+
+@pytest.mark.parametrize(("stack", "device"), [("kivi(bits=2)", FAR), ("int(bits=4)", torch.device("cpu"))])
+def test_nothing_is_kept_where_no_graph_holds_steps(
+    stack: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reserve, "_held", {})
+    engine = Engine(stack, device, monkeypatch)
+    q = torch.empty(5, HEADS * GROUP, DIM, device=device)
+    engine.attention.forward(LAYER, q, q, q, q, None, q.flatten(1))
+    assert not reserve._held
 
 
 def test_lengths_that_the_host_does_not_know(builder: Any) -> None:
