@@ -22,12 +22,24 @@ PAGE = 16  # tokens of a page of FlashInfer's own cache
 
 @dataclass(frozen=True)
 class Geometry:
-    """Attention of one layer: query heads, KV heads, channels."""
+    """Attention of one layer: query heads, KV heads, channels of keys and values. latent: of one stream of latents and
+    rotary keys, whose values are the first v_dim channels of its keys."""
 
     query_heads: int
     heads: int
     k_dim: int
     v_dim: int
+    latent: bool = False
+
+    @property
+    def channels(self) -> int:
+        """That are cached of a token."""
+        return self.heads * (self.k_dim if self.latent else self.k_dim + self.v_dim)
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """What plans take for channels of keys and values: of a latent, it and its rotary key."""
+        return (self.v_dim, self.k_dim - self.v_dim) if self.latent else (self.k_dim, self.v_dim)
 
 
 class Peer(NamedTuple):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from kvcomp.cache.layer import LayerStore
 from kvcomp.errors import KvcompError
 from kvcomp.kernels import dispatch
+from kvcomp.stages.plan import held_by_stream, read_by_stream
 from kvcomp.stages.stack import Stack
 
 from .peers import HALF_TOLERANCE, PEERS, TOLERANCE, Geometry, ready
@@ -31,11 +33,15 @@ SDPA, DYNAMIC = "sdpa", "DynamicCache + sdpa"
 QUANTO = "HF QuantizedCache, quanto 4 bit"
 WARM = 3  # steps of each that are not counted
 COPY = 1 << 28  # bytes of the tensor whose copy shows the bandwidth
+FIRST, PIECE = 1 << 11, 1 << 15  # tokens that are written first, then at a time, where no policy has to see all at once
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median milliseconds of a step, and of its quartiles; bytes of the cache that it reads (0: not known)."""
+    """Median milliseconds of a step, and of its quartiles; bytes of the cache that it reads (0: not known).
+
+    held: bytes of that cache; plan_read, plan_held: what `kvcomp plan` counts for them; 0: not known, as of models.
+    """
 
     what: str
     label: str
@@ -46,6 +52,9 @@ class Timing:
     high: float
     read: int
     ratio: float  # to the first of the same context and batch: how many times faster
+    held: int = 0
+    plan_read: int = 0
+    plan_held: int = 0
 
     @property
     def gbps(self) -> float:
@@ -85,15 +94,19 @@ def attention(
     """
     torch.manual_seed(0)
     shape = (batch, geometry.heads, context)
-    k, v = (torch.randn(*shape, dim, dtype=dtype, device=device) for dim in (geometry.k_dim, geometry.v_dim))
+    k = torch.randn(*shape, geometry.k_dim, dtype=dtype, device=device)
+    v = k[..., : geometry.v_dim] if geometry.latent else torch.randn(*shape, geometry.v_dim, dtype=dtype, device=device)
     query = torch.randn(batch, geometry.query_heads, 1, geometry.k_dim, dtype=dtype, device=device)
     scale = geometry.k_dim**-0.5
 
     def dense() -> Tensor:
+        if geometry.latent:  # one head of as many queries
+            return F.scaled_dot_product_attention(query.transpose(1, 2), k, v).transpose(1, 2)
         return F.scaled_dot_product_attention(query, k, v, enable_gqa=True)
 
     calls: dict[str, Callable[[], Any]] = {SDPA: dense}
-    read = {SDPA: k.nbytes + v.nbytes}
+    whole = geometry.channels * batch * context * dtype.itemsize
+    read, known = {SDPA: whole}, {SDPA: (whole, whole, whole)}
     absent: dict[str, list[str]] = {}
     for peer in PEERS:
         call = peer.obstacle(geometry, dtype, device) or ready(peer, query, k, v, dense())
@@ -105,17 +118,24 @@ def attention(
         tell(f"not timed: {', '.join(labels)}: {why}")
     for spec in stacks:
         stack = Stack.parse(spec)
-        store = LayerStore(stack.plan(layer, layer + 1))
+        store = LayerStore(replace(stack.plan(layer, layer + 1), latent=geometry.latent))
         store.start(k, v)
-        seen = query.expand(-1, -1, context, -1) + torch.randn(1, 1, context, 1, dtype=dtype, device=device)
-        store.write(k, v, None, seen if store.plan.needs_queries else None, scale)
+        ends = [context] if store.plan.policies else [*range(FIRST, context, PIECE), context]
+        for at, end in zip([0, *ends], ends, strict=False):
+            n, seen = end - at, None
+            if store.plan.needs_queries and at == 0:  # what adapts to queries does so with the first pages
+                seen = query.expand(-1, -1, n, -1) + torch.randn(1, 1, n, 1, dtype=dtype, device=device)
+            store.write(k[:, :, at:end], v[:, :, at:end], None, seen, scale)
         call = _checked(store, query, scale)
         if isinstance(call, str):
             tell(f"not timed: {stack}: {call}")
             continue
         calls[str(stack)] = call
         read[str(stack)] = sum(store.read.values())
-    return list(_timed(ATTENTION, calls, read, context, batch, steps, device, tick))
+        planned = (f(store.plan, *geometry.cached, context, dtype) for f in (read_by_stream, held_by_stream))
+        streams = batch * geometry.heads
+        known[str(stack)] = sum(store.held(set()).values()), *(streams * size for size in planned)
+    return list(_timed(ATTENTION, calls, read, context, batch, steps, device, tick, known))
 
 
 def _checked(store: LayerStore, query: Tensor, scale: float) -> Callable[[], Any] | str:
@@ -228,8 +248,9 @@ def _timed(
     steps: int,
     device: torch.device,
     tick: Callable[[int, int], None],
+    known: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Iterator[Timing]:
-    """Run all in turns, and compare them with the first."""
+    """Run all in turns, and compare them with the first. known: bytes held, planned to be read and to be held."""
     taken: dict[str, list[float]] = {label: [] for label in calls}
     for step in range(WARM + steps):
         for label, call in calls.items():
@@ -243,7 +264,7 @@ def _timed(
     first = statistics.median(next(iter(taken.values())))
     for label, times in taken.items():
         low, median, high = statistics.quantiles(times, n=4)
-        yield Timing(what, label, context, batch, median, low, high, read[label], first / median)
+        yield Timing(what, label, context, batch, median, low, high, read[label], first / median, *known.get(label, ()))
 
 
 def _now(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from kvcomp.errors import KvcompError, UnsupportedError
 KINDS = {
     "full_attention": LayerKind.FULL,
     "indexed_attention": LayerKind.INDEXED,
+    "minimax_m3_sparse": LayerKind.INDEXED,
     "sliding_attention": LayerKind.SLIDING,
     "chunked_attention": LayerKind.CHUNKED,
     "dummy": LayerKind.SHARED,

@@ -82,19 +82,23 @@ def attend_chosen(
     lse_of_pages: bool = False,
     tokens: Tokens | None = None,
     by_tokens: bool = False,
+    partial: bool = False,
     host: bool = True,
 ) -> Part:
     """As `attend_pages`, of those pages alone that lie at positions int64 [S, k] of ids [S, n], the first valid int64
-    [S] of them; by_tokens: of the tokens at positions of the n * P in pages, in numbers that fill pages."""
+    [S] of them; by_tokens: of the tokens at positions of the n * P in pages, in numbers that fill pages, or any where
+    they are `partial`."""
     bias = None
     if by_tokens:
+        if partial and (rest := -positions.shape[1] % layout.page_size):
+            positions = torch.nn.functional.pad(positions, (0, rest))
         bias = token_bias(queries, codec, layout, pool, ids, positions)
-        pool, valid = regroup(layout, pool, ids, positions), valid // layout.page_size
+        pool, valid = regroup(layout, pool, ids, positions), valid if partial else valid // layout.page_size
         ids = torch.arange(len(pool), device=pool.device).view(len(ids), -1)
     else:
         ids = ids.gather(1, positions)
     how = layout, codec, scale, softcap, lse_of_pages, tokens
-    return attend_pages(queries, pool, ids, valid, *how, token_bias=bias, host=host)
+    return attend_pages(queries, pool, ids, valid, *how, partial, token_bias=bias, host=host)
 
 
 def attend_tokens(

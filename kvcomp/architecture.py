@@ -58,7 +58,8 @@ def obstacle(kinds: Iterable[LayerKind], stack: Stack) -> str | None:
     """Why a model with layers of these kinds cannot be served by the stack, and what can; None: it can."""
     names = " and ".join(s.name for s in (*stack.policies, stack.selector) if s is not None)
     kinds = list(kinds)
-    kind = without(kinds, "scored")
+    scored = any(kind.traits.scored for kind in kinds if kind.traits.packed)  # by a quantizer alone, the others
+    kind = None if scored else without(kinds, "scored")
     asking = next((policy.name for policy in stack.policies if policy.needs_model), None)
     if LayerKind.LATENT in kinds and asking is not None:
         return (
@@ -77,7 +78,8 @@ class LayerShape:
     kv_heads, k_dim, v_dim: what is cached of a token (a latent: 1 head, its rank, its rotary channels). heads: query
     heads. prefill_width, decode_width: channels that a head multiplies per (query, key) pair, Dqk + Dv. window: tokens
     that a sliding layer sees at most. source: the layer, by number, whose cache this one reads. state: bytes per
-    sequence that a recurrent layer holds, whatever the context.
+    sequence that a recurrent layer holds, whatever the context. latent: whether it caches latents. index: channels of a
+    token's index key, all of which a model's own indexer reads; chosen: tokens that it chooses.
     """
 
     kv_heads: int = 0
@@ -90,6 +92,9 @@ class LayerShape:
     state: int = 0
     kind: LayerKind = LayerKind.FULL
     source: int | None = None
+    latent: bool = False
+    index: int = 0
+    chosen: int | None = None
 
     @property
     def full(self) -> bool:
@@ -173,10 +178,11 @@ class ModelShape:
         return self.itemsize * sum(layer.elements for layer in self.layers if layer.full)
 
     def fixed_bytes(self, tokens: int, packed: Container[int] = ()) -> int:
-        """Bytes of a sequence in layers that do not grow with the context (sliding windows, recurrent states), but for
-        those, by number, that a stack has `packed`."""
+        """Bytes of a sequence that a stack leaves alone: index keys, and layers that do not grow with the context
+        (sliding windows, recurrent states) but for those, by number, that it has `packed`."""
         rest = [layer for i, layer in enumerate(self.layers) if not layer.full and i not in packed]
-        return sum(self.itemsize * layer.elements * layer.seen(tokens) + layer.state for layer in rest)
+        index = sum(self.itemsize * layer.index for layer in self.layers) * tokens
+        return index + sum(self.itemsize * layer.elements * layer.seen(tokens) + layer.state for layer in rest)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of an uncompressed cache of one sequence of `tokens` tokens."""

@@ -50,8 +50,10 @@ def traffic(cache: Cache) -> Traffic:
     found = [layer.read() for layer in layers]
     if not any(read for read, _ in found):
         raise KvcompError("no decode step has read this cache yet: generate at least one token from it first")
-    rest = storage_bytes(library(cache))
-    parts = add_parts([*(read for read, _ in found), {"library": rest}])
+    rest = storage_bytes(_tensors([vars(layer) for layer in cache.layers if not isinstance(layer, CompressedLayer)]))
+    index = sum(x.nbytes for layer in layers for x in layer.library())  # without the room after them
+    parts = add_parts([*(read for read, _ in found), {"library": rest, "index keys": index}])
+    rest += index
     return Traffic(read=sum(parts.values()), dense=sum(dense for _, dense in found) + rest, parts=parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -13,15 +14,19 @@ from kvcomp.cache.layer import Shared
 from kvcomp.errors import KvcompWarning
 from kvcomp.stages.stack import Stack
 
-from ..configs import cache_layers, field, layer_kinds, library_layer
-from .indexed import IndexedLayer
+from ..configs import cache_layers, field, layer_fields, layer_kinds, library_layer
+from .indexed import IndexedLatentLayer, IndexedLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
 from .sliding import SlidingLayer
 from .turns import Turns
 
-OURS = {"full_attention": CompressedLayer, "indexed_attention": IndexedLayer}
+OURS: dict[str, type[CompressedLayer]] = {
+    "full_attention": CompressedLayer,
+    "indexed_attention": IndexedLayer,
+    "minimax_m3_sparse": IndexedLayer,
+}
 
 
 def layers_of(
@@ -36,20 +41,25 @@ def layers_of(
     types, kwargs = cache_layers(config)
     if preallocate is not None:
         check_room(config, preallocate, max_tokens)
-    full = [i for i, kind in enumerate(types) if kind in OURS]
+    latent, kinds = layer_fields(config, "kv_lora_rank"), layer_kinds(config)
+    scored = [i for i, kind in enumerate(types) if kind in OURS and kinds[i].traits.scored]
     choices: dict[int, Shared] = {}
     layers: list[Any] = []
-    kinds = layer_kinds(config)
     for i, (kind, options) in enumerate(zip(types, kwargs, strict=True)):
-        of, window = kinds[i], None
-        if of is LayerKind.SLIDING and i not in dense:
+        window = None
+        if kinds[i] is LayerKind.SLIDING and i not in dense:
             window = stack.sliding_plan(i, len(types), options["sliding_window"])
-        if kind in OURS and preallocate is not None:
-            plan = stack.plan(i, len(types), full)
-            layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
-        elif kind in OURS:
-            made = LatentLayer if of is LayerKind.LATENT else OURS[kind]
-            layers.append(made(stack.plan(i, len(types), full), max_tokens, stack.prefill_chunk, choices))
+        if kind in OURS:
+            plan = stack.plan(i, len(types), scored if i in scored else None)
+            if i not in scored:  # a quantizer alone
+                plan = replace(plan, policies=(), selector=None, leader=None)
+            if preallocate is not None:
+                layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
+            else:
+                made = OURS[kind]
+                if latent[i]:
+                    made = IndexedLatentLayer if made is IndexedLayer else LatentLayer
+                layers.append(made(plan, max_tokens, stack.prefill_chunk, choices))
         elif window is not None:
             layers.append(SlidingLayer(window, max_tokens, stack.prefill_chunk, choices))
         else:

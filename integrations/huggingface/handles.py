@@ -13,8 +13,11 @@ from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import output_capturing
 
+from kvcomp.stages import Choice
+
 from .expansion import Expansion
-from .masks import Mask, chunk_mask
+from .keywords import CHOICES, choose, chosen
+from .masks import Mask, chunk_mask, read_mask
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 NOTHING = nullcontext()
@@ -67,6 +70,24 @@ class Call(NamedTuple):
             mask = chunk_mask(self.name, self.query, length, mask)
         return self._replace(mask=mask).dense(keys, values)
 
+    def under_choice(self, length: int) -> Call:
+        """The call with what the model's indexer chose of `length` tokens in its mask, for attention that knows no
+        choices."""
+        mask, asked = self.mask, {name: x for name, x in self.kwargs.items() if name in CHOICES and x is not None}
+        kwargs = {name: x for name, x in self.kwargs.items() if name not in CHOICES}
+        if asked:
+            if (mask is None and self.causal) or (mask is not None and mask.dim() == 2):
+                mask = chunk_mask(self.name, self.query, length, mask, whole=True)
+            mask = choose(self.module, mask, self.query, length, asked)
+        return self._replace(mask=mask, kwargs=kwargs)
+
+    def choice(self, length: int, heads: int) -> Choice | None:
+        """What a single query sees of `length` tokens, its own the last, in each stream of rows * heads; None: all."""
+        seen, shown = None if self.mask is None else read_mask(self.mask, length - 1, 1), None
+        if seen is not None and seen.shown is not None and seen.valid is not None:
+            shown = torch.cat([seen.shown, seen.valid], 1).expand(self.query.shape[0], -1)
+        return chosen(self.module, self.kwargs, shown, length, heads)
+
     @property
     def tracked(self) -> bool:
         """Whether the answer has a gradient, but for that of keys and values."""
@@ -113,6 +134,7 @@ class HandleLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    chooses = False  # whether attention follows what the model's own indexer chose
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

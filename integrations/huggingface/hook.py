@@ -15,8 +15,8 @@ from kvcomp.errors import UnsupportedError
 
 from .forward import NAMES, refuse_misnamed
 from .handles import Attention, Call, Handle
-from .keywords import CHOICES, HARMLESS, SERVED, VARLEN, choose, given, refuse
-from .masks import chunk_mask, mask_function
+from .keywords import CHOICES, HARMLESS, SERVED, VARLEN, given, refuse
+from .masks import mask_function
 
 PREFIX, SUFFIX = "kvcomp_", " (until cache.detach())"  # transformers' errors quote the name, so it tells the way out
 CACHES = frozenset(NAMES)
@@ -75,7 +75,8 @@ def _attention_function(base: str) -> Attention:
         if not CACHES.isdisjoint(kwargs):
             refuse_misnamed(module, kwargs)
         if isinstance(key, Handle) and key.pairs(value):
-            if not kwargs.keys() <= known and (unknown := given(kwargs, known)):
+            served = known | CHOICES if masked and key.layer.chooses else known
+            if not kwargs.keys() <= served and (unknown := given(kwargs, served)):
                 raise refuse(module, unknown)
             window = kwargs.get("sliding_window")
             if not masked and window is not None and key.length > window and not key.layer.is_sliding:
@@ -112,13 +113,8 @@ def plain(
         if unserved := [name for name in (*unknown, *(choices if base not in MASKED else ())) if name not in named]:
             raise refuse(module, unserved)
     key, value = (x.dense() if isinstance(x, Handle) else x for x in (key, value))
-    if base in MASKED and choices:
-        length = key.shape[2]
-        if (mask is None and call.causal) or (mask is not None and mask.dim() == 2):
-            mask = chunk_mask(base, query, length, mask, whole=True)
-        call = call._replace(mask=choose(module, mask, query, length, choices))
     if base in MASKED:
-        call = call._replace(kwargs={name: x for name, x in kwargs.items() if name not in CHOICES})
+        call = call.under_choice(key.shape[2])
     return call.dense_behind(key, value)
 
 

@@ -11,6 +11,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 from kvcomp.errors import UnsupportedError
+from kvcomp.stages import Choice
 
 # what forwards pass on to attention that sdpa and eager attention ignore, or that is about training, losses or outputs
 HARMLESS = (
@@ -71,9 +72,7 @@ def choose(module: torch.nn.Module, mask: Tensor | None, query: Tensor, length: 
         shown = _scattered(indices, length)[:, None]
     else:
         blocks: Tensor = choices["block_indices"]
-        size = getattr(getattr(module, "indexer", None), "block_size", None)
-        if size is None:
-            raise refuse(module, ["block_indices"])
+        size = _block_size(module)
         shown = _scattered(blocks, -(-length // size)).repeat_interleave(size, -1)[..., :length]
         shown = shown.repeat_interleave(query.shape[1] // blocks.shape[1], 1)
         if mask is None or mask.dtype == torch.bool:
@@ -83,6 +82,51 @@ def choose(module: torch.nn.Module, mask: Tensor | None, query: Tensor, length: 
     if mask is None or mask.dtype == torch.bool:
         return shown if mask is None else mask & shown
     return mask.masked_fill(~shown, torch.finfo(query.dtype).min)
+
+
+def chosen(
+    module: torch.nn.Module, choices: Mapping[str, Any], shown: Tensor | None, length: int, heads: int
+) -> Choice | None:
+    """What single queries see of `length` tokens, as the model's indexer chose: places of each stream, of which a row
+    has `heads`; None: all. choices: as of `choose`, with n = 1; shown: bool [B, N], what the mask shows; None: all."""
+    indices, blocks = choices.get("indices"), choices.get("block_indices")
+    if indices is not None:
+        places = indices[:, 0].long()
+    elif blocks is not None:
+        size = _block_size(module)
+        places = blocks[:, :, 0, :, None] * size + torch.arange(size, device=blocks.device)
+        places = places.flatten(2).repeat_interleave(heads // blocks.shape[1], 1).flatten(0, 1)  # [B * heads, k * size]
+        shown = None if shown is None else shown.repeat_interleave(heads, 0)
+    elif shown is None or bool(shown.all()):
+        return None
+    else:
+        return _of_streams(Choice(*_places(shown)), heads)
+    seen = (places >= 0) & (places < length)
+    if shown is not None:
+        seen &= shown.gather(1, places.clamp(0, length - 1))
+    choice = Choice(places.masked_fill(~seen, length).sort(-1).values, seen.sum(-1))
+    return choice if indices is None else _of_streams(choice, heads)
+
+
+def _of_streams(choice: Choice, heads: int) -> Choice:
+    """A choice of rows for all of their KV heads."""
+    return Choice(*(x.repeat_interleave(heads, 0) for x in choice)) if heads > 1 else choice
+
+
+def _places(shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Where bool [B, N] is True: int64 [B, k], then N, and how many there are [B]."""
+    counts, (row, place) = shown.sum(-1), shown.nonzero(as_tuple=True)
+    places = torch.full((len(shown), int(counts.max())), shown.shape[1], device=shown.device)
+    places[row, torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]] = place
+    return places, counts
+
+
+def _block_size(module: torch.nn.Module) -> int:
+    """Tokens of a block that a module's indexer chooses."""
+    size = getattr(getattr(module, "indexer", None), "block_size", None)
+    if not isinstance(size, int):
+        raise refuse(module, ["block_indices"])
+    return size
 
 
 def _scattered(indices: Tensor, length: int) -> Tensor:

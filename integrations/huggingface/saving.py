@@ -18,6 +18,7 @@ from kvcomp.state import FLOATS, DamagedError, State
 
 from ..configs import field
 from .fingerprint import ESSENTIALS, fingerprint
+from .indexed import IndexedLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
 from .library import restore_library
@@ -64,6 +65,8 @@ def layer_state(layer: Any) -> dict[str, Any]:
 
 def _kind(layer: Any) -> str:
     """A layer's class, but for how it decodes, which is not saved; all of them were once one."""
+    if isinstance(layer, IndexedLayer):
+        return IndexedLayer.__name__
     return (CompressedLayer if isinstance(layer, PreallocatedLayer | LatentLayer) else type(layer)).__name__
 
 
@@ -73,7 +76,7 @@ def check_kinds(layers: Sequence[Any], saved: Saved) -> None:
         raise DamagedError(f"it has {len(saved.layers)} layers, the model {len(layers)}")
     for i, (layer, state) in enumerate(zip(layers, saved.layers, strict=True)):
         kind, here = State(state, f"layer {i}").text("kind"), _kind(layer)
-        if kind != here:
+        if kind not in (here, layer.former if isinstance(layer, IndexedLayer) else here):
             raise KvcompError(f"a {short(kind)[1:-1]} was saved where this version of transformers has a {here}")
 
 
@@ -94,10 +97,11 @@ def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) ->
         both = State(state, f"layer {i}")
         both.only("kind", "own")
         own = both.part("own")
-        if isinstance(layer, CompressedLayer):
+        if isinstance(layer, IndexedLayer) and both["kind"] == layer.former:
+            layer.take_over(own, device)
+        elif isinstance(layer, CompressedLayer):
             own.only(*layer.state())
             layer.restore(own, device)
-            _check_index(layer, own)
         else:
             restore_library(layer, own, device)
     ours = [layer for layer in layers if isinstance(layer, CompressedLayer) and layer.is_initialized]
@@ -108,11 +112,16 @@ def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) ->
     ):
         if len(found) > 1:
             raise DamagedError(f"its layers are of different {what}: {', '.join(map(str, sorted(found)))}")
+    rows, tokens = max(ours[0].batch_size, 0) if ours else 0, int(ours[0].get_seq_length()) if ours else 0
+    for i, layer in enumerate(layers):
+        if isinstance(layer, IndexedLayer):
+            _check_index(layer, rows, tokens, f"layer {i}.own")
 
 
-def _check_index(layer: CompressedLayer, own: State) -> None:
-    """Of a model's own indexer, keys [B, n, D] and positions [dims, B, n] of all tokens."""
-    rows, tokens = max(layer.batch_size, 0), int(layer.get_seq_length())
+def _check_index(layer: IndexedLayer, rows: int, tokens: int, where: str) -> None:
+    """Of a model's own indexer, keys [B, n, D] and positions [dims, B, n] of all tokens, which a layer may hold without
+    any keys and values."""
+    own = State({"index_keys": layer.index_keys, "index_positions": layer.indexer_position_ids}, where)
     if own.get("index_keys") is not None:
         own.tensor("index_keys", (rows, tokens, None), *FLOATS)
     if own.get("index_positions") is not None:

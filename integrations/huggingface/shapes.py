@@ -170,12 +170,14 @@ def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name
                 found.append(LayerShape(0, 0, 0, own.num_attention_heads, *widths_of, kind=kind, source=source))
         elif of_type == "linear_attention" and getattr(own, "linear_num_value_heads", None):
             found.append(LayerShape(state=_state_bytes(own, dtype.itemsize), kind=kind))
-        elif kind is LayerKind.LATENT:
-            rank, rotary = own.kv_lora_rank, own.qk_rope_head_dim
-            expanded = own.qk_nope_head_dim + rotary + own.v_head_dim
-            widths_of = expanded, rank + rotary + rank
-            found.append(LayerShape(1, rank, rotary, own.num_attention_heads, *widths_of, kind=kind))
-        elif kind in (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED):
+        elif kind in (LayerKind.LATENT, LayerKind.INDEXED) and getattr(own, "kv_lora_rank", None):
+            rank, rotary = own.kv_lora_rank, own.qk_rope_head_dim if _of(config, "no_rope_layers", i) != 0 else 0
+            expanded = own.qk_nope_head_dim + own.qk_rope_head_dim + own.v_head_dim
+            lent = _source(config, i) if _of(config, "kv_sharing_modes", i) == "reuse_but_indexer" else None
+            cached, heads = (1, rank, rotary) if lent is None else (0, 0, 0), own.num_attention_heads
+            more = {"kind": kind, "source": lent, "latent": True, **_indexer(kind, own, config, i)}
+            found.append(LayerShape(*cached, heads, expanded, rank + rotary + rank, **more))
+        elif kind in (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED, LayerKind.INDEXED):
             heads = own.num_attention_heads
             kv_heads = getattr(own, "num_key_value_heads", None) or heads
             dim = getattr(own, "head_dim", None) or own.hidden_size // heads
@@ -184,8 +186,8 @@ def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name
                 raise UnsupportedError(
                     f"{name}: layer {i} has keys of {width} channels, but its config says {kv_heads} heads of {dim}"
                 )
-            window = option.get("sliding_window")
-            found.append(LayerShape(kv_heads, dim, dim, heads, 2 * dim, 2 * dim, window, kind=kind))
+            sizes, window = (kv_heads, dim, dim, heads, 2 * dim, 2 * dim), option.get("sliding_window")
+            found.append(LayerShape(*sizes, window, kind=kind, **_indexer(kind, own, config, i)))
         else:
             raise UnsupportedError(f"{name}: layer {i} is {of_type!r}, whose cache a plan does not know yet")
     return found
@@ -201,6 +203,28 @@ def _source(config: PreTrainedConfig, layer: int) -> int | None:
         return int(sources[layer])
     kinds = config.layer_types
     return max(i for i, mode in enumerate(modes[:layer]) if mode == "store" and kinds[i] == kinds[layer])
+
+
+def _of(config: PreTrainedConfig, name: str, layer: int) -> Any:
+    """What a list with a value for each layer says of one; None without such a list."""
+    values = field(config, name)
+    return values[layer] if values else None
+
+
+def _indexer(kind: LayerKind, own: PreTrainedConfig, config: PreTrainedConfig, layer: int) -> dict[str, Any]:
+    """Channels that a layer's indexer holds of a token, and tokens that it chooses, as `LayerShape` has them."""
+    if kind is not LayerKind.INDEXED:
+        return {}
+    size: int = getattr(own, "index_head_dim", None) or own.indexer_head_dim
+    if blocks := getattr(own, "index_topk_blocks", None):
+        chosen = blocks * own.index_block_size
+    elif budget := getattr(own, "indexer_budget", None):
+        chosen = budget + own.indexer_compress_ratio - 1
+    elif pool := getattr(own, "index_kpool", None):  # keys, gates, and which are valid
+        size, chosen = 2 * size + 1, own.index_topk + (pool - 1 if own.index_kpool_always_select_tail else 0)
+    else:
+        chosen = own.index_topk
+    return {"index": 0 if _of(config, "indexer_types", layer) == "shared" else size, "chosen": chosen}
 
 
 def _state_bytes(config: PreTrainedConfig, itemsize: int) -> int:

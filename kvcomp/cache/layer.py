@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kvcomp.attention import Part, attend, attend_causal, merge
 from kvcomp.ledger import ReadPlan, add_counts, storage_bytes
+from kvcomp.stages import Choice
 from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
 
-from . import reader, sliding, surgery, writer
+from . import chosen, reader, sliding, surgery, writer
 from .content import LayerContent
 from .pool import compact
 from .reader import Shared
@@ -68,13 +69,15 @@ class LayerStore(LayerContent):
         scale: float,
         softcap: float | None = None,
         chunk: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        choice: Choice | None = None,
     ) -> Part:
         """Attention of queries [B, Hq, n, Dk] over everything held: out [B, Hq, n, Dv] and lse [B, Hq, n], float32.
 
         `chunk` adds tokens that are not written yet: keys [B, Hkv, c, Dk], values [B, Hkv, c, Dv] and which of them
         each query sees, bool, broadcastable to [B, n, c]; None: those up to its own, the queries being those of the
         last n <= c. Selectors act on single queries only (n = 1); more read every page. Where a window slides, the one
-        query is that of the newest token held.
+        query is that of the newest token held. `choice`: what the model's own indexer chose for single queries, of all
+        tokens held, as `chosen.attend` takes it, instead of a selector.
         """
         n, storage = queries.shape[2], self.storage
         table = storage.table
@@ -86,11 +89,16 @@ class LayerStore(LayerContent):
         view, watched = storage.view(), table.received is not None
         if self.plan.sliding is not None:
             view = view._replace(skipped=sliding.skipped(self))
-        found = reader.attend(
-            storage.records, view, q, scale, softcap, single=n == 1, watched=watched, choices=self.choices
-        )
-        plan, parts = found.plan, list(found.parts)
-        storage.read_exact(plan)
+        found = None
+        if choice is None:
+            found = reader.attend(
+                storage.records, view, q, scale, softcap, single=n == 1, watched=watched, choices=self.choices
+            )
+            plan, parts = found.plan, list(found.parts)
+            storage.read_exact(plan)
+        else:
+            plan = ReadPlan()
+            parts = [chosen.attend(storage.records, view, q, scale, softcap, choice, plan)]
         self.dense_read = self.dense_bytes
         if self.compacted is not None:
             parts.append(self.compacted.attend(q, scale, softcap))
@@ -102,7 +110,7 @@ class LayerStore(LayerContent):
             self.dense_read += new
         self.reads = [plan]
         part = merge(parts)
-        if watched and (mass := reader.received(found, part.lse, n, table.longest)) is not None:
+        if watched and found and (mass := reader.received(found, part.lse, n, table.longest)) is not None:
             table.watch(mass, n)
         heads = self.heads * group
         return Part(part.out.reshape(self.rows, heads, n, -1), part.lse.reshape(self.rows, heads, n))

@@ -17,7 +17,7 @@ from rich.table import Table
 from kvcomp import __version__
 from kvcomp.console import Plain, notes, progress, waiting
 from kvcomp.errors import KvcompError
-from kvcomp.text import quote
+from kvcomp.text import quote, size_text
 
 from .config_file import Config
 from .options import Model, completed_shapes, one_of, whole_numbers
@@ -37,13 +37,15 @@ DOCUMENT = Document(
     not_timed="peers that are not timed, and why",
     timings="an object for each row: what (attention or model), label, context, batch, ms (median), low and high "
     "(quartiles), read (bytes of a step; 0 if not known), ratio (times as fast as the first row of the same context "
-    "and batch), gbps",
+    "and batch), held (bytes), plan_read and plan_held (what kvcomp plan counts; 0 for whole steps), gbps",
 )
 EPILOG = f"""Examples:
 
   kvcomp speed --stack "kivi(bits=4)" --stack "kivi(bits=4) + quest(keep=0.1)" --context 512,8000
 
   kvcomp speed --attention --geometry qwen3-8b --batch 1,8 --context 4096,32768 --stack "int(bits=4)"
+
+  kvcomp speed --attention --geometry deepseek-v3 --context 1000000 --dtype bfloat16 --stack "int(bits=4)" --steps 4
 
   kvcomp speed --stack "turboquant(bits=4)" --threads 1 --out speed
 
@@ -112,8 +114,9 @@ def speed(
     if shape is None:
         raise KvcompError(f"geometry: {geometry or model} has no layer of full attention")
     heads = bench.Geometry(shape.heads, shape.kv_heads, shape.k_dim, shape.v_dim)
-    token = heads.heads * (heads.k_dim + heads.v_dim) * held.itemsize
-    _require_memory(max(contexts), max(batches), token, device)
+    if shape.latent:
+        heads = bench.Geometry(shape.heads, 1, shape.k_dim + shape.v_dim, shape.k_dim, latent=True)
+    _require_memory(max(contexts), max(batches), heads.channels * held.itemsize, device)
     rate = bench.bandwidth(device)
     found: list[Timing] = []
     absent: list[str] = []
@@ -172,7 +175,9 @@ def _require_memory(context: int, batch: int, token: int, device: torch.device) 
 
 def _print(timings: list[Timing], title: str, rate: float) -> None:
     table = Table(title=title)
-    for column in ("", "context", "batch", "ms", "quartiles", "GB/s", "of a copy", "faster"):
+    planned = any(timing.held for timing in timings)
+    bytes_of = ("held", "plan", "read", "plan") if planned else ()
+    for column in ("", "context", "batch", *bytes_of, "ms", "quartiles", "GB/s", "of a copy", "faster"):
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for timing in timings:
         known = timing.read > 0
@@ -180,13 +185,18 @@ def _print(timings: list[Timing], title: str, rate: float) -> None:
             timing.label,
             f"{timing.context:,}",
             str(timing.batch),
+            *(
+                [size_text(n) for n in (timing.held, timing.plan_held, timing.read, timing.plan_read)]
+                if planned
+                else ()
+            ),
             f"{timing.ms:.2f}",
             f"{timing.low:.2f}-{timing.high:.2f}",
             f"{timing.gbps:.1f}" if known else "",
             f"{100 * timing.gbps / rate:.0f}%" if known else "",
             f"{timing.ratio:.2f}x",
         )
-    Plain(width=130).print(table)
+    Plain(width=150 if planned else 130).print(table)
 
 
 def _write(out: Path, timings: list[Timing], document: dict[str, Any]) -> None:

@@ -147,7 +147,7 @@ def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 
     flops = shared = 0
     packed: dict[int, int] = {}  # elements of layers with a sliding window, by number
     dtype = getattr(torch, shape.dtype)
-    full = [i for i, layer in enumerate(shape.layers) if layer.full]
+    full = [i for i, layer in enumerate(shape.layers) if layer.full and layer.kind.traits.scored]
     for i, layer in enumerate(shape.layers):
         source = i if layer.source is None else layer.source
         holder, own = shape.layers[source], source == i  # who holds what this layer reads
@@ -190,7 +190,11 @@ def _plan(stack: Stack, shape: ModelShape, i: int, full: list[int]) -> LayerPlan
     """What the stack does with layer i, of which those in `full` attend to all tokens; None: it leaves it alone."""
     layer, layers = shape.layers[i], len(shape.layers)
     if layer.full:
-        return replace(stack.plan(i, layers, full), latent=layer.kind is LayerKind.LATENT)
+        latent = layer.latent or layer.kind is LayerKind.LATENT
+        plan = replace(stack.plan(i, layers, full if i in full else None), latent=latent)
+        if layer.kind.traits.scored:
+            return plan
+        return replace(plan, policies=(), selector=None, leader=None, chosen_tokens=layer.chosen)
     if layer.kind is LayerKind.SLIDING and layer.window is not None:
         return stack.sliding_plan(i, layers, layer.window)
     return None

@@ -27,7 +27,8 @@ class LayerPlan:
     """The stages of one layer.
 
     leader: the layer whose choice of pages this one reads. latent: whether it caches latents, see `stages.latent`.
-    sliding: how many tokens a query sees, its own among them, where the layer has a sliding window.
+    sliding: how many tokens a query sees, its own among them, where the layer has a sliding window. chosen_tokens: how
+    many of all tokens the model's own indexer chooses, where that is known; for predictions alone.
     exact_bits: of the numbers of sinks and window, 16 or 8; None: as many as the model's dtype has.
     """
 
@@ -43,6 +44,7 @@ class LayerPlan:
     latent: bool = False
     sliding: int | None = None
     exact_bits: int | None = None
+    chosen_tokens: int | None = None
 
     @cached_property
     def needs_queries(self) -> bool:
@@ -122,6 +124,8 @@ class LayerPlan:
 
     def attended(self, tokens: int) -> int:
         """Tokens that the query of a decode step after prefilling `tokens` tokens attends to, its own included."""
+        if self.chosen_tokens is not None:
+            return min(self.chosen_tokens, tokens + 1)
         pages, exact = self.stored(tokens)
         seen = self.chosen(pages) * self.page_size + exact + 1
         return seen if self.sliding is None else min(tokens + 1, self.sliding)
@@ -213,6 +217,8 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     layout, (_, adapted) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     token = _exact_bytes(plan, k_dim, v_dim, dtype)
+    if plan.chosen_tokens is not None and plan.chosen_tokens <= tokens:
+        return _indexed_parts(plan, layout, pages, tokens, token) | _present(constants=adapted if pages else 0)
     sinks = min(plan.sinks, exact + 1)
     chosen, centres = plan.chosen(pages), 0
     if plan.by_tokens(layout):  # of each token, or of all pages that they may lie in
@@ -225,6 +231,18 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
         table=pages * TABLE_ENTRY.itemsize,
         constants=adapted if pages else 0,
     )
+
+
+def _indexed_parts(plan: LayerPlan, layout: PageLayout, pages: int, tokens: int, token: int) -> dict[str, int]:
+    """Bytes of one stream that a step reads of the tokens that the model's own indexer chose: if it chooses them at
+    random among those in pages and the others, of `token` bytes each."""
+    chosen = plan.chosen_tokens or 0
+    paged = round(chosen * pages * plan.page_size / (tokens + 1))
+    if layout.tokenwise:
+        read = paged * layout.token_bytes + min(pages, paged) * layout.centre_bytes
+    else:  # pages that one of them lies in
+        read = round(pages * (1 - (1 - paged / max(pages * plan.page_size, 1)) ** plan.page_size)) * layout.body_bytes
+    return _present(pages=read, window=(chosen - paged) * token, table=paged * TABLE_ENTRY.itemsize)
 
 
 def held_by_stream(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> int:

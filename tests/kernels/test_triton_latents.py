@@ -13,6 +13,7 @@ from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.kernels.dispatch import reference_only, using
 from kvcomp.kernels.triton_backend import Triton
+from kvcomp.stages import Choice
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -23,6 +24,11 @@ if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 from kvcomp.kernels.triton import plan  # noqa: E402
 
 SHAPES = [(64, 32, 5, 150), (96, 16, 20, 75)]  # channels of latents and rotary keys, query heads, tokens
+ODD = [  # of DeepSeek's and MiniCPM3's layers, and such as no model has
+    *((512, 64, heads, 70) for heads in (1, 16, 128)),
+    *((256, 32, heads, 70) for heads in (1, 16, 128)),
+    *((40, 24, 16, 70), (136, 8, 1, 70), (72, 40, 33, 70)),
+]
 SPECS = [
     "none",
     "int(bits=4)",
@@ -39,6 +45,8 @@ SPECS = [
     ("spec", "shape"),
     [
         *((spec, shape) for spec in SPECS for shape in SHAPES),
+        *((spec, shape) for spec in ("none", "int(bits=4)") for shape in ODD),
+        ("none", (33, 7, 5, 70)),
         ("none", (288, 32, 20, 70)),
         ("int(bits=4)", (288, 32, 70, 70)),
     ],
@@ -55,6 +63,27 @@ def test_attention_over_latents(spec: str, shape: tuple[int, int, int, int]) -> 
         found = store.attend(queries, 0.2)
     with reference_only():
         expected = store.attend(queries, 0.2)
+    assert float((found.out - expected.out).norm() / expected.out.norm()) < 1e-5
+    torch.testing.assert_close(found.lse, expected.lse, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("spec", ["none", "int(bits=4)", "kivi(bits=4, group=16)"])
+@pytest.mark.parametrize("heads", [5, 70])
+def test_tokens_that_an_indexer_chose(spec: str, heads: int, latent: bool) -> None:
+    store = LayerStore(replace(Stack.parse(f"{spec} + window(sinks=2, recent=8)").plan(2, 4), latent=latent))
+    generator = torch.Generator().manual_seed(heads)
+    keys = torch.randn(2, 1, 150, 96, generator=generator).to(DEVICE)
+    values = keys[..., :64] if latent else torch.randn(2, 1, 150, 64, generator=generator).to(DEVICE)
+    queries = torch.randn(2, heads, 1, 96, generator=generator).to(DEVICE)
+    store.start(keys, values)
+    store.write(keys, values, None)
+    places = torch.stack([torch.randperm(150, generator=generator)[:37].sort().values for _ in range(2)])
+    choice = Choice(places.to(DEVICE), torch.tensor([37, 21], device=DEVICE))
+    with using(Triton(anywhere=True)):
+        found = store.attend(queries, 0.2, choice=choice)
+    with reference_only():
+        expected = store.attend(queries, 0.2, choice=choice)
     assert float((found.out - expected.out).norm() / expected.out.norm()) < 1e-5
     torch.testing.assert_close(found.lse, expected.lse, atol=1e-4, rtol=0)
 

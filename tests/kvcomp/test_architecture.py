@@ -32,7 +32,8 @@ def test_what_cannot_be_scored_is_named_with_a_way_out(spec: str) -> None:
     named = (*stack.policies, stack.selector)
     assert obstacle([LayerKind.FULL, LayerKind.SLIDING], stack) is None
     assert obstacle([LayerKind.LATENT], stack) is None
-    why = obstacle([LayerKind.FULL, LayerKind.INDEXED], stack)
+    assert obstacle([LayerKind.FULL, LayerKind.INDEXED], stack) is None  # these take the quantizer alone
+    why = obstacle([LayerKind.SLIDING, LayerKind.INDEXED], stack)
     assert why is not None
     assert LayerKind.INDEXED.traits.does in why
     assert "use a stack of a quantizer alone" in why

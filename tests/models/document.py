@@ -15,7 +15,13 @@ DOCUMENT = ROOT / "docs" / "models.md"
 FOUND = ROOT / "out" / "models"  # a JSON file for each architecture of the last run
 LOSSY = ("int8", "kivi4", "snapkv + int8", "int8 + quest")
 COLUMNS = ("architecture", "layers", "full precision", *LOSSY, "remarks")
-OURS = {"CompressedLayer": "full", "LatentLayer": "latent", "IndexedLayer": "indexed", "SlidingLayer": "sliding"}
+OURS = {
+    "CompressedLayer": "full",
+    "LatentLayer": "latent",
+    "IndexedLayer": "indexed",
+    "IndexedLatentLayer": "indexed",
+    "SlidingLayer": "sliding",
+}
 THEIRS = {
     "DynamicLayer": "cross-attention",
     "DynamicSlidingWindowLayer": "sliding",

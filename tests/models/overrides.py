@@ -217,8 +217,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "minimax_m3_vl_text",
         {
             "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+            "index_n_heads": 2,  # one for each KV head
             "index_block_size": 16,
-            "index_topk_blocks": 2,
+            "index_topk_blocks": 3,
             "index_local_blocks": 1,
         },
     ),

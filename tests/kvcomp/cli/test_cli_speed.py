@@ -61,6 +61,18 @@ def test_bytes_are_those_of_the_stack() -> None:
     assert all_.gbps == pytest.approx(all_.read / all_.ms / 1e6)
 
 
+@pytest.mark.parametrize("geometry", [speed.Geometry(6, 2, 64, 32), speed.Geometry(6, 1, 96, 64, latent=True)])
+def test_bytes_are_those_of_the_plan(geometry: speed.Geometry) -> None:
+    """Also where the cache is written piece by piece."""
+    stacks = ["none", "int(bits=4)", "int(bits=4) + sketch(keep=0.1)"]
+    dense, *found = speed.attention(geometry, stacks, 12_000, 1, 4, torch.float32, torch.device("cpu"), layer=3)
+    assert dense.held == dense.read == 12_000 * geometry.channels * 4
+    for row in found:
+        assert row.read == pytest.approx(row.plan_read, rel=0.01)
+        assert row.held == pytest.approx(row.plan_held, rel=0.01)
+    assert 2 * found[2].read < found[1].read < 0.3 * found[0].read
+
+
 @pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed")
 def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cpu.attend
