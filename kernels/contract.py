@@ -10,20 +10,10 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens
 from kvcomp.layout import PageLayout
-from kvcomp.segments import KVLayout, centres
+from kvcomp.segments import KVLayout, ReadMap, centres
 
 MOST_ROWS = 128  # queries of a stream; for more it is faster to decode pages for all of them, and multiply matrices
 Reduce = Literal["sum", "max"]
-
-
-class ReadBasis(Protocol):
-    """What kernels need of a basis: as `quantizers.basis.Basis`."""
-
-    @property
-    def read_matrix(self) -> Tensor | None: ...
-    @property
-    def mean(self) -> Tensor | None: ...
-    def offset(self, queries: Tensor) -> Tensor | None: ...
 
 
 class PageCodec(Protocol):
@@ -37,7 +27,7 @@ class PageCodec(Protocol):
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]: ...
     def read_output(self, output: Tensor) -> Tensor: ...
-    def read_bases(self) -> tuple[ReadBasis, ReadBasis] | None: ...
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap] | None: ...
 
 
 class PagesView(NamedTuple):

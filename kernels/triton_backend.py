@@ -68,7 +68,7 @@ class Triton(Backend):
 
         assert case.layout is not None
         assert case.sides is not None
-        if case.rows > MOST_ROWS or (case.rotates and plan.bases(codec) is None):
+        if case.rows > MOST_ROWS or (case.rotates and plan.maps(codec, len(tokens.counts)) is None):
             return False
         exact = case.dtype == torch.float32
         several = case.rotates and triton.prepared(case.sides, case.layout, exact, case.device).several
@@ -97,11 +97,11 @@ class Triton(Backend):
         held = triton.Pages(
             pool, ids, counts, triton.prepared(sides, layout, queries.dtype == torch.float32, pool.device)
         )
-        bases = plan.bases(codec) if case.rotates else None
+        maps = plan.maps(codec, len(queries)) if case.rotates else None
         rotated, bias, back = queries, None, None
-        if bases is not None:
-            rotated, bias = ops_rotate.rotated(queries, bases[0])
-            back = bases[1].read_matrix
+        if maps is not None:
+            rotated, bias = ops_rotate.rotated(queries, maps[0])
+            back = maps[1].matrix
         elif case.rotates:
             rotated, bias = codec.read_query(queries.float())
         if many_rows:
@@ -119,7 +119,7 @@ class Triton(Backend):
             token_queries=queries if case.rotates and tokens is not None else None,
             back=back,
         )
-        return part if bases is not None or not case.rotates else part._replace(out=codec.read_output(part.out))
+        return part if maps is not None or not case.rotates else part._replace(out=codec.read_output(part.out))
 
     def attend_tokens(
         self,

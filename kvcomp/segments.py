@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -147,6 +147,19 @@ def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:
 
 
 KVLayout = tuple[SideLayout, SideLayout]
+
+
+class ReadMap(NamedTuple):
+    """What maps queries to the coordinates of pages, or sums over coordinates back: D [n, original, coordinates] and
+    mean [n, original], with q . x ~ (q D) . y + q . mean and x ~ y D' + mean; stream s uses number s mod n.
+
+    matrix: float16 or float32, with contiguous rows; None: coordinates are x itself. mean: float32, or None.
+    order int16 [n, original]: the channel of x that each row of D is of; None: they are in order.
+    """
+
+    matrix: Tensor | None = None
+    mean: Tensor | None = None
+    order: Tensor | None = None
 
 
 def centres(side: SideLayout) -> dict[str, slice]:

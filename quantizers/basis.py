@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvcomp.segments import ReadMap
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -50,6 +52,14 @@ class Basis:
         matrix = self.read_matrix
         x = y if matrix is None else times(y, matrix.mT, streams)
         return x if self.mean is None else x + _of(self.mean[..., None, :], each_page(streams, len(y)))
+
+    def map(self, streams: int) -> ReadMap:
+        """`read` and `inverse` of all `streams` for kernels."""
+        matrix = self.read_matrix
+        if matrix is not None and matrix.stride(-1) != 1:
+            matrix = _row_major(matrix)
+        blocks = None if matrix is None else matrix.view(-1, *matrix.shape[-2:])
+        return ReadMap(blocks, None if self.mean is None else self.mean.reshape(-1, self.mean.shape[-1]))
 
     @property
     def is_identity(self) -> bool:
@@ -94,6 +104,12 @@ def _of_all(tensor: Tensor, streams: int) -> Tensor:
     if tensor.dim() == 2 or len(tensor) == streams:
         return tensor
     return tensor.repeat(streams // len(tensor), 1, 1)
+
+
+@cache
+def _row_major(matrix: Tensor) -> Tensor:
+    """A copy with contiguous rows, which all layers share as they share the matrix."""
+    return matrix.contiguous()
 
 
 IDENTITY = Basis()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcomp.finite import saturated
 from kvcomp.layout import Field
-from kvcomp.segments import Dense, KVLayout, SideLayout
+from kvcomp.segments import Dense, KVLayout, ReadMap, SideLayout
 from kvcomp.stages import Codec, PageShape
 
 from .basis import IDENTITY, Basis
@@ -116,9 +116,12 @@ class GridCodec(Codec):
     def read_output(self, output: Tensor) -> Tensor:
         return _output(self.v_basis, output)
 
-    def read_bases(self) -> tuple[Basis, Basis] | None:
-        plain = type(self.k_basis) is Basis and type(self.v_basis) is Basis
-        return (self.k_basis, self.v_basis) if plain else None
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap] | None:
+        return self._maps
+
+    @cached_property
+    def _maps(self) -> tuple[ReadMap, ReadMap]:
+        return self.k_basis.map(0), self.v_basis.map(0)  # of any number of streams: only `OutlierBasis` asks
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.v_basis.read(queries), self.v_basis.offset(queries)

@@ -34,9 +34,9 @@ def rms(x: Tensor) -> Tensor:
 def weighted(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [s, d] of x [s, n, d], and its second moment [s, d, d] up to a factor; see `weights`."""
     weight, unit = weights(x, LOUD)
-    y = x * weight / unit
+    y = x * (weight / unit)
     mean = y.sum(1) / weight.sum(1).clamp_min(1e-30) * unit[:, 0]
-    return mean, y.mT @ y / weight.square().sum(1, keepdim=True).clamp_min(1e-30)
+    return mean, (y.mT @ y).double() / weight.square().sum(1, keepdim=True).clamp_min(1e-30)
 
 
 @cache
@@ -45,15 +45,19 @@ def ladder(dim: int, device: torch.device) -> Tensor:
     return torch.linspace(0.75, 1.25, dim, dtype=torch.float64, device=device)
 
 
-def scaled_directions(covariance: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def scaled_directions(covariance: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """D [s, d, d] with x ~ z D' + mean, z of variance 1 by falling weighted variance [s, d]; both float32.
 
-    Of all linear maps this one leaves the least E[(x - x^)' weight (x - x^)] at any number of coordinates kept.
+    Of all linear maps this one leaves the least E[(x - x^)' weight (x - x^)] at any number of coordinates kept. None is
+    the identity.
     """
     dim = covariance.shape[-1]
     level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(TINY)
     covariance = covariance + RIDGE * level * torch.diag(ladder(dim, covariance.device))
-    write, read = weighted_directions(covariance, weight, RIDGE)
+    if weight is None:
+        write = read = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+    else:
+        write, read = weighted_directions(covariance, weight, RIDGE)
     turned = (read * torch.arange(1, dim + 1, device=read.device)[:, None].cos()).sum(1, keepdim=True) < 0
     write, read = (torch.where(turned, -x, x) for x in (write, read))  # which sign they have is a convention
     variance = torch.einsum("sij,sik,skj->sj", write, covariance, write)

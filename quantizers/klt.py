@@ -14,12 +14,11 @@ from kvcomp.calibration.fitting import QueryMoments
 from kvcomp.calibration.stage import FILE, Tensors
 from kvcomp.calibration.statistics import Statistics
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, ReadMap
 from kvcomp.stages import Codec, PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State, described
 
-from .basis import Basis
 from .calibrated import CalibratedQuantizer
 from .directions import scaled_directions, singular
 from .grid import SCALE
@@ -61,10 +60,8 @@ class KLTCodec(Codec):
         if not bool(new.any()):
             return
         ours = streams[new]
-        weight = self.queries.take(ours)
-        identity = torch.eye(self.v_grid.dim, device=weight.device, dtype=torch.float32)
-        self.k_grid.fit(ours, keys[new], weight)
-        self.v_grid.fit(ours, values[new], identity.expand(len(ours), -1, -1))
+        self.k_grid.fit(ours, keys[new], self.queries.take(ours))
+        self.v_grid.fit(ours, values[new], None)
 
     def _room(self, streams: int) -> None:
         for side in (self.k_grid, self.v_grid):
@@ -92,8 +89,10 @@ class KLTCodec(Codec):
     def read_output(self, output: Tensor) -> Tensor:
         return self.v_grid.basis().inverse(output, torch.arange(len(output), device=output.device))
 
-    def read_bases(self) -> tuple[Basis, Basis]:
-        return self.k_grid.stored_basis(), self.v_grid.stored_basis()
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap]:
+        if not self.fitted_heads:
+            self._room(streams)
+        return self.k_grid.map(), self.v_grid.map()
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         basis = self.v_grid.basis()
@@ -175,13 +174,15 @@ class KLT(WidthQuantizer, CalibratedQuantizer):
     def default_window(self) -> tuple[int, int]:
         return 4, 128
 
+    @property
+    def default_window_bits(self) -> int | None:
+        return 16  # beside errors of codes, those of float16 are none
+
     @classmethod
     def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
         """Per side: the basis [H, D, D] and the variances [H, D]; of keys the mean [H, D]."""
         k = scaled_directions(seen.key_covariance, seen.queries)
-        identity = torch.eye(seen.value_mean.shape[-1], dtype=torch.float64, device="cpu")
-        identity = identity.expand_as(seen.value_directions)
-        v = scaled_directions(seen.value_directions * len(identity[0]), identity)
+        v = scaled_directions(seen.value_directions * seen.value_mean.shape[-1], None)
         return {"k.basis": k[0], "k.variance": k[1], "k.mean": seen.key_mean, "v.basis": v[0], "v.variance": v[1]}
 
     @classmethod

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from kvcomp.segments import ReadMap
 
 from .basis import Basis, each_page
 from .centred import without_centres
@@ -53,6 +56,22 @@ class OutlierBasis(Basis):
     def inverse(self, y: Tensor, streams: Tensor) -> Tensor:
         return _arranged(super().inverse(y, streams), self.orders.of(each_page(streams, len(y))).argsort(-1))
 
+    def map(self, streams: int) -> ReadMap:
+        self.orders.reserve(streams)
+        order = self.orders.values  # of n heads, where those share them
+        known = self._made.get("map")
+        if known is None or known.order is not order:
+            plain = super().map(streams)
+            assert plain.matrix is not None
+            known = plain._replace(matrix=plain.matrix.expand(len(order), -1, -1), order=order)
+            self._made["map"] = known
+        return known
+
+    @cached_property
+    def _made(self) -> dict[str, ReadMap]:
+        """The `map` of the orders that it was last asked for with."""
+        return {}
+
     def fork(self) -> OutlierBasis:
         """A basis that settles by itself from here."""
         return replace(self, orders=self.orders.fork())
@@ -91,6 +110,9 @@ class OutlierCodec(GridCodec):
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         self.reserve(len(queries))
         return super().read_value_query(queries)
+
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap]:
+        return self.k_basis.map(streams), self.v_basis.map(streams)
 
     def select(self, streams: Tensor) -> None:
         for basis in self._outliers.values():

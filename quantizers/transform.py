@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kvcomp.errors import SpecError
 from kvcomp.layout import Field
-from kvcomp.segments import Codebook, Gain, Plane, SideLayout
+from kvcomp.segments import Codebook, Gain, Plane, ReadMap, SideLayout
 from kvcomp.state import DamagedError
 
 from .basis import Basis, each_page, rotation, times
@@ -56,6 +56,7 @@ class KLTGrid:
         # x ~ z D' + mean: D [n, d, d] and mean [n, d] of n streams, or of n heads that all rows share
         self.dual = torch.zeros(0, dim, dim, dtype=SCALE, device=device)
         self.mean = torch.zeros(0, dim, dtype=MEAN, device=device) if centred else None
+        self._map: tuple[Tensor, tuple[int, ...], ReadMap] | None = None  # of which dual and widths
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -67,19 +68,20 @@ class KLTGrid:
         """Coordinates that are stored."""
         return sum(n for _, n in runs(self.widths))
 
-    def fit(self, streams: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d]."""
-        n, x = x.shape[1], x.double().clamp(-LARGEST, LARGEST)
+    def fit(self, streams: Tensor, x: Tensor, weight: Tensor | None) -> None:
+        """Use the best basis for tokens x [s, n, d] of `streams`, which have no pages yet, under `weight` [s, d, d];
+        None: the identity."""
+        n, x = x.shape[1], x.float().clamp(-LARGEST, LARGEST)  # moments are of numbers near 1, which float32 can sum
         if self.mean is None:
             x = x / rms(x).clamp_min(TINY)
-            mean, moment = x.mean(1), x.mT @ x / n
+            mean, moment = x.mean(1).double(), (x.mT @ x / n).double()
             centred = moment - mean[:, :, None] * mean[:, None]
         else:  # in which single outlier tokens count for little
             mean = weighted(x)[0]
             _, centred = weighted(x - mean[:, None])
             moment = centred
         uncertain = shrinkage(centred, n) * ladder(self.dim, x.device)
-        dual, _ = scaled_directions(moment + uncertain, weight.double())
+        dual, _ = scaled_directions(moment + uncertain, None if weight is None else weight.double())
         self.take(streams, dual, mean)
 
     def take(self, streams: Tensor, dual: Tensor, mean: Tensor) -> None:
@@ -109,9 +111,12 @@ class KLTGrid:
         """What maps queries to coordinates, and coordinates back."""
         return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
 
-    def stored_basis(self) -> Basis:
-        """As `basis`, in the dtype that it is stored in."""
-        return Basis(None, self.dual[:, :, : self.live], self.mean)
+    def map(self) -> ReadMap:
+        """As `basis`, for kernels: of what is held, in float16."""
+        known = self._map
+        if known is None or known[0] is not self.dual or known[1] != self.widths or known[2].mean is not self.mean:
+            known = self._map = self.dual, self.widths, ReadMap(self.dual[:, :, : self.live], self.mean)
+        return known[2]
 
     def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, P, D] of `streams`, as of `Basis.write`, -> coordinates [M, P, live] and norms [M, P, 1], before what

@@ -8,6 +8,7 @@ from kvcomp.architecture import LayerKind, LayerShape, engine_obstacle
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import UnsupportedError
 from kvcomp.stages import Policy
+from kvcomp.stages.plan import exact_dtype
 
 from .config import stack_of
 
@@ -82,6 +83,10 @@ def check_stages(setup: Setup, ranks: int = 1) -> None:
     for policy in stack.policies:
         _check_policy(setup, policy, ranks)
     shape = setup.shape(1, 0)
+    if exact_dtype(stack.window.bits, setup.dtype) != setup.dtype:
+        raise UnsupportedError(
+            f"window(bits={stack.window.bits}): windows in vLLM's blocks are in the model's dtype: leave bits out"
+        )
     if quantizer.needs_queries:
         raise UnsupportedError(
             f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: give it a "

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
-from functools import cache
 from struct import Struct
 
 import torch
@@ -13,78 +10,22 @@ from torch import Tensor
 from kvcomp.attention import Part, Tokens
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.contract import PagesView
-from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, placed, reason
-from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform, memo
+from kvcomp.kernels.placed import reason
+from kvcomp.segments import Codebook, Dense, KVLayout, ReadMap, Segment, SideLayout, Uniform
 
 from . import compiled
 from .compiled import library, missing
 from .memory import given, records, table
+from .sides import KINDS, SOURCE, Described, described, row_side
 
 __all__ = ["KINDS", "Described", "attend", "described", "library", "missing", "obstacle", "readable", "unknown"]
-KINDS = {UNIFORM: 0, CODEBOOK: 1, torch.float32: 2, torch.float16: 3, torch.bfloat16: 4}
+BLOCKED_ROWS = 16  # from more queries of a stream on, all sides are read in blocks
+
 TILE = 16  # tokens that share scales come in multiples of it
-FEW_BITS = 4  # codebooks of so many bits can hold 16 entries, others for 256
-
-
-class _Plane(Structure):
-    _fields_ = [("offset", c_int64), ("stride", c_int64), ("width", c_int32)]
-
-
-class _Segment(Structure):
-    _fields_ = [
-        ("kind", c_int32),
-        ("channels", c_int32),
-        ("planes", c_int32),
-        ("token_group", c_int32),
-        ("channel_group", c_int32),
-        ("middle", c_float),
-        ("scale", c_int64),
-        ("zero", c_int64),
-        ("codebook", c_void_p),
-        ("bits", c_int32),
-        ("plane", _Plane * 4),
-        ("centre", c_int64),
-    ]
-
-
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
-_SOURCE = 15  # as the C structure of that name has it: two sides of 4, ids, counts, 5 sizes
-_NO_SOURCE = (0,) * _SOURCE
-_PROBLEM = Struct(f"{2 * _SOURCE + 15}q2fi4x")
-
-
-class Described:
-    """One side of a page as the kernel takes it."""
-
-    def __init__(self, side: SideLayout, layout: PageLayout) -> None:
-        self.codebooks: list[Tensor] = []  # kept alive: the structures point at them
-        self.array = (_Segment * len(side.segments))(*(self._segment(s) for s in placed(side, layout)))
-        self.address, self.count, self.dim = addressof(self.array), len(side.segments), side.channels
-
-    def _segment(self, at: PlacedSegment) -> _Segment:
-        segment = at.segment
-        if isinstance(segment, Dense):
-            return _dense(at.channels, segment.dtype, *at.planes[0][:2])
-        planes, middle, codebook = tuple(_Plane(*plane) for plane in at.planes), 0, None
-        if isinstance(segment, Uniform):
-            middle = segment.middle
-        elif isinstance(segment, Codebook):
-            room = 1 << (FEW_BITS if at.bits <= FEW_BITS else 8)
-            self.codebooks.append(segment.codebook.float().repeat(room // len(segment.codebook)))
-            codebook = self.codebooks[-1].data_ptr()
-        groups = at.token_group, at.channel_group, middle
-        places = at.scale, at.zero, codebook, at.bits, planes, at.centre
-        return _Segment(KINDS[at.kind], at.channels, len(planes), *groups, *places)
-
-
-def described(sides: KVLayout, layout: PageLayout) -> tuple[Described, Described]:
-    """K and V in pages of this layout, made once."""
-    known, key = memo(sides), (Described, layout)
-    found: tuple[Described, Described] | None = known.get(key)
-    if found is None:
-        found = known.setdefault(key, (Described(sides[0], layout), Described(sides[1], layout)))
-    return found
+_NO_SOURCE = (0,) * SOURCE
+_NO_MAP = (0,) * 7
+_PROBLEM = Struct(f"{2 * SOURCE + 2 * len(_NO_MAP) + 15}q2fi4x")
 
 
 def obstacle(sides: KVLayout) -> str | None:
@@ -93,11 +34,9 @@ def obstacle(sides: KVLayout) -> str | None:
 
 
 def unknown(segment: Segment) -> str | None:
-    """Why neither kernel knows a segment; None: both do."""
+    """Why no kernel knows a segment; None: one does."""
     if isinstance(segment, Dense) and segment.dtype not in KINDS:
         return f"numbers of {segment.dtype}"
-    if isinstance(segment, Floats):
-        return "floating-point codes"
     tables = (segment.codebook, segment.thresholds) if isinstance(segment, Codebook) else ()
     if any(x is not None and x.device.type != "cpu" for x in tables):
         return "a codebook on another device"
@@ -119,15 +58,17 @@ def attend(
     bias: Tensor | None = None,
     prior: Part | None = None,
     lse_of_pages: bool = False,
+    maps: tuple[ReadMap, ReadMap] | None = None,
 ) -> Part:
     """Attention of queries [S, R, Dk] over pages, exact tokens and what `prior` attended to; one of the three at least.
 
-    All are in the coordinates of the queries, and so is the output. bias [S, R] as in `attention.attend`. The groups
-    are the lse of each page, as in the reference, where asked for.
+    All are in the coordinates of the queries, and so is the output; maps: of K and of V, where pages have others. bias
+    [S, R] as in `attention.attend`. The groups are the lse of each page, as in the reference, where asked for.
     """
     queries = given("queries", queries, torch.float32, 3)
     streams, rows, k_dim = queries.shape
     sources, groups, v_dim, token_bias, skipped = _NO_SOURCE, None, 0, None, None
+    blocked, k_map, v_map = rows > BLOCKED_ROWS, _NO_MAP, _NO_MAP
     if pages is not None:
         base, stride, named = records("pool", pages.pool, pages.layout.body_bytes)
         ids, many, width = table(pages.ids, streams)
@@ -135,9 +76,11 @@ def attend(
         assert pages.sides is not None
         k, v = described(pages.sides, pages.layout)
         v_dim = v.dim
-        if k.dim != k_dim:
+        if maps is not None:
+            (v_dim, v_map), (other, k_map) = _mapped(maps[1], v.dim), _mapped(maps[0], k.dim)
+        if (k.dim if maps is None or maps[0].matrix is None else other) != k_dim:
             raise KvcompError(f"queries have {k_dim} channels, and the keys in these pages {k.dim}")
-        sides = k.address, base, stride, k.count, v.address, base, stride, v.count
+        sides = (*k.packed(base, stride, blocked), *v.packed(base, stride, blocked))
         sizes = width, pages.layout.page_size, pages.in_tokens, many, named
         sources = *sides, ids.data_ptr(), counts.data_ptr(), *sizes
         if pages.token_bias is not None:
@@ -148,8 +91,8 @@ def attend(
         if lse_of_pages:
             groups = queries.new_full((streams, rows, many), -torch.inf)
     if tokens is not None:
-        keys, room, dim = _rows("keys", tokens.keys, streams)
-        values, other, width = _rows("values", tokens.values, streams)
+        keys, room, dim = _rows("keys", tokens.keys, streams, blocked)
+        values, other, width = _rows("values", tokens.values, streams, blocked)
         if dim != k_dim or other != room or (pages is not None and width != v_dim):
             told = f"keys {list(tokens.keys.shape)} and values {list(tokens.values.shape)}"
             raise KvcompError(f"{told} do not fit {streams} streams of {k_dim} and {v_dim or width} channels")
@@ -167,6 +110,8 @@ def attend(
         prior_lse = given("lse of prior", prior.lse, torch.float32, (streams, rows))
     problem = _PROBLEM.pack(
         *sources,
+        *k_map,
+        *v_map,
         (pages is not None) + (tokens is not None),
         streams,
         rows,
@@ -197,7 +142,26 @@ def readable(tokens: Tokens) -> bool:
     return held and k.stride()[-1] == 1 and v.stride()[-1] == 1
 
 
-def _rows(name: str, x: Tensor, streams: int) -> tuple[tuple[int, int, int, int], int, int]:
+def _mapped(read: ReadMap, coordinates: int) -> tuple[int, tuple[int, ...]]:
+    """The original channels of what has so many coordinates, and the kernel's structure of the map."""
+    matrix, mean, order = read
+    if mean is not None:
+        mean = given("mean of a map", mean, torch.float32, 2)
+    if matrix is None:
+        return coordinates, (0, 0 if mean is None else mean.data_ptr(), 0, 1 if mean is None else len(mean), 0, 0, 0)
+    (n, dim, width), (each, stride, step), half = matrix.shape, matrix.stride(), matrix.dtype is torch.float16
+    if width != coordinates or step != 1 or not (half or matrix.dtype is torch.float32) or not matrix.is_cpu:
+        raise KvcompError(
+            f"the matrix of a map is {matrix.dtype} {list(matrix.shape)} on {matrix.device}, and the C kernel takes "
+            f"float16 or float32 [n, D, {coordinates}] on the CPU with contiguous rows"
+        )
+    if order is not None:
+        order = given("order of a map", order, torch.int16, (n, dim))
+    places = matrix.data_ptr(), 0 if mean is None else mean.data_ptr(), 0 if order is None else order.data_ptr()
+    return dim, (*places, n, each, stride, half)
+
+
+def _rows(name: str, x: Tensor, streams: int, blocked: bool) -> tuple[tuple[int, ...], int, int]:
     """A side of exact tokens [S, N, D] that are `readable`; N and D."""
     shape, strides, dtype = x.shape, x.stride(), x.dtype
     if len(shape) != 3 or shape[0] != streams or strides[2] != 1 or dtype not in KINDS or not x.is_cpu:
@@ -205,14 +169,5 @@ def _rows(name: str, x: Tensor, streams: int) -> tuple[tuple[int, int, int, int]
             f"{name} of exact tokens are {dtype} {list(shape)} on {x.device}, and the C kernel takes float32, float16 "
             f"or bfloat16 [{streams}, N, D] on the CPU with contiguous rows"
         )
-    segment = _row_segment(shape[2], dtype, strides[1])
-    return (addressof(segment), x.data_ptr(), strides[0] * dtype.itemsize, 1), shape[1], shape[2]
-
-
-@cache
-def _row_segment(dim: int, dtype: torch.dtype, stride: int) -> ctypes.Array[_Segment]:
-    return (_Segment * 1)(_dense(dim, dtype, 0, stride * dtype.itemsize))
-
-
-def _dense(channels: int, dtype: torch.dtype, offset: int, stride: int) -> _Segment:
-    return _Segment(KINDS[dtype], channels, 1, 1, channels, plane=(_Plane(offset, stride, 0),), centre=NOTHING)
+    side = row_side(shape[2], dtype, strides[1])
+    return side.packed(x.data_ptr(), strides[0] * dtype.itemsize, blocked), shape[1], shape[2]

@@ -103,41 +103,79 @@ static void run(const Problem *p, const Shape *shape, const Item *item, void *sc
     run_portable(p, shape, item, scratch);
 }
 
-/* Merge the items of a stream's rows, and the prior part where there is one; returns how many items they were. */
-static int64_t merge(const Problem *p, const Shape *shape, const Item *items, int64_t left, int64_t stream, int64_t row) {
-    int64_t n = 0, width = shape->v_width + 2, rows = p->rows - row < ROWS ? p->rows - row : ROWS;
-    while (n < left && items[n].stream == stream && items[n].row == row) n++;
+static void from_coordinates(const Problem *p, int64_t stream, const float *y, int64_t width, int64_t rows, float *out,
+                             float *room) {
+#if defined(__x86_64__)
+    if (p->level == 2) {
+        from_coordinates_avx512(p, stream, y, width, rows, out, room);
+        return;
+    }
+    if (p->level == 1) {
+        from_coordinates_avx2(p, stream, y, width, rows, out, room);
+        return;
+    }
+#endif
+    from_coordinates_portable(p, stream, y, width, rows, out, room);
+}
+
+/* to gains weight times the sums of an item's row; segments are padded in the sums. */
+static void add(float *to, const float *sums, float weight, const Side *v) {
+    for (int s = 0; s < v->count; s++) {
+        int64_t channels = v->segments[s].channels;
+        for (int64_t d = 0; d < channels; d++) to[d] += weight * sums[d];
+        to += channels, sums += round_up(channels, 16);
+    }
+}
+
+/* Merge the n items of a stream's rows, and the prior part where there is one. room: [rows + 1, v_width], where pages
+ * have other coordinates. */
+static void merge(const Problem *p, const Shape *shape, const Item *items, int64_t n, int64_t stream, int64_t row,
+                  float *room) {
+    int64_t width = shape->v_width + 2, dim = p->v_dim;
+    int64_t rows = p->rows - row < shape->rows ? p->rows - row : shape->rows, first = stream * p->rows + row;
+    int64_t channels = channels_of(&p->source[0].v);
+    float most[MANY_ROWS];
     for (int64_t r = 0; r < rows; r++) {
-        int64_t at = stream * p->rows + row + r, dim = p->v_dim;
-        float *out = p->out + at * dim, most = p->prior_lse ? p->prior_lse[at] : -INFINITY, sum = 0;
+        float m = p->prior_lse ? p->prior_lse[first + r] : -INFINITY;
         for (int64_t i = 0; i < n; i++) {
-            float m = items[i].partial[r * width + shape->v_width];
-            most = m > most ? m : most;
+            float own = items[i].partial[r * width + shape->v_width];
+            m = own > m ? own : m;
         }
-        most = most == -INFINITY ? 0 : most;
-        memset(out, 0, dim * sizeof(float));
+        most[r] = m == -INFINITY ? 0 : m;
+    }
+    if (p->v_map.matrix) {
+        memset(room, 0, rows * channels * sizeof(float));
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t r = 0; r < rows && items[i].source->ids; r++) {
+                const float *partial = items[i].partial + r * width;
+                add(room + r * channels, partial, expf(partial[shape->v_width] - most[r]), &items[i].source->v);
+            }
+        from_coordinates(p, stream, room, channels, rows, p->out + first * dim, room + rows * channels);
+    } else {
+        memset(p->out + first * dim, 0, rows * dim * sizeof(float));
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = first + r;
+        float *out = p->out + at * dim, sum = 0;
         if (p->prior_lse) {
-            float weight = expf(p->prior_lse[at] - most);
+            float weight = expf(p->prior_lse[at] - most[r]);
             sum = weight;
             if (weight > 0)
-                for (int64_t d = 0; d < dim; d++) out[d] = weight * p->prior_out[at * dim + d];
+                for (int64_t d = 0; d < dim; d++) out[d] += weight * p->prior_out[at * dim + d];
         }
         for (int64_t i = 0; i < n; i++) {
             const float *partial = items[i].partial + r * width;
-            float weight = expf(partial[shape->v_width] - most);
-            sum += weight * partial[shape->v_width + 1];
-            int64_t from = 0, to = 0; /* segments are padded in the partial, not in the output */
-            for (int s = 0; s < items[i].source->v.count; s++) {
-                int64_t channels = items[i].source->v.segments[s].channels;
-                for (int64_t d = 0; d < channels; d++) out[to + d] += weight * partial[from + d];
-                from += round_up(channels, 16), to += channels;
-            }
+            float weight = expf(partial[shape->v_width] - most[r]), mass = weight * partial[shape->v_width + 1];
+            int paged = items[i].source->ids != 0;
+            sum += mass;
+            if (!paged || !p->v_map.matrix) add(out, partial, weight, &items[i].source->v);
+            if (paged && p->v_map.mean)
+                for (int64_t d = 0; d < dim; d++) out[d] += mass * p->v_map.mean[stream % p->v_map.n * dim + d];
         }
-        p->lse[at] = sum == 0 ? -INFINITY : most + logf(sum);
+        p->lse[at] = sum == 0 ? -INFINITY : most[r] + logf(sum);
         if (sum != 0)
             for (int64_t d = 0; d < dim; d++) out[d] /= sum;
     }
-    return n;
 }
 
 /* Attention of the problem. Returns 0, or 1 where memory ran out, 2 where counts or ids are out of bounds. */
@@ -147,7 +185,7 @@ int kvcomp_attend(const Problem *p) {
     for (int64_t s = 0; p->skipped && s < p->streams; s++)
         if (p->skipped[s] < 0 || p->skipped[s] >= p->source[0].page_tokens) return 2;
     Shape shape = shape_of(p);
-    int64_t blocks = (p->rows + ROWS - 1) / ROWS, total = 0, threads = 1;
+    int64_t blocks = (p->rows + shape.rows - 1) / shape.rows, total = 0, threads = 1;
     for (int64_t i = 0; i < p->sources; i++)
         for (int64_t s = 0; s < p->streams; s++) total += stream_tiles(&p->source[i], s, &shape) * blocks;
 #ifdef _OPENMP
@@ -158,8 +196,8 @@ int kvcomp_attend(const Problem *p) {
     int64_t step = p->source[0].ids ? p->source[0].page_tokens / shape.tile : 1; /* whole pages */
     piece = round_up(piece < LEAST ? LEAST : piece, step);
     int64_t most = p->sources * p->streams * blocks + total / piece + 1, n = 0, at = 0, room = piece;
-    int64_t partial = ROWS * (shape.v_width + 2), each = round_up(scratch_portable(&shape), 64);
-    Item *items = malloc(most * sizeof(Item));
+    int64_t partial = shape.rows * (shape.v_width + 2), each = round_up(scratch_portable(&shape), 64);
+    Item *items = malloc(most * sizeof(Item) + (p->streams * blocks + 1) * sizeof(int64_t));
     float *partials = malloc(most * partial * sizeof(float));
     uint8_t *scratch = malloc(threads * each + 64);
     if (!items || !partials || !scratch) {
@@ -167,7 +205,7 @@ int kvcomp_attend(const Problem *p) {
         return 1;
     }
     for (int64_t s = 0; s < p->streams; s++) {
-        for (int64_t row = 0; row < p->rows; row += ROWS) {
+        for (int64_t row = 0; row < p->rows; row += shape.rows) {
             for (int64_t i = 0; i < p->sources; i++) {
                 const Source *from = &p->source[i];
                 int64_t tiles = stream_tiles(from, s, &shape);
@@ -191,8 +229,21 @@ int kvcomp_attend(const Problem *p) {
     } else {
         for (int64_t i = 0; i < n; i++) run(p, &shape, &items[i], aligned);
     }
-    for (int64_t s = 0; s < p->streams; s++)
-        for (int64_t row = 0; row < p->rows; row += ROWS) at += merge(p, &shape, items + at, n - at, s, row);
+    int64_t *ends = (int64_t *)(items + most); /* of each block of rows, the item after its last */
+    for (int64_t i = 0; i < p->streams * blocks; i++) {
+        while (at < n && items[at].stream == i / blocks && items[at].row == i % blocks * shape.rows) at++;
+        ends[i] = at;
+    }
+    int64_t numbers = p->streams * p->rows * p->v_dim * (p->v_map.matrix ? shape.v_width : 1);
+#pragma omp parallel for schedule(static) if (threads > 1 && numbers > 1 << 16)
+    for (int64_t i = 0; i < p->streams * blocks; i++) {
+        int64_t thread = 0, first = i ? ends[i - 1] : 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        float *own = (float *)(aligned + thread * each);
+        merge(p, &shape, items + first, ends[i] - first, i / blocks, i % blocks * shape.rows, own);
+    }
     free(items), free(partials), free(scratch);
     return 0;
 }

@@ -11,8 +11,11 @@ from kvcomp.attention import Part, Tokens
 from kvcomp.kernels import cpu
 from kvcomp.kernels.contract import Backend, Case, PageCodec, PagesView
 from kvcomp.layout import PageLayout, Summary
+from kvcomp.segments import ReadMap
 
 from . import compiled, encode, select
+
+MAPPED_ROWS, MAPPED_DIM = 16, 256
 
 
 class C(Backend):
@@ -36,7 +39,8 @@ class C(Backend):
         return f"installed, {compiled.LEVELS[compiled.level()]}"
 
     def obstacle(self, operation: str, case: Case) -> str | None:
-        why = case.obstacle if operation in ("attend", "attend_tokens", "write") else None
+        few = case if operation == "write" else case._replace(rows=1)  # attention takes any number of queries
+        why = few.obstacle if operation in ("attend", "attend_tokens", "write") else None
         if why is None and case.sides is not None:
             why = encode.obstacle(case.sides) if operation == "write" else cpu.obstacle(case.sides)
         return why or self.missing()
@@ -45,7 +49,14 @@ class C(Backend):
         return f"C, {compiled.LEVELS[compiled.level()]}, {torch.get_num_threads()} threads"
 
     def joins(self, codec: PageCodec, case: Case, tokens: Tokens) -> bool:
-        return not case.rotates and cpu.readable(tokens)
+        inside = not case.rotates or self._maps(codec, case, len(tokens.counts), tokens.keys.shape[2]) is not None
+        return inside and cpu.readable(tokens)
+
+    @staticmethod
+    def _maps(codec: PageCodec, case: Case, streams: int, dim: int) -> tuple[ReadMap, ReadMap] | None:
+        """Maps that the kernel applies itself; each of its items does so again, so PyTorch does it for many or wide
+        queries."""
+        return codec.read_maps(streams) if case.rows <= MAPPED_ROWS and dim <= MAPPED_DIM else None
 
     def attend(
         self,
@@ -60,6 +71,9 @@ class C(Backend):
     ) -> Part:
         if not case.rotates:
             return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=case.lse_of_pages)
+        maps = self._maps(codec, case, len(queries), queries.shape[2])
+        if maps is not None:
+            return cpu.attend(queries, pages, tokens, scale, softcap, None, None, case.lse_of_pages, maps)
         rotated, bias = codec.read_query(queries.float())
         part = cpu.attend(rotated, pages, tokens, scale, softcap, bias, lse_of_pages=case.lse_of_pages)
         return part._replace(out=codec.read_output(part.out))

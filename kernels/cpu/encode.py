@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcomp.errors import KvcompError
 from kvcomp.kernels.placed import CODEBOOK, NOTHING, UNIFORM, PlacedSegment, placed, reason, unwritable
 from kvcomp.layout import PageLayout
-from kvcomp.segments import Codebook, Dense, KVLayout, SideLayout, Uniform, alone, memo
+from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform, alone, memo
 
 from . import KINDS, compiled, unknown
 from .memory import given, records
@@ -86,7 +86,11 @@ def described(sides: KVLayout, layout: PageLayout) -> tuple[Described, Described
 
 def obstacle(sides: KVLayout) -> str | None:
     """Why the kernel cannot write pages; None: it can."""
-    return reason(sides, lambda segment, side: unknown(segment) or unwritable(segment, side))
+    return reason(sides, lambda segment, side: _unknown(segment) or unwritable(segment, side))
+
+
+def _unknown(segment: Segment) -> str | None:
+    return "floating-point codes" if isinstance(segment, Floats) else unknown(segment)
 
 
 def write(

@@ -1,14 +1,18 @@
 /* What attention is asked for, as kernels/cpu/__init__.py packs it, and how it is cut into items. */
 
-enum { UNIFORM, CODEBOOK, FLOAT32, FLOAT16, BFLOAT16 };
+enum { UNIFORM, CODEBOOK, FLOAT32, FLOAT16, BFLOAT16, E4M3, E5M2 };
+enum { HALF, BF16, FP8, POWER }; /* formats of scales: float16, bfloat16, E4M3, E8M0 */
 enum { CAST, TABLE, BOOK };
-enum { ROWS = 16, TILE = 32, TOKENS = 256, PIECES = 4, LEAST = 8, PAGES = 64, TOGETHER = 8 };
+enum { FEW, FIVE, SIX, SEVEN, EIGHT, WHOLE, SMALL_FLOAT, SMALLER_FLOAT }; /* what `blocks.h` makes numbers by */
+enum { ROWS = 16, MANY_ROWS = 64, TILE = 32, TOKENS = 256, ROOM = 320, PIECES = 4, LEAST = 8, PAGES = 64, TOGETHER = 8 };
+enum { CHUNK = 8, K_CHUNK = 64, V_CHUNK = 16 }; /* channels that `blocks.h` unpacks at a time; the others for many rows */
+enum { SUMS = 1 << 17 }; /* numbers that a cache holds for sums over values */
 #define NOTHING (-1)
 
 /* One plane of codes: `width` bits each, the first in the low bits; token t's begin at byte offset + t * stride. */
 typedef struct {
     int64_t offset, stride;
-    int32_t width;
+    int32_t width, bit; /* bit: of the first code, in the words of the side's rows */
 } Plane;
 
 /* Some channels of K or V in a page; kernels/cpu/__init__.py mirrors it. */
@@ -21,13 +25,23 @@ typedef struct {
     int32_t bits;
     Plane plane[4];
     int64_t centre;                     /* byte offset of float16 [channels], which all tokens gain; or NOTHING */
+    int64_t scale_stride, page_scale;   /* bytes from a token's scales to the next; offset of a float32, or NOTHING */
+    int32_t scale_format, grid;         /* grid: the row of the first scale among the side's; segments may share it */
 } Segment;
+
+/* Bytes that a token has in one field of codes or numbers; at: the first of its words among the side's. */
+typedef struct {
+    int64_t offset, stride, bytes, at;
+} Row;
 
 typedef struct {
     const Segment *segments;
     const uint8_t *base; /* of page 0 */
     int64_t page_bytes;  /* from a page to the next */
     int64_t count;
+    const Row *rows;
+    int64_t row_count, words, grids; /* rows of 32-bit words, and of scales and zeros */
+    int64_t blocked;                 /* whether it is read as `blocks.h` does */
 } Side;
 
 /* Tokens of all streams: in pages, or page s of `room` tokens holding those of stream s. */
@@ -39,8 +53,18 @@ typedef struct {
     int64_t listed, records; /* ids of a stream; pages that they may name */
 } Source;
 
+/* What maps queries to the coordinates of pages, q' = q D and their bias q . mean, and sums over values back, y D' +
+ * mean; of stream s the matrix D [original, coordinates] of number s mod n. No matrix: they are the same. */
+typedef struct {
+    const void *matrix; /* float16 where `half`, or float32; `stride` numbers from row to row, `each` to the next D */
+    const float *mean;  /* [n, original], or NULL */
+    const int16_t *order; /* [n, original]: the channel that row d of D is of; NULL: d */
+    int64_t n, each, stride, half;
+} Map;
+
 typedef struct {
     Source source[2];
+    Map k_map, v_map; /* of pages */
     int64_t sources, streams, rows, k_dim, v_dim;
     const float *q, *bias;              /* [streams, rows, k_dim], [streams, rows] or NULL */
     const float *token_bias;            /* [streams, rows, listed * page_tokens] of pages, or NULL */
@@ -84,6 +108,7 @@ typedef struct {
 /* Sizes that depend on the layout alone; widths are padded to whole vectors. out_width: of sums before `in_order`. */
 typedef struct {
     int64_t tile, k_width, v_width, out_width, channels, codes;
+    int64_t rows, words, grids; /* rows of an item; what blocks need, 0: nothing is read so */
 } Shape;
 
 static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -131,14 +156,21 @@ static Words words_of(const Segment *g, int lanes) {
 }
 
 /* Floats that the sums over a segment's V take. */
-static int64_t out_room(const Segment *g) {
+static int64_t out_room(const Side *side, const Segment *g) {
     Words w = words_of(g, 16);
     int64_t plain = round_up(g->channels, 16);
+    if (side->blocked) return plain * 16;
     return w.words ? round_up(w.words, 16) * (32 / g->plane[0].width + 1) : plain;
 }
 
+static int64_t channels_of(const Side *side) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < side->count; i++) sum += side->segments[i].channels;
+    return sum;
+}
+
 static Shape shape_of(const Problem *p) {
-    Shape shape = {TILE, 0, 0, 0, 0, 0};
+    Shape shape = {.tile = TILE, .rows = MANY_ROWS};
     for (int i = 0; i < 2 * p->sources; i++) {
         const Source *from = &p->source[i / 2];
         const Side *side = i % 2 ? &from->v : &from->k;
@@ -146,15 +178,20 @@ static Shape shape_of(const Problem *p) {
         for (int j = 0; j < side->count; j++) {
             const Segment *g = &side->segments[j];
             int64_t channels = round_up(g->channels, 16);
-            sum += channels, room += i % 2 ? out_room(g) : 0;
+            sum += channels, room += i % 2 ? out_room(side, g) : 0;
             shape.channels = channels > shape.channels ? channels : shape.channels;
             if (g->kind == UNIFORM && g->token_group > 1 && g->token_group % 32) shape.tile = 16;
         }
+        if (!side->blocked) shape.rows = ROWS;
+        if (side->blocked && side->words > shape.words) shape.words = side->words;
+        if (side->blocked && side->grids > shape.grids) shape.grids = side->grids;
         *width = sum > *width ? sum : *width;
         shape.out_width = room > shape.out_width ? room : shape.out_width;
         if (from->ids && from->page_tokens % 32) shape.tile = 16;
     }
     shape.codes = round_up(shape.channels, 128) + 128;
+    if (p->rows <= ROWS) shape.rows = ROWS;
+    if (shape.rows > ROWS && shape.rows * shape.out_width > SUMS) shape.rows = MANY_ROWS / 2;
     return shape;
 }
 

@@ -1,37 +1,5 @@
 /* One item: all tiles of a stream's pages and exact tokens for some query rows; and estimates from summaries. A part of `tiles.h`, as are LEVEL, VL, TARGET and NAME. */
 
-/* Where tile i of the item's stream lies. */
-INLINE Place NAME(place)(const Side *side, const Item *item, int64_t i, int tile) {
-    const Source *from = item->source;
-    int64_t left = stream_tokens(from, item->stream) - i * tile, which = 0, token = i * tile, id = item->stream;
-    if (from->ids) {
-        which = token / from->page_tokens, token %= from->page_tokens;
-        id = from->ids[item->stream * from->ids_stride + which];
-    }
-    return (Place){side->base + id * side->page_bytes, which, token, (int)(left < tile ? left : tile)};
-}
-
-/* Ask for a tile of one side, so that it is at hand when its turn comes. */
-INLINE void NAME(fetch)(const Side *side, const Item *item, int64_t i, int tile) {
-    Place next = NAME(place)(side, item, i, tile);
-    for (int j = 0; j < side->count; j++) {
-        const Segment *g = &side->segments[j];
-        for (int n = 0; n < g->planes; n++) {
-            const uint8_t *from = next.page + g->plane[n].offset + next.token * g->plane[n].stride;
-            for (int64_t at = 0; at < next.n * g->plane[n].stride; at += 64) __builtin_prefetch(from + at);
-        }
-        if (g->kind >= FLOAT32) continue;
-        if (g->centre != NOTHING && !next.token)
-            for (int64_t at = 0; at < 2 * g->channels; at += 64) __builtin_prefetch(next.page + g->centre + at);
-        int64_t first = next.token / g->token_group, last = (next.token + tile - 1) / g->token_group;
-        int64_t row = 2 * g->channels / g->channel_group;
-        for (int64_t at = first * row; at < (last + 1) * row; at += 64) {
-            __builtin_prefetch(next.page + g->scale + at);
-            if (g->zero != NOTHING) __builtin_prefetch(next.page + g->zero + at);
-        }
-    }
-}
-
 /* What the keys of a page share of their logits [rows]: bias, and q . c where they have a centre. */
 INLINE void NAME(shifts)(const Side *k, const uint8_t *page, const float *q, int64_t q_room, const float *bias,
                          float *shift, int rows, Scratch *s) {
@@ -51,20 +19,68 @@ INLINE void NAME(shifts)(const Side *k, const uint8_t *page, const float *q, int
     }
 }
 
+/* Row d of the matrix of a map, as float32. */
+INLINE const float *NAME(map_row)(const Map *map, int64_t stream, int64_t d, int64_t width, float *room) {
+    int64_t at = stream % map->n * map->each + d * map->stride;
+    if (!map->half) return (const float *)map->matrix + at;
+    NAME(halves)(room, (const uint8_t *)map->matrix + 2 * at, width);
+    return room;
+}
+
+/* Queries of an item [rows, width] in the coordinates of its pages, to s->mapped. */
+APART void NAME(to_coordinates)(const Problem *p, const Item *item, int64_t width, int rows, Scratch *s) {
+    const float *q = p->q + (item->stream * p->rows + item->row) * p->k_dim;
+    memset(s->mapped, 0, rows * width * sizeof(float));
+    const int16_t *order = p->k_map.order ? p->k_map.order + item->stream % p->k_map.n * p->k_dim : 0;
+    for (int64_t d = 0; d < p->k_dim; d++) {
+        const float *row = NAME(map_row)(&p->k_map, item->stream, d, width, s->x);
+        for (int r = 0; r < rows; r++) {
+            float y = q[r * p->k_dim + (order ? order[d] : d)], *to = s->mapped + r * width;
+            int64_t c = 0;
+            for (; c + VL <= width; c += VL) store(to + c, load(to + c) + y * load(row + c));
+            for (; c < width; c++) to[c] += y * row[c];
+        }
+    }
+}
+
+/* out [rows, v_dim] = y [rows, width] D', of sums over the values of a stream's pages; room: a row of D. */
+static TARGET void NAME(from_coordinates)(const Problem *p, int64_t stream, const float *y, int64_t width, int64_t rows,
+                                          float *out, float *room) {
+    const int16_t *order = p->v_map.order ? p->v_map.order + stream % p->v_map.n * p->v_dim : 0;
+    for (int64_t d = 0; d < p->v_dim; d++) {
+        const float *row = NAME(map_row)(&p->v_map, stream, d, width, room);
+        for (int64_t r = 0; r < rows; r++) {
+            const float *from = y + r * width;
+            vf sums = all(0);
+            float sum = 0;
+            int64_t c = 0;
+            for (; c + VL <= width; c += VL) sums += load(from + c) * load(row + c);
+            for (; c < width; c++) sum += from[c] * row[c];
+            out[r * p->v_dim + (order ? order[d] : d)] = sum + NAME(sum)(sums);
+        }
+    }
+}
+
 static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *item, void *memory) {
     Scratch s;
     NAME(laid_out)(shape, memory, &s);
-    int rows = (int)(p->rows - item->row < ROWS ? p->rows - item->row : ROWS), tile = (int)shape->tile;
+    int rows = (int)(p->rows - item->row < shape->rows ? p->rows - item->row : shape->rows), tile = (int)shape->tile;
     int64_t k_width = shape->k_width, out_width = shape->out_width, v_width = shape->v_width, at = item->stream * p->rows + item->row;
     const Side *k = &item->source->k, *v = &item->source->v;
     memset(s.q, 0, rows * k_width * sizeof(float));
     memset(s.out, 0, rows * out_width * sizeof(float));
-    float bias[ROWS], shift[ROWS], m[ROWS], sum[ROWS];
+    float bias[MANY_ROWS], shift[MANY_ROWS], m[MANY_ROWS], sum[MANY_ROWS];
     const uint8_t *centred = 0; /* the page that shift is of */
+    int paged = item->source->ids != 0;
+    const float *mean = paged && p->k_map.mean ? p->k_map.mean + item->stream % p->k_map.n * p->k_dim : 0;
+    if (p->k_map.matrix && paged) NAME(to_coordinates)(p, item, channels_of(k), rows, &s);
     for (int r = 0; r < rows; r++) {
         const float *q = p->q + (at + r) * p->k_dim;
         int64_t to = r * k_width;
-        bias[r] = p->bias && item->source->ids ? p->bias[at + r] * p->scale : 0, m[r] = -INFINITY, sum[r] = 0;
+        bias[r] = p->bias && paged ? p->bias[at + r] * p->scale : 0, m[r] = -INFINITY, sum[r] = 0;
+        if (mean)
+            for (int64_t d = 0; d < p->k_dim; d++) bias[r] += q[d] * mean[d] * p->scale;
+        if (p->k_map.matrix && paged) q = s.mapped + r * channels_of(k);
         for (int i = 0; i < k->count; i++) {
             const Segment *g = &k->segments[i];
             for (int d = 0; d < g->channels; d++) s.q[to + d] = q[d] * p->scale;
@@ -77,23 +93,27 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
         }
     }
 #if LEVEL > 0
-    for (int64_t j = 0, offset = 0; j < v->count; offset += out_room(&v->segments[j++]))
-        NAME(all_lanes)(&v->segments[j], (Lanes *)s.lanes + offset / 16);
+    for (int64_t j = 0, offset = 0; j < v->count; offset += out_room(v, &v->segments[j++]))
+        if (!v->blocked) NAME(all_lanes)(&v->segments[j], (Lanes *)s.lanes + offset / 16);
 #endif
     int64_t block = TOKENS / tile, skipped = p->skipped && item->source->ids ? p->skipped[item->stream] : 0;
     int64_t start = item->first > skipped / tile ? item->first : skipped / tile; /* no tile that is not seen at all */
     for (int64_t first = start; first < item->last; first += block) {
         int64_t last = item->last - first < block ? item->last : first + block;
+        if (k->blocked) NAME(k_of_block)(k, item, shape, first, last, s.q, rows, s.logits, &s);
         for (int64_t i = first; i < last; i++) {
             Place here = NAME(place)(k, item, i, tile);
-            NAME(fetch)(i + 1 < last ? k : v, item, i + 1 < last ? i + 1 : first, tile);
+            if (!k->blocked) NAME(fetch)(i + 1 < last ? k : v, item, i + 1 < last ? i + 1 : first, tile);
             float *logits = s.logits + (i - first) * tile;
             if (here.page != centred) {
                 NAME(shifts)(k, here.page, s.q, k_width, bias, shift, rows, &s);
                 centred = here.page;
             }
             for (int r = 0; r < rows; r++)
-                for (int t = 0; t < tile; t += VL) store(logits + r * TOKENS + t, all(shift[r]));
+                for (int t = 0; t < tile; t += VL) {
+                    float *to = logits + r * TOKENS + t;
+                    store(to, all(shift[r]) + (k->blocked ? load(to) : all(0)));
+                }
             if (p->token_bias && item->source->ids) {
                 int64_t every = item->source->listed * item->source->page_tokens;
                 for (int r = 0; r < rows; r++) {
@@ -102,7 +122,7 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
                 }
             }
             int64_t offset = 0;
-            for (int j = 0; j < k->count; j++) {
+            for (int j = 0; j < k->count && !k->blocked; j++) {
                 const Segment *g = &k->segments[j];
                 NAME(k_segment)(g, shape, here.page, here.token, here.n, s.q + offset, s.sums + offset, rows, logits, &s);
                 offset += round_up(g->channels, 16);
@@ -116,7 +136,8 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
         }
         for (int r = 0; r < rows; r++)
             NAME(soften)(s.logits + r * TOKENS, (int)(last - first) * tile, s.out + r * out_width, out_width, &m[r], &sum[r]);
-        for (int64_t i = first; i < last; i++) {
+        if (v->blocked) NAME(v_of_block)(v, item, shape, first, last, s.logits, rows, s.out, &s);
+        for (int64_t i = first; i < last && !v->blocked; i++) {
             Place here = NAME(place)(v, item, i, tile);
             if (i + 1 < item->last) NAME(fetch)(i + 1 < last ? v : k, item, i + 1, tile);
             int64_t offset = 0;
@@ -124,7 +145,7 @@ static TARGET void NAME(run)(const Problem *p, const Shape *shape, const Item *i
                 const Segment *g = &v->segments[j];
                 NAME(v_segment)(g, shape, here.page, here.token, here.n, s.logits + (i - first) * tile, rows,
                                 s.out + offset, &s, (Lanes *)s.lanes + offset / 16);
-                offset += out_room(g);
+                offset += out_room(v, g);
             }
         }
     }

@@ -3,6 +3,8 @@
 /* What a thread works with. */
 typedef struct {
     float *q, *scaled, *sums, *logits, *out, *p, *acc, *x, *scale, *zero, *spare, *weights;
+    float *mapped, *block_acc, *numbers, *grids;
+    vu *block_words;
     uint8_t *codes;
     vu *words;
     uint8_t *lanes;
@@ -15,20 +17,27 @@ static int64_t NAME(laid_out)(const Shape *shape, uint8_t *memory, Scratch *s) {
 #define TAKE(field, count, type)                \
     s->field = memory ? (type *)(memory + at) : 0; \
     at += round_up((count) * (int64_t)sizeof(type), 64);
-    TAKE(q, ROWS * shape->k_width, float)
-    TAKE(scaled, ROWS * shape->channels, float)
-    TAKE(sums, ROWS * shape->k_width, float)
-    TAKE(logits, ROWS * TOKENS + 16, float)
-    TAKE(out, ROWS * shape->out_width, float)
-    TAKE(p, ROWS * tile, float)
-    TAKE(acc, ROWS * (shape->channels > tile ? shape->channels : tile), float)
+    TAKE(q, shape->rows * shape->k_width, float)
+    TAKE(mapped, shape->rows * shape->k_width, float)
+    TAKE(scaled, shape->rows * shape->channels, float)
+    TAKE(sums, shape->rows * shape->k_width, float)
+    TAKE(logits, shape->rows * TOKENS + 16, float)
+    TAKE(out, shape->rows * shape->out_width, float)
+    TAKE(p, shape->rows * tile, float)
+    TAKE(acc, shape->rows * (shape->channels > tile ? shape->channels : tile), float)
     TAKE(x, tile * shape->channels, float)
     TAKE(scale, tile * shape->channels + 16, float)
     TAKE(zero, tile * shape->channels + 16, float)
     TAKE(spare, tile * wide, float)
     TAKE(codes, tile * shape->codes, uint8_t)
-    TAKE(weights, ROWS * TILE * 16, float)
+    TAKE(weights, shape->rows * TILE * 16, float)
     TAKE(lanes, shape->out_width / 16 * 256, uint8_t)
+    if (shape->words) {
+        TAKE(block_acc, shape->rows * TOKENS, float)
+        TAKE(numbers, (shape->rows > ROWS ? K_CHUNK : CHUNK) * ROOM, float)
+        TAKE(grids, shape->grids * TOKENS + 16, float)
+        TAKE(block_words, shape->words * ROOM / VL, vu)
+    }
     TAKE(words, tile * (shape->channels / 4 + 4) / VL, vu)
 #undef TAKE
     return at;
@@ -132,7 +141,7 @@ APART void NAME(k_segment)(const Segment *g, const Shape *shape, const uint8_t *
     }
     NAME(channel_grid)(g, page, token, groups, s);
     int64_t room = shape->channels;
-    float offset[ROWS];
+    float offset[MANY_ROWS];
     for (int r = 0; r < rows; r++) {
         vf sum = all(0);
         int d = 0;

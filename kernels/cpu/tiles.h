@@ -5,6 +5,8 @@
 #include "keys.h"
 #include "values.h"
 #include "segments.h"
+#include "place.h"
+#include "blocks.h"
 #include "run.h"
 
 #undef INLINE
@@ -19,6 +21,8 @@
 #undef BY_ROWS
 #undef Scratch
 #undef Lanes
+#undef Block
+#undef STEP
 #undef Codes
 #undef vu
 #undef LEVEL

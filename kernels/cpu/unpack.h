@@ -1,7 +1,7 @@
 /* Planes of codes to words and codes of a tile of tokens, and numbers as float32. A part of `tiles.h`, as are LEVEL, VL, TARGET and NAME. */
 
 /* K: W words of each of T tokens, `stride` bytes from one to the next, to [W, T]. */
-INLINE void NAME(k_chunk)(vu *to, const uint8_t *from, int64_t stride, int tile, const int W) {
+INLINE void NAME(k_chunk)(vu *to, const uint8_t *from, int64_t stride, int tile, int room, const int W) {
     for (int t = 0; t < tile; t += VL, from += VL * stride) {
         vi x[16];
         int32_t rows[VL * 16];
@@ -15,17 +15,96 @@ INLINE void NAME(k_chunk)(vu *to, const uint8_t *from, int64_t stride, int tile,
         for (int i = 0; i < W; i++) x[i] = *(const vi *)(words + i * VL);
         NAME(turn_words)(x, W);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++) to[(i * tile + t) / VL] = (vu)x[i];
+        for (int i = 0; i < W; i++) to[i * room + t / VL] = (vu)x[i];
     }
 }
 
-/* K: one plane of T tokens to words [words, T] of 32 bits; returns where the next plane's go. */
-APART vu *NAME(k_plane)(vu *to, const uint8_t *from, int64_t stride, int bytes, int tile) {
-    int at = 0, per = tile / VL;
-    for (; bytes - at >= 64; at += 64, to += 16 * per) NAME(k_chunk)(to, from + at, stride, tile, 16);
-    if (bytes - at >= 32) NAME(k_chunk)(to, from + at, stride, tile, 8), at += 32, to += 8 * per;
-    if (bytes - at >= 16) NAME(k_chunk)(to, from + at, stride, tile, 4), at += 16, to += 4 * per;
-    if (bytes - at >= 8) NAME(k_chunk)(to, from + at, stride, tile, 2), at += 8, to += 2 * per;
+#if LEVEL == 2
+/* W words of each of 16 tokens, `stride` bytes from one to the next, of which `left` bytes are there, in W vectors. */
+INLINE void NAME(rows_apart)(vi *x, const uint8_t *from, int64_t stride, int left, const int W) {
+    uint64_t there = left >= 64 ? ~0ull : (1ull << left) - 1;
+    if (W == 16) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) x[i] = (vi)_mm512_maskz_loadu_epi8(there, from + i * stride);
+    } else if (W == 8) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            __m256i one = _mm256_maskz_loadu_epi8((__mmask32)there, from + 2 * i * stride);
+            __m256i two = _mm256_maskz_loadu_epi8((__mmask32)there, from + (2 * i + 1) * stride);
+            x[i] = (vi)_mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
+        }
+    } else if (W == 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            __m128i row[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) row[k] = _mm_maskz_loadu_epi8((__mmask16)there, from + (4 * i + k) * stride);
+            __m256i one = _mm256_inserti128_si256(_mm256_castsi128_si256(row[0]), row[1], 1);
+            __m256i two = _mm256_inserti128_si256(_mm256_castsi128_si256(row[2]), row[3], 1);
+            x[i] = (vi)_mm512_inserti64x4(_mm512_castsi256_si512(one), two, 1);
+        }
+    } else {
+        uint64_t row[16] = {0};
+        int bytes = left < 4 * W ? left : 4 * W;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) memcpy(&row[i], from + i * stride, bytes);
+        if (W == 2) {
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++)
+                x[i] = (vi)_mm512_set_epi64(row[8 * i + 7], row[8 * i + 6], row[8 * i + 5], row[8 * i + 4], row[8 * i + 3],
+                                            row[8 * i + 2], row[8 * i + 1], row[8 * i]);
+        } else {
+            x[0] = (vi)_mm512_set_epi32((int)row[15], (int)row[14], (int)row[13], (int)row[12], (int)row[11], (int)row[10],
+                                        (int)row[9], (int)row[8], (int)row[7], (int)row[6], (int)row[5], (int)row[4],
+                                        (int)row[3], (int)row[2], (int)row[1], (int)row[0]);
+        }
+    }
+}
+
+/* As `k_chunk`, of rows that are not full or do not follow each other. */
+INLINE void NAME(k_apart)(vu *to, const uint8_t *from, int64_t stride, int tile, int room, int left, const int W) {
+    int words = left < 4 * W ? (left + 3) / 4 : W;
+    for (int t = 0; t < tile; t += VL, from += VL * stride) {
+        vi x[16];
+        NAME(rows_apart)(x, from, stride, left, W);
+        NAME(turn_words)(x, W);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++)
+            if (i < words) to[i * room + t / VL] = (vu)x[i];
+    }
+}
+#endif
+
+/* K: one plane of T tokens to words of 32 bits, `per` vectors from one to the next; returns where the next plane's go. */
+APART vu *NAME(k_plane)(vu *to, const uint8_t *from, int64_t stride, int bytes, int tile, int per) {
+    int at = 0;
+#if LEVEL == 2
+#define CHUNK_OF(W)                                                                                   \
+    if (left == 4 * W && stride == 4 * W)                                                             \
+        NAME(k_chunk)(to, from + at, stride, tile, per, W);                                           \
+    else                                                                                              \
+        NAME(k_apart)(to, from + at, stride, tile, per, left, W)
+    while (at < bytes) {
+        int left = bytes - at, words = left > 64 ? 16 : (left + 3) / 4;
+        if (left > 32) {
+            CHUNK_OF(16);
+        } else if (left > 16) {
+            CHUNK_OF(8);
+        } else if (left > 8) {
+            CHUNK_OF(4);
+        } else if (left > 4) {
+            CHUNK_OF(2);
+        } else {
+            CHUNK_OF(1);
+        }
+        at += 4 * words, to += words * per;
+    }
+#undef CHUNK_OF
+#else
+    for (; bytes - at >= 64; at += 64, to += 16 * per) NAME(k_chunk)(to, from + at, stride, tile, per, 16);
+    if (bytes - at >= 32) NAME(k_chunk)(to, from + at, stride, tile, per, 8), at += 32, to += 8 * per;
+    if (bytes - at >= 16) NAME(k_chunk)(to, from + at, stride, tile, per, 4), at += 16, to += 4 * per;
+    if (bytes - at >= 8) NAME(k_chunk)(to, from + at, stride, tile, per, 2), at += 8, to += 2 * per;
     for (; bytes > at; at += 4, to += per) { /* the last word of a row may end with it */
         for (int t = 0; t < tile; t++) {
             int32_t word = 0;
@@ -33,6 +112,7 @@ APART vu *NAME(k_plane)(vu *to, const uint8_t *from, int64_t stride, int bytes, 
             memcpy((int32_t *)to + t, &word, 4);
         }
     }
+#endif
     return to;
 }
 
@@ -90,7 +170,7 @@ static TARGET void NAME(k_words)(const Segment *g, const uint8_t *page, int64_t 
     for (int i = 0; i < g->planes; i++) {
         const Plane *plane = &g->plane[i];
         const uint8_t *from = page + plane->offset + token * plane->stride;
-        words = NAME(k_plane)(words, from, plane->stride, g->channels * plane->width / 8, tile);
+        words = NAME(k_plane)(words, from, plane->stride, g->channels * plane->width / 8, tile, tile / VL);
     }
 }
 

@@ -170,7 +170,10 @@ static TARGET void NAME(in_order)(const Side *v, const float *out, float *to) {
     for (int j = 0; j < v->count; j++) {
         const Segment *g = &v->segments[j];
         Words w = words_of(g, VL);
-        if (!w.words) {
+        if (v->blocked) {
+            memset(to, 0, round_up(g->channels, 16) * sizeof(float));
+            for (int c = 0; c < g->channels; c++) to[c] = NAME(sum)(load(out + c * VL));
+        } else if (!w.words) {
             memcpy(to, out, round_up(g->channels, 16) * sizeof(float));
         } else {
             int per = 32 / g->plane[0].width;
@@ -184,6 +187,6 @@ static TARGET void NAME(in_order)(const Side *v, const float *out, float *to) {
                 }
             }
         }
-        out += out_room(g), to += round_up(g->channels, 16);
+        out += out_room(v, g), to += round_up(g->channels, 16);
     }
 }

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kvcomp.kernels.contract import ReadBasis
 from kvcomp.operators import operator
+from kvcomp.segments import ReadMap
 
 from . import rotate as rotating
 from .chunks import NARROWEST
@@ -75,11 +75,14 @@ def _tile(channels: int) -> int:
     return tile
 
 
-def rotated(queries: Tensor, basis: ReadBasis) -> tuple[Tensor, Tensor | None]:
-    """As `Codec.read_query` of queries [S, R, D], in one launch."""
-    matrix, mean = basis.read_matrix, basis.mean
+def rotated(queries: Tensor, read: ReadMap) -> tuple[Tensor, Tensor | None]:
+    """As `Codec.read_query` of queries [S, R, D] whose channels are in order, in one launch."""
+    matrix, mean, _ = read
     if matrix is None:
-        return queries, basis.offset(queries)
+        if mean is None:
+            return queries, None
+        each = mean[torch.arange(len(queries), device=mean.device) % len(mean)]
+        return queries, (queries.float() * each[:, None]).sum(-1)
     x = floats("queries", queries, matrix.device, (*queries.shape[:2], matrix.shape[-2]))
     out, bias = rotate(x, matrix, None if mean is None else mean.float().contiguous())
     return out, None if mean is None else bias

@@ -6,7 +6,8 @@ from functools import cache
 
 import torch
 
-from kvcomp.kernels.contract import PageCodec, ReadBasis
+from kvcomp.kernels.contract import PageCodec
+from kvcomp.segments import ReadMap
 
 MOST_ROWS = 64  # query rows that a program has in registers
 FEWEST_ROWS = 16  # what tensor cores take
@@ -30,10 +31,12 @@ def together(centred: bool, rows: int, several: bool = False) -> bool:
     return not (several or (centred and blocked(rows) > FEWEST_ROWS))
 
 
-def bases(codec: PageCodec) -> tuple[ReadBasis, ReadBasis] | None:
-    """The bases of pages that kernels multiply with; None: the codec has to."""
-    found = codec.read_bases()
-    return None if found is None or found[1].mean is not None else found
+def maps(codec: PageCodec, streams: int) -> tuple[ReadMap, ReadMap] | None:
+    """What kernels multiply queries of so many streams with, and outputs; None: the codec has to."""
+    found = codec.read_maps(streams)
+    if found is None or found[1].mean is not None or any(read.order is not None for read in found):
+        return None
+    return found
 
 
 def split_pages(

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from kvcomp.attention import Part, Tokens, merge
 from kvcomp.errors import UnsupportedError
+from kvcomp.finite import saturated
 from kvcomp.kernels.dispatch import advance, shift_windows
 from kvcomp.ledger import ReadPlan
 from kvcomp.modes import outside_inference
-from kvcomp.stages.plan import COUNTER, TABLE_ENTRY, LayerPlan
+from kvcomp.stages.plan import COUNTER, TABLE_ENTRY, LayerPlan, exact_dtype
 
 from . import reader, writer
 from .checked import check
@@ -35,6 +36,8 @@ from .records import Records
 
 def why_not(plan: LayerPlan) -> str | None:
     """Why a layer cannot decode in memory of fixed size; None: it can."""
+    if plan.exact_bits == 8:
+        return "window(bits=8) is decoded on its way to attention, into memory of its own"
     if plan.selector is not None:
         return f"{plan.selector.name} chooses pages on the host in every step"
     for policy in plan.policies:
@@ -93,7 +96,7 @@ class FixedStore:
         self.pages.copy_(held.table.counts)
         self.seen.copy_(store.history.counts)
         self.length.fill_(store.history.length)
-        nothing = (x.new_zeros(store.rows, store.heads, 0, x.shape[-1]) for x in (self.k, self.v))
+        nothing = (x.new_zeros(store.rows, store.heads, 0, x.shape[-1], dtype=self.dtype) for x in (self.k, self.v))
         store.storage = Growing.empty(copy(self.records), *nothing)
         self.live = True
 
@@ -101,7 +104,7 @@ class FixedStore:
     @outside_inference
     def give(self, store: LayerContent) -> None:
         """Lend all tensors to the store that they were taken from, with what steps added."""
-        exact = ExactBuffer.over(self.plan, self.k, self.v, self.counts.cpu().clone())
+        exact = ExactBuffer.over(self.plan, self.k, self.v, self.counts.cpu().clone(), self.dtype)
         lent, pages = Lent(copy(self.records), exact, self.pool), self.pages.cpu()
         longest = int(pages.max())
         streams = torch.arange(len(pages), device="cpu")
@@ -124,7 +127,7 @@ class FixedStore:
         """Whether the tensors there are have the shapes of the store's, and space for so many pages of a stream."""
         if not self.name:
             return False
-        held = (len(self.seen), self.k.shape[0], self.k.shape[2], self.v.shape[2], self.k.dtype, self.k.device)
+        held = (len(self.seen), self.k.shape[0], self.k.shape[2], self.v.shape[2], self.dtype, self.k.device)
         streams = store.rows * store.heads
         asked = (store.rows, streams, store.k_dim, store.v_dim, store.dtype, store.device)
         if not self.host and self.adapted.keys() != store.codec.state().keys():  # saved before codecs adapted to that
@@ -141,8 +144,9 @@ class FixedStore:
                 "is served"
             )
         self.adapted = {} if self.host else store.codec.state()
-        self.k = torch.zeros(streams, self.plan.slots, store.k_dim, dtype=store.dtype, device=device)
-        self.v = torch.zeros(streams, self.plan.slots, store.v_dim, dtype=store.dtype, device=device)
+        self.dtype, stored = store.dtype, exact_dtype(self.plan.exact_bits, store.dtype)
+        self.k = torch.zeros(streams, self.plan.slots, store.k_dim, dtype=stored, device=device)
+        self.v = torch.zeros(streams, self.plan.slots, store.v_dim, dtype=stored, device=device)
         self.pool = FixedPool(store.layout, streams, pages, device, self.host)
         self.ids = torch.arange(streams * pages, dtype=TABLE_ENTRY, device=device).view(streams, pages)
         self.first = torch.arange(streams, device=device) * pages  # of each stream's ids
@@ -222,6 +226,8 @@ class FixedStore:
         """Add a token of each stream. int64 [S]: the records of pages that are due then, of streams that have none -1;
         None where `writer.settle` has to find out, as on the host, or for codecs that adapt to their tokens."""
         streams = self.k.shape[0]
+        if self.k.dtype != self.dtype:
+            keys, values = saturated(keys, self.k.dtype), saturated(values, self.v.dtype)
         if not (self.host or self.records.codec.adapts):
             state = self.k, self.v, self.counts, self.pages, self.seen
             due = advance(*state, keys, values, self.ids.shape[1])
@@ -313,4 +319,4 @@ class FixedStore:
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding excluded."""
         heads, channels = len(self.k) // len(self.seen), self.k.shape[2] + self.v.shape[2]
-        return int(self.seen.sum()) * heads * channels * self.k.itemsize
+        return int(self.seen.sum()) * heads * channels * self.dtype.itemsize

@@ -104,5 +104,5 @@ class Growing:
 
     def held(self, seen: set[int]) -> dict[str, int]:
         """Bytes of live storages by part, as `Records.held`."""
-        table = [*self.table.tensors(), self.exact.counts]
+        table = [*self.table.tensors(), self.exact.counts, self.exact.mean]
         return self.records.held(seen, self.exact.tensors, table, lambda: len(self.pool.owned()))

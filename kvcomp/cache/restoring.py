@@ -67,7 +67,7 @@ def restore(store: LayerContent, state: State, device: torch.device) -> None:
             given.require(why is None, f"{why}")
     if state.get("compacted") is not None:
         state.require(not plan.policies, "compacted is there, but the stack has a policy")
-        like = store.exact.k, store.exact.v
+        like = keys.flatten(0, 1), values.flatten(0, 1)[..., : 0 if plan.latent else None]
         store.compacted = CompactSpans.restored(state.part("compacted"), like, plan.page_size, device)
     store.tail = None if state["tail"] is None else state.integer("tail", 0, store.history.length)
     _check_kept(store, state)

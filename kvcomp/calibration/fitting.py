@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LARGEST = 1e15  # of a query's channels: their squares can be summed
+LOUD = 8.0  # a query counts at most as one that is so many times as large as the median one of its chunk
 
 
 class QueryMoments:
@@ -32,6 +33,10 @@ class QueryMoments:
         if bool(mine.any()):
             self.sums = F.pad(self.sums, (0, 0, 0, 0, 0, len(self.fitted) - len(self.sums)))
             q = queries[mine].float().clamp(-LARGEST, LARGEST)
+            size = q.abs().amax(-1, keepdim=True)
+            limit = LOUD * size.median(1, keepdim=True).values
+            if bool((size > limit).any()):  # hardly ever
+                q = q * (limit / size.clamp_min(1e-30)).clamp_max(1)
             self.sums = self.sums.index_add(0, streams[mine], q.mT @ q)
 
     def missing(self, streams: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from .selector import Selector
 
 COUNTER = torch.int64
 TABLE_ENTRY = torch.int32
+EXACT_GROUP = 32  # channels that share a scale in an exact buffer of 8 bits
 RECEIVED = 2 * torch.float32.itemsize  # of a page whose attention a policy watches
 
 
@@ -27,6 +28,7 @@ class LayerPlan:
 
     leader: the layer whose choice of pages this one reads. latent: whether it caches latents, see `stages.latent`.
     sliding: how many tokens a query sees, its own among them, where the layer has a sliding window.
+    exact_bits: of the numbers of sinks and window, 16 or 8; None: as many as the model's dtype has.
     """
 
     quantizer: Quantizer
@@ -40,6 +42,7 @@ class LayerPlan:
     leader: int | None = None
     latent: bool = False
     sliding: int | None = None
+    exact_bits: int | None = None
 
     @cached_property
     def needs_queries(self) -> bool:
@@ -152,6 +155,25 @@ class LayerPlan:
         return PageLayout(self.page_size, fields + summary)
 
 
+def exact_dtype(bits: int | None, dtype: torch.dtype) -> torch.dtype:
+    """Of the rows in which sinks and window of a model's `dtype` are stored, as `LayerPlan.exact_bits` says."""
+    if bits == 8:
+        return torch.int8
+    return torch.float16 if bits == 16 and dtype.itemsize > 2 else dtype
+
+
+def exact_width(bits: int | None, dim: int) -> int:
+    """Numbers of such a row of `dim` channels: in 8 bits the scales of groups follow, of two bytes each."""
+    return dim + 2 * -(-dim // EXACT_GROUP) if bits == 8 else dim
+
+
+def _exact_bytes(plan: LayerPlan, k_dim: int, v_dim: int, dtype: torch.dtype) -> int:
+    """Of a token in sinks or window."""
+    bits = plan.exact_bits
+    dims = (k_dim + v_dim,) if plan.latent else (k_dim, v_dim)
+    return sum(exact_width(bits, dim) for dim in dims) * exact_dtype(bits, dtype).itemsize
+
+
 def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that one stream of the layer holds after prefilling `tokens` tokens, by part as in `LayerStore.held`.
 
@@ -163,15 +185,16 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     layout, (adapted, _) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
     slots = plan.room(exact)
+    token = _exact_bytes(plan, k_dim, v_dim, dtype)
     counters = 2 if plan.sliding is None else 3
-    token = (k_dim + v_dim) * dtype.itemsize
     sinks = min(plan.sinks, slots) * token
+    mean = (k_dim + v_dim * plan.latent) * dtype.itemsize if plan.exact_bits == 8 else 0
     return _present(
         pages=pages * layout.body_bytes,
         summaries=pages * layout.summary_bytes,
         sinks=sinks,
         window=slots * token - sinks,
-        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + counters * COUNTER.itemsize,
+        table=pages * (TABLE_ENTRY.itemsize + (RECEIVED if plan.watched else 0)) + counters * COUNTER.itemsize + mean,
         constants=adapted if pages else 0,
     )
 
@@ -189,7 +212,7 @@ def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
     """
     layout, (_, adapted) = _layout(plan, k_dim, v_dim, dtype)
     pages, exact = plan.stored(tokens)
-    token = (k_dim + v_dim) * dtype.itemsize
+    token = _exact_bytes(plan, k_dim, v_dim, dtype)
     sinks = min(plan.sinks, exact + 1)
     chosen, centres = plan.chosen(pages), 0
     if plan.by_tokens(layout):  # of each token, or of all pages that they may lie in

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvcomp.layout import Field
-from kvcomp.segments import KVLayout
+from kvcomp.segments import KVLayout, ReadMap
 
 from .arguments import Alias
 from .stage import Stage
@@ -94,9 +94,9 @@ class Codec:
         """Attention output [S, R, Rv] of all streams over decoded values -> [S, R, Dv]."""
         return output
 
-    def read_bases(self) -> Any:
-        """The bases of K and of V, by which `read_query` and `read_output` multiply all that they get; None: they do
-        otherwise, or more."""
+    def read_maps(self, streams: int) -> tuple[ReadMap, ReadMap] | None:
+        """What `read_query` multiplies queries of all `streams` with, and `read_output` their output, for kernels that
+        do so themselves; None: they leave it to these. Asked for in every step."""
         return None
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -221,6 +221,11 @@ class Quantizer(Stage):
     def needs_queries(self) -> bool:
         """Whether `Codec.observe` has to be called."""
         return False
+
+    @property
+    def default_window_bits(self) -> int | None:
+        """`bits` of the window of a stack without a `window(...)` of its own."""
+        return None
 
     def codec(self, shape: PageShape) -> Codec:
         """What encodes and decodes the pages of one layer."""

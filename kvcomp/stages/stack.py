@@ -163,7 +163,8 @@ class Stack:
             return own
         published = [s.default_window for s in self.stages]
         most = max(w[0] for w in published), max(w[1] for w in published)
-        return Window(*most) if own is None else replace(own, sinks=most[0], recent=most[1])
+        bits = self.quantizer.default_window_bits if own is None or own.bits is None else own.bits
+        return replace(Window() if own is None else own, sinks=most[0], recent=most[1], bits=bits)
 
     @cached_property
     def page_size(self) -> int:
@@ -195,6 +196,7 @@ class Stack:
             layer,
             layers,
             leader,
+            exact_bits=self.window.bits,
         )
 
     def sliding_plan(self, layer: int, layers: int, window: int) -> LayerPlan | None:
@@ -210,7 +212,9 @@ class Stack:
         size, recent = self.page_size, self.window.recent
         if recent + size > window:
             return None
-        return LayerPlan(self.quantizer, (), None, 0, recent, size, layer, layers, sliding=window)
+        return LayerPlan(
+            self.quantizer, (), None, 0, recent, size, layer, layers, sliding=window, exact_bits=self.window.bits
+        )
 
     def effective_bits(
         self, head_dim: int, tokens: int, dtype: torch.dtype = torch.bfloat16, layers: int = 32

@@ -12,7 +12,7 @@ from kvcomp.quantizers import directions
 from kvcomp.quantizers.directions import scaled_directions
 from kvcomp.quantizers.klt import KLTCodec
 from kvcomp.quantizers.transform import KLTGrid
-from kvcomp.quantizers.waterfill import DISTORTION, UNIT, allocate, runs
+from kvcomp.quantizers.waterfill import DISTORTION, UNIT, allocate, runs, usual_widths
 from kvcomp.stages import PageShape
 from kvcomp.stages.plan import held_parts, read_by_stream
 
@@ -245,8 +245,10 @@ def test_a_moment_of_many_tokens_is_taken_as_it_is() -> None:
 
 def test_tokens_that_fill_no_page_come_back_as_they_are() -> None:
     x = torch.randn(1, 2, 20, 64)
-    for back in Stack.parse("klt(bits=2)").roundtrip(x, x, x):
+    for back in Stack.parse("klt(bits=2) + window(sinks=4, recent=128)").roundtrip(x, x, x):
         assert torch.equal(back, x)
+    for back in Stack.parse("klt(bits=2)").roundtrip(x, x, x):
+        assert torch.equal(back, x.half().float())
 
 
 def test_held_counts_the_bases_and_what_is_gathered_for_them(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -311,7 +313,7 @@ def test_extreme_numbers_are_coded(size: float, where: str) -> None:
     if where != "everywhere":
         usual, found = (written("klt(bits=4) + window(recent=0)", y, k, k).dense()[0] for y in (k, x))
         others = torch.arange(256) != 5
-        assert relative(found[:, :, others], k[:, :, others]) < 1.3 * relative(usual[:, :, others], k[:, :, others])
+        assert relative(found[:, :, others], k[:, :, others]) < 1.1 * relative(usual[:, :, others], k[:, :, others])
 
 
 @pytest.mark.parametrize("tokens", [256, 1024])
@@ -322,7 +324,7 @@ def test_a_loud_token_does_not_spoil_the_others(tokens: int, size: float) -> Non
     x[..., 9, 3] = size
     usual, found = (written("klt(bits=4) + window(recent=0)", y, k, k).dense()[0] for y in (k, x))
     others = torch.arange(tokens) != 9
-    assert relative(found[:, :, others], k[:, :, others]) < 1.3 * relative(usual[:, :, others], k[:, :, others])
+    assert relative(found[:, :, others], k[:, :, others]) < 1.1 * relative(usual[:, :, others], k[:, :, others])
 
 
 @pytest.mark.parametrize("tokens", [17, 40, 64, 100])
@@ -345,3 +347,62 @@ def test_a_basis_of_few_tokens_does_not_hang_on_rounding(tokens: int) -> None:
 
     for found, expected in zip(seen(1e-7), seen(0), strict=True):
         assert relative(found, expected) < 0.1 * relative(expected, later[0].unflatten(1, (4, 64)).flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("total", "widths"),
+    [
+        (12, (3, 3, 2, 2, 1, 1, 0, 0)),
+        (16, (4, 3, 3, 2, 2, 1, 1, 0)),
+        (24, (5, 4, 4, 3, 3, 2, 2, 1)),
+        (28, (5, 5, 4, 4, 3, 3, 2, 2)),
+    ],
+)
+def test_widths_of_keys_fall_evenly(total: int, widths: tuple[int, ...]) -> None:
+    """The divergence of SmolLM2 chose these: see `usual_widths`."""
+    assert usual_widths(8, total, True) == widths
+
+
+def test_pages_of_other_widths_are_read_as_they_were_written(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Caches saved by versions that gave keys other widths."""
+    k, v, q = layer_inputs
+    store = LayerStore(Stack.parse("klt(bits=2)").plan(0, 1))
+    store.start(k, v)
+    store.codec.k_grid.widths = (5, 4, 3, 2, 1, 1, 0, 0)
+    store.write(k, v, None, q)
+    twin = LayerStore(store.plan)
+    twin.restore(store.state(), CPU)
+    for found, expected in zip(twin.dense(), store.dense(), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(twin.attend(q[:, :, :1], 0.125).out, store.attend(q[:, :, :1], 0.125).out)
+
+
+def test_the_window_is_half_as_large_in_models_of_float32(layer_inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    k, v, q = layer_inputs
+    small, exact = (written(f"klt(bits=2){w}", k, v, q) for w in ("", " + window(sinks=4, recent=128)"))
+    assert 2 * small.held(set())["window"] == exact.held(set())["window"]
+    for store in (small, exact):
+        store.append(k[:, :, :1], v[:, :, :1])
+    found, expected = (store.attend(q[:, :, :1], 0.125).out for store in (small, exact))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e15, 1e30, 3e38])
+@pytest.mark.parametrize("side", ["k", "v", "q", "all"])
+@pytest.mark.parametrize("tokens", [70, 300])
+def test_what_one_token_is_costs_the_others_nothing(tokens: int, side: str, size: float) -> None:
+    """A spike in one channel of a token: q . k and v of the others have at most a tenth more error than without it."""
+    x = {name: low_rank(2, tokens, 64, seed=s)[None] for name, s in (("k", 2), ("v", 3))}
+    x["q"] = torch.randn(1, 6, tokens, 64, generator=torch.Generator().manual_seed(4)) * torch.linspace(3, 0.1, 64)
+    spiked = {name: y.clone() for name, y in x.items()}
+    for name in spiked if side == "all" else (side,):
+        spiked[name][:, :, 9, 3] = size
+    others = torch.arange(tokens) != 9
+
+    def errors(given: dict[str, Tensor]) -> list[float]:
+        k, v = written("klt(bits=4) + window(sinks=0, recent=0)", given["k"], given["v"], given["q"]).dense()
+        off = (k - x["k"])[:, :, others] @ x["q"][:, ::3].mT
+        return [float(y.norm()) for y in (off, (v - x["v"])[:, :, others])]
+
+    for found, usual in zip(errors(spiked), errors(x), strict=True):
+        assert found < 1.1 * usual

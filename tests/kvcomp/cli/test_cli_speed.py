@@ -133,7 +133,8 @@ def test_doctor() -> None:
     kernel = "C, " if cpu.library() is not None else "PyTorch: the C kernel is not installed"
     asked = run("doctor", "--stack", "kivi(bits=2) + quest(pages=4)", "--head-dim", 64)
     assert kernel in asked.stdout
-    assert "PyTorch: floating-point codes" in run("doctor", "--stack", "nvfp4").stdout
+    shared = run("doctor", "--stack", "int(bits=4, per=channel, group=24)")
+    assert "PyTorch: scales that 24 tokens share" in shared.stdout
     refused(run("doctor", "--stack", "kivii"), "kivii", "kivi")
 
 

@@ -1,0 +1,564 @@
+/* Blocks of tiles, a few channels at a time: codes of any widths and scales to numbers, once for all rows. A part of `tiles.h`, as are LEVEL, VL, TARGET and NAME.
+ *
+ *   K: logits[r, t] = sum over groups g of scale[g, t] * sum over c in g of q[r, c] x[c, t]
+ *   V: out[r, c] = sum over t of (p[r, t] scale[g, t]) x[c, t], a sum for each lane until the end
+ *
+ * Rows of bytes are turned to words [words, TOKENS] once for all segments. Some channels at a time become numbers x
+ * [channels, TOKENS] in the nearest cache, and are multiplied with all rows at once; where there are few rows, without
+ * being stored. Words and numbers lie ROOM apart, which is no power of two: those would share few lines of the cache. What many segments share, a token's norm, is applied
+ * once. Unlike the other path, it reads whatever there is: mixed widths, floating-point codes, numbers.
+ */
+
+#define STEP (ROOM / VL) /* vectors from a word or channel to the next */
+
+/* Tokens of a block, tile by tile. */
+typedef struct {
+    Place tile[TOKENS / 16];
+    int tiles, size, n; /* of tiles, tokens of each, vectors of all */
+} NAME(Block);
+#define Block NAME(Block)
+
+/* n scales of a format as float32. */
+INLINE void NAME(floats_of)(float *to, const uint8_t *from, int64_t n, int format) {
+    if (format == BF16) {
+        NAME(brains)(to, from, n);
+    } else if (format == HALF) {
+        NAME(halves)(to, from, n);
+    } else if (format == FP8) {
+        for (int64_t i = 0; i < n; i++) {
+            int32_t byte = from[i], bits = ((int32_t)((uint32_t)byte << 24) >> 4) & (int32_t)0x87f00000;
+            float x;
+            memcpy(&x, &bits, 4);
+            to[i] = (byte & 127) == 127 ? NAN : x * 0x1p120f;
+        }
+    } else { /* powers of two, of which the least is no normal number */
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = from[i] == 255 ? 0x7fc00000 : from[i] ? (uint32_t)from[i] << 23 : 1u << 22;
+            memcpy(to + i, &bits, 4);
+        }
+    }
+}
+
+/* The scales of a tile's n tokens, to `to` [groups, TOKENS]; 0 of what is no token: 0 times anything is not always 0. */
+INLINE void NAME(tile_scales)(const Segment *g, Place here, int64_t at, int groups, int tile, float *to, float *spare) {
+    const uint8_t *from = here.page + at + here.token * g->scale_stride;
+    int size = g->scale_format == HALF || g->scale_format == BF16 ? 2 : 1;
+    if (groups == 1 && g->scale_stride == size) {
+        NAME(floats_of)(to, from, tile, g->scale_format);
+    } else {
+        if (g->scale_stride == groups * size)
+            NAME(floats_of)(spare, from, (int64_t)tile * groups, g->scale_format);
+        else
+            for (int t = 0; t < tile; t++) NAME(floats_of)(spare + t * groups, from + t * g->scale_stride, groups, g->scale_format);
+        for (int i = 0; i < groups; i++)
+            for (int t = 0; t < tile; t++) to[i * TOKENS + t] = spare[t * groups + i];
+    }
+    for (int i = 0; i < groups; i++)
+        for (int t = here.n; t < tile; t++) to[i * TOKENS + t] = 0;
+}
+
+/* Words and scales of a side for all tiles of a block; as many tiles of what is read next are asked for. */
+APART void NAME(read_block)(const Side *side, const Item *item, int64_t first, int64_t last, int tile, Block *b, Scratch *s) {
+    const Side *k = &item->source->k, *after = side == k ? &item->source->v : k;
+    int64_t next = side == k ? first : last;
+    b->tiles = (int)(last - first), b->size = tile, b->n = b->tiles * tile / VL;
+    for (int i = 0; i < b->tiles; i++) {
+        Place here = b->tile[i] = NAME(place)(side, item, first + i, tile);
+        if (next + i < item->last) NAME(fetch)(after, item, next + i, tile);
+        vu *to = s->block_words + i * tile / VL;
+        for (int j = 0; j < side->row_count; j++) {
+            const Row *row = &side->rows[j];
+            NAME(k_plane)(to + row->at * STEP, here.page + row->offset + here.token * row->stride, row->stride,
+                          (int)row->bytes, tile, STEP);
+        }
+        int done = 0;
+        for (int j = 0; j < side->count; j++) {
+            const Segment *g = &side->segments[j];
+            if (g->grid < done || g->token_group > 1) continue;
+            int groups = g->channels / g->channel_group;
+            float *scale = s->grids + g->grid * TOKENS + i * tile;
+            NAME(tile_scales)(g, here, g->scale, groups, tile, scale, s->spare);
+            done = g->grid + groups;
+            if (g->page_scale != NOTHING) {
+                float page;
+                memcpy(&page, here.page + g->page_scale, 4);
+                for (int k = 0; k < groups; k++)
+                    for (int t = 0; t < here.n; t++) scale[k * TOKENS + t] *= page;
+            }
+            if (g->kind != UNIFORM) continue;
+            float *zero = s->grids + (g->grid + groups) * TOKENS + i * tile;
+            done += groups;
+            if (g->zero != NOTHING) {
+                NAME(tile_scales)(g, here, g->zero, groups, tile, zero, s->spare);
+            } else {
+                for (int k = 0; k < groups; k++)
+                    for (int t = 0; t < tile; t++) zero[k * TOKENS + t] = -g->middle * scale[k * TOKENS + t];
+            }
+        }
+    }
+}
+
+/* Entries of a book of so many bits. */
+INLINE vf NAME(entry)(vu code, const vf *table, const float *book, const int kind) {
+#if LEVEL == 2
+    if (kind == FEW) return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)table[0]);
+    vf found[8];
+    const int many = kind == FIVE ? 1 : kind == SIX ? 2 : kind == SEVEN ? 4 : 8;
+#pragma GCC unroll 8
+    for (int i = 0; i < many; i++)
+        found[i] = (vf)_mm512_permutex2var_ps((__m512)table[2 * i], (__m512i)code, (__m512)table[2 * i + 1]);
+#pragma GCC unroll 3
+    for (int half = 1, bit = 5; half < many; half *= 2, bit++) {
+        __mmask16 upper = _mm512_test_epi32_mask((__m512i)code, _mm512_set1_epi32(1 << bit));
+#pragma GCC unroll 4
+        for (int i = 0; i < many; i += 2 * half)
+            found[i] = (vf)_mm512_mask_blend_ps(upper, (__m512)found[i], (__m512)found[i + half]);
+    }
+    return found[0];
+#else
+    return NAME(number)(code, book, kind == FEW ? TABLE : BOOK);
+#endif
+}
+
+/* Where the codes of a channel lie, and the tables that make numbers of them. */
+typedef struct {
+    const vu *from[3];
+    int shift[3], width[3];
+} NAME(Channel);
+
+INLINE NAME(Channel) NAME(channel)(const vu *words, const Segment *g, int c, const int planes) {
+    NAME(Channel) found;
+#pragma GCC unroll 3
+    for (int i = 0; i < planes; i++) {
+        uint32_t bit = g->plane[i].bit + c * g->plane[i].width;
+        found.from[i] = words + bit / 32 * STEP, found.shift[i] = bit % 32, found.width[i] = g->plane[i].width;
+    }
+#if LEVEL == 2
+#pragma GCC unroll 3
+    for (int i = 1; i < planes; i++) /* rotated so far, higher bits leave room for lower ones */
+#pragma GCC unroll 2
+        for (int j = 0; j < i; j++) found.shift[j] = (found.shift[j] - found.width[i]) & 31;
+#endif
+    return found;
+}
+
+INLINE void NAME(tables)(vf *table, const Segment *g, const int kind) {
+    const int tables = LEVEL < 2 || kind > EIGHT ? 0 : kind == FEW ? 1 : 2 << (kind - FIVE);
+#pragma GCC unroll 16
+    for (int i = 0; i < tables; i++) table[i] = load(g->book + i * VL);
+}
+
+/* Numbers of vector v of a channel, of codes of `bits` bits in `planes` planes. */
+INLINE vf NAME(numbers_at)(const NAME(Channel) *c, int v, const vf *table, const float *book, int bits, const int planes,
+                           const int kind) {
+    if (kind >= SMALL_FLOAT) {
+        vi word = (vi)(c->from[0][v] << (24 - c->shift[0]));
+        vf y = kind == SMALL_FLOAT ? (vf)(word >> 4 & (int32_t)0x87f00000) : (vf)(word >> 3 & (int32_t)0x8fe00000);
+        return y * (kind == SMALL_FLOAT ? 0x1p120f : 0x1p112f);
+    }
+#if LEVEL == 2
+    vu code = c->from[0][v];
+    int lower = 0;
+    if (planes == 1) code >>= c->shift[0];
+    if (planes > 1) code = (vu)_mm512_rorv_epi32((__m512i)code, _mm512_set1_epi32(c->shift[0]));
+#pragma GCC unroll 3
+    for (int i = planes - 1; i > 0; i--) lower += c->width[i];
+#pragma GCC unroll 3
+    for (int i = 1; i < planes; i++) {
+        __m512i low = _mm512_rorv_epi32((__m512i)c->from[i][v], _mm512_set1_epi32(c->shift[i]));
+        code = (vu)_mm512_ternarylogic_epi32(_mm512_set1_epi32((1 << lower) - 1), low, (__m512i)code, 0xca);
+        lower -= c->width[i];
+    }
+#else
+    vu code = c->from[0][v] >> c->shift[0];
+#pragma GCC unroll 3
+    for (int i = 1; i < planes; i++)
+        code = code << c->width[i] | (c->from[i][v] >> c->shift[i] & ((1u << c->width[i]) - 1));
+#endif
+    if (kind == WHOLE || LEVEL < 2) code &= (1u << bits) - 1; /* otherwise what lies above is not looked at */
+    return kind == WHOLE ? __builtin_convertvector((vi)code, vf) : NAME(entry)(code, table, book, kind);
+}
+
+/* x [many, ROOM]: numbers of `many` channels from `first` on. */
+INLINE void NAME(codes_block)(float *x, const vu *words, int n, const Segment *g, int first, int many, const int planes,
+                              const int kind) {
+    vf table[16];
+    NAME(tables)(table, g, kind);
+    const float *book = g->book;
+    int bits = g->bits;
+    for (int c = first; c < first + many; c++, x += ROOM) {
+        NAME(Channel) at = NAME(channel)(words, g, c, planes);
+        for (int v = 0; v < n; v++) store(x + v * VL, NAME(numbers_at)(&at, v, table, book, bits, planes, kind));
+    }
+}
+
+/* acc[r, t] += scale[t] sum_c q[r, c] x[c, t], or without scale, for RN rows and VN vectors of tokens, without x between. */
+INLINE void NAME(k_codes)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int v, const Segment *g, int first,
+                          int many, const int planes, const int kind, const int RN, const int VN) {
+    vf table[16], a[4][4];
+    NAME(tables)(table, g, kind);
+    const float *book = g->book;
+    int bits = g->bits;
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < VN; i++) a[r][i] = scale ? all(0) : load(acc + r * TOKENS + i * VL);
+    for (int c = 0; c < many; c++) {
+        NAME(Channel) at = NAME(channel)(words, g, first + c, planes);
+        vf y[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < VN; i++) y[i] = NAME(numbers_at)(&at, v + i, table, book, bits, planes, kind);
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < VN; i++) a[r][i] += q[r * q_room + c] * y[i];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < VN; i++) {
+            float *to = acc + r * TOKENS + i * VL;
+            if (scale) a[r][i] = load(to) + a[r][i] * load(scale + i * VL);
+            store(to, a[r][i]);
+        }
+}
+
+/* out[r, c, lanes] += p[r, t] x[c, t] for RN rows and CN channels, without x between. */
+INLINE void NAME(v_codes_by)(float *out, int64_t room, const float *p, const vu *words, int n, const Segment *g, int first,
+                             const int planes, const int kind, const int RN, const int CN) {
+    vf table[16], a[4][4];
+    NAME(tables)(table, g, kind);
+    const float *book = g->book;
+    int bits = g->bits;
+    NAME(Channel) at[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < CN; c++) at[c] = NAME(channel)(words, g, first + c, planes);
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) a[r][c] = load(out + r * room + c * VL);
+    for (int v = 0; v < n; v++, p += VL) {
+        vf y[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) y[c] = NAME(numbers_at)(&at[c], v, table, book, bits, planes, kind);
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++) {
+            vf z = load(p + r * TOKENS);
+#pragma GCC unroll 4
+            for (int c = 0; c < CN; c++) a[r][c] += z * y[c];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) store(out + r * room + c * VL, a[r][c]);
+}
+
+#define OF(planes, kind)                                                                                              \
+    APART void NAME(block_##kind##planes)(float *x, const vu *words, int n, const Segment *g, int first, int many) { \
+        NAME(codes_block)(x, words, n, g, first, many, planes, kind);                                                 \
+    }
+OF(1, FEW) OF(2, FEW) OF(2, FIVE) OF(2, SIX) OF(3, SEVEN) OF(1, EIGHT)
+OF(1, WHOLE) OF(2, WHOLE) OF(3, WHOLE) OF(1, SMALL_FLOAT) OF(1, SMALLER_FLOAT)
+#undef OF
+
+/* The same of a few rows at once. */
+#define MANY(RN)                                                                                                      \
+    for (; v + VN <= n; v += VN)                                                                                      \
+        NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, VN); \
+    for (; v < n; v++)                                                                                                \
+        NAME(k_codes)(acc + v * VL, scale ? scale + v * VL : 0, q, q_room, words, v, g, first, many, planes, kind, RN, 1)
+#define EACH(RN)                                                                                                     \
+    for (; c + CN <= many; c += CN)                                                                                  \
+        NAME(v_codes_by)(out + c * VL, room, p, words, n, g, first + c, planes, kind, RN, CN);                       \
+    for (; c < many; c++) NAME(v_codes_by)(out + c * VL, room, p, words, n, g, first + c, planes, kind, RN, 1)
+#define OF(planes_, kind_)                                                                                            \
+    APART void NAME(k_##kind_##_##planes_)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int n,       \
+                                           const Segment *g, int first, int many, int rows) {                         \
+        const int planes = planes_, kind = kind_, VN = LEVEL == 2 ? 4 : 2;                                            \
+        int v = 0;                                                                                                    \
+        switch (rows) {                                                                                               \
+            case 1: MANY(1); break;                                                                                   \
+            case 2: MANY(2); break;                                                                                   \
+            case 3: MANY(3); break;                                                                                   \
+            default: MANY(4);                                                                                         \
+        }                                                                                                             \
+    }                                                                                                                 \
+    APART void NAME(v_##kind_##_##planes_)(float *out, int64_t room, const float *p, const vu *words, int n,         \
+                                           const Segment *g, int first, int many, int rows) {                         \
+        const int planes = planes_, kind = kind_, CN = LEVEL == 2 ? 4 : 2;                                            \
+        int c = 0;                                                                                                    \
+        switch (rows) {                                                                                               \
+            case 1: EACH(1); break;                                                                                   \
+            case 2: EACH(2); break;                                                                                   \
+            case 3: EACH(3); break;                                                                                   \
+            default: EACH(4);                                                                                         \
+        }                                                                                                             \
+    }
+OF(1, FEW) OF(2, FEW) OF(2, FIVE) OF(1, SMALL_FLOAT)
+#undef OF
+#undef MANY
+#undef EACH
+
+/* Whether up to 4 rows are multiplied with codes as they are unpacked; more rows want the numbers again. */
+INLINE int NAME(at_once)(const Segment *g, int rows) {
+    return rows <= 4 && (g->kind == E4M3 || (g->kind == CODEBOOK && g->bits <= 5));
+}
+
+static TARGET void NAME(k_at_once)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int n, const Segment *g,
+                                   int first, int many, int rows) {
+    if (g->kind == E4M3)
+        NAME(k_SMALL_FLOAT_1)(acc, scale, q, q_room, words, n, g, first, many, rows);
+    else if (g->bits == 5)
+        NAME(k_FIVE_2)(acc, scale, q, q_room, words, n, g, first, many, rows);
+    else if (g->planes == 2)
+        NAME(k_FEW_2)(acc, scale, q, q_room, words, n, g, first, many, rows);
+    else
+        NAME(k_FEW_1)(acc, scale, q, q_room, words, n, g, first, many, rows);
+}
+
+static TARGET void NAME(v_at_once)(float *out, int64_t room, const float *p, const vu *words, int n, const Segment *g,
+                                   int first, int many, int rows) {
+    if (g->kind == E4M3)
+        NAME(v_SMALL_FLOAT_1)(out, room, p, words, n, g, first, many, rows);
+    else if (g->bits == 5)
+        NAME(v_FIVE_2)(out, room, p, words, n, g, first, many, rows);
+    else if (g->planes == 2)
+        NAME(v_FEW_2)(out, room, p, words, n, g, first, many, rows);
+    else
+        NAME(v_FEW_1)(out, room, p, words, n, g, first, many, rows);
+}
+
+/* x [many, ROOM] of float16 or bfloat16 numbers, 0 of what is no token. */
+APART void NAME(short_block)(float *x, const vu *words, int n, const Segment *g, int first, int many) {
+    for (int c = first; c < first + many; c++, x += ROOM) {
+        int bit = g->plane[0].bit + 16 * c, shift = 16 - bit % 32;
+        const vu *from = words + bit / 32 * STEP;
+        for (int v = 0; v < n; v++) {
+            vi word = (vi)(shift ? from[v] << shift : from[v]) & (int32_t)0xffff0000;
+            if (g->kind == FLOAT16) { /* exponents of 5 bits to those of 8; the last of them stays the last */
+                vf y = (vf)(word >> 3 & (int32_t)0x8fffe000) * 0x1p112f;
+                vi last = (word & 0x7c000000) == 0x7c000000;
+                word = (vi)y | (last & 0x7f800000);
+            }
+            store(x + v * VL, (vf)word);
+        }
+    }
+}
+
+/* code * scale + zero, of what each token, or some tokens, have of their own. */
+APART void NAME(uniform_block)(float *x, const Block *b, const Segment *g, int first, int many, const float *grids) {
+    int groups = g->channels / g->channel_group;
+    for (int c = first; c < first + many; c++, x += ROOM) {
+        int group = c / g->channel_group;
+        if (g->token_group == 1) {
+            const float *scale = grids + (g->grid + group) * TOKENS, *zero = scale + groups * TOKENS;
+            for (int v = 0; v < b->n; v++)
+                store(x + v * VL, load(x + v * VL) * load(scale + v * VL) + load(zero + v * VL));
+            continue;
+        }
+        for (int i = 0; i < b->tiles; i++) {
+            Place here = b->tile[i];
+            float scale, zero, *to = x + i * b->size;
+            int64_t at = 2 * (here.token / g->token_group * groups + group);
+            NAME(halves)(&scale, here.page + g->scale + at, 1);
+            if (g->zero != NOTHING)
+                NAME(halves)(&zero, here.page + g->zero + at, 1);
+            else
+                zero = -g->middle * scale;
+            for (int t = 0; t < b->size; t += VL) store(to + t, load(to + t) * scale + zero);
+        }
+    }
+}
+
+/* Numbers [many, ROOM] of channels from `first` on; those of codes before their scale, but for uniform ones. */
+static TARGET const float *NAME(numbers_block)(const Segment *g, const Block *b, int first, int many, Scratch *s) {
+    float *x = s->numbers;
+    const vu *words = s->block_words;
+    int n = b->n, planes = g->planes;
+    if (g->kind == FLOAT32) {
+        const Place *end = &b->tile[b->tiles - 1];
+        x = (float *)(words + (g->plane[0].bit / 32 + first) * STEP);
+        for (int c = 0; c < many; c++) /* the words are ours */
+            for (int t = end->n; t < b->size; t++) x[c * ROOM + (b->tiles - 1) * b->size + t] = 0;
+        return x;
+    }
+    switch (g->kind) {
+        case FLOAT16:
+        case BFLOAT16: {
+            NAME(short_block)(x, words, n, g, first, many);
+            const Place *end = &b->tile[b->tiles - 1];
+            for (int c = 0; c < many; c++)
+                for (int t = end->n; t < b->size; t++) x[c * ROOM + (b->tiles - 1) * b->size + t] = 0;
+            return x;
+        }
+        case E4M3: NAME(block_SMALL_FLOAT1)(x, words, n, g, first, many); return x;
+        case E5M2: NAME(block_SMALLER_FLOAT1)(x, words, n, g, first, many); return x;
+        case UNIFORM:
+            if (planes == 1)
+                NAME(block_WHOLE1)(x, words, n, g, first, many);
+            else if (planes == 2)
+                NAME(block_WHOLE2)(x, words, n, g, first, many);
+            else
+                NAME(block_WHOLE3)(x, words, n, g, first, many);
+            NAME(uniform_block)(x, b, g, first, many, s->grids);
+            return x;
+    }
+    switch (g->bits) {
+        case 5: NAME(block_FIVE2)(x, words, n, g, first, many); break;
+        case 6: NAME(block_SIX2)(x, words, n, g, first, many); break;
+        case 7: NAME(block_SEVEN3)(x, words, n, g, first, many); break;
+        case 8: NAME(block_EIGHT1)(x, words, n, g, first, many); break;
+        default:
+            if (planes == 1)
+                NAME(block_FEW1)(x, words, n, g, first, many);
+            else
+                NAME(block_FEW2)(x, words, n, g, first, many);
+    }
+    return x;
+}
+
+/* Whether numbers are still to be multiplied with scales of tokens. */
+INLINE int NAME(scaled_late)(const Segment *g) { return g->kind == CODEBOOK || g->kind >= E4M3; }
+
+/* acc[r, t] += sum_c q[r, c] x[c, t] for RN rows and VN vectors of tokens. */
+INLINE void NAME(k_product)(float *acc, const float *q, int64_t q_room, const float *x, int channels, const int RN,
+                            const int VN) {
+    vf a[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VN; v++) a[r][v] = load(acc + r * TOKENS + v * VL);
+    for (int c = 0; c < channels; c++, x += ROOM) {
+        vf y[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < VN; v++) y[v] = load(x + v * VL);
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++) {
+            vf z = all(q[r * q_room + c]);
+#pragma GCC unroll 4
+            for (int v = 0; v < VN; v++) a[r][v] += z * y[v];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VN; v++) store(acc + r * TOKENS + v * VL, a[r][v]);
+}
+
+APART void NAME(k_products)(float *acc, const float *q, int64_t q_room, const float *x, int channels, int n, int rows) {
+    const int many = LEVEL == 2 ? 4 : 2;
+    int v = 0;
+#define CALL(RN, VN) NAME(k_product)(acc + r * TOKENS + v * VL, q + r * q_room, q_room, x + v * VL, channels, RN, VN)
+#define MANY(RN) CALL(RN, many)
+#define ONE(RN) CALL(RN, 1)
+    for (; v + many <= n; v += many) BY_ROWS(rows, MANY)
+    for (; v < n; v++) BY_ROWS(rows, ONE)
+#undef MANY
+#undef ONE
+#undef CALL
+}
+
+/* out[r, c, lanes] += p[r, t] x[c, t] for RN rows and CN channels. */
+INLINE void NAME(v_product)(float *out, int64_t room, const float *p, const float *x, int n, const int RN, const int CN) {
+    vf a[4][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) a[r][c] = load(out + r * room + c * VL);
+    for (int v = 0; v < n; v++, x += VL, p += VL) {
+        vf y[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) y[c] = load(x + c * ROOM);
+#pragma GCC unroll 4
+        for (int r = 0; r < RN; r++) {
+            vf z = load(p + r * TOKENS);
+#pragma GCC unroll 4
+            for (int c = 0; c < CN; c++) a[r][c] += z * y[c];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < RN; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < CN; c++) store(out + r * room + c * VL, a[r][c]);
+}
+
+APART void NAME(v_products)(float *out, int64_t room, const float *p, const float *x, int channels, int n, int rows) {
+#define CALL(RN, CN) NAME(v_product)(out + r * room + c * VL, room, p + r * TOKENS, x + c * ROOM, n, RN, CN)
+#define EACH(RN)                                                    \
+    {                                                               \
+        const int many = LEVEL == 2 ? 4 : 2;                        \
+        int c = 0;                                                  \
+        for (; c + many <= channels; c += many) CALL(RN, many);     \
+        for (; c < channels; c++) CALL(RN, 1);                      \
+    }
+    BY_ROWS(rows, EACH)
+#undef EACH
+#undef CALL
+}
+
+/* logits [rows, TOKENS] = q . k of a block, without what is added to all tokens of a page. */
+static TARGET void NAME(k_of_block)(const Side *side, const Item *item, const Shape *shape, int64_t first, int64_t last,
+                                    const float *q, int rows, float *logits, Scratch *s) {
+    Block b;
+    NAME(read_block)(side, item, first, last, (int)shape->tile, &b, s);
+    memset(logits, 0, rows * TOKENS * sizeof(float));
+    int chunk = rows > ROWS ? K_CHUNK : CHUNK, pending = 0; /* whether block_acc has sums that are still to be scaled */
+    for (int j = 0; j < side->count; q += round_up(side->segments[j++].channels, 16)) {
+        const Segment *g = &side->segments[j], *next = j + 1 < side->count ? g + 1 : 0;
+        int late = NAME(scaled_late)(g), group = late ? g->channel_group : g->channels, once = NAME(at_once)(g, rows);
+        int shared = next && next->grid == g->grid && NAME(scaled_late)(next);
+        for (int at = 0; at < g->channels; at += group) {
+            const float *scale = s->grids + (g->grid + at / group) * TOKENS;
+            if (once && !shared && !pending) {
+                NAME(k_at_once)(logits, scale, q + at, shape->k_width, s->block_words, b.n, g, at, group, rows);
+                continue;
+            }
+            if (late && !pending) memset(s->block_acc, 0, rows * TOKENS * sizeof(float));
+            pending = late;
+            if (once)
+                NAME(k_at_once)(s->block_acc, 0, q + at, shape->k_width, s->block_words, b.n, g, at, group, rows);
+            for (int c = at; c < at + group && !once; c += chunk) {
+                int many = at + group - c < chunk ? at + group - c : chunk;
+                const float *x = NAME(numbers_block)(g, &b, c, many, s);
+                NAME(k_products)(late ? s->block_acc : logits, q + c, shape->k_width, x, many, b.n, rows);
+            }
+            if (!late || shared) continue;
+            pending = 0;
+            for (int r = 0; r < rows; r++) {
+                const float *acc = s->block_acc + r * TOKENS;
+                float *to = logits + r * TOKENS;
+                for (int t = 0; t < b.n * VL; t += VL) store(to + t, load(to + t) + load(scale + t) * load(acc + t));
+            }
+        }
+    }
+}
+
+/* out [rows, channels, VL] gains p v of a block; p [rows, TOKENS]. */
+static TARGET void NAME(v_of_block)(const Side *side, const Item *item, const Shape *shape, int64_t first, int64_t last,
+                                    const float *p, int rows, float *out, Scratch *s) {
+    Block b;
+    NAME(read_block)(side, item, first, last, (int)shape->tile, &b, s);
+    int chunk = rows > ROWS ? V_CHUNK : CHUNK, weighted = -1; /* the scales that block_acc has p times */
+    for (int j = 0; j < side->count; out += out_room(side, &side->segments[j++])) {
+        const Segment *g = &side->segments[j];
+        int late = NAME(scaled_late)(g), group = late ? g->channel_group : g->channels;
+        for (int at = 0; at < g->channels; at += group) {
+            int grid = g->grid + at / group;
+            if (late && grid != weighted) {
+                const float *scale = s->grids + grid * TOKENS;
+                for (int r = 0; r < rows; r++)
+                    for (int t = 0; t < b.n * VL; t += VL)
+                        store(s->block_acc + r * TOKENS + t, load(p + r * TOKENS + t) * load(scale + t));
+                weighted = grid;
+            }
+            if (NAME(at_once)(g, rows))
+                NAME(v_at_once)(out + at * VL, shape->out_width, s->block_acc, s->block_words, b.n, g, at, group, rows);
+            for (int c = at; c < at + group && !NAME(at_once)(g, rows); c += chunk) {
+                int many = at + group - c < chunk ? at + group - c : chunk;
+                const float *x = NAME(numbers_block)(g, &b, c, many, s);
+                NAME(v_products)(out + c * VL, shape->out_width, late ? s->block_acc : p, x, many, b.n, rows);
+            }
+        }
+    }
+}
