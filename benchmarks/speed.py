@@ -132,9 +132,9 @@ def attention(
             continue
         calls[str(stack)] = call
         read[str(stack)] = sum(store.read.values())
-        planned = (f(store.plan, *geometry.cached, context, dtype) for f in (read_by_stream, held_by_stream))
+        planned = [f(store.plan, *geometry.cached, context, dtype) for f in (read_by_stream, held_by_stream)]
         streams = batch * geometry.heads
-        known[str(stack)] = sum(store.held(set()).values()), *(streams * size for size in planned)
+        known[str(stack)] = sum(store.held(set()).values()), streams * planned[0], streams * planned[1]
     return list(_timed(ATTENTION, calls, read, context, batch, steps, device, tick, known))
 
 

@@ -51,7 +51,7 @@ class CurDKV(ScoredPolicy):
         """[b, H, n] of x [b, H, n, D]: |x|^2 as a share of its window."""
         n = x.shape[2]
         squares = F.pad(x.float().square().sum(-1), (0, -n % self.local)).unflatten(2, (-1, self.local))
-        shares = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        shares: Tensor = squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return shares.flatten(2)[..., :n]
 
 

@@ -76,8 +76,9 @@ class Call(NamedTuple):
         mask, asked = self.mask, {name: x for name, x in self.kwargs.items() if name in CHOICES and x is not None}
         kwargs = {name: x for name, x in self.kwargs.items() if name not in CHOICES}
         if asked:
-            if (mask is None and self.causal) or (mask is not None and mask.dim() == 2):
+            if (mask is None and self.causal) or (isinstance(mask, Tensor) and mask.dim() == 2):
                 mask = chunk_mask(self.name, self.query, length, mask, whole=True)
+            assert mask is None or isinstance(mask, Tensor)
             mask = choose(self.module, mask, self.query, length, asked)
         return self._replace(mask=mask, kwargs=kwargs)
 

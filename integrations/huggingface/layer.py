@@ -171,6 +171,10 @@ class CompressedLayer(HeldLayer):
         source = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
         return without_gradient(held[0], source), without_gradient(held[1], source)
 
+    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Attention of a later layer over a chunk and what is held; None: there is no way of its own."""
+        return None
+
     def _notice(self, adapters: tuple[tuple[str, ...], ...], past: int) -> None:
         """Warn where a chunk comes through other adapters than those before it."""
         if past and self.adapters not in (None, adapters):
@@ -199,8 +203,8 @@ class CompressedLayer(HeldLayer):
             if store.history.length == 0:
                 last = causal(n, query.device)[None, :, -asked:] if call.mask is None and asked < n else call.mask
                 return call._replace(mask=last).dense(keys, values)
-            if self.is_sliding:
-                return self.lend_chunk(call, keys, values)
+            if (lent := self.lend_chunk(call, keys, values)) is not None:
+                return lent
             visible = read_mask(call.mask, store.history.length, n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]

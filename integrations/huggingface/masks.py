@@ -92,7 +92,7 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
     if allowed.dim() == 2:
         valid = allowed[:, past:].clone()  # no view: what is remembered must not keep the mask alive
         visible, earlier = causal(n, allowed.device) & valid[:, None], allowed[:, :past]
-        shown = earlier.clone()
+        shown: Tensor | None = earlier.clone()
         seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), shown, shown)
     elif allowed.shape[1] == 1:
         rows = allowed[:, 0]  # [B, n, past + n]

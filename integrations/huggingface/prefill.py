@@ -59,7 +59,8 @@ class SharedLayer(HandleLayer):
         return result
 
     def dense(self, which: int) -> Tensor:
-        return self.members[0].dense(which)
+        decoded: Tensor = self.members[0].dense(which)
+        return decoded
 
 
 class SharedLatents(LatentHandles, SharedLayer):
@@ -67,7 +68,7 @@ class SharedLatents(LatentHandles, SharedLayer):
 
     def take(self, keys: Tensor, values: Tensor) -> None:
         for member in self.members:
-            (member.hold if self.latent else member.update)(keys, values)  # type: ignore[attr-defined]
+            (member.hold if self.latent else member.update)(keys, values)
 
 
 class Prefilled(NamedTuple):

@@ -174,7 +174,8 @@ def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name
             rank, rotary = own.kv_lora_rank, own.qk_rope_head_dim if _of(config, "no_rope_layers", i) != 0 else 0
             expanded = own.qk_nope_head_dim + own.qk_rope_head_dim + own.v_head_dim
             lent = _source(config, i) if _of(config, "kv_sharing_modes", i) == "reuse_but_indexer" else None
-            cached, heads = (1, rank, rotary) if lent is None else (0, 0, 0), own.num_attention_heads
+            cached: tuple[int, int, int] = (1, rank, rotary) if lent is None else (0, 0, 0)
+            heads = own.num_attention_heads
             more = {"kind": kind, "source": lent, "latent": True, **_indexer(kind, own, config, i)}
             found.append(LayerShape(*cached, heads, expanded, rank + rotary + rank, **more))
         elif kind in (LayerKind.FULL, LayerKind.SLIDING, LayerKind.CHUNKED, LayerKind.INDEXED):

@@ -25,7 +25,7 @@ BLOCKED_ROWS = 16  # from more queries of a stream on, all sides are read in blo
 TILE = 16  # tokens that share scales come in multiples of it
 # Structures of the C kernel, as one row of numbers each; 0 for a pointer that is NULL.
 _NO_SOURCE = (0,) * SOURCE
-_NO_MAP = (0,) * 7
+_NO_MAP: tuple[int, ...] = (0,) * 7
 _PROBLEM = Struct(f"{2 * SOURCE + 2 * len(_NO_MAP) + 15}q2fi4x")
 
 

@@ -127,7 +127,8 @@ class Described:
         if offset not in self._rows:
             self._rows[offset] = _Row(offset, stride, stride, self.words)
             self.words += -(-stride // 4)
-        return self._rows[offset].at
+        first: int = self._rows[offset].at
+        return first
 
     def _grid(self, scale: int, groups: int, at: PlacedSegment) -> int:
         """The first of a segment's scales among those of the side; zeros follow them."""

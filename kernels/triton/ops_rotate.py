@@ -71,7 +71,8 @@ def rotate_constants(k_dim: int, n_dim: int, rows: int, mean: bool, adds: bool) 
 
 
 def _tile(channels: int) -> int:
-    return min(max(triton.next_power_of_2(channels), NARROWEST), ROTATED)
+    size: int = min(max(triton.next_power_of_2(channels), NARROWEST), ROTATED)
+    return size
 
 
 def rotated(queries: Tensor, basis: ReadBasis) -> tuple[Tensor, Tensor | None]:
