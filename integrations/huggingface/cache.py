@@ -171,7 +171,8 @@ class CompressedCache(IndexerPositions, CheckedRows):
             if found:
                 raise KvcompError(f"{asked}): the cache is of another model: {', '.join(found)}")
             if dense := dense_windows(saved):  # of versions that left layers with a window to transformers
-                cache.layers = layers_of(cache.stack, cache._config(), cache._max_tokens, preallocate, dense)
+                config = cache._check(model_or_config)
+                cache.layers = layers_of(cache.stack, config, cache._max_tokens, preallocate, dense)
             check_kinds(cache.layers, saved)
             on = usable_device(f"{asked}, device={device!r})", model_or_config, device)
             restore_layers(cache.layers, file.saved(), on)

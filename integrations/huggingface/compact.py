@@ -90,7 +90,7 @@ def _questions(cache: Any, model: Any, ids: Tensor, tokenizer: Any) -> list[_Rec
             layer.max_tokens = None
         if _compacts(layer):
             asked.append(_Recorder(layer.attention))
-            layer.attention = asked[-1]  # type: ignore[method-assign]
+            layer.attention = asked[-1]
     request = tokenizer(REQUEST, add_special_tokens=False, return_tensors="pt").input_ids
     request = torch.as_tensor(request, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
     model(input_ids=torch.cat([request, ids], 1), **with_cache(model, fork), use_cache=True, logits_to_keep=1)

@@ -199,8 +199,8 @@ class CompressedLayer(HeldLayer):
             if store.history.length == 0:
                 last = causal(n, query.device)[None, :, -asked:] if call.mask is None and asked < n else call.mask
                 return call._replace(mask=last).dense(keys, values)
-            if self.is_sliding:
-                return self.lend_chunk(call, keys, values)
+            if (answer := self.lend_chunk(call, keys, values)) is not None:
+                return answer
             visible = read_mask(call.mask, store.history.length, n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
@@ -209,6 +209,10 @@ class CompressedLayer(HeldLayer):
         store.reads = reads + store.reads
         store.dense_read += dense
         return answered(part, call), None
+
+    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Attention of a later layer over a chunk and what came before it, where that is the model's own; None: not."""
+        return None
 
     def _follow(self, call: Call, seen: Seen | None, valid: Tensor | None, past: int) -> None:
         """Check that the mask and the positions of new tokens go on from the `past` columns that are held."""

@@ -37,7 +37,8 @@ class SharedLayer(HandleLayer):
     def __init__(self, layers: Sequence[Any], watches: Sequence[Stopwatch]) -> None:
         super().__init__()
         pairs = [pair for pair in zip(layers, watches, strict=True) if isinstance(pair[0], CompressedLayer)]
-        self.members, self.watches = [layer for layer, _ in pairs], [watch for _, watch in pairs]
+        self.members: list[Any] = [layer for layer, _ in pairs]
+        self.watches = [watch for _, watch in pairs]
         self.library = next((deepcopy(layer) for layer in layers if not isinstance(layer, CompressedLayer)), None)
         self.is_sliding = self.members[0].is_sliding
 
@@ -59,7 +60,8 @@ class SharedLayer(HandleLayer):
         return result
 
     def dense(self, which: int) -> Tensor:
-        return self.members[0].dense(which)
+        dense: Tensor = self.members[0].dense(which)
+        return dense
 
 
 class SharedLatents(LatentHandles, SharedLayer):
@@ -67,7 +69,7 @@ class SharedLatents(LatentHandles, SharedLayer):
 
     def take(self, keys: Tensor, values: Tensor) -> None:
         for member in self.members:
-            (member.hold if self.latent else member.update)(keys, values)  # type: ignore[attr-defined]
+            (member.hold if self.latent else member.update)(keys, values)
 
 
 class Prefilled(NamedTuple):
