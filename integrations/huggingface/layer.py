@@ -171,10 +171,6 @@ class CompressedLayer(HeldLayer):
         source = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
         return without_gradient(held[0], source), without_gradient(held[1], source)
 
-    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """Attention of a later layer over a chunk and what is held; None: there is no way of its own."""
-        return None
-
     def _notice(self, adapters: tuple[tuple[str, ...], ...], past: int) -> None:
         """Warn where a chunk comes through other adapters than those before it."""
         if past and self.adapters not in (None, adapters):
@@ -213,6 +209,10 @@ class CompressedLayer(HeldLayer):
         store.reads = reads + store.reads
         store.dense_read += dense
         return answered(part, call), None
+
+    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Attention of a later layer over a chunk and what came before it, where that is the model's own; None: not."""
+        return None
 
     def _follow(self, call: Call, seen: Seen | None, valid: Tensor | None, past: int) -> None:
         """Check that the mask and the positions of new tokens go on from the `past` columns that are held."""

@@ -92,8 +92,8 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
     if allowed.dim() == 2:
         valid = allowed[:, past:].clone()  # no view: what is remembered must not keep the mask alive
         visible, earlier = causal(n, allowed.device) & valid[:, None], allowed[:, :past]
-        shown: Tensor | None = earlier.clone()
-        seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), shown, shown)
+        every = earlier.clone()
+        seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), every, every)
     elif allowed.shape[1] == 1:
         rows = allowed[:, 0]  # [B, n, past + n]
         earlier, last = rows[:, :, :past], rows[:, -1, :past]

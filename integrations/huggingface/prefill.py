@@ -37,7 +37,8 @@ class SharedLayer(HandleLayer):
     def __init__(self, layers: Sequence[Any], watches: Sequence[Stopwatch]) -> None:
         super().__init__()
         pairs = [pair for pair in zip(layers, watches, strict=True) if isinstance(pair[0], CompressedLayer)]
-        self.members, self.watches = [layer for layer, _ in pairs], [watch for _, watch in pairs]
+        self.members: list[Any] = [layer for layer, _ in pairs]
+        self.watches = [watch for _, watch in pairs]
         self.library = next((deepcopy(layer) for layer in layers if not isinstance(layer, CompressedLayer)), None)
         self.is_sliding = self.members[0].is_sliding
 
@@ -59,8 +60,8 @@ class SharedLayer(HandleLayer):
         return result
 
     def dense(self, which: int) -> Tensor:
-        decoded: Tensor = self.members[0].dense(which)
-        return decoded
+        dense: Tensor = self.members[0].dense(which)
+        return dense
 
 
 class SharedLatents(LatentHandles, SharedLayer):

@@ -166,8 +166,8 @@ def _layers(config: PreTrainedConfig, dtype: torch.dtype, model: nn.Module, name
                 found.append(LayerShape(kind=kind))
             else:
                 given = found[source]
-                widths_of = given.prefill_width, given.decode_width, given.window
-                found.append(LayerShape(0, 0, 0, own.num_attention_heads, *widths_of, kind=kind, source=source))
+                lent_of = given.prefill_width, given.decode_width, given.window
+                found.append(LayerShape(0, 0, 0, own.num_attention_heads, *lent_of, kind=kind, source=source))
         elif of_type == "linear_attention" and getattr(own, "linear_num_value_heads", None):
             found.append(LayerShape(state=_state_bytes(own, dtype.itemsize), kind=kind))
         elif kind in (LayerKind.LATENT, LayerKind.INDEXED) and getattr(own, "kv_lora_rank", None):
