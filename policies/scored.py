@@ -17,7 +17,7 @@ LAYERS = ("uniform", "pyramid")
 HEADS = ("own", "common", "adaptive")
 ROUND = 512  # tokens of a prompt from which a policy chooses at least, after its first chunk
 SHORT = 64  # tokens that may all stay after others of their prompt, where there is a budget: a question, say
-TURN = 256  # tokens of a later turn that all stay, whatever the share: a question about what was compressed
+TURN = 128  # tokens of a later turn that all stay, whatever the share: a question about what was compressed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ScoredPolicy(Policy):
 
     A prompt that comes in chunks is chosen from in rounds: the first chunk, then `gathers` tokens or more. Each keeps
     its share, or the part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds
-    the budget leaves in whole pages. A later turn of at most 256 tokens stays whole.
+    the budget leaves in whole pages. Of a share, a later turn of at most 128 tokens stays whole.
     """
 
     scores_within: ClassVar[tuple[float, float]] = (-1e30, 1e30)  # what `scores` are at least and at most
@@ -196,7 +196,7 @@ class ScoredPolicy(Policy):
             self.kept(tokens, chunk.sinks, chunk.recent, chunk.layer, chunk.layers)
             for tokens in (n, chunk.before, chunk.before + n)
         )
-        if not chunk.before and chunk.past and n <= TURN:
+        if self.keep is not None and not chunk.before and chunk.past and n <= TURN:
             return n
         if not chunk.before or self.threshold is not None:
             return own

@@ -58,7 +58,7 @@ class Basis:
 
     @property
     def read_matrix(self) -> Tensor | None:
-        """What queries are multiplied with; None: the identity."""
+        """What queries are multiplied with, [D, R] or [n, D, R]; None: the identity."""
         return self.matrix if self.dual is None else self.dual
 
     @property

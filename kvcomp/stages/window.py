@@ -36,6 +36,7 @@ class Window(Stage):
         "recent_size": "recent",  # StreamingLLM, as start_size
         "start_size": "sinks",
         "n_sink": "sinks",
+        "nbits": "bits",
     }
 
     sinks: int = arg(0, "first tokens kept in full precision")

@@ -184,7 +184,7 @@ def test_a_short_turn_stays_whole(name: str) -> None:
     """A question about what was compressed; a long turn is compressed like a prompt."""
     given_ = "keep=0.25" + (", window=16" if "window" in fields(name) else "")
     (policy,) = Stack.parse(f"{name}({given_})").policies
-    for n, all_stay in ((1, True), (60, True), (256, True), (257, False)):
+    for n, all_stay in ((1, True), (60, True), (128, True), (129, False)):
         kept = policy.select(replace(chunk(n, sinks=0, recent=0), past=500))
         assert bool(kept.all()) is all_stay
 
