@@ -96,7 +96,8 @@ class Described:
         else:
             kind, (format, size) = FLOATS[segment.format], SCALES[segment.scale_format]
             if segment.format == "e2m1":
-                places["codebook"] = self._codebook(torch.tensor(E2M1 + tuple(-x for x in E2M1)), at.bits)
+                both = torch.tensor(E2M1 + tuple(-x for x in E2M1), dtype=torch.float32, device="cpu")
+                places["codebook"] = self._codebook(both, at.bits)
         groups = -(-at.channels // at.channel_group)
         places |= {"scale_stride": groups * size, "page_scale": at.page_scale, "scale_format": format}
         for first, n in _blocks(at.channels, at.channel_group):
