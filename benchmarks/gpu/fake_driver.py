@@ -100,12 +100,16 @@ def install() -> None:
 def calls(spec: str) -> dict[str, Callable[[], Any]]:
     """An attention call, and a decode step of a layer with its append, over `TOKENS` tokens of Qwen3-8B's geometry."""
     store = LayerStore(Stack.parse(spec).plan(4, 36))
-    k, v = (torch.randn(1, HEADS, TOKENS, DIM, dtype=torch.bfloat16) for _ in range(2))
-    seen = torch.randn(1, HEADS * GROUP, TOKENS, DIM, dtype=torch.bfloat16) if store.plan.needs_queries else None
+    k, v = (torch.randn(1, HEADS, TOKENS, DIM, dtype=torch.bfloat16, device="cpu") for _ in range(2))
+    seen = (
+        torch.randn(1, HEADS * GROUP, TOKENS, DIM, dtype=torch.bfloat16, device="cpu")
+        if store.plan.needs_queries
+        else None
+    )
     store.start(k, v)
     store.write(k, v, None, seen, 0.1)
     store.end_prompt()
-    q = torch.randn(HEADS, GROUP, DIM, dtype=torch.bfloat16)
+    q = torch.randn(HEADS, GROUP, DIM, dtype=torch.bfloat16, device="cpu")
     storage = store.storage
     records, tokens = storage.records, storage.view().tokens
     what = storage.pool.data, *storage.table.held(), records.layout, records.codec

@@ -116,7 +116,7 @@ def _of_streams(choice: Choice, heads: int) -> Choice:
 def _places(shown: Tensor) -> tuple[Tensor, Tensor]:
     """Where bool [B, N] is True: int64 [B, k], then N, and how many there are [B]."""
     counts, (row, place) = shown.sum(-1), shown.nonzero(as_tuple=True)
-    places = torch.full((len(shown), int(counts.max())), shown.shape[1], device=shown.device)
+    places = shown.new_full((len(shown), int(counts.max())), shown.shape[1], dtype=torch.int64)
     places[row, torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]] = place
     return places, counts
 

@@ -6,7 +6,6 @@ are fewer than those, unless padding came between them: see `shows`.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .content import LayerContent
@@ -55,7 +54,7 @@ def leave(content: LayerContent) -> None:
     gone = by_stream(content, outside(content, plan.sliding - 1))
     if isinstance(gone, int) and gone // plan.page_size <= table.fewest_left:
         return
-    amount = (torch.as_tensor(gone) // plan.page_size - table.left).clamp(min=0).minimum(table.counts)
+    amount = (gone // plan.page_size - table.left).clamp(min=0).minimum(table.counts)
     if bool(amount.any()):
         table.drop_oldest(amount)
         content.pool.reclaim()
