@@ -172,7 +172,7 @@ class CompressedCache(IndexerPositions, CheckedRows):
                 raise KvcompError(f"{asked}): the cache is of another model: {', '.join(found)}")
             if dense := dense_windows(saved):  # of versions that left layers with a window to transformers
                 config = cache._config()
-                assert config is not None  # of the model that was handed in
+                assert config is not None  # of the model that was given
                 cache.layers = layers_of(cache.stack, config, cache._max_tokens, preallocate, dense)
             check_kinds(cache.layers, saved)
             on = usable_device(f"{asked}, device={device!r})", model_or_config, device)
