@@ -94,8 +94,8 @@ def attention(
     """
     torch.manual_seed(0)
     shape = (batch, geometry.heads, context)
-    k = torch.randn(*shape, geometry.k_dim, dtype=dtype, device=device)
-    v = k[..., : geometry.v_dim] if geometry.latent else torch.randn(*shape, geometry.v_dim, dtype=dtype, device=device)
+    k = _drawn(*shape, geometry.k_dim, dtype=dtype, device=device)
+    v = k[..., : geometry.v_dim] if geometry.latent else _drawn(*shape, geometry.v_dim, dtype=dtype, device=device)
     query = torch.randn(batch, geometry.query_heads, 1, geometry.k_dim, dtype=dtype, device=device)
     scale = geometry.k_dim**-0.5
 
@@ -136,6 +136,12 @@ def attention(
         streams = batch * geometry.heads
         known[str(stack)] = sum(store.held(set()).values()), streams * planned[0], streams * planned[1]
     return list(_timed(ATTENTION, calls, read, context, batch, steps, device, tick, known))
+
+
+def _drawn(rows: int, heads: int, n: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers about a mean of each channel: those about 0 would average to next to nothing over many tokens."""
+    x = torch.randn(rows, heads, n, dim, dtype=dtype, device=device)
+    return x.add_(torch.randn(1, heads, 1, dim, dtype=dtype, device=device))
 
 
 def _checked(store: LayerStore, query: Tensor, scale: float) -> Callable[[], Any] | str:
