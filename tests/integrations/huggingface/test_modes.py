@@ -76,7 +76,7 @@ def test_inference_mode_may_come_and_go(name: str, stack: str, order: tuple[str,
         ours = steps(model, CompressedCache(stack, model), [a, b, a, b], given)
         theirs = steps(model, CompressedCache(stack, model), [torch.no_grad] * 4, given)
         for x, y in zip(ours, theirs, strict=True):
-            if name == "deepseek" and "none" in order:  # with gradients its latents are expanded: other sums
+            if name.startswith("deepseek") and "none" in order:  # with gradients latents are expanded: other sums
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
             else:
                 assert torch.equal(x, y)
