@@ -73,7 +73,6 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
     }
     results = Results(out, config)
     _require_same_files(results, stacks)
-    write_text(out / "config.yaml", yaml.safe_dump(as_options(settings), sort_keys=False, width=200))
     done = {record.key for record in results.records}
     missing = _missing(settings, stacks, results)
     if missing:
@@ -88,6 +87,7 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
     if missing:
         measure = _measure if settings.engine == HUGGING_FACE else _measure_by_stack
         measure(settings, missing, results, console)
+    write_text(out / "config.yaml", yaml.safe_dump(as_options(settings), sort_keys=False, width=200))
     return publish([Run(out, results.config, results.records)], out)
 
 

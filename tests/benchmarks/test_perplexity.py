@@ -173,6 +173,7 @@ def test_a_run_keeps_perplexity_apart_from_accuracy(folder: Path, tmp_path: Path
     assert texts.lines == []
     assert {file.name for file in (tmp_path / "texts").iterdir()} == {
         "config.json",
+        "config.yaml",
         "samples.jsonl",
         "perplexity.csv",
         "report.html",
