@@ -74,6 +74,11 @@ class Compiled:
         return self._usage["STACK"] + self._usage["LOCAL"]
 
     @property
+    def spilled_in_loops(self) -> int:
+        """Instructions of loops that move a register to local memory or back."""
+        return sum(text.startswith(("LDL", "STL")) for loop in self.loops for text in loop)
+
+    @property
     def programs(self) -> int:
         """That fit a processor."""
         threads = 32 * self.warps

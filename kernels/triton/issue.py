@@ -38,7 +38,7 @@ CAPABILITY = 90
 @dataclass(frozen=True)
 class Issue:
     """The decode kernel's loop over pages. instructions: of a warp and tile of `tile` tokens; share: of a copy's
-    bandwidth that issue allows; the most frequent operations in `mix`."""
+    bandwidth that issue allows; spilled: instructions of the loops that spill registers; the most frequent in `mix`."""
 
     stack: str
     dim: int
@@ -104,7 +104,8 @@ def issue(spec: str, dim: int = 128, rows: int = 16) -> Issue:
     moved = each * described.tile
     share = PROCESSORS * CLOCK * SCHEDULERS * moved / (len(loop) * made.warps) / COPY
     sizes = described.page_size, described.tile, moved, len(loop), made.warps, share
-    return Issue(*(spec, dim, rows, *sizes, made.registers, made.spilled, made.programs), dict(mix.most_common(12)))
+    fit = made.registers, made.spilled_in_loops, made.programs
+    return Issue(*(spec, dim, rows, *sizes, *fit), dict(mix.most_common(12)))
 
 
 def every(specs: list[str], dims: list[int], rows: list[int]) -> Iterator[Issue]:

@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import interpreted
 import pytest
 import torch
 
@@ -17,15 +18,8 @@ from kvcomp.kernels import backends, dispatch, triton_backend
 from kvcomp.stages import PageShape
 
 TESTS = [
-    ("test_triton_kernels.py", "reference"),
-    ("test_triton_kernels.py", "not reference"),
-    ("test_triton_records.py", ""),
-    ("test_triton_tokens.py", ""),
-    ("test_triton_parts.py", ""),
-    ("test_triton_decode.py", ""),
-    ("test_triton_many.py", ""),
-    ("test_triton_latents.py", ""),
-    ("test_triton_steps.py", ""),
+    *(("test_triton_kernels.py", which) for which in ("reference", "not reference")),
+    *((file, "") for file in interpreted.FILES if file != "test_triton_kernels.py"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,8 +24,6 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOST = torch.device("cpu")
-if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("test_triton.py runs these with TRITON_INTERPRET=1", allow_module_level=True)
 
 from kvcomp.kernels import triton as kernels  # noqa: E402
 from kvcomp.kernels.triton import pieces  # noqa: E402

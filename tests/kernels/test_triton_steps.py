@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,10 +18,14 @@ from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.reader import Read
 from kvcomp.kernels import backends, dispatch
 from kvcomp.kernels.reference import select as reference
-from kvcomp.kernels.triton import ops_rotate
 from kvcomp.kernels.triton_backend import Triton
 from kvcomp.ledger import ReadPlan
 from kvcomp.quantizers.basis import Basis
+
+if find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from kvcomp.kernels.triton import ops_rotate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = Triton(anywhere=True)

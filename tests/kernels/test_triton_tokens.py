@@ -3,7 +3,6 @@ host. Run as test_triton_kernels.py is."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -27,8 +26,6 @@ from kvcomp.stages import PageShape, Summaries
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("test_triton.py runs these with TRITON_INTERPRET=1", allow_module_level=True)
 
 from kvcomp.kernels import triton as kernels  # noqa: E402
 from kvcomp.kernels.triton import ops, ops_records, ops_scores, plan  # noqa: E402
