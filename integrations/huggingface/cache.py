@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from copy import copy, deepcopy
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from kvcomp.cache.saving import FilePath
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.files import named
 from kvcomp.ledger import Memory, Traffic
-from kvcomp.modes import normal_tensors, outside_inference
+from kvcomp.modes import outside_inference
 from kvcomp.stages.stack import Stack, StackLike
 from kvcomp.text import quote
 
@@ -28,7 +27,6 @@ from .accounting import compressed, library, memory_of, report, traffic
 from .arguments import CheckedRows, is_count
 from .build import layers_of
 from .compact import Compaction, compact
-from .contents import Contents
 from .fingerprint import fingerprint
 from .hook import base_name, hook
 from .indexed import IndexerPositions
@@ -45,10 +43,11 @@ from .saving import (
     restore_layers,
     usable_device,
 )
+from .surface import Surface
 from .watch import reuse, turns_of, unwatch, watch
 
 
-class CompressedCache(IndexerPositions, CheckedRows):
+class CompressedCache(Surface, IndexerPositions, CheckedRows):
     """A stack as the cache of any decoder model whose attention goes through transformers' attention interface.
 
     Hand it to a forward or to `generate` as `cache=`, or before transformers 5.24 as `past_key_values=`.
@@ -251,42 +250,10 @@ class CompressedCache(IndexerPositions, CheckedRows):
 
     _compressed, _library, _turns = compressed, library, turns_of
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Per layer, as of DynamicCache: all keys and values as tensors, and the sliding window where it has one."""
-        for layer in self.layers:
-            both = getattr(layer, "keys", None), getattr(layer, "values", None)
-            keys, values = (x.dense() if isinstance(x, Contents) else x for x in both)
-            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
-
-    @property
-    def max_cache_len(self) -> int:
-        """Only static caches have it; PEFT asks for it where it is about to put a cache of its own in place."""
-        raise _NoAttribute(
-            "max_cache_len: PEFT's prefix tuning replaces an empty past_key_values by its own cache, so nothing "
-            "would be compressed: generate without past_key_values, or use LoRA or prompt tuning"
-        )
-
     def __repr__(self) -> str:
         rows, ours = max(self.batch_size, 0), len(self._compressed())
         size = f"{rows} x {int(self.get_query_offset())} tokens" if rows else "empty"
         return f"<CompressedCache {self.stack}: {size}, {ours} of {len(self.layers)} layers compressed>"
-
-    def __copy__(self) -> CompressedCache:
-        twin = type(self).__new__(type(self))
-        vars(twin).update(vars(self))
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
-        memo[id(self)] = twin = type(self).__new__(type(self))
-        with normal_tensors():
-            vars(twin).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise KvcompError(
-            "a CompressedCache cannot be pickled, as it belongs to a model: use cache.save(path) and "
-            "CompressedCache.load(path, model)"
-        )
 
     def memory(self) -> Memory:
         """Bytes held, dense equivalent, effective bits and breakdown of the whole cache as it is now.
@@ -306,7 +273,3 @@ class CompressedCache(IndexerPositions, CheckedRows):
     def report(self) -> str:
         """The figures of `memory` and `traffic` as a few lines of text."""
         return report(self, self.stack, self._config())
-
-
-class _NoAttribute(UnsupportedError, AttributeError):
-    """An attribute that is missing for a reason."""

@@ -13,8 +13,8 @@ from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
 
-from .followed import LatentHandles
 from .handles import Call, Handle
+from .latent_handles import LatentHandles
 from .layer import CompressedLayer
 from .masks import read_mask
 

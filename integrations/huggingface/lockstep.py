@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import CompressedCache
-from .followed import LatentHandles
 from .handles import Call, HandleLayer
 from .latent import LatentLayer
+from .latent_handles import LatentHandles
 from .layer import CompressedLayer
 from .masks import dense_mask
 from .sliding import SlidingLayer

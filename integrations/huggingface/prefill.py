@@ -19,10 +19,10 @@ from kvcomp.text import quote
 
 from .arguments import is_count, token_ids
 from .cache import CompressedCache
-from .followed import LatentHandles
 from .forward import with_cache
 from .handles import Call, HandleLayer
 from .latent import LatentLayer
+from .latent_handles import LatentHandles
 from .layer import CompressedLayer
 from .reconstruct import RepeatLatents, RepeatLayer, received
 from .timing import Stopwatch, clock

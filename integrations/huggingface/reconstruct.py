@@ -15,9 +15,9 @@ from kvcomp.attention import Part, attend_after
 from kvcomp.errors import UnsupportedError
 from kvcomp.policies.kvzip import most_received
 
-from .followed import LatentHandles
 from .forward import with_cache
 from .handles import Call, HandleLayer
+from .latent_handles import LatentHandles
 from .layer import answered
 from .masks import chunk_mask
 

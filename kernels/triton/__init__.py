@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from kvcomp.layout import PageLayout
 from kvcomp.segments import KVLayout, alone, memo
 
 from . import chunks, ops, ops_records, ops_rotate, ops_scores, pieces
-from .memory import floats, integers, records, rows_of
-from .plan import MOST_ROWS, PROGRAMS, processors, split_pages
+from .memory import floats, integers, pages_of, records, rows_of
+from .plan import PROGRAMS, processors, split_pages
 
 
 class Prepared(NamedTuple):
@@ -225,7 +225,7 @@ def vector_dots(
     shapes = {f.name: f.shape for f in layout.fields}
     *each, dim = shapes[next(iter(queries))]
     streams, rows, _ = next(iter(queries.values())).shape
-    ids, counts = _pages(pool, ids, counts, layout, streams, rows)
+    ids, counts = pages_of(pool, ids, counts, layout, streams, rows)
     coded = scale is not None and scale in shapes
     at, run = (layout.offsets[scale], dim // shapes[scale][-1]) if scale is not None and coded else (NOTHING, 1)
     stacked = torch.stack(
@@ -246,7 +246,7 @@ def code_dots(
     """
     codes = next(f.shape[0] for f in layout.fields if f.name == field)
     x = floats("queries", queries, pool.device, (*queries.shape[:2], codes * 8 // bits), exact=True)
-    ids, counts = _pages(pool, ids, counts, layout, *x.shape[:2])
+    ids, counts = pages_of(pool, ids, counts, layout, *x.shape[:2])
     dots: Tensor = ops_scores.code_dots(x, pool, ids, counts, layout.offsets[field], bits, layout.page_size)
     return dots
 
@@ -256,26 +256,11 @@ def regroup(layout: PageLayout, pool: Tensor, ids: Tensor, tokens: Tensor) -> Te
     tokens = integers("tokens", tokens, pool.device, 2).to(torch.int64)
     if tokens.shape[1] % layout.page_size:
         raise KvcompError(f"{tokens.shape[1]} tokens of a stream do not fill pages of {layout.page_size}")
-    ids, _ = _pages(pool, ids, None, layout, len(tokens))
+    ids, _ = pages_of(pool, ids, None, layout, len(tokens))
     fields, size, _, body = ops_records.regrouped(layout)
     flat = [x for field in fields for x in field]
     records: Tensor = ops_records.regroup(pool, ids, tokens.contiguous(), flat, size, pool.shape[1], body)
     return records
-
-
-def _pages(
-    pool: Tensor, ids: Tensor, counts: Tensor | None, layout: PageLayout, streams: int, rows: int = 1
-) -> tuple[Tensor, Any]:
-    """Ids [S, n] and counts [S] of so many streams, of `rows` queries each, in a pool that is contiguous."""
-    records(pool, layout.bytes_per_page if counts is not None else layout.body_bytes)
-    if not pool.is_contiguous() or rows > MOST_ROWS:
-        raise KvcompError(
-            f"pool of strides {pool.stride()}, {rows} queries: expected contiguous pages, {MOST_ROWS} at most"
-        )
-    ids = integers("ids", ids, pool.device, 2)
-    if len(ids) != streams:
-        raise KvcompError(f"ids are of {len(ids)} streams, and queries or tokens of {streams}")
-    return ids, None if counts is None else integers("counts", counts, pool.device, (streams,)).contiguous()
 
 
 def attention_received(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kvcomp.errors import KvcompError
-from kvcomp.layout import ALIGN
+from kvcomp.layout import ALIGN, PageLayout
+
+from .plan import MOST_ROWS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32)
@@ -65,3 +69,18 @@ def _check(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...] | 
 
 def _told(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def pages_of(
+    pool: Tensor, ids: Tensor, counts: Tensor | None, layout: PageLayout, streams: int, rows: int = 1
+) -> tuple[Tensor, Any]:
+    """Ids [S, n] and counts [S] of so many streams, of `rows` queries each, in a pool that is contiguous."""
+    records(pool, layout.bytes_per_page if counts is not None else layout.body_bytes)
+    if not pool.is_contiguous() or rows > MOST_ROWS:
+        raise KvcompError(
+            f"pool of strides {pool.stride()}, {rows} queries: expected contiguous pages, {MOST_ROWS} at most"
+        )
+    ids = integers("ids", ids, pool.device, 2)
+    if len(ids) != streams:
+        raise KvcompError(f"ids are of {len(ids)} streams, and queries or tokens of {streams}")
+    return ids, None if counts is None else integers("counts", counts, pool.device, (streams,)).contiguous()

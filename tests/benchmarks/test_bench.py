@@ -14,7 +14,8 @@ import tiny_folder
 from rich.console import Console
 
 from kvcomp import CompressedCache, Stack
-from kvcomp.benchmarks.bench import answer, run
+from kvcomp.benchmarks.answering import answer
+from kvcomp.benchmarks.bench import run
 from kvcomp.benchmarks.decoding import TIMED
 from kvcomp.benchmarks.results import Record, Results, RunError
 from kvcomp.benchmarks.ruler import TASKS, generate

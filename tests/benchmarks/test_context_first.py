@@ -10,7 +10,7 @@ import tiny_folder
 from command import refused, run
 
 from kvcomp import Stack
-from kvcomp.benchmarks.bench import answer, context_tokens
+from kvcomp.benchmarks.answering import answer, context_tokens
 from kvcomp.benchmarks.longbench.datasets import DATASETS
 from kvcomp.benchmarks.longbench.items import _item, _item_v2
 from kvcomp.benchmarks.longbench.tasks import _asked

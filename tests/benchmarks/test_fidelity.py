@@ -14,7 +14,8 @@ from rich.console import Console
 
 from kvcomp import Stack
 from kvcomp.benchmarks import decoding, divergence
-from kvcomp.benchmarks.bench import answer, run
+from kvcomp.benchmarks.answering import answer
+from kvcomp.benchmarks.bench import run
 from kvcomp.benchmarks.fidelity import TASKS
 from kvcomp.benchmarks.results import FIDELITY, Record, Run, RunError, read_run
 from kvcomp.benchmarks.settings import Settings

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from kvcomp import Stack
 from kvcomp.benchmarks import longbench, ruler
-from kvcomp.benchmarks.bench import answer
+from kvcomp.benchmarks.answering import answer
 from kvcomp.benchmarks.lm_eval import tasks as lm_eval_tasks
 from kvcomp.benchmarks.ruler import generate
 from kvcomp.integrations.huggingface.models import load_model

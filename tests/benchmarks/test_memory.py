@@ -10,7 +10,7 @@ import torch
 
 from kvcomp import Stack
 from kvcomp.benchmarks import memory
-from kvcomp.benchmarks.bench import answer
+from kvcomp.benchmarks.answering import answer
 from kvcomp.benchmarks.ruler import generate
 from kvcomp.integrations.huggingface.models import load_model
 from kvcomp.ledger import MIB

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from kvcomp import Stack
 from kvcomp.benchmarks import data, decoding, likelihood
-from kvcomp.benchmarks.bench import answer, run
+from kvcomp.benchmarks.answering import answer
+from kvcomp.benchmarks.bench import run
 from kvcomp.benchmarks.perplexity import TASKS
 from kvcomp.benchmarks.results import NLL, Record, Run, read_run
 from kvcomp.benchmarks.samples import TaskError
