@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from kvcomp import Stack
 from kvcomp.benchmarks.answering import answer
 from kvcomp.benchmarks.compare import Comparison
 from kvcomp.benchmarks.machine import machine, versions
+from kvcomp.benchmarks.merging import adopt
 from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
 from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked, write_text
 from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, as_options
+from kvcomp.benchmarks.shards import Shard
 from kvcomp.benchmarks.tasks import find_task, origins
+from kvcomp.benchmarks.workers import Job, answers, require_workers
 from kvcomp.console import progress, waiting
+from kvcomp.fingerprint import Fingerprint
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
 from kvcomp.integrations.huggingface.models import load_model, on_disk
 from kvcomp.text import quote
@@ -35,10 +40,16 @@ SINCE = ("context_first",)  # settings that runs of older versions do not have: 
 APART = ("data", "engine", "named")  # settings that a configuration says elsewhere: in "data", "versions", "left_out"
 
 
-def run(settings: Settings, out: Path, console: Console, command: str) -> Comparison:
+def run(
+    settings: Settings, out: Path, console: Console, command: str, *, shard: Shard | None = None, workers: int = 1
+) -> Comparison:
     """Measure what `out` does not hold yet, and write `summary.csv` and `report.html` beside the samples.
 
-    A task of a group that does not fit a context is left out there, and said so.
+    A task of a group that does not fit a context is left out there, and said so. Answers of shards in `out` are taken
+    into the run.
+
+    shard: measure this part of the run alone, into its folder in `out`.
+    workers: processes that answer, each with the model.
 
     Raises:
         RunError: `out` holds another run or answers of another model, is being written by another process or cannot be
@@ -46,11 +57,15 @@ def run(settings: Settings, out: Path, console: Console, command: str) -> Compar
         TaskError: a task that was named does not fit a context.
     """
     require_libraries()
-    with locked(out):
-        return _run(settings, out, console, command)
+    require_workers(workers, settings.engine)
+    folder = out / shard.folder if shard else out
+    with locked(folder):
+        return _run(settings, folder, console, command, shard, workers)
 
 
-def _run(settings: Settings, out: Path, console: Console, command: str) -> Comparison:
+def _run(
+    settings: Settings, out: Path, console: Console, command: str, shard: Shard | None, workers: int
+) -> Comparison:
     stacks = [Stack.parse(stack) for stack in settings.stacks]
     config = {
         "command": command,
@@ -63,44 +78,60 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
         "versions": versions(settings.engine),
         "machine": machine(),
     }
+    if shard:
+        config["shard"] = str(shard)
     results = Results(out, config)
+    there = results.config.get("shard")
+    if there != config.get("shard"):
+        raise RunError(f"out: {quote(str(out))} holds shard {there} of a run: give its folder's, and --shard {there}.")
+    if not shard:
+        adopt(results)
     _require_same_files(results, stacks)
     done = {record.key for record in results.records}
-    missing = _missing(settings, stacks, results)
+    missing = _missing(settings, stacks, results, shard)
     if missing:
         require_positions(settings.model, settings.contexts)
-        found = misfits(settings, [place for place in missing if not _is_started(place, results)])
+        whole = _missing(settings, stacks, results)  # shards leave out the same tasks
+        found = misfits(settings, [place for place in whole if not _is_started(place, results)])
         results.note(left_out=[*results.config.get("left_out", []), *found])
-        missing = _missing(settings, stacks, results)
+        missing = _missing(settings, stacks, results, shard)
+    elif shard and not done:
+        raise RunError(f"shard: {shard} has nothing to answer: the run has fewer than {shard.number} samples.")
     for line in left_out(results.config):
         console.print(line, soft_wrap=True)
     if done:
         console.print(f"{out} already holds {len(done)} answers; they are kept.", soft_wrap=True)
     if missing:
-        measure = _measure if settings.engine == HUGGING_FACE else _measure_by_stack
-        measure(settings, missing, results, console)
+        _note_workers(results, workers)
+        if workers > 1:
+            _measure_together(settings, missing, results, console, workers)
+        else:
+            measure = _measure if settings.engine == HUGGING_FACE else _measure_by_stack
+            measure(settings, missing, results, console)
     write_text(out / "config.yaml", yaml.safe_dump(as_options(settings), sort_keys=False, width=200))
     return publish([Run(out, results.config, results.records)], out)
 
 
-def _missing(settings: Settings, stacks: Sequence[Stack], results: Results) -> Missing:
-    """The stacks that have not answered yet."""
+def _missing(settings: Settings, stacks: Sequence[Stack], results: Results, shard: Shard | None = None) -> Missing:
+    """The stacks that have not answered yet. shard: only its samples."""
     done = {record.key for record in results.records}
     absent = {(left["task"], left["context"]) for left in results.config.get("left_out", [])}
     counts = {task: find_task(task).count(settings.samples, settings.data) for task in settings.tasks}
-    return {
-        (task, context): wanted
-        for context in settings.contexts
-        for task in settings.tasks
-        if (task, context) not in absent
-        and (
-            wanted := {
-                index: todo
-                for index in range(counts[task])
-                if (todo := [s for s in stacks if (task, context, index, s.hash) not in done])
-            }
-        )
-    }
+    missing: Missing = {}
+    places = ((task, context) for context in settings.contexts for task in settings.tasks)
+    samples = ((*place, index) for place in places for index in range(counts[place[0]]))
+    for place, (task, context, index) in enumerate(samples):
+        todo = [stack for stack in stacks if (task, context, index, stack.hash) not in done]
+        if todo and (task, context) not in absent and (shard is None or shard.has(place)):
+            missing.setdefault((task, context), {})[index] = todo
+    return missing
+
+
+def _note_workers(results: Results, workers: int) -> None:
+    """Note how many processes measure a run at once, where it is not one alone all the time."""
+    before = results.config.get("workers", [1] if results.records else [])
+    if workers not in before and (before or workers > 1):
+        results.note(workers=[*before, workers])
 
 
 def _is_started(place: tuple[str, int], results: Results) -> bool:
@@ -136,21 +167,50 @@ def _measure(
             samples = task.generate(tokenizer, context, settings.samples, settings.seed, settings.data)
             for index, stacks in wanted.items():
                 shown.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
-                scores: dict[str, str] = {}
-                dense_s = own_s = 0.0
+                records = []
                 how = settings.max_new_tokens, settings.prefill_chunk, settings.context_first
                 for record in answer(model, tokenizer, samples[index], context, stacks, *how):
                     results.append(record)
-                    metric = record.metric
-                    scores[record.hash] = _score(record)
-                    dense_s, own_s = max(dense_s, record.prefill_s), own_s + (record.prefill_own_s or 0.0)
+                    records.append(record)
                     shown.advance(bar)
-                console.print(
-                    f"{name} {context}, sample {index + 1}: {record.prompt_tokens} tokens, "
-                    f"prefill {dense_s + own_s:.1f} s, "
-                    f"{WORDS[metric]}: {' '.join(scores[stack.hash] for stack in stacks)}",
-                    soft_wrap=True,
-                )
+                _print_sample(console, records, stacks)
+
+
+def _measure_together(settings: Settings, missing: Missing, results: Results, console: Console, workers: int) -> None:
+    """As `_measure`, by several processes, which end with this one."""
+    jobs = [
+        Job(task, context, index, tuple(map(str, stacks)))
+        for (task, context), wanted in missing.items()
+        for index, stacks in wanted.items()
+    ]
+    total = sum(len(job.stacks) for job in jobs)
+    console.print(f"Loading {settings.model} in {min(workers, len(jobs))} processes ...", soft_wrap=True)
+    found: dict[tuple[str, int, int], list[Record]] = {}
+    with progress(console=console) as shown, closing(answers(settings, jobs, workers)) as said:
+        bar = shown.add_task(f"{workers} processes", total=total)
+        for record in said:
+            if isinstance(record, Fingerprint):
+                settle_model(results, record)
+                continue
+            results.append(record)
+            shown.advance(bar)
+            records = found.setdefault((record.task, record.context, record.index), [])
+            records.append(record)
+            stacks = missing[record.task, record.context][record.index]
+            if len(records) == len(stacks):
+                _print_sample(console, records, stacks)
+
+
+def _print_sample(console: Console, records: Sequence[Record], stacks: Sequence[Stack]) -> None:
+    """A line for a sample that all stacks have answered."""
+    scores = {record.hash: _score(record) for record in records}
+    dense_s, own_s = max(r.prefill_s for r in records), sum(r.prefill_own_s or 0.0 for r in records)
+    last = records[-1]
+    console.print(
+        f"{last.task} {last.context}, sample {last.index + 1}: {last.prompt_tokens} tokens, "
+        f"prefill {dense_s + own_s:.1f} s, {WORDS[last.metric]}: {' '.join(scores[s.hash] for s in stacks)}",
+        soft_wrap=True,
+    )
 
 
 def _measure_by_stack(

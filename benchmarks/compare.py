@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from kvcomp.benchmarks import divergence, likelihood
 from kvcomp.benchmarks.intervals import paired_interval, unpaired_interval
-from kvcomp.benchmarks.records import fingerprint_of, left_out
+from kvcomp.benchmarks.merging import in_order
+from kvcomp.benchmarks.records import fingerprint_of, remarks
 from kvcomp.benchmarks.results import ACCURACY, Record, Run, RunError, differences
 from kvcomp.benchmarks.summary import DENSE, Row, summarize
 from kvcomp.text import visible
@@ -62,6 +63,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     """
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise RunError("run: the same folder is given twice.")
+    runs = [replace(run, records=in_order(run)) for run in runs]
     names = run_names(runs)
     several = names if len(runs) > 1 else ("",)
     texts, fidelity = likelihood.summarize(runs, several), divergence.summarize(runs, several)
@@ -81,7 +83,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     notes += [
         line if len(runs) == 1 else f"{n}: {line}"
         for n, run in zip(names, runs, strict=True)
-        for line in left_out(run.config)
+        for line in remarks(run.config)
     ]
     return Comparison(names, sorted(lines, key=lambda line: line.row.context), _differing(runs), notes, texts, fidelity)
 

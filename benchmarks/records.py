@@ -160,6 +160,8 @@ class Config(_Config, total=False):
     data: dict[str, str]
     model: Model
     left_out: list[LeftOut]
+    workers: list[Count]  # how many processes measured it at once, one after the other; absent: one
+    shard: Name  # "i/n", of a folder that holds a part of a run
 
 
 def fingerprint_of(config: dict[str, Any]) -> Fingerprint | None:
@@ -173,6 +175,16 @@ def left_out(config: dict[str, Any]) -> list[str]:
     return [
         f"left out: {left['task']} at {left['context']} tokens: {left['reason']}" for left in config.get("left_out", [])
     ]
+
+
+def remarks(config: dict[str, Any]) -> list[str]:
+    """What a report says of how a run was measured: tasks left out, a part of a run, several processes at once."""
+    found = left_out(config)
+    if "shard" in config:
+        found.append(f"shard {config['shard']} of a run: its other shards are not in this report")
+    if workers := config.get("workers"):
+        found.append(f"measured by {' and '.join(map(str, workers))} processes at once, which its times are of")
+    return found
 
 
 def config_of(values: Any) -> dict[str, Any]:

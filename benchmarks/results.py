@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from kvcomp.benchmarks.records import ACCURACY, FIDELITY, NLL, Record, RunError, config_of
 from kvcomp.benchmarks.schema import SchemaError, parse_json
+from kvcomp.benchmarks.shards import folders
 from kvcomp.errors import KvcompWarning
 from kvcomp.files import readable
 from kvcomp.text import quote
@@ -43,7 +44,11 @@ class Results:
                 self.config = _read_config(self._config_file)
                 _require_same(self.config, config, folder)
                 self.records, whole = _read_records(self._samples, "dropped; its sample runs again")
-            elif folder.exists() and (not folder.is_dir() or any(not _is_left(file) for file in folder.iterdir())):
+            elif (
+                folder.exists()
+                and not folders(folder)
+                and not (folder.is_dir() and all(map(_is_left, folder.iterdir())))
+            ):
                 raise RunError(f"out: {quote(str(folder))} exists and holds no kvcomp run. Choose another --out.")
             _require_writable(folder)
             if self._samples.exists() and whole < self._samples.stat().st_size:
@@ -209,11 +214,11 @@ def _read_config(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any], parts: Sequence[str] = PARTS) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two configurations, save the command itself: both values by name."""
     return {
         name: (old.get(part, {}).get(name), new.get(part, {}).get(name))
-        for part in PARTS
+        for part in parts
         for name in dict.fromkeys([*old.get(part, {}), *new.get(part, {})])
         if old.get(part, {}).get(name) != new.get(part, {}).get(name)
     }

@@ -26,6 +26,10 @@ The same command continues a run that was interrupted. --out has its options, to
 
   kvcomp bench --config out/bench/config.yaml --out out/again
 
+Each of 8 jobs answers a part, and a report of --out merges them:
+
+  kvcomp bench --stack none --stack int8 --out out/array --shard 3/8
+
 {report.DOCUMENT.help}"""
 
 
@@ -78,6 +82,18 @@ def bench(
         ),
     ] = "huggingface",
     dtype: Dtype = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that answer at once, each with the model: one a GPU, or on CPU cores.")
+    ] = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            show_default=False,
+            help="Answer only every N-th sample, from the I-th, into a folder in --out. Without --shard, the same "
+            "command takes the answers of all shards there.",
+        ),
+    ] = None,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
@@ -91,6 +107,7 @@ def bench(
     contexts = whole_numbers("context", context or ["2048"], "tokens")
     from kvcomp.benchmarks.bench import run
     from kvcomp.benchmarks.settings import Settings
+    from kvcomp.benchmarks.shards import Shard
     from kvcomp.benchmarks.tasks import choose
 
     for reason in choose(names, data)[1]:
@@ -98,7 +115,9 @@ def bench(
     rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype, context_first)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
-    comparison = run(settings, out, notes(), command)
+    part = None if shard is None else Shard.parse(shard)
+    comparison = run(settings, out, notes(), command, shard=part, workers=workers)
+    out = out / part.folder if part else out
     if as_json:
         report.print_json(comparison, out)
     else:

@@ -51,10 +51,11 @@ def report(
 
     Several runs give a row per run and stack, with its accuracy also as the difference to the same stack in the first
     run: paired over the samples that are the same, or unpaired where there are none. Settings that differ are named.
+    Shards of a run (bench --shard) are one run, whether its folder is given or theirs.
     Samples are only read, never changed.
     """
+    from kvcomp.benchmarks.merging import read_runs
     from kvcomp.benchmarks.report import publish
-    from kvcomp.benchmarks.results import read_run
 
     if out is None:
         if len(runs) > 1:
@@ -64,7 +65,7 @@ def report(
         raise KvcompError(
             f"out: {quote(str(out))} is a run itself, whose report would be overwritten. Choose another --out."
         )
-    comparison = publish([read_run(run) for run in runs], out)
+    comparison = publish(read_runs(runs), out)
     if as_json:
         print_json(comparison, out)
     else:
