@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ from typing import Any
 import psutil
 import pytest
 import tiny_folder
-from bench_process import answers, arguments, finish, lines, start, wait_for
+from bench_process import STACKS, answers, arguments, finish, lines, start, wait_for
 
+from kvcomp.benchmarks import workers
 from kvcomp.benchmarks.merging import read_runs
 from kvcomp.benchmarks.report import publish
-from kvcomp.benchmarks.results import Results, RunError
+from kvcomp.benchmarks.results import Record, Results, RunError
 from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.shards import Shard
-from kvcomp.benchmarks.workers import require_workers
+from kvcomp.benchmarks.workers import Job, require_workers
 
 SAMPLES = 5
 TIMES = ("ms_per_token", "prefill_s", "prefill_own_s", "peak_mib")
@@ -127,7 +130,7 @@ def test_every_sample_is_of_one_shard() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "engine", "gpus", "said"),
+    ("number", "engine", "gpus", "said"),
     [
         (0, "huggingface", 0, "between 1 and"),
         (100_000, "huggingface", 0, "between 1 and"),
@@ -136,12 +139,12 @@ def test_every_sample_is_of_one_shard() -> None:
     ],
 )
 def test_workers_that_cannot_be_had_are_refused(
-    monkeypatch: pytest.MonkeyPatch, workers: int, engine: str, gpus: int, said: str
+    monkeypatch: pytest.MonkeyPatch, number: int, engine: str, gpus: int, said: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(RunError, match=rf"^workers: .*{said}"):
-        require_workers(workers, engine)
+        require_workers(number, engine)
 
 
 def test_an_empty_shard_and_wrong_values_are_refused_in_two_lines(tiny: Path, tmp_path: Path) -> None:
@@ -159,13 +162,36 @@ def test_an_empty_shard_and_wrong_values_are_refused_in_two_lines(tiny: Path, tm
         log.unlink()
 
 
-def test_a_killed_worker_loses_and_repeats_nothing(tiny: Path, alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_what_a_killed_worker_had_not_sent_another_answers(
+    tiny: Path, alone: Path, capsys: pytest.CaptureFixture[str], after: int
+) -> None:
+    settings = Settings(str(tiny), ("niah_single_1",), (400,), SAMPLES, STACKS, max_new_tokens=6)
+    jobs = [Job("niah_single_1", 400, index, settings.stacks) for index in range(SAMPLES)]
+    found: list[Record] = []
+    with closing(workers.answers(settings, jobs, 2)) as said:
+        victim = None
+        for record in said:
+            found += [record] if isinstance(record, Record) else []
+            if (
+                victim is None and len(found) == after
+            ):  # no process has more than one sample until the next is asked for
+                victim = min(multiprocessing.active_children(), key=lambda process: process.name)
+                victim.kill()
+    assert "ended by signal 9" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
+    want = answers(alone)
+    assert sorted(record.key for record in found) == sorted(want)
+    assert all(record.prediction == want[record.key].prediction for record in found)
+
+
+def test_a_killed_worker_leaves_the_run_as_it_would_have_been(tiny: Path, alone: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     process = start([*arguments(tiny, out, SAMPLES), "--workers", "2"], log)
     wait_for(process, out, 1)
     assert process.pid is not None
-    victim = workers_of(process.pid)[0]
-    victim.kill()
+    for victim in workers_of(process.pid)[:1]:
+        victim.kill()
     assert finish(process) == 0, log.read_text()
     assert answers(out) == answers(alone)
     assert table(tmp_path / "report", out) == table(tmp_path / "report", alone)
