@@ -57,13 +57,18 @@ def adopt(results: Results) -> None:
 def in_order(run: Run) -> list[Record]:
     """The records of a run by context, task, sample and stack, in whichever order they were measured."""
     settings = run.config["settings"]
-    tasks = {task: at for at, task in enumerate(settings.get("tasks", ()))}
-    stacks = {stack: at for at, stack in enumerate(settings.get("stacks", ()))}
+    tasks = _positions([*settings.get("tasks", ()), *(record.task for record in run.records)])
+    stacks = _positions([*settings.get("stacks", ()), *(record.stack for record in run.records)])
 
     def place(record: Record) -> tuple[int, ...]:
-        return record.context, tasks.get(record.task, len(tasks)), record.index, stacks.get(record.stack, len(stacks))
+        return record.context, tasks[record.task], record.index, stacks[record.stack]
 
     return sorted(run.records, key=place)
+
+
+def _positions(names: Sequence[str]) -> dict[str, int]:
+    """Where each name is in the list of them without repetitions."""
+    return {name: at for at, name in enumerate(dict.fromkeys(names))}
 
 
 def _read(folder: Path) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from kvcomp.console import results, styled
 from kvcomp.errors import KvcompError
 from kvcomp.text import quote, visible
 
+from .options import one_of
 from .output import Document, Json
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ DOCUMENT = Document(
     differing="settings that differ between the runs: the value in each run",
     notes="remarks, such as tasks that were left out",
     report="path of report.html",
+    exported="folders that --export of report wrote",
 )
 EPILOG = f"""Examples:
 
   kvcomp report out/bench
 
   kvcomp report out/before out/after --out out/comparison
+
+  kvcomp report out/bench --export kvpress
 
 {DOCUMENT.help}"""
 
@@ -45,6 +49,15 @@ def report(
         Path | None,
         typer.Option(help="Folder of summary.csv and report.html.  \\[default: the run's, if there is only one]"),
     ] = None,
+    export: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="Write the runs in another format, too: kvpress, as its leaderboard takes them, into a folder of that "
+            "name in --out.",
+            autocompletion=one_of("kvpress"),
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make the report of a run again from its finished samples, or compare runs.
@@ -54,6 +67,7 @@ def report(
     Shards of a run (bench --shard) are one run, whether its folder is given or theirs.
     Samples are only read, never changed.
     """
+    from kvcomp.benchmarks import kvpress
     from kvcomp.benchmarks.merging import read_runs
     from kvcomp.benchmarks.report import publish
 
@@ -65,11 +79,17 @@ def report(
         raise KvcompError(
             f"out: {quote(str(out))} is a run itself, whose report would be overwritten. Choose another --out."
         )
-    comparison = publish(read_runs(runs), out)
+    if export is not None:
+        kvpress.require_format(export)
+    found = read_runs(runs)
+    comparison = publish(found, out)
+    folders, other = kvpress.export(found, out / export) if export else ([], [])
+    remarks = [*comparison.notes, *(f"not exported: {task}, which {export} has no format for" for task in other)]
     if as_json:
-        print_json(comparison, out)
+        print_json(replace(comparison, notes=remarks), out, folders)
     else:
-        print_tables(comparison, out, 100 if len(runs) == 1 else 120, comparison.notes)
+        remarks += [f"Exported: {folder}" for folder in folders]
+        print_tables(comparison, out, 100 if len(found) == 1 else 120, remarks)
 
 
 def print_tables(comparison: Comparison, out: Path, width: int, remarks: Sequence[str] = ()) -> None:
@@ -89,7 +109,7 @@ def print_tables(comparison: Comparison, out: Path, width: int, remarks: Sequenc
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
-def print_json(comparison: Comparison, out: Path) -> None:
+def print_json(comparison: Comparison, out: Path, exported: Sequence[Path] = ()) -> None:
     """A comparison for programs."""
     DOCUMENT.print(
         rows=[_record(line) for line in comparison.lines],
@@ -98,6 +118,7 @@ def print_json(comparison: Comparison, out: Path) -> None:
         differing=comparison.differing,
         notes=comparison.notes,
         report=str(out / "report.html"),
+        exported=[str(folder) for folder in exported],
     )
 
 
