@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -79,7 +79,7 @@ def require_workers(workers: int, engine: str) -> None:
         raise RunError(f"workers: {workers} is more than the {gpus} GPUs here, one for each: give --workers {gpus}.")
 
 
-def answers(settings: Settings, jobs: Sequence[Job], workers: int) -> Iterator[Fingerprint | Record]:
+def answers(settings: Settings, jobs: Sequence[Job], workers: int) -> Generator[Fingerprint | Record, None, None]:
     """Yield the fingerprint of each process's model, once it is loaded, and the records as they come.
 
     Raises:

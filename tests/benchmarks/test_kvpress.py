@@ -46,7 +46,7 @@ CONFIG: dict[str, Any] = {
     "versions": {"kvcomp": "0"},
     "machine": {"gpu": None},
 }
-FILES = ("predictions.csv", "metrics.json", "config.yaml")
+FILES = {"predictions.csv", "metrics.json", "config.yaml"}
 PREDICTIONS = ["=1234 and 99", 'nothing, "said"\nin two lines', "12\n34 5678", "ABC, abc", "", "-5678 1234"]
 
 
