@@ -67,6 +67,12 @@ def workers_of(pid: int) -> list[psutil.Process]:
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
+def blocked(pid: int) -> int:
+    """The mask of the signals that a process does not take."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+
+
 def test_shards_are_one_run(alone: Path, array: Path, tmp_path: Path) -> None:
     parts = [array / "shard-1-of-2", array / "shard-2-of-2"]
     first, second = map(answers, parts)
@@ -220,8 +226,10 @@ def test_no_worker_outlives_its_run(tiny: Path, alone: Path, tmp_path: Path, num
     wait_for(process, out, 1)
     assert process.pid is not None
     team = workers_of(process.pid)
-    for worker in team if number == signal.SIGINT else []:
-        worker.send_signal(signal.SIGINT)  # Ctrl-C is for all processes of a terminal
+    for worker in team:
+        assert blocked(worker.pid) >> (signal.SIGINT - 1) & 1  # from its start: importing torch takes seconds
+        if number == signal.SIGINT:
+            worker.send_signal(signal.SIGINT)  # Ctrl-C is for all processes of a terminal
     os.kill(process.pid, number)
     assert finish(process) == (130 if number == signal.SIGINT else -number)
     deadline = time.monotonic() + 60
