@@ -192,12 +192,11 @@ def test_pages_score_as_their_tokens(mix: float) -> None:
 
 
 def test_repeated_pages_leave_first() -> None:
-    """Text that repeats itself while generating: its older copies leave, and what was said once stays."""
+    """A token that is generated again and again: its older copies leave, and what was said once stays."""
     size, budget = 16, 150
     generator = torch.Generator().manual_seed(3)
-    said = torch.randn(1, 2, 20 * size, 32, generator=generator)
-    loop = said[:, :, 5 * size : 6 * size]
-    k = torch.cat([said[:, :, : 5 * size], *[loop] * 12], 2)  # 5 pages, then one again and again
+    said = torch.randn(1, 2, 5 * size, 32, generator=generator)
+    k = torch.cat([said, torch.randn(1, 2, 1, 32, generator=generator).expand(-1, -1, 12 * size, -1)], 2)
     v = torch.arange(float(k.shape[2])).view(1, 1, -1, 1).expand(k.shape).contiguous()
     held = {}
     for spec in ("rkv(budget=150, window=8)", "rkv(budget=150, window=8, mix=1.0)"):

@@ -129,7 +129,10 @@ def test_new_pages_stay_and_old_ones_leave(name: str, window: str, heads_choose:
             generated = [n - old for n, old in zip(held, of_prompt(), strict=True)]
             assert min(generated) >= min(size, at + 1 - prompt)
             assert sum(held) < heads * (limit + size)
-    assert all(0 <= now <= old - size for now, old in zip(of_prompt(), before, strict=True))
+    if heads_choose == "adaptive":  # a head may keep all that it has where another keeps less
+        assert sum(of_prompt()) <= sum(before) - size
+    else:
+        assert all(0 <= now <= old - size for now, old in zip(of_prompt(), before, strict=True))
 
 
 @pytest.mark.parametrize("policy", ["h2o(budget=70)", "rkv(budget=70)"])
