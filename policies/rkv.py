@@ -113,17 +113,24 @@ def redundancy(keys: Tensor, alive: Tensor, similar: float) -> Tensor:
     softmax_j(mean_i s_ij) with s_ij = cos(k_i, k_j) for i != j, but 0 where j is the last of those with s_ij > similar:
     of tokens that resemble each other the newest stays. alive [b, H, n] bool: others do not count, and have 0.
     """
-    b, heads, n, _ = keys.shape
     directions = F.normalize(keys.float(), dim=-1).masked_fill(~alive[..., None], 0)
-    place = torch.arange(n, dtype=torch.int32, device=keys.device)
-    spared = torch.zeros(b, heads, n, device=keys.device)
-    rows = max(BLOCK // max(b * heads * n, 1), ROWS)
-    for at in range(0, n, rows):
-        cosines = directions[:, :, at : at + rows] @ directions.mT  # [b, H, rows, n]
-        cosines.diagonal(at, -2, -1).fill_(0)
-        last = torch.where(cosines > similar, place, -1).amax(-1).long()
-        some, last = last >= 0, last.clamp_min(0)
-        spared.scatter_add_(-1, last, cosines.gather(-1, last[..., None])[..., 0] * some)
+    last = _last_similar(directions, similar)
+    some, last = last >= 0, last.clamp_min(0)
+    cosines = (directions * directions.take_along_dim(last[..., None], 2)).sum(-1) * some
+    spared = torch.zeros_like(cosines).scatter_add_(-1, last, cosines)
     sums = (directions @ directions.sum(2)[..., None])[..., 0] - directions.square().sum(-1) - spared
     means = sums / alive.sum(-1, keepdim=True).clamp_min(1)
     return means.masked_fill(~alive, -torch.inf).softmax(-1).nan_to_num(0)
+
+
+def _last_similar(directions: Tensor, similar: float) -> Tensor:
+    """int64 [b, H, n]: the last other of unit vectors [b, H, n, D] whose product with each is above `similar`; -1 where
+    there is none."""
+    b, heads, n, _ = directions.shape
+    place = torch.arange(1, n + 1, dtype=torch.int32, device=directions.device)
+    rows, found = max(BLOCK // max(b * heads * n, 1), ROWS), []
+    for at in range(0, n, rows):
+        cosines = directions[:, :, at : at + rows] @ directions.mT  # [b, H, rows, n]
+        cosines.diagonal(at, -2, -1).fill_(0)  # none resembles itself
+        found.append(((cosines > similar) * place).amax(-1))
+    return torch.cat(found, -1).long() - 1

@@ -110,7 +110,6 @@ CASES: dict[str, tuple[Callable[[], Callable[[], None]], int, float]] = {
     "h2o": (lambda: scored("h2o(keep=0.2)"), 6, 0.1),
     "snapkv": (lambda: scored("snapkv(keep=0.2)"), 8, 1.0),
     "expected_attention": (lambda: scored("expected_attention(keep=0.5)"), 1100, 0.5),
-    "rkv": (lambda: scored("rkv(keep=0.2)"), 26_000, 2.0),  # 64 tokens at a time beside all others
     "kvzip": (repeated, 25, 0.25),
     "kivi": (lambda: encoded("kivi(bits=4)"), 6, 1.0),
     "turboquant": (lambda: encoded("turboquant(bits=4)"), 8, 2.0),
