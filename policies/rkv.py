@@ -79,7 +79,7 @@ class RKV(ScoredPolicy):
         keys = held.keys()  # [S, n, P, Dk]
         there = torch.arange(keys.shape[1], device="cpu") < held.pages[:, None]
         alive = there.to(keys.device)[..., None].expand(keys.shape[:3])
-        found = redundancy(*(x.flatten(1, 2)[None] for x in (keys, alive)), self.similar)[0]
+        found = redundancy(keys.flatten(1, 2)[None], alive.flatten(1, 2)[None], self.similar)[0]
         return self._mixed(held.attention, found.unflatten(1, alive.shape[1:]).sum(-1).to(held.attention.device))
 
     def _mixed(self, importance: Tensor, redundancy: Tensor) -> Tensor:

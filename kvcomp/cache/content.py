@@ -154,7 +154,8 @@ class LayerContent:
         """Keys [S, longest, P, Dk] of all pages, decoded; anything past the pages that a stream has."""
         ids = self.table.ids()
         streams = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
-        return self.records.decode(ids.flatten(), streams)[0].unflatten(0, ids.shape)
+        keys: Tensor = self.records.decode(ids.flatten(), streams)[0].unflatten(0, ids.shape)
+        return keys
 
     @property
     def dense_bytes(self) -> int:
