@@ -49,7 +49,7 @@ def test_every_command_has_the_same_options(name: str) -> None:
     assert list(own) == list(LOADING) == [field.name for field in fields(Loading)]
     for option, parameter in own.items():
         same = first[option]
-        assert (parameter.help, parameter.opts, parameter.type.name) == (same.help, same.opts, same.type.name)
+        assert (parameter.help, parameter.is_flag) == (same.help, same.is_flag)
         assert parameter.default == getattr(DEFAULT, option)
         assert parameter.opts == [f"--{option.replace('_', '-')}"]
     assert "--trust-remote-code" in run(name, "--help").output
