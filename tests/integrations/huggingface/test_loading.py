@@ -174,7 +174,7 @@ def test_quantized_checkpoints_are_not_quantized_again(folder: Path, method: str
     edited(folder, quantization_config={"quant_method": method, "bits": 4, "group_size": 32})
     with pytest.raises(ModelError, match=rf"quantization: .* is quantized already \({method}\): leave out"):
         load_model(str(folder), quantization="bnb-4bit")
-    with pytest.raises(ModelError, match=f"could not be loaded: .*(?i:{method})"):  # transformers is asked for it as it is
+    with pytest.raises(ModelError, match=f"could not be loaded: .*(?i:{method})"):
         load_model(str(folder), device="cpu")
 
 
