@@ -75,7 +75,7 @@ def test_the_test_sees_what_mixes_devices(folder: Path) -> None:
     mode.mark(second, "second")
     with mode:
         assert torch.equal(first + torch.ones(2), torch.full((2,), 2.0))
-        with pytest.raises(RuntimeError, match="first.*second"):
+        with pytest.raises(RuntimeError, match=r"first.*second"):
             first * 2 + second.view(1, 2)
         assert torch.equal(first.to(second.device) + second, torch.full((2,), 2.0))
         assert torch.equal(mode.moved(first * 2, "second") + second, torch.full((2,), 3.0))
