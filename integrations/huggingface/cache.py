@@ -173,7 +173,7 @@ class CompressedCache(Surface, IndexerPositions, CheckedRows):
                 config = cache._check(model_or_config)
                 cache.layers = layers_of(cache.stack, config, cache._max_tokens, preallocate, dense)
             check_kinds(cache.layers, saved)
-            on = devices_of(f"{asked}, device={device!r})", model_or_config, device, len(cache.layers))
+            on = devices_of(f"{asked}, device={quote(device)})", model_or_config, device, len(cache.layers))
             restore_layers(cache.layers, file.saved(), on)
         return cache
 

@@ -143,8 +143,8 @@ def locate(name: str, loading: Loading = DEFAULT) -> tuple[Path, dict[str, Any]]
     if loading.revision is not None:
         if name in ALIASES or os.path.exists(source):
             raise ModelError(
-                f"revision: {quote(name)} is no model of the hub, and has no revisions: leave out --revision "
-                f"{loading.revision}."
+                f"revision: {quote(name)} is no model of the hub, and has no revision {quote(loading.revision)}: leave "
+                "out --revision."
             )
         found["revision"] = loading.revision
     return source, {**found, "trust_remote_code": loading.trust_remote_code}

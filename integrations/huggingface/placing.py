@@ -11,7 +11,7 @@ import torch
 
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.files import expanded, readable, reason
-from kvcomp.text import quote
+from kvcomp.text import quote, shorten, visible
 
 from ..loading import DEVICE_MAPS, Loading
 
@@ -29,7 +29,7 @@ def usable_device(asked: str, device: Any) -> torch.device:
         on = torch.device(device)
         torch.empty(0, dtype=torch.float32, device=on)
     except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
-        told = str(error).partition("\n")[0].strip().rstrip(".")
+        told = shorten(visible(str(error).partition("\n")[0].strip().rstrip(".")))
         raise KvcompError(f"{asked}: no such device here ({told}): name one that torch can use, such as cpu") from error
     return on
 
@@ -42,7 +42,7 @@ def main_device(loading: Loading) -> torch.device:
     """
     if loading.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on = usable_device(f"device={loading.device!r}", loading.device)
+    on = usable_device(f"device={quote(loading.device)}", loading.device)
     if on.type == "meta":
         raise KvcompError("device='meta': it holds no numbers, so that no model runs there: name another, such as cpu")
     return on
