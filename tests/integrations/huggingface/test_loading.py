@@ -207,7 +207,9 @@ def test_what_is_not_of_the_hub_has_no_revisions(
     (tmp_path / "file.gguf").touch()
     given = {"folder": str(folder), "file.gguf": str(tmp_path / "file.gguf")}.get(name, name)
     for load in (load_model, load_config, load_tokenizer):
-        with pytest.raises(ModelError, match=r"revision: .* is no model of the hub, and has no revision 'main': leave out"):
+        with pytest.raises(
+            ModelError, match=r"revision: .* is no model of the hub, and has no revision 'main': leave out"
+        ):
             load(given, Loading(revision="main"))
 
 
