@@ -22,7 +22,7 @@ from kvcomp.fingerprint import Fingerprint
 from kvcomp.text import is_plain, quote, shorten, visible
 
 from ..loading import DEFAULT, Loading
-from .placing import dtype_of, main_device, placement, quantization_config, refuse_offloaded
+from .placing import dtype_of, main_device, placement, quantization_config, quantized_as, refuse_offloaded
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # files of a folder
 SAMPLES, SAMPLE = 256, 1024  # of each, and bytes of a sample
@@ -64,14 +64,15 @@ def load_model(name: str, loading: Loading = DEFAULT, **changes: Any) -> tuple[A
     given: dict[str, Any] = {"dtype": dtype, "attn_implementation": loading.attn_implementation}
     packed = loading.quantization is not None
     if packed:
-        if (how := _quantized(name, loading, found)) is not None:  # transformers would leave it as it is
+        how = "a .gguf file" if "gguf_file" in found else quantized_as(load_config(name, loading))
+        if how is not None:  # transformers would leave it as it is
             raise ModelError(
                 f"quantization: {quote(name)} is {how}: leave out --quantization {loading.quantization}, or give the "
                 "checkpoint in full precision."
             )
         given["quantization_config"] = quantization_config(loading, dtype)
     elif placed is None and device.type != "cpu" and importlib.util.find_spec("accelerate") is not None:
-        packed = "gguf_file" not in found and _quantized(name, loading, found) is not None
+        packed = "gguf_file" not in found and quantized_as(load_config(name, loading)) is not None
     if packed and placed is None:
         placed = {"": device}  # packed weights do not move
     if placed is not None:
@@ -79,15 +80,6 @@ def load_model(name: str, loading: Loading = DEFAULT, **changes: Any) -> tuple[A
     model, tokenizer = _from_pretrained(name, source, found, given)
     refuse_offloaded(model, loading, name)
     return (model if placed is not None else model.to(device)).eval(), tokenizer
-
-
-def _quantized(name: str, loading: Loading, found: dict[str, Any]) -> str | None:
-    """How a checkpoint is quantized, in words; None where it is not."""
-    if "gguf_file" in found:
-        return "a .gguf file"
-    own = getattr(load_config(name, loading), "quantization_config", None)
-    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
-    return None if own is None else f"quantized already ({getattr(method, 'value', method)})"
 
 
 def load_tokenizer(name: str, loading: Loading = DEFAULT) -> Any:

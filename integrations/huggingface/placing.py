@@ -123,6 +123,13 @@ def quantization_config(loading: Loading, dtype: torch.dtype) -> Any:
     return TorchAoConfig(Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"))
 
 
+def quantized_as(config: Any) -> str | None:
+    """How a checkpoint is quantized, in words; None where it is not."""
+    own = getattr(config, "quantization_config", None)
+    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", None)
+    return None if own is None else f"quantized already ({getattr(method, 'value', method)})"
+
+
 def _require(option: str, value: str, *packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
