@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 
@@ -22,7 +20,7 @@ from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
 from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked, write_text
-from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, as_options
+from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, as_options, flat
 from kvcomp.benchmarks.tasks import find_task, origins
 from kvcomp.console import progress, waiting
 from kvcomp.integrations.huggingface.fingerprint import fingerprint
@@ -56,7 +54,7 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
         "command": command,
         "settings": {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(settings).items()
+            for name, value in flat(settings).items()
             if name not in APART and (value or name not in SINCE)
         },
         "data": origins(settings.tasks, settings.data),  # the texts themselves, wherever they lie
@@ -68,7 +66,7 @@ def _run(settings: Settings, out: Path, console: Console, command: str) -> Compa
     done = {record.key for record in results.records}
     missing = _missing(settings, stacks, results)
     if missing:
-        require_positions(settings.model, settings.contexts)
+        require_positions(settings.model, settings.contexts, settings.loading)
         found = misfits(settings, [place for place in missing if not _is_started(place, results)])
         results.note(left_out=[*results.config.get("left_out", []), *found])
         missing = _missing(settings, stacks, results)
@@ -126,7 +124,7 @@ def _measure(
     console: Console,
 ) -> None:
     with waiting(f"Loading {settings.model}"):
-        model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype) if settings.dtype else None)
+        model, tokenizer = load_model(settings.model, settings.loading)
     settle_model(results, fingerprint(model, settings.model))
     total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
     with progress(console=console) as shown:
@@ -162,7 +160,7 @@ def _measure_by_stack(
     """As `_measure`, one stack after the other: each has an engine of its own, and they share no prefill."""
     from kvcomp.benchmarks import vllm_engine
 
-    settle_model(results, on_disk(settings.model))
+    settle_model(results, on_disk(settings.model, settings.loading))
     for stack in dict.fromkeys(stack for wanted in missing.values() for todo in wanted.values() for stack in todo):
         console.print(f"Starting {settings.engine} for {stack} ...", soft_wrap=True)
         wanted = {

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from kvcomp.console import note, notes
+from kvcomp.integrations.loading import DEFAULT, Loading
 
 from . import report
 from .config_file import Config
-from .options import Dtype, Model, one_of, whole_numbers
+from .options import Model, loads_model, one_of, whole_numbers
 from .output import Json
 
 EPILOG = f"""Examples:
@@ -29,6 +30,7 @@ The same command continues a run that was interrupted. --out has its options, to
 {report.DOCUMENT.help}"""
 
 
+@loads_model
 def bench(
     stack: Annotated[list[str], typer.Option(help="A stack to measure; repeat it. Include none to compare with.")],
     model: Model = "smollm2-135m",
@@ -77,7 +79,7 @@ def bench(
             autocompletion=one_of("huggingface", "vllm"),
         ),
     ] = "huggingface",
-    dtype: Dtype = None,
+    loading: Loading = DEFAULT,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
@@ -95,7 +97,7 @@ def bench(
 
     for reason in choose(names, data)[1]:
         note("left out", "yellow", reason)
-    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype, context_first)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, loading, context_first)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     comparison = run(settings, out, notes(), command)
