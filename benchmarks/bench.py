@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 
@@ -24,7 +22,7 @@ from kvcomp.benchmarks.preparing import misfits, require_positions, settle_model
 from kvcomp.benchmarks.records import left_out
 from kvcomp.benchmarks.report import publish, require_libraries
 from kvcomp.benchmarks.results import ACCURACY, FIDELITY, NLL, Record, Results, Run, RunError, locked, write_text
-from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, as_options
+from kvcomp.benchmarks.settings import HUGGING_FACE, Settings, as_options, flat
 from kvcomp.benchmarks.shards import Shard
 from kvcomp.benchmarks.tasks import find_task, origins
 from kvcomp.benchmarks.workers import Job, answers, require_workers
@@ -57,7 +55,7 @@ def run(
         TaskError: a task that was named does not fit a context.
     """
     require_libraries()
-    require_workers(workers, settings.engine)
+    require_workers(workers, settings)
     folder = out / shard.folder if shard else out
     with locked(folder):
         return _run(settings, folder, console, command, shard, workers)
@@ -71,7 +69,7 @@ def _run(
         "command": command,
         "settings": {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(settings).items()
+            for name, value in flat(settings).items()
             if name not in APART and (value or name not in SINCE)
         },
         "data": origins(settings.tasks, settings.data),  # the texts themselves, wherever they lie
@@ -90,7 +88,7 @@ def _run(
     done = {record.key for record in results.records}
     missing = _missing(settings, stacks, results, shard)
     if missing:
-        require_positions(settings.model, settings.contexts)
+        require_positions(settings.model, settings.contexts, settings.loading)
         whole = _missing(settings, stacks, results)  # shards leave out the same tasks
         found = misfits(settings, [place for place in whole if not _is_started(place, results)])
         results.note(left_out=[*results.config.get("left_out", []), *found])
@@ -157,7 +155,7 @@ def _measure(
     console: Console,
 ) -> None:
     with waiting(f"Loading {settings.model}"):
-        model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype) if settings.dtype else None)
+        model, tokenizer = load_model(settings.model, settings.loading)
     settle_model(results, fingerprint(model, settings.model))
     total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
     with progress(console=console) as shown:
@@ -222,7 +220,7 @@ def _measure_by_stack(
     """As `_measure`, one stack after the other: each has an engine of its own, and they share no prefill."""
     from kvcomp.benchmarks import vllm_engine
 
-    settle_model(results, on_disk(settings.model))
+    settle_model(results, on_disk(settings.model, settings.loading))
     for stack in dict.fromkeys(stack for wanted in missing.values() for todo in wanted.values() for stack in todo):
         console.print(f"Starting {settings.engine} for {stack} ...", soft_wrap=True)
         wanted = {

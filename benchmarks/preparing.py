@@ -14,14 +14,15 @@ from kvcomp.errors import KvcompWarning
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.integrations.configs import decoder_config, max_positions
 from kvcomp.integrations.huggingface.models import load_config, load_tokenizer
+from kvcomp.integrations.loading import Loading
 from kvcomp.text import quote
 
 Place = tuple[str, int]  # a task at a context
 
 
-def require_positions(model: str, contexts: Iterable[int]) -> None:
+def require_positions(model: str, contexts: Iterable[int], loading: Loading) -> None:
     """Raise RunError where a context is longer than the model's; its weights are not loaded."""
-    limit = max_positions(decoder_config(load_config(model)))
+    limit = max_positions(decoder_config(load_config(model, loading)))
     if limit is not None and max(contexts) > limit:
         raise RunError(f"context: {max(contexts)} is more than the {limit} tokens of {model}.")
 
@@ -32,7 +33,7 @@ def misfits(settings: Any, places: Collection[Place]) -> list[dict[str, Any]]:
     Raises:
         TaskError: one of them was asked for by its own name, or a context is left without any task.
     """
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(settings.model, settings.loading)
     found: dict[Place, TaskError] = {}
     for name, context in places:
         try:

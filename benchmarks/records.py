@@ -119,6 +119,12 @@ class Settings(TypedDict, total=False):
     chat: bool
     prefill_chunk: Count | None
     dtype: Name | None
+    device: Name
+    device_map: Name
+    attn_implementation: Name
+    quantization: Name
+    revision: Name
+    trust_remote_code: bool
     context_first: bool
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from kvcomp import Stack
 from kvcomp.benchmarks.results import RunError
 from kvcomp.benchmarks.tasks import GROUPS, expand
+from kvcomp.integrations.loading import DEFAULT, DTYPES, Loading, option
 from kvcomp.text import quote
 
 HUGGING_FACE, VLLM = ENGINES = ("huggingface", "vllm")
 MOST = {"samples": 100_000, "max-new-tokens": 2**31, "prefill-chunk": 2**31, "context": 2**40}
 SEEDS = 2**53
-DTYPES = ("float32", "bfloat16", "float16")
+UNKNOWN_TO_VLLM = ("device", "device_map", "attn_implementation", "quantization")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Settings:
     engine: what answers, one of `ENGINES`.
     context_first: compress what stands before the question, which every stack reads afterwards. Otherwise prompts enter
         whole, and policies see the question.
-    dtype: of the model's weights and cache, one of `DTYPES`; None: float32 on a CPU, bfloat16 on a GPU.
+    loading: how the model is loaded.
     named: the tasks that were asked for by their own name, and not by a group's.
     """
 
@@ -42,17 +43,17 @@ class Settings:
     chat: bool = False
     prefill_chunk: int | None = None
     engine: str = HUGGING_FACE
-    dtype: str | None = None
+    loading: Loading = DEFAULT
     context_first: bool = False
     named: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise RunError(f"engine: {quote(self.engine)} is none of {', '.join(ENGINES)}.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise RunError(f"dtype: {quote(self.dtype)} is none of {', '.join(DTYPES)}.")
-        if self.engine == VLLM and self.dtype not in (None, DTYPES[0]):
-            raise RunError(f"dtype: with --engine {VLLM} models run in {DTYPES[0]}, not in {self.dtype}.")
+        if self.engine == VLLM:
+            if self.loading.dtype not in (None, DTYPES[0]):
+                raise RunError(f"dtype: with --engine {VLLM} models run in {DTYPES[0]}, not in {self.loading.dtype}.")
+            self.loading.refuse(UNKNOWN_TO_VLLM, f"--engine {VLLM} decides that by itself")
         object.__setattr__(self, "named", tuple(name for name in self.tasks if name not in GROUPS))
         tasks = expand(self.tasks, self.data)
         compared = [task for task in tasks if task in GROUPS["fidelity"]]
@@ -86,15 +87,23 @@ class Settings:
         object.__setattr__(self, "stacks", tuple(stacks.values()))
 
 
+def flat(settings: Settings) -> dict[str, Any]:
+    """Settings by name, and beside them the options of loading: the dtype always, others where they are given."""
+    own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "loading"}
+    return own | {"dtype": settings.loading.dtype} | settings.loading.changed()
+
+
 def as_options(settings: Settings) -> dict[str, Any]:
     """The options of `kvcomp bench` that are these settings, as a file for `--config` has them."""
     options: dict[str, Any] = {"model": settings.model, "tasks": ",".join(settings.tasks)}
     options |= {"context": list(settings.contexts), "stack": list(settings.stacks)}
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if f.name not in ("model", "tasks", "contexts", "stacks", "named") and (value != f.default or f.name == "seed"):
+        if f.name in ("model", "tasks", "contexts", "stacks", "named", "loading"):
+            continue
+        if value != f.default or f.name == "seed":
             options[f.name.replace("_", "-")] = value
-    return options
+    return options | {option(name): value for name, value in settings.loading.changed().items()}
 
 
 def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> set[int]:

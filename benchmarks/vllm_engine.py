@@ -95,7 +95,7 @@ def _process(connection: Connection, log: Path, settings: Settings, stack: Stack
 
 
 def _answers(settings: Settings, stack: Stack, wanted: Wanted) -> Iterator[Record]:
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(settings.model, settings.loading)
     samples: list[tuple[int, Sample]] = []
     for (name, context), places in wanted.items():
         task = find_task(name, settings.chat)
@@ -181,7 +181,7 @@ class Engine:
     """vLLM with one stack, in this process."""
 
     def __init__(self, settings: Settings, stack: Stack) -> None:
-        shape = model_shape(settings.model)
+        shape = model_shape(settings.model, loading=settings.loading)
         self.token_bytes = shape.token_bytes // shape.itemsize * DTYPE.itemsize
         self.engine = _started(_options(settings, stack))
         core = self.engine.engine_core.engine_core
@@ -235,10 +235,10 @@ def _options(settings: Settings, stack: Stack) -> dict[str, Any]:
     Raises:
         RunError: a model or a context that it does not take.
     """
-    source, how = locate(settings.model)
-    if how:
+    source, found = locate(settings.model, settings.loading)
+    if "gguf_file" in found:
         raise RunError(f"model: {settings.model!r}: --engine vllm takes an alias, a folder or a hub id, no .gguf file.")
-    shape, longest = model_shape(settings.model), max(settings.contexts)
+    shape, longest = model_shape(settings.model, loading=settings.loading), max(settings.contexts)
     if shape.positions is not None and longest > shape.positions:
         raise RunError(f"context: {longest} is more than the {shape.positions} tokens of {settings.model}.")
     given = {
@@ -252,6 +252,8 @@ def _options(settings: Settings, stack: Stack) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "logits_processors": [forcing()],
         "additional_config": {"kvcomp": {"stack": str(stack)}},
+        **found,
+        "tokenizer_revision": settings.loading.revision,
     }
     if not torch.cuda.is_available():
         token_bytes = shape.token_bytes // shape.itemsize * DTYPE.itemsize

@@ -61,20 +61,23 @@ class _Worker:
     answered: set[str] = field(default_factory=set)
 
 
-def require_workers(workers: int, engine: str) -> None:
+def require_workers(workers: int, settings: Settings) -> None:
     """Refuse a number of processes that cannot be had.
 
     Raises:
-        RunError: it is no such number, more than there are GPUs, or the engine has processes of its own.
+        KvcompError: it is no such number, more than there are GPUs, the engine has processes of its own, or the model is
+            spread over devices.
     """
     if not 1 <= workers <= MOST:
         raise RunError(f"workers: {quote(workers)} is not between 1 and {MOST}.")
-    if workers > 1 and engine == VLLM:
+    if workers > 1 and settings.engine == VLLM:
         raise RunError(
             f"workers: --engine {VLLM} has one process a stack, and starts no {workers}: leave out --workers, or give "
             "each job a part with --shard."
         )
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if workers > 1:
+        settings.loading.refuse(("device_map",), "each of --workers has the model on one device")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and settings.loading.device is None else 0
     if workers > 1 and 0 < gpus < workers:
         raise RunError(f"workers: {workers} is more than the {gpus} GPUs here, one for each: give --workers {gpus}.")
 
@@ -197,11 +200,11 @@ def _process(connection: Connection, settings: Settings, number: int, threads: i
 
 
 def _said(connection: Connection, settings: Settings, number: int) -> Iterator[Fingerprint | Record | None]:
-    device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
-    if device != "cpu":
+    loading = settings.loading
+    if loading.device is None and torch.cuda.is_available():
         torch.cuda.set_device(number)
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    model, tokenizer = load_model(settings.model, dtype=dtype, device=device)
+        loading = replace(loading, device=f"cuda:{number}")
+    model, tokenizer = load_model(settings.model, loading)
     yield fingerprint(model, settings.model)
     place = ("", 0)
     samples: list[Sample] = []

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvcomp.policies.keys import KeyDiff, KNorm, LagKV, Random
     from kvcomp.policies.kvzip import KVzip
     from kvcomp.policies.leverage import Compactor, CurDKV
+    from kvcomp.policies.rkv import RKV
     from kvcomp.policies.simlayer import SimLayerKV
     from kvcomp.policies.snapkv import AdaKV, ChunkKV, CriticalKV, PyramidKV, SnapKV
     from kvcomp.policies.streaming import StreamingLLM
@@ -94,6 +95,7 @@ __all__ = [
     "NSA",
     "NVFP4",
     "OSCAR",
+    "RKV",
     "SVD",
     "TOVA",
     "AdaKV",
@@ -171,6 +173,7 @@ _HOMES = {
     "Prefilled": "kvcomp.integrations.huggingface",
     "PyramidKV": "kvcomp.policies.snapkv",
     "Quest": "kvcomp.sparse.quest",
+    "RKV": "kvcomp.policies.rkv",
     "Random": "kvcomp.policies.keys",
     "SVD": "kvcomp.quantizers.svd",
     "SimLayerKV": "kvcomp.policies.simlayer",

@@ -26,8 +26,8 @@ class ScoredPolicy(Policy):
 
     A subclass overrides `scores`, and the defaults that its method publishes. Sinks, the exact window and `newest`
     tokens are kept whatever their score, and count. Tokens generated later are kept, unless an absolute budget is to
-    `hold`: then the pages that received least attention leave, young ones and the newest tokens' last, and between the
-    budget and a page more is held.
+    `hold`: then the pages that are worth least (`page_scores`) leave, young ones and the newest tokens' last, and
+    between the budget and a page more is held.
 
     A prompt that comes in chunks is chosen from in rounds: the first chunk, then `gathers` tokens or more. Each keeps
     its share, or the part of an absolute budget that it has of the prompt so far, or all if it is short; what exceeds
@@ -86,6 +86,12 @@ class ScoredPolicy(Policy):
         """[b, Hkv, n] float: how much each token of the chunk is worth; with queries, the share of attention it gets
         of one."""
         raise NotImplementedError
+
+    def page_scores(self, held: Held) -> Tensor:
+        """float32 [S, n], from -1 to 1: what each page is worth while a budget is to hold, by default the attention
+        that it received."""
+        assert held.attention is not None
+        return held.attention
 
     @property
     def uniform(self) -> bool:
@@ -151,8 +157,8 @@ class ScoredPolicy(Policy):
         return self.watches
 
     def expired(self, held: Held) -> Tensor | None:
-        """bool [S, n]: the pages that received least attention, of streams, or rows where heads share, that exceed the
-        budget of the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
+        """bool [S, n]: the pages with the least of `page_scores`, of streams, or rows where heads share, that exceed
+        the budget of the layer; of a prompt that comes in chunks, where nothing is to `hold`, its own pages.
 
         A mean over few queries says little, so a page that fewer queries have seen than it has tokens is young: it
         stays as long as older pages can go, and of young pages those leave first that most queries have seen. Pages
@@ -175,12 +181,12 @@ class ScoredPolicy(Policy):
         excess = (over.clamp_min(0) // size).minimum(count)
         if not bool(excess.any()):
             return None
-        attention, queries = held.attention.cpu(), held.queries.cpu()  # only now, as that waits for a GPU
+        scores, queries = self.page_scores(held).cpu(), held.queries.cpu()  # only now, as that waits for a GPU
         paged = held.pages * size
         older = held.tokens - self.newest(limit) - held.sinks  # tokens of the pages that may go
         newest = (page + 1) * size > older.minimum(paged)[:, None]
-        youth = 2.0 * (size - queries).clamp_min(0)  # more than any attention for each query that is missing
-        worth = attention + youth + 2.0 * (size + 1) * newest
+        youth = 2.0 * (size - queries).clamp_min(0)  # more than any score for each query that is missing
+        worth = scores + youth + 2.0 * (size + 1) * newest
         worth = worth.masked_fill(fixed | (page >= held.pages[:, None]), torch.inf)
         rows = worth.unflatten(0, (-1, held.heads))
         if self.heads == "common":

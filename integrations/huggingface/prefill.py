@@ -259,13 +259,13 @@ def _choose(policy: Policy, cache: CompressedCache, rows: list[list[Tensor]]) ->
     """Let the policy choose by what each row's tokens received, and commit the prompt."""
     ours = [layer for layer in cache.layers if isinstance(layer, CompressedLayer) and not layer.is_sliding]
     plan = ours[0].plan
-    masks = [policy.choose(row, plan.sinks, plan.recent) for row in rows]
+    masks = [policy.choose([x.to(row[0].device) for x in row], plan.sinks, plan.recent) for row in rows]
     for i, layer in enumerate(ours):
         assert layer.pending is not None
         chosen = torch.zeros(layer.pending.keys.shape[:3], dtype=torch.bool, device=layer.device)
         for b, mask in enumerate(masks):
             tokens = slice(None) if layer.pending.valid is None else layer.pending.valid[b].nonzero().flatten()
-            chosen[b, :, tokens] = mask[i][0]
+            chosen[b, :, tokens] = mask[i][0].to(layer.device)
         layer.pending = layer.pending._replace(chosen=chosen)
         if not layer.record_past:
             layer.commit()

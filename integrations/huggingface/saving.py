@@ -22,6 +22,7 @@ from .indexed import IndexedLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
 from .library import restore_library
+from .placing import layer_devices, usable_device
 from .preallocated import PreallocatedLayer
 
 
@@ -86,14 +87,14 @@ def dense_windows(saved: Saved) -> set[int]:
     return {i for i, kind in enumerate(kinds) if kind == DynamicSlidingWindowLayer.__name__}
 
 
-def restore_layers(layers: Sequence[Any], saved: Saved, device: torch.device) -> None:
-    """Make new layers those whose `layer_state` was saved, on `device`; the states' tensors lie on the host.
+def restore_layers(layers: Sequence[Any], saved: Saved, devices: Sequence[torch.device]) -> None:
+    """Make new layers those whose `layer_state` was saved, each on its device; the states' tensors lie on the host.
 
     Raises:
         KvcompError: pages of another layout, or more tokens than the layers can hold.
         DamagedError: the states are none of such layers.
     """
-    for i, (layer, state) in enumerate(zip(layers, saved.layers, strict=True)):
+    for i, (layer, state, device) in enumerate(zip(layers, saved.layers, devices, strict=True)):
         both = State(state, f"layer {i}")
         both.only("kind", "own")
         own = both.part("own")
@@ -137,16 +138,11 @@ def _rows(layer: Any) -> int | None:
     return next((len(x) for x in tensors if isinstance(x, Tensor) and x.dim() > 1), None)
 
 
-def usable_device(asked: str, model_or_config: Any, device: torch.device | str | None) -> torch.device:
-    """The device that was asked for, or the model's own, or the CPU.
+def devices_of(asked: str, model_or_config: Any, device: torch.device | str | None, layers: int) -> list[torch.device]:
+    """For each layer the device that was asked for, or that of the model's layer, or the CPU.
 
     Raises:
         KvcompError: there is none of that name, or it cannot hold tensors here.
     """
-    try:
-        on = torch.device(getattr(model_or_config, "device", "cpu") if device is None else device)
-        torch.empty(0, dtype=torch.float32, device=on)
-    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
-        told = str(error).partition("\n")[0].strip().rstrip(".")
-        raise KvcompError(f"{asked}: no such device here ({told}): name one that torch can use, such as cpu") from error
-    return on
+    on = usable_device(asked, getattr(model_or_config, "device", "cpu") if device is None else device)
+    return layer_devices(model_or_config, layers, on) if device is None else [on] * layers

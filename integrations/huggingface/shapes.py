@@ -25,6 +25,7 @@ from kvcomp.errors import UnsupportedError
 from kvcomp.integrations.configs import cache_layers, decoder_config, field, layer_kinds, max_positions
 from kvcomp.text import quote
 
+from ..loading import DEFAULT, Loading
 from .models import ModelError, explained, locate
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -38,17 +39,19 @@ def builtin() -> dict[str, dict[str, Any]]:
     return table
 
 
-def model_shape(name: str, weight_bits: float | None = None) -> ModelShape:
+def model_shape(name: str, weight_bits: float | None = None, loading: Loading = DEFAULT) -> ModelShape:
     """The shape of a built-in model (by name or hub id), a local folder, a .gguf file or a hub model.
 
     weight_bits: bits per parameter of every matrix, instead of what the config says.
+    loading: its revision of a hub model, and whether code of its own may run.
 
     Raises:
         ModelError: no such model.
         UnsupportedError: a model whose cache or weights cannot be told from its config.
     """
     for short, entry in builtin().items():
-        if name.lower() in (short, entry["hub"].lower()) and not os.path.exists(name):
+        builtin_one = name.lower() in (short, entry["hub"].lower()) and not os.path.exists(name)
+        if builtin_one and loading.revision is None:
             fields = dict(entry["config"])
             return shape_of(AutoConfig.for_model(fields.pop("model_type"), **fields), entry["hub"], weight_bits)
     near = get_close_matches(name.lower(), builtin(), n=1, cutoff=0.8)
@@ -56,7 +59,7 @@ def model_shape(name: str, weight_bits: float | None = None) -> ModelShape:
         raise ModelError(
             f"model: {quote(name)} is not built in: did you mean {near[0]!r}? For a model of the hub give owner/name."
         )
-    source, options = locate(name)
+    source, options = locate(name, loading)
     try:
         with explained(name, source):
             config = AutoConfig.from_pretrained(str(source), **options)

@@ -68,8 +68,11 @@ APART void NAME(read_block)(const Side *side, const Item *item, int64_t first, i
         vu *to = s->block_words + i * tile / VL;
         for (int j = 0; j < side->row_count; j++) {
             const Row *row = &side->rows[j];
-            NAME(k_plane)(to + row->at * STEP, here.page + row->offset + here.token * row->stride, row->stride,
-                          (int)row->bytes, tile, STEP);
+            const uint8_t *from = here.page + row->offset + here.token * row->stride;
+            if (here.n < tile) /* exact tokens end there, and so may their memory */
+                NAME(k_part)(to + row->at * STEP, from, row->stride, (int)row->bytes, tile, STEP, here.n);
+            else
+                NAME(k_plane)(to + row->at * STEP, from, row->stride, (int)row->bytes, tile, STEP);
         }
         int done = 0;
         for (int j = 0; j < side->count; j++) {
@@ -376,22 +379,10 @@ static TARGET const float *NAME(numbers_block)(const Segment *g, const Block *b,
     float *x = s->numbers;
     const vu *words = s->block_words;
     int n = b->n, planes = g->planes;
-    if (g->kind == FLOAT32) {
-        const Place *end = &b->tile[b->tiles - 1];
-        x = (float *)(words + (g->plane[0].bit / 32 + first) * STEP);
-        for (int c = 0; c < many; c++) /* the words are ours */
-            for (int t = end->n; t < b->size; t++) x[c * ROOM + (b->tiles - 1) * b->size + t] = 0;
-        return x;
-    }
+    if (g->kind == FLOAT32) return (const float *)(words + (g->plane[0].bit / 32 + first) * STEP);
     switch (g->kind) {
         case FLOAT16:
-        case BFLOAT16: {
-            NAME(short_block)(x, words, n, g, first, many);
-            const Place *end = &b->tile[b->tiles - 1];
-            for (int c = 0; c < many; c++)
-                for (int t = end->n; t < b->size; t++) x[c * ROOM + (b->tiles - 1) * b->size + t] = 0;
-            return x;
-        }
+        case BFLOAT16: NAME(short_block)(x, words, n, g, first, many); return x;
         case E4M3: NAME(block_SMALL_FLOAT1)(x, words, n, g, first, many); return x;
         case E5M2: NAME(block_SMALLER_FLOAT1)(x, words, n, g, first, many); return x;
         case UNIFORM:

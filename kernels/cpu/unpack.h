@@ -116,6 +116,16 @@ APART vu *NAME(k_plane)(vu *to, const uint8_t *from, int64_t stride, int bytes, 
     return to;
 }
 
+/* As `k_plane`, of a tile whose last tokens, from n on, are not there: their bytes are not read, and their words are 0. */
+APART void NAME(k_part)(vu *to, const uint8_t *from, int64_t stride, int bytes, int tile, int per, int n) {
+    for (int at = 0; at < bytes; at += 4, to += per)
+        for (int t = 0; t < tile; t++) {
+            int32_t word = 0;
+            if (t < n) memcpy(&word, from + t * stride + at, bytes - at < 4 ? bytes - at : 4);
+            memcpy((int32_t *)to + t, &word, 4);
+        }
+}
+
 /* V: 16 packed bytes to 16 * 8 / width codes in their order. */
 INLINE void NAME(expand)(u8x16 *y, u8x16 x, const int width) {
     y[0] = x;

@@ -150,6 +150,13 @@ class LayerContent:
         parts.insert(1, self.storage.decode(ids, stream))
         return torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts])
 
+    def page_keys(self) -> Tensor:
+        """Keys [S, longest, P, Dk] of all pages, decoded; anything past the pages that a stream has."""
+        ids = self.table.ids()
+        streams = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
+        keys: Tensor = self.records.decode(ids.flatten(), streams)[0].unflatten(0, ids.shape)
+        return keys
+
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, or those of a window that slides; padding excluded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -70,6 +71,8 @@ def held_by(
     attention: Tensor | None = None,
     queries: Tensor | None = None,
     before: Tensor | None = None,
+    keys: Callable[[], Tensor] | None = None,
 ) -> Held:
     """What streams hold, as the policies of a layer see it: as in `Held`."""
-    return Held(tokens, pages, plan.page_size, plan.sinks, heads, attention, queries, before, plan.layer, plan.layers)
+    at = plan.layer, plan.layers
+    return Held(tokens, pages, plan.page_size, plan.sinks, heads, attention, queries, before, *at, keys)

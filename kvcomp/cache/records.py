@@ -154,7 +154,7 @@ class Records:
 
     def decode(self, ids: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [M, P, Dk] and values [M, P, Dv] of the records ids [M], of streams as of `Codec.encode`, in original
-        coordinates and the model's dtype. For round trips and surgery, never on the way of attention."""
+        coordinates and the model's dtype. For round trips, surgery and policies, never on the way of attention."""
         shape = self.shape
         if not len(ids):  # a codec that adapts to its first page has nothing to decode with yet
             sizes = (shape.k_dim, shape.v_dim)

@@ -33,7 +33,8 @@ def expire(content: LayerContent) -> None:
             before = torch.tensor(content.prompt[1], dtype=torch.int64, device="cpu")
         watched = table.attention() if policy.watches or before is not None else None
         attention, queries = (None, None) if watched is None else watched
-        held = eviction.held_by(plan, content.kept, table.counts, content.heads, attention, queries, before)
+        counts, keys = (content.kept, table.counts), content.page_keys
+        held = eviction.held_by(plan, *counts, content.heads, attention, queries, before, keys)
         gone = policy.expired(held) if table.longest else None
         if gone is not None and bool(gone.any()):
             places = torch.arange(1, gone.shape[1] + 1, device="cpu")

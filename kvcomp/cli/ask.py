@@ -12,10 +12,11 @@ import typer
 from kvcomp.console import Plain, styled, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.files import read_text, reason
+from kvcomp.integrations.loading import DEFAULT, Loading
 from kvcomp.text import quote, size_text
 
 from .config_file import Config
-from .options import Model
+from .options import Model, loads_model
 from .output import Document, Json
 
 DOCUMENT = Document(
@@ -39,6 +40,7 @@ EPILOG = f"""Examples:
 {DOCUMENT.help}"""
 
 
+@loads_model
 def ask(
     context: Annotated[Path, typer.Argument(help="A text file to ask about.", show_default=False)],
     question: Annotated[list[str], typer.Option(help="A question about the context; repeat it.")],
@@ -50,6 +52,7 @@ def ask(
     save: Annotated[Path | None, typer.Option(help="Write the compressed context to this file.")] = None,
     load: Annotated[Path | None, typer.Option(help="Use the compressed context that --save wrote.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Leave out the tokenizer's chat template.")] = False,
+    loading: Loading = DEFAULT,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
@@ -75,7 +78,7 @@ def ask(
 
     parsed = Stack.parse(stack or STACK)
     with waiting(f"Loading {model}"):
-        network, tokenizer = load_model(model)
+        network, tokenizer = load_model(model, loading)
         chat = False if plain else None
         tokens = parts(tokenizer, text, chat).before.shape[1]
     limit = max_positions(decoder_config(network.config))

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from kvcomp.console import note, notes
+from kvcomp.integrations.loading import DEFAULT, Loading
 
 from . import report
 from .config_file import Config
-from .options import Dtype, Model, one_of, whole_numbers
+from .options import Model, loads_model, one_of, whole_numbers
 from .output import Json
 
 EPILOG = f"""Examples:
@@ -33,6 +34,7 @@ Each of 8 jobs answers a part, and a report of --out merges them:
 {report.DOCUMENT.help}"""
 
 
+@loads_model
 def bench(
     stack: Annotated[list[str], typer.Option(help="A stack to measure; repeat it. Include none to compare with.")],
     model: Model = "smollm2-135m",
@@ -81,7 +83,6 @@ def bench(
             autocompletion=one_of("huggingface", "vllm"),
         ),
     ] = "huggingface",
-    dtype: Dtype = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that answer at once, each with the model: one a GPU, or on CPU cores.")
     ] = 1,
@@ -94,6 +95,7 @@ def bench(
             "command takes the answers of all shards there.",
         ),
     ] = None,
+    loading: Loading = DEFAULT,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
@@ -112,7 +114,7 @@ def bench(
 
     for reason in choose(names, data)[1]:
         note("left out", "yellow", reason)
-    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, dtype, context_first)
+    rest = (seed, max_new_tokens, data, chat, prefill_chunk, engine, loading, context_first)
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     part = None if shard is None else Shard.parse(shard)

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from kvcomp.console import Plain, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.files import reason, usable
+from kvcomp.integrations.loading import DEFAULT, Loading
 from kvcomp.text import quote
 
 from .config_file import Config
-from .options import Model, one_of
+from .options import Model, loads_model, one_of
 from .output import Document, Json, size
 
 METHODS = ("dsa", "klt", "oscar", "svd", "think")
@@ -42,6 +43,7 @@ EPILOG = f"""Examples:
 {DOCUMENT.help}"""
 
 
+@loads_model
 def calibrate(
     method: Annotated[
         str,
@@ -54,6 +56,7 @@ def calibrate(
     model: Model = "smollm2-135m",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to use.")] = 20480,
     context: Annotated[int, typer.Option(min=1, help="Tokens of one forward pass.")] = 2048,
+    loading: Loading = DEFAULT,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
@@ -75,7 +78,7 @@ def calibrate(
     for path in text:
         calibration.read_text(path)
     with waiting(f"Loading {model}"):
-        network, tokenizer = load_model(model)
+        network, tokenizer = load_model(model, loading)
     start = time.perf_counter()
     columns = (
         TextColumn("{task.completed:,} of {task.total:,} {task.description}", markup=False),

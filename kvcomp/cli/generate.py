@@ -13,10 +13,11 @@ from rich.table import Table
 from kvcomp.console import Plain, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.files import read_text
+from kvcomp.integrations.loading import DEFAULT, Loading
 from kvcomp.text import quote, size_text
 
 from .config_file import Config
-from .options import Model
+from .options import Model, loads_model
 from .output import Document, Json
 
 if TYPE_CHECKING:
@@ -50,12 +51,14 @@ EPILOG = f"""Examples:
 {DOCUMENT.help}"""
 
 
+@loads_model
 def generate(
     prompt: Annotated[str | None, typer.Argument(help='The text to continue, or "-" to read it from stdin.')] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     model: Model = "smollm2-135m",
     stack: Annotated[str, typer.Option(help="How to compress the cache.")] = "kivi(bits=4)",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="Stop after this many tokens.")] = 64,
+    loading: Loading = DEFAULT,
     as_json: Json = False,
     config: Config = None,
 ) -> None:
@@ -70,7 +73,7 @@ def generate(
     from kvcomp.integrations.huggingface.models import load_model
 
     with waiting(f"Loading {model}"):
-        network, tokenizer = load_model(model)
+        network, tokenizer = load_model(model, loading)
     inputs = tokenizer(text, return_tensors="pt").to(network.device)
     length = inputs.input_ids.shape[1]
     limit = max_positions(decoder_config(network.config))

@@ -17,10 +17,11 @@ from rich.table import Table
 from kvcomp import __version__
 from kvcomp.console import Plain, notes, progress, waiting
 from kvcomp.errors import KvcompError
-from kvcomp.text import quote, size_text
+from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.text import size_text
 
 from .config_file import Config
-from .options import Model, completed_shapes, one_of, whole_numbers
+from .options import Model, completed_shapes, loads_model, whole_numbers
 from .output import Document, Json
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ EPILOG = f"""Examples:
 {DOCUMENT.help}"""
 
 WHOLE = ("attention", "model")
+OF_WEIGHTS = ("device_map", "attn_implementation", "quantization")
 
 
+@loads_model
 def speed(
     stack: Annotated[list[str], typer.Option(help="A stack to time; repeat it.")],
     model: Model = "smollm2-135m",
@@ -76,13 +79,7 @@ def speed(
     ] = None,
     steps: Annotated[int, typer.Option(min=4, help="Timed steps of each stack; figures are medians.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.  \\[default: torch's]")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="dtype of keys and values: float32 (the default on a CPU), bfloat16 (on a GPU) or float16.",
-            autocompletion=one_of("float32", "bfloat16", "float16"),
-        ),
-    ] = None,
+    loading: Loading = DEFAULT,
     out: Annotated[Path | None, typer.Option(help="A folder for speed.json and speed.svg.")] = None,
     as_json: Json = False,
     config: Config = None,
@@ -98,6 +95,7 @@ def speed(
 
     from kvcomp.benchmarks import speed as bench
     from kvcomp.integrations.huggingface.models import load_model
+    from kvcomp.integrations.huggingface.placing import dtype_of, main_device
     from kvcomp.integrations.huggingface.shapes import model_shape
 
     contexts = whole_numbers("context", context or ["4096"], "tokens")
@@ -106,11 +104,10 @@ def speed(
         raise KvcompError("geometry: give --attention too: whole steps need the weights of --model")
     if threads is not None:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    held = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
-    if held not in (torch.float32, torch.bfloat16, torch.float16):
-        raise KvcompError(f"dtype: {quote(dtype)} is not float32, bfloat16 or float16")
-    shape = next((layer for layer in model_shape(geometry or model).layers if layer.full), None)
+    if attention:
+        loading.refuse(OF_WEIGHTS, "--attention loads no weights")
+    device, held = main_device(loading), dtype_of(loading)
+    shape = next((layer for layer in model_shape(geometry or model, loading=loading).layers if layer.full), None)
     if shape is None:
         raise KvcompError(f"geometry: {geometry or model} has no layer of full attention")
     heads = bench.Geometry(shape.heads, shape.kv_heads, shape.k_dim, shape.v_dim)
@@ -130,7 +127,7 @@ def speed(
         notes().print(line)
     if not attention:
         with waiting(f"Loading {model}"):
-            network, tokenizer = load_model(model, dtype=held, device=device)
+            network, tokenizer = load_model(model, loading)
         with progress() as bar:
             for length, rows in jobs:
                 tick = _ticks(bar, f"steps after {length:,} x {rows}")

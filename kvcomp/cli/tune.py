@@ -14,9 +14,10 @@ from rich import box
 from rich.table import Table
 
 from kvcomp.console import notes, results, styled
+from kvcomp.integrations.loading import DEFAULT, Loading
 
 from .config_file import Config
-from .options import Dtype, Model
+from .options import Model, loads_model
 from .output import Document, Json
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ The same command continues a run that was interrupted.
 {DOCUMENT.help}"""
 
 
+@loads_model
 def tune(
     model: Model = "smollm2-135m",
     text: Annotated[
@@ -57,7 +59,7 @@ def tune(
     ] = None,
     context: Annotated[int, typer.Option(min=128, help="Tokens of each window of the text.")] = 2048,
     samples: Annotated[int, typer.Option(min=1, help="Windows of each text; 64 predictions of each are compared.")] = 4,
-    dtype: Dtype = None,
+    loading: Loading = DEFAULT,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the results, as of bench.")] = Path("out/tune"),
     as_json: Json = False,
@@ -78,7 +80,7 @@ def tune(
     with TemporaryDirectory() as folder:
         tune.write_texts(text or (), Path(folder))
         data = folder if text else None
-        settings = Settings(model, tasks, (context,), samples, stacks, seed, data=data, dtype=dtype)
+        settings = Settings(model, tasks, (context,), samples, stacks, seed, data=data, loading=loading)
         comparison = run(settings, out, notes(), shlex.join(["kvcomp", *sys.argv[1:]]))
     rows = divergence.pooled(comparison.fidelity)
     tried = [row for row in rows if row.stack != tune.DENSE]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -58,7 +58,8 @@ class Held(NamedTuple):
     page received on average, since it was written and over the query heads of its KV head; queries [S, n] float32: the
     number of these queries. Both lie on the pages' device, to be copied only where pages leave, and are None unless the
     policy `watches`, or `trims` a prompt that comes in chunks. before [S]: how many of the tokens were held before that
-    prompt, and stay; None: the budget is that of all. layer, layers: as in `Chunk`.
+    prompt, and stay; None: the budget is that of all. layer, layers: as in `Chunk`. keys: decodes the keys [S, n, P,
+    Dk] of all pages, anything where a stream has fewer, for who asks only where pages leave.
     """
 
     tokens: Tensor
@@ -71,6 +72,7 @@ class Held(NamedTuple):
     before: Tensor | None = None
     layer: int = 0
     layers: int = 1
+    keys: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from kvcomp.benchmarks.results import FIDELITY, Record, Run, RunError, read_run
 from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.tasks import expand
 from kvcomp.benchmarks.terminal import tables
+from kvcomp.errors import KvcompError
 from kvcomp.integrations.huggingface import CompressedCache, prefill
 from kvcomp.integrations.huggingface.models import load_model
+from kvcomp.integrations.loading import Loading
 
 CONTEXT = 300
 TEXT = TASKS["fidelity_text"]
@@ -175,17 +177,17 @@ def test_pooled_rows_are_of_all_texts_or_of_the_only_one() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(RunError, match=r"tasks: fidelity_code compares whole distributions.*--engine huggingface"):
         Settings("m", ("fidelity_code",), (512,), 1, ("none",), engine="vllm")
-    with pytest.raises(RunError, match="dtype: 'int8' is none of float32, bfloat16, float16"):
-        Settings("m", ("fidelity_code",), (512,), 1, ("none",), dtype="int8")
+    with pytest.raises(KvcompError, match="dtype: 'int8' is none of float32, bfloat16, float16"):
+        Loading(dtype="int8")
     with pytest.raises(RunError, match="dtype: with --engine vllm"):
-        Settings("m", ("perplexity_code",), (512,), 1, ("none",), engine="vllm", dtype="bfloat16")
+        Settings("m", ("perplexity_code",), (512,), 1, ("none",), engine="vllm", loading=Loading(dtype="bfloat16"))
     assert expand(("fidelity",), None) == ("fidelity_text", "fidelity_code")
 
 
 def test_half_precision(folder: Path, tmp_path: Path) -> None:
-    settings = Settings(str(folder), ("fidelity_text",), (200,), 1, ("none", "int8"), dtype="bfloat16")
+    settings = Settings(str(folder), ("fidelity_text",), (200,), 1, ("none", "int8"), loading=Loading(dtype="bfloat16"))
     run(settings, tmp_path / "out", QUIET, "kvcomp bench")
     records = read_run(tmp_path / "out").records
     assert all(record.held_dense == 2 * 2 * 2 * (record.prompt_tokens + 63) * 16 * 2 for record in records)
     with pytest.raises(RunError, match="dtype: 'bfloat16' there, None now"):
-        run(replace(settings, dtype=None), tmp_path / "out", QUIET, "kvcomp bench")
+        run(replace(settings, loading=Loading()), tmp_path / "out", QUIET, "kvcomp bench")

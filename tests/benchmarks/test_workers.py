@@ -26,6 +26,8 @@ from kvcomp.benchmarks.results import Record, Results, RunError
 from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.shards import Shard
 from kvcomp.benchmarks.workers import Job, require_workers
+from kvcomp.errors import KvcompError
+from kvcomp.integrations.loading import Loading
 
 SAMPLES = 5
 TIMES = ("ms_per_token", "prefill_s", "prefill_own_s", "peak_mib")
@@ -161,7 +163,7 @@ def test_workers_that_cannot_be_had_are_refused(
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(RunError, match=rf"^workers: .*{said}"):
-        require_workers(number, engine)
+        require_workers(number, Settings("m", ("niah_single_1",), (400,), 1, ("none",), engine=engine))
 
 
 def test_an_empty_shard_and_wrong_values_are_refused_in_two_lines(tiny: Path, tmp_path: Path) -> None:
@@ -265,3 +267,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "shards.txt").touch()
     with pytest.raises(RunError, match="holds no kvcomp run"):
         Results(tmp_path, {"settings": {}, "versions": {}, "machine": {}})
+
+
+def test_a_model_on_several_devices_has_one_process() -> None:
+    settings = Settings("m", ("niah_single_1",), (400,), 1, ("none",), loading=Loading(device_map="auto"))
+    with pytest.raises(KvcompError, match=r"^device-map: each of --workers"):
+        require_workers(2, settings)
+    require_workers(1, settings)

@@ -129,12 +129,15 @@ def test_new_pages_stay_and_old_ones_leave(name: str, window: str, heads_choose:
             generated = [n - old for n, old in zip(held, of_prompt(), strict=True)]
             assert min(generated) >= min(size, at + 1 - prompt)
             assert sum(held) < heads * (limit + size)
-    assert all(0 <= now <= old - size for now, old in zip(of_prompt(), before, strict=True))
+    if heads_choose == "adaptive":  # a head may keep all that it has where another keeps less
+        assert sum(of_prompt()) <= sum(before) - size
+    else:
+        assert all(0 <= now <= old - size for now, old in zip(of_prompt(), before, strict=True))
 
 
-def test_rows_and_copies_keep_to_themselves() -> None:
-    spec = "h2o(budget=70)" + TAIL
-    store, k, v = started(spec, rows=2)
+@pytest.mark.parametrize("policy", ["h2o(budget=70)", "rkv(budget=70)"])
+def test_rows_and_copies_keep_to_themselves(policy: str) -> None:
+    store, k, v = started(policy + TAIL, rows=2)
     alone = LayerStore(store.plan)
     alone.start(k[1:], v[1:])
     q = torch.randn(2, 4, 400, 8)
@@ -167,7 +170,9 @@ def test_rows_and_copies_keep_to_themselves() -> None:
     assert [positions(fork, s) for s in range(4)] == [positions(both, s) for s in (2, 3, 2, 3)]
 
 
-@pytest.mark.parametrize("spec", ["h2o(budget=128)", "tova(budget=128) + kivi(bits=4)", "streaming(recent=128)"])
+@pytest.mark.parametrize(
+    "spec", ["h2o(budget=128)", "tova(budget=128) + kivi(bits=4)", "rkv(budget=128)", "streaming(recent=128)"]
+)
 def test_what_is_held_stays_flat(spec: str) -> None:
     """A generation of four times the budget."""
     model = models.make("llama", "sdpa")

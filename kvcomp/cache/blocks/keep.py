@@ -57,7 +57,15 @@ def evict_pages(pages: Pages, leave: Leave) -> None:
     full = torch.ones(heads, dtype=torch.int64, device="cpu")
     n = leave.pages.shape[1]
     counts = full * leave.tokens, full * n
-    gone = policy.expired(eviction.held_by(pages.plan, *counts, heads, mass / queries.clamp_min(1), queries))
+    held = eviction.held_by(
+        pages.plan,
+        *counts,
+        heads,
+        mass / queries.clamp_min(1),
+        queries,
+        keys=lambda: pages.tokens(leave.pages)[0].unflatten(1, (n, -1)),
+    )
+    gone = policy.expired(held)
     assert gone is not None
     stay = (~gone).nonzero()[:, 1].view(heads, n - leave.count).to(leave.pages.device)
     pages.move(leave.pages.gather(1, stay), leave.pages[:, : n - leave.count])

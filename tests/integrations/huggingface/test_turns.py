@@ -265,7 +265,7 @@ def test_a_row_that_ended_goes_on_as_with_dynamic_cache(name: str, ends: list[in
         assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("stack", [*STACKS, "h2o(budget=200)"])
+@pytest.mark.parametrize("stack", [*STACKS, "h2o(budget=200)", "rkv(budget=200)"])
 def test_a_row_that_ended_is_as_if_it_had_gone_on_alone(stack: str) -> None:
     model, ends = models.make("llama"), [30, 5, 29]
     cache = CompressedCache(stack, model)

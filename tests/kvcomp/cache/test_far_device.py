@@ -29,7 +29,7 @@ SELECTORS = [
     "quest(top_p=0.9, dense_layers=0)",
     "moba(threshold=0.1)",
 ]
-WATCHING = ["h2o(budget=150)", "tova(budget=150)", "snapkv(budget=150, hold=true)"]
+WATCHING = ["h2o(budget=150)", "tova(budget=150)", "snapkv(budget=150, hold=true)", "rkv(budget=150)"]
 
 
 def far(spec: str, prompt: int = PROMPT, layer: int = 0) -> LayerStore:

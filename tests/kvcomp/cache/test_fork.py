@@ -30,6 +30,7 @@ STACKS = (
     "streaming(sinks=2, recent=40) + none",
     "adakv(keep=0.5, window=8) + kivi(bits=2, group=16)" + WINDOW,
     "h2o(budget=70) + none" + WINDOW,
+    "rkv(budget=70) + kivi(bits=4, group=16)" + WINDOW,
     "none + quest(pages=2, dense_layers=0, min_pages=1)" + WINDOW,
 )
 

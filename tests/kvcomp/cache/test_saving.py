@@ -35,6 +35,7 @@ SPECS = [
     "turboquant(bits=2.5)",
     "klt(bits=2) + window(sinks=2, recent=16)",
     "h2o(budget=150) + int(bits=8) + window(sinks=2, recent=16)",
+    "rkv(budget=150) + int(bits=8) + window(sinks=2, recent=16)",
     "snapkv(budget=40, window=8) + kivi(bits=4, group=16) + window(sinks=2, recent=8)",
     "streaming(sinks=4, recent=40) + int",
 ]

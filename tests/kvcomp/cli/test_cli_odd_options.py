@@ -14,6 +14,7 @@ from typer.testing import Result
 from kvcomp.text import QUOTED
 
 LONG, DIGITS, NASTY = "a" * 5000, "9" * 5000, "[bold]x[/nope]"
+LOADING = ("--dtype", "--device", "--device-map", "--attn-implementation", "--quantization", "--revision")
 BENCH: list[tuple[Any, ...]] = [
     ("--samples", 10**30),
     ("--samples", 100_001),
@@ -62,6 +63,7 @@ BENCH: list[tuple[Any, ...]] = [
     ("--stack", NASTY),
     ("--stack", "oscar(calibration='/nowhere')"),
     ("--stack", "\ud800"),
+    *((option, value) for option in LOADING for value in (NASTY, LONG, "", "a\0b", "~nosuchuser/x", "/dev/null")),
     ("--nothing", "1"),
 ]
 OTHERS: list[tuple[Any, ...]] = [

@@ -86,6 +86,7 @@ def test_other_stacks(engine: ENGINE, hugging_face: Any, share: SHARE, text: TEX
         HOLDS,
         "h2o(budget=100) + int(bits=4, group=32) + window(sinks=4, recent=32)",
         "tova(budget=128) + int8",
+        "rkv(budget=128) + int8",
         "snapkv(budget=160, window=16, hold=true) + kivi(bits=4, group=32) + quest(pages=2)",
         "knorm(budget=128, hold=true) + none + window(sinks=4, recent=16)",
     ],

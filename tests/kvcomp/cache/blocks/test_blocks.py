@@ -13,6 +13,7 @@ from far_device import FAR, FarDevice
 from kvcomp.cache.blocks.centres import turned
 from kvcomp.cache.blocks.decode import Decoder
 from kvcomp.cache.blocks.step import Step
+from kvcomp.cache.layer import LayerStore
 from kvcomp.kernels import dispatch
 
 HOST = torch.device("cpu")
@@ -58,7 +59,7 @@ def decoded(engine: BlockEngine, prompts: list[int], steps: int) -> Iterator[Ste
 
 
 @pytest.mark.parametrize(
-    "policy", ["h2o(budget=128)", "snapkv(budget=128, window=16, hold=true)", "snapkv(budget=128)"]
+    "policy", ["h2o(budget=128)", "snapkv(budget=128, window=16, hold=true)", "snapkv(budget=128)", "rkv(budget=128)"]
 )
 def test_what_pages_receive_stays_on_the_device(policy: str) -> None:
     """From a prompt's end until pages leave, over the end of a page."""
@@ -81,6 +82,32 @@ def test_what_pages_receive() -> None:
     assert queries.tolist() == [[50.0, 50.0 - 34]] * 4  # 128 tokens stay, and another page is full with 162
     assert (mass > 0).all()
     assert (mass < queries).all()
+
+
+@pytest.mark.parametrize("policy", ["h2o(budget=128)", "tova(budget=128)", "rkv(budget=128)"])
+def test_pages_leave_that_leave_a_growing_store(policy: str) -> None:
+    """Token by token the attention of each request is that of its own store."""
+    engine, prompts = BlockEngine(f"{policy} + int8 + window(sinks=4, recent=30)", HOST), [150, 90]
+    new = engine.random(sum(prompts))
+    engine.attend(engine.planned([0, 150, 240], prompts, prompts), *new)
+    stores = []
+    for q, k, v in zip(*(x.transpose(0, 1)[None].split(prompts, 2) for x in new), strict=True):
+        store = LayerStore(engine.pages.plan)
+        store.start(k, v)
+        store.write(k, v, None, q, DIM**-0.5)
+        stores.append(store)
+    left = 0
+    for more in range(1, 260):
+        lengths, tokens = [n + more for n in prompts], engine.random(2)
+        step = engine.planned([0, 1, 2], lengths, prompts)
+        left += len(step.leaves)
+        out = engine.attend(step, *tokens)
+        for r, store in enumerate(stores):
+            q, k, v = (x[r : r + 1, :, None] for x in tokens)
+            store.append(k, v)
+            torch.testing.assert_close(out[r], store.attend(q, DIM**-0.5).out[0, :, 0], rtol=1e-4, atol=1e-4)
+            store.settle()
+    assert left >= 4
 
 
 @pytest.mark.parametrize("device", [HOST, FAR])
