@@ -65,8 +65,8 @@ def require_workers(workers: int, settings: Settings) -> None:
     """Refuse a number of processes that cannot be had.
 
     Raises:
-        KvcompError: it is no such number, more than there are GPUs, the engine has processes of its own, or the model is
-            spread over devices.
+        KvcompError: it is no such number, more than there are GPUs, the engine has processes of its own, or the model
+            is spread over devices.
     """
     if not 1 <= workers <= MOST:
         raise RunError(f"workers: {quote(workers)} is not between 1 and {MOST}.")
