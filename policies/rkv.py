@@ -92,7 +92,7 @@ class RKV(ScoredPolicy):
         window = min(self.window, chunk.queries.shape[2])
         before = n - window
         if not before:
-            return torch.zeros(b, heads, n, device=chunk.keys.device)
+            return torch.zeros(b, heads, n, dtype=torch.float32, device=chunk.keys.device)
         q = chunk.queries[:, :, -window:].float().unflatten(1, (heads, -1)) * chunk.scale  # [b, Hkv, G, w, D]
         size = max(BLOCK // q[..., 0].numel(), 1)
         logits = torch.cat(
