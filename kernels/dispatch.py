@@ -130,9 +130,9 @@ def encode_pages(
     streams: Tensor,
     rows: Tensor | None = None,
 ) -> bool:
-    """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64 [M] as the codec encodes them, in one pass, in the
-    records ids int64 [M] of a pool uint8 [records, bytes], those below 0 nowhere; summaries are then still to be
-    written. False, and nothing is done, where no kernel can write these pages.
+    """Store keys [M, P, Dk] and values [M, P, Dv], or [s, M / s, P, D], of `streams` int64 [M] or [s] as the codec
+    encodes them, in one pass, in the records ids int64 [M] of a pool uint8 [records, bytes], those below 0 nowhere;
+    summaries are then still to be written. False, and nothing is done, where no kernel can write these pages.
 
     rows int64 [M]: keys [M, 1, Dk] and values [M, 1, Dv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise`.
@@ -141,6 +141,8 @@ def encode_pages(
     if sides is None:
         return False
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):
+        if codec.rotates:  # pages of their own, for their products with a basis
+            keys, values = keys.flatten(0, -3), values.flatten(0, -3)
         x = codec.kernel_input(keys, values, streams)
         if x is not None:
             backend.write(pool, ids, *x, sides, layout, rows)

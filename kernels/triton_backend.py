@@ -171,6 +171,7 @@ class Triton(Backend):
     ) -> None:
         from . import triton
 
+        keys, values = keys.flatten(0, -3), values.flatten(0, -3)
         triton.write(pool, ids, keys, values, triton.written(sides, layout, pool.device, rows is not None), rows)
 
     def vector_dots(self, queries: Tensor, summary: Summary, names: tuple[str, ...], scale: str | None) -> Tensor:

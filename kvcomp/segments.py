@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -137,6 +137,13 @@ class SideLayout:
 
     def __getstate__(self) -> dict[str, Any]:  # copies make their own `memo`
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@lru_cache(maxsize=256)
+def side_of(segment: Segment) -> SideLayout:
+    """A side of one segment: the same object for all layers whose segments are alike and have the very same tensors, so
+    that what kernels made of it is made once."""
+    return SideLayout((segment,))
 
 
 def joined(sides: Iterable[SideLayout | None]) -> SideLayout | None:

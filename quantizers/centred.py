@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.layout import CENTRE, Field
-from kvcomp.segments import Dense, SideLayout
+from kvcomp.segments import Dense, SideLayout, side_of
 from kvcomp.stages import PageShape
 
 from .codecs import Grid
@@ -131,7 +131,7 @@ class CentredGrid:
             return None
         (segment,) = side.segments
         assert not isinstance(segment, Dense)
-        return SideLayout((replace(segment, centre=self.field),))
+        return side_of(replace(segment, centre=self.field))
 
     def constants(self) -> list[Tensor]:
         return self.grid.constants()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcomp.finite import saturated
 from kvcomp.layout import Field
-from kvcomp.segments import Dense, KVLayout, SideLayout
+from kvcomp.segments import Dense, KVLayout, SideLayout, side_of
 from kvcomp.stages import Codec, PageShape
 
 from .basis import IDENTITY, Basis
@@ -38,7 +38,7 @@ class Grid(Protocol):
         raise NotImplementedError
 
     def kernel_input(self, x: Tensor) -> Tensor | None:
-        """What kernels write of x [M, P, D], as in `Codec.kernel_input`; None: they cannot."""
+        """What kernels write of x [M, P, D] or [s, M / s, P, D], as in `Codec.kernel_input`; None: they cannot."""
         return None
 
     def constants(self) -> list[Tensor]:
@@ -75,7 +75,7 @@ class RawGrid:
 
     @cached_property
     def kernel_layout(self) -> SideLayout:
-        return SideLayout((Dense(self.dim, self.name, self.dtype),))
+        return side_of(Dense(self.dim, self.name, self.dtype))
 
     def constants(self) -> list[Tensor]:
         return []
@@ -172,7 +172,7 @@ class RawCodec(Codec):
     @cached_property
     def _kernel_layouts(self) -> KVLayout:
         s = self.shape
-        k, v = (SideLayout((Dense(dim, name, s.dtype),)) for name, dim in (("k", s.k_dim), ("v", s.v_dim)))
+        k, v = (side_of(Dense(dim, name, s.dtype)) for name, dim in (("k", s.k_dim), ("v", s.v_dim)))
         return k, v
 
     def kernel_layouts(self) -> KVLayout:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcomp.errors import SpecError
 from kvcomp.layout import Field
-from kvcomp.segments import SideLayout, Uniform
+from kvcomp.segments import SideLayout, Uniform, side_of
 
 from .packing import code_fields, code_planes, pack_codes, unpack_codes
 
@@ -132,7 +132,7 @@ class UniformGrid:
         planes, groups = code_planes(self.name, self.bits), (self.token_group, self.channel_group)
         zero = None if self.symmetric else f"{self.name}.zero"
         middle = self._levels // 2 if self.symmetric else 0
-        return SideLayout((Uniform(self.dim, planes, *groups, f"{self.name}.scale", zero, middle, self.clip),))
+        return side_of(Uniform(self.dim, planes, *groups, f"{self.name}.scale", zero, middle, self.clip))
 
     def constants(self) -> list[Tensor]:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -104,8 +104,14 @@ class LloydGrid:
 
     @cached_property
     def kernel_layout(self) -> SideLayout:
-        planes, codebook = code_planes(self.name, self.bits), self.codebook * self.dim**0.5
-        return SideLayout((Codebook(self.dim, planes, f"{self.name}.norm", codebook, between(self.codebook)),))
+        return _side(self.name, self.bits, self.dim, self.codebook)
 
     def constants(self) -> list[Tensor]:
         return [self.codebook]
+
+
+@lru_cache(maxsize=256)
+def _side(name: str, bits: int, dim: int, codebook: Tensor) -> SideLayout:
+    """The same object for all layers that share this very codebook."""
+    scaled = codebook * dim**0.5
+    return SideLayout((Codebook(dim, code_planes(name, bits), f"{name}.norm", scaled, between(codebook)),))

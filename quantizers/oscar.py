@@ -46,7 +46,7 @@ class ClippedGrid:
         return self.grid.encode(self._clipped(x))
 
     def kernel_input(self, x: Tensor) -> Tensor | None:
-        return self.grid.kernel_input(self._clipped(x))
+        return self.grid.kernel_input(self._clipped(x.flatten(0, -3)))
 
     def _clipped(self, x: Tensor) -> Tensor:
         about = centre(x).float() if isinstance(self.grid, CentredGrid) else x.new_zeros(())

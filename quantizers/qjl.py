@@ -65,6 +65,7 @@ class ResidualGrid:
 
     def kernel_input(self, x: Tensor) -> Tensor | None:
         """[M, P, 2 D], or None: what the signs are of follows from the grid's codes, and is found with them here."""
+        x = x.flatten(0, -3)
         coordinates = self.grid.kernel_input(x)
         return None if coordinates is None else torch.cat([coordinates, self._left_over(x, self.grid.encode(x))], -1)
 

@@ -48,28 +48,28 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
                         uint8_t *codes, float *room) {
     int64_t size = itemsize(side->dtype), stride;
     if (side->most > 0) {
-        const float *from = floats(x, side->dtype, side->dim, side->dim, tokens, 0, room, &stride);
+        const float *from = floats(x, side->dtype, side->row, side->dim, tokens, 0, 0, room, &stride);
         put_joint(side, from, stride, tokens, first, record, codes, from == room ? room + tokens * side->dim : room);
         return;
     }
     for (const Piece *g = side->pieces; g < side->pieces + side->count; x += g->channels * size, g++) {
         if (g->kind != UNIFORM && g->kind != CODEBOOK) {
-            put_numbers(g, x, side->dim * size, tokens, first, record);
+            put_numbers(g, x, side->row * size, tokens, first, record);
             continue;
         }
         float *c = 0, *rest = room;
         if (g->centre != NOTHING) {
             c = room, rest = room + g->channels;
             if (side->dtype == FLOAT32)
-                put_shift(g, x, side->dim, tokens, record, codes, c, rest, FLOAT32);
+                put_shift(g, x, side->row, tokens, record, codes, c, rest, FLOAT32);
             else if (side->dtype == FLOAT16)
-                put_shift(g, x, side->dim, tokens, record, codes, c, rest, FLOAT16);
+                put_shift(g, x, side->row, tokens, record, codes, c, rest, FLOAT16);
             else
-                put_shift(g, x, side->dim, tokens, record, codes, c, rest, BFLOAT16);
+                put_shift(g, x, side->row, tokens, record, codes, c, rest, BFLOAT16);
         }
         /* numbers that are read where they lie become less their centre as they are read */
-        int fused = c && side->dtype == FLOAT32 && g->kind == UNIFORM && g->token_group == 1;
-        const float *from = floats(x, side->dtype, side->dim, g->channels, tokens, fused ? 0 : c, rest, &stride);
+        int apart = side->row != side->dim && !c, fused = c && side->dtype == FLOAT32 && g->kind == UNIFORM && g->token_group == 1;
+        const float *from = floats(x, side->dtype, side->row, g->channels, tokens, apart, fused ? 0 : c, rest, &stride);
         rest = from == rest ? rest + tokens * g->channels : rest;
         if (fused)
             put_less(g, from, stride, tokens, first, record, codes, rest, c);
@@ -85,8 +85,9 @@ INLINE void encode(const Pages *p, int64_t m, uint8_t *codes, float *room) {
     if (!p->rows) memset(record, 0, p->record_bytes); /* what lies between fields */
     for (int i = 0; i < 2; i++) {
         const Side *side = &p->side[i];
-        int64_t bytes = p->page_tokens * side->dim * itemsize(side->dtype);
-        encode_side(side, side->x + m * bytes, p->page_tokens, p->rows ? p->rows[m] : 0, record, codes, room);
+        int64_t at = m / side->each * side->stream + m % side->each * p->page_tokens * side->row;
+        const uint8_t *x = side->x + at * itemsize(side->dtype);
+        encode_side(side, x, p->page_tokens, p->rows ? p->rows[m] : 0, record, codes, room);
     }
 }
 

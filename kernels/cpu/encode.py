@@ -15,11 +15,11 @@ from kvcomp.layout import PageLayout
 from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Segment, SideLayout, Uniform, alone, memo
 
 from . import KINDS, compiled, unknown
-from .memory import given, records
+from .memory import given, pages, records
 
 # Structures of the C kernel, as one row of numbers each.
 _PIECE = Struct("10q3f4xq12q")
-_SIDE = "5q2f"
+_SIDE = "8q2f"
 _PAGES = Struct(2 * _SIDE + "10q")
 
 
@@ -102,8 +102,9 @@ def write(
     layout: PageLayout,
     rows: Tensor | None = None,
 ) -> None:
-    """Encode keys [M, P, Rk] and values [M, P, Rv], as `Codec.kernel_input` gives them, into the records ids [M] of a
-    pool uint8 [records, bytes_per_page or more], as `sides` say; ids below 0: nowhere. Summaries become 0.
+    """Encode keys [M, P, Rk] and values [M, P, Rv], or [s, M / s, P, R] of s streams, as `Codec.kernel_input` gives
+    them, into the records ids [M] of a pool uint8 [records, bytes_per_page or more], as `sides` say; ids below 0:
+    nowhere. Summaries become 0. Tokens may lie apart in memory; they are read where they lie.
 
     rows int64 [M]: keys [M, 1, Rk] and values [M, 1, Rv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise` and sides without centres; all else of the records stays. What is stored without a
@@ -117,17 +118,17 @@ def write(
     rows = None if rows is None else given("rows", rows, torch.int64, ids.shape)
     if bool((ids < 0).any()):
         there = (ids >= 0).nonzero().flatten()
-        ids, keys, values = ids[there], keys[there], values[there]
+        ids, keys, values = ids[there], *(x.flatten(0, -3)[there] for x in (keys, values))
         rows = None if rows is None else rows[there]
     kept: list[tuple[Described, Tensor]] = []  # as long as the kernel reads them
     numbers: list[float] = []
     each = zip(("keys", "values"), (keys, values), sides, described(sides, layout), strict=True)
     for name, x, side, how in each:
         dtype = how.dtype or (x.dtype if x.dtype in KINDS else torch.float32)
-        x = given(name, x, dtype, (len(ids), tokens, side.inputs))
+        x, *where = pages(name, x, dtype, (len(ids), tokens, side.inputs))
         kept.append((how, x))
         gain = (1.0, 0.0) if side.gain is None else (side.gain.power, side.gain.most)
-        numbers += addressof(how.buffer), len(side.segments), x.data_ptr(), side.inputs, KINDS[dtype], *gain
+        numbers += addressof(how.buffer), len(side.segments), x.data_ptr(), side.inputs, KINDS[dtype], *where, *gain
     places = base, ids.data_ptr(), 0 if rows is None else rows.data_ptr()
     sizes = stride, layout.bytes_per_page, len(ids), tokens, compiled.level(), n, layout.page_size
     compiled.functions().kvcomp_encode(_PAGES.pack(*numbers, *places, *sizes))

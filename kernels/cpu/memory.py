@@ -25,6 +25,24 @@ def given(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | int
     return x if x.is_contiguous() else x.contiguous()
 
 
+def pages(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[Tensor, int, int, int]:
+    """x [M, P, R], or [s, M / s, P, R] of s streams, as of `given`, whose channels lie side by side and whose tokens
+    lie equally far apart within a stream: x itself or a copy, the pages of a stream, and the numbers from a stream to
+    the next and from a token to the next.
+
+    Raises:
+        KvcompError: as of `given`.
+    """
+    x = x[None] if x.dim() == 3 else x
+    if x.dim() == 4 and x.is_cpu and x.dtype is dtype and (x.shape[0] * x.shape[1], *x.shape[2:]) == shape:
+        each, (stream, page, token, channel) = x.shape[1], x.stride()
+        row = token if shape[1] > 1 else page
+        if channel == 1 and (each == 1 or page == shape[1] * row):
+            return x, max(each, 1), stream, row
+    x = given(name, x.flatten(0, 1) if x.dim() == 4 else x, dtype, shape)
+    return x, max(shape[0], 1), 0, shape[2]
+
+
 def table(ids: Tensor, streams: int) -> tuple[Tensor, int, int]:
     """int32 ids [S, n] on the CPU whose rows are contiguous, n, and entries from a row to the next.
 

@@ -30,8 +30,9 @@ typedef struct {
 typedef struct {
     const Piece *pieces;
     int64_t count;
-    const uint8_t *x; /* [pages, page_tokens, dim] of dtype FLOAT32, FLOAT16 or BFLOAT16 */
+    const uint8_t *x; /* [streams, each * page_tokens, dim] of dtype FLOAT32, FLOAT16 or BFLOAT16 */
     int64_t dim, dtype;
+    int64_t each, stream, row; /* pages of a stream; numbers of x from a stream to the next, from a token to the next */
     float power, most; /* of the gain, where there is one: a token's norm is the last of its numbers then; or most 0 */
 } Side;
 
@@ -88,15 +89,16 @@ INLINE void rows_less(const uint8_t *x, int64_t dim, int64_t channels, int64_t t
             for (int64_t i = 0; i < channels; i++) to[i] = number(x, t * dim + i, dtype);
 }
 
-/* The same as float32: *stride numbers from row to row; where they lie, or in `room`. c: their centre, or NULL. */
-INLINE const float *floats(const uint8_t *x, int64_t dtype, int64_t dim, int64_t channels, int64_t tokens,
+/* The same as float32: *stride numbers from row to row; where they lie, or in `room`, also where rows lie `apart`, as
+ * they are read twice. c: their centre, or NULL. */
+INLINE const float *floats(const uint8_t *x, int64_t dtype, int64_t dim, int64_t channels, int64_t tokens, int apart,
                            const float *c, float *room, int64_t *stride) {
     *stride = channels;
     if (dtype == FLOAT16) {
         rows_less(x, dim, channels, tokens, c, room, FLOAT16);
     } else if (dtype == BFLOAT16) {
         rows_less(x, dim, channels, tokens, c, room, BFLOAT16);
-    } else if (c) {
+    } else if (c || apart) {
         rows_less(x, dim, channels, tokens, c, room, FLOAT32);
     } else {
         *stride = dim;

@@ -138,7 +138,8 @@ class PageTable:
         if ids.numel() == 0:
             return
         m = ids.shape[1]
-        need = int((self.counts[streams] + m).max())
+        ends = self.counts[streams] + m
+        need = int(ends.max())
         if need > self.rows.shape[1]:
             wider = max(need, self.rows.shape[1] + self.rows.shape[1] // 16 + 1)
             rows = self.rows.new_zeros(self.rows.shape[0], wider)
@@ -146,9 +147,11 @@ class PageTable:
             self.rows = rows
             if self.received is not None:
                 self.received = F.pad(self.received, (0, 0, 0, wider - self.received.shape[1]))
-        columns = self.counts[streams, None] + torch.arange(m, device="cpu")
-        self.rows[streams[:, None], columns] = ids.to(torch.int32)
-        self.counts[streams] += m
+        if int(ends.min()) == need:
+            self.rows[streams, need - m : need] = ids.to(torch.int32)
+        else:
+            self.rows[streams[:, None], ends[:, None] - m + torch.arange(m, device="cpu")] = ids.to(torch.int32)
+        self.counts[streams] = ends
         self._mirror = self._total = None
 
     def drop(self, gone: Tensor) -> None:

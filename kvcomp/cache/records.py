@@ -42,11 +42,12 @@ class PageMemory:
         streams: Tensor,
         summaries: Mapping[str, Tensor],
     ) -> None:
-        """Store keys [M, P, Dk] and values [M, P, Dv] of `streams` int64, as of `Codec.encode`, as the codec encodes
-        them, and summary fields [M, ...], in the records ids int64 [M]: in one pass, where a kernel can. Ids below 0:
-        nowhere."""
+        """Store keys [M, P, Dk] and values [M, P, Dv], or [s, M / s, P, D], of `streams` int64, as of `Codec.encode`,
+        as the codec encodes them, and summary fields [M, ...], in the records ids int64 [M]: in one pass, where a
+        kernel can. Ids below 0: nowhere."""
         if not encode_pages(self.data, ids, self.layout, codec, keys, values, streams):
-            self.write(ids, codec.encode(keys, values, streams) | dict(summaries))
+            k, v = keys.flatten(0, -3), values.flatten(0, -3)
+            self.write(ids, codec.encode(k, v, streams) | dict(summaries))
         elif summaries:
             self.write(ids, summaries)
 
@@ -119,9 +120,10 @@ class Records:
             self.codec.fit(streams, keys, values, due)
             if self.index is not None:
                 self.index.fit(streams, keys)
-        k, v = (x[:, : m * size].unflatten(1, (m, size)).flatten(0, 1) for x in (keys, values))  # [s * m, P, D]
+        k, v = (x[:, : m * size].unflatten(1, (m, size)) for x in (keys, values))  # [s, m, P, D]
         summaries = {}
         if self.index is not None:
+            k, v = k.flatten(0, 1), v.flatten(0, 1)
             summaries = self.index.summarize(k, v, streams.repeat_interleave(m) if m > 1 else streams)
         self.memory.encode(ids.flatten(), self.codec, k, v, streams, summaries)
 

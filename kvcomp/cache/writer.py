@@ -63,28 +63,27 @@ def write(
     n = keys.shape[2]
     if valid is not None and bool(valid.all()):
         valid = None
-    past = content.history.counts.clone()
+    past = content.history.counts.tolist()
     if content.prompt is None:
-        content.prompt = past.tolist(), content.kept.tolist()
+        content.prompt = past, content.kept.tolist()
     elif content.plan.trims:
         content.table.begin_watch()
-    seen = torch.stack(
-        [past, past - torch.tensor(content.prompt[0], dtype=torch.int64, device="cpu")], 1
-    )  # in all, and of this prompt
+    before = zip(past, content.prompt[0], strict=True)
+    seen = [(count, count - first) for count, first in before]  # tokens in all, and of this prompt
     content.history.append(n, valid)
     if content.plan.sliding is not None:
         sliding.leave(content)
-    if valid is None and bool((seen == seen[0]).all()):
+    if valid is None and len(set(seen)) == 1:
         rows = torch.arange(content.rows, device="cpu")
-        tails = [_write_rows(content, rows, keys, values, queries, chosen, seen[0].tolist(), scale)]
+        tails = [_write_rows(content, rows, keys, values, queries, chosen, seen[0], scale)]
     else:
         tails = []
         for b in range(content.rows):
             tokens = slice(None) if valid is None else valid[b].nonzero().flatten()
             row = (slice(b, b + 1), slice(None), tokens)
             q, c = (None if x is None else x[row] for x in (queries, chosen))
-            at, row_alone = seen[b].tolist(), torch.tensor([b], dtype=torch.int64, device="cpu")
-            tails.append(_write_rows(content, row_alone, keys[row], values[row], q, c, at, scale))
+            row_alone = torch.tensor([b], dtype=torch.int64, device="cpu")
+            tails.append(_write_rows(content, row_alone, keys[row], values[row], q, c, seen[b], scale))
     content.tail = min((t for t in tails if t is not None), default=None)
     if content.plan.sliding is not None:
         sliding.leave(content)
@@ -98,7 +97,7 @@ def _write_rows(
     v: Tensor,
     q: Tensor | None,
     chosen: Tensor | None,
-    seen: list[int],
+    seen: tuple[int, int],
     scale: float,
 ) -> int | None:
     """Write a chunk of rows with the same past and without padding: k [b, H, n, Dk], v [b, H, n, Dv].
@@ -132,13 +131,14 @@ def _write_rows(
 def _extend(content: LayerContent, streams: Tensor, k: Tensor, v: Tensor) -> None:
     """Add kept tokens k [s, n, Dk], v [s, n, Dv] to `streams`: to the sinks, then pages, then the window."""
     held = content.exact.counts[streams]
-    if not bool((held == held[0]).all()):
+    count = int(held[0])
+    if bool((held != count).any()):
         for amount in held.unique().tolist():
             same = (held == amount).nonzero().flatten()
             on = same.to(k.device)
             _extend(content, streams[same], k[on], v[on])
         return
-    plan, count = content.plan, int(held[0])
+    plan = content.plan
     taken = min(max(plan.sinks - count, 0), k.shape[1])
     if taken:
         content.exact.put(streams, count, k[:, :taken], v[:, :taken])

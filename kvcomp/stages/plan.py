@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -156,7 +156,13 @@ class LayerPlan:
 
     def _layout(self, fields: tuple[Field, ...], shape: PageShape) -> PageLayout:
         summary = self.chooser.summary_fields(shape) if self.chooser is not None else ()
-        return PageLayout(self.page_size, fields + summary)
+        return page_layout(self.page_size, fields + summary)
+
+
+@lru_cache(maxsize=256)
+def page_layout(page_size: int, fields: tuple[Field, ...]) -> PageLayout:
+    """The same object for all layers whose pages are alike: offsets, and what kernels know of it, are found once."""
+    return PageLayout(page_size, fields)
 
 
 def exact_dtype(bits: int | None, dtype: torch.dtype) -> torch.dtype:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import types
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 
 def reachable_bytes(root: Any) -> int:
-    """Bytes of all distinct tensor storages that can be reached from an object, whatever it declares."""
-    skip = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType)
+    """Bytes of all distinct tensor storages that can be reached from an object, whatever it declares; without what
+    kernels remember of a layout, which all layers of the process share (`segments.memo`)."""
+    skip = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.FrameType, WeakKeyDictionary)
     seen, storages, todo = {id(root)}, {}, [root]
     while todo:
         thing = todo.pop()

@@ -14,7 +14,7 @@ from kvcomp.cache.pool import PagePool
 from kvcomp.errors import KvcompError
 from kvcomp.kernels import cpu, dispatch
 from kvcomp.kernels.cpu import compiled as compiled_kernel
-from kvcomp.kernels.cpu import encode
+from kvcomp.kernels.cpu import encode, memory
 from kvcomp.kernels.cpu.backend import C
 from kvcomp.layout import PageLayout
 from kvcomp.quantizers.codecs import GridCodec, RawGrid
@@ -296,6 +296,37 @@ def test_threads_share_pages(spec: str) -> None:
             torch.set_num_threads(had)
         assert torch.equal(pool[:, : layout.bytes_per_page], expected.data)
         assert bool((pool[:, layout.bytes_per_page :] == 0xFF).all())
+
+
+WHERE_THEY_LIE = ["none", "kivi(bits=2, group=16)", "int(bits=4)", "int8", "turboquant(bits=3)", "turboquant(bits=2.5)"]
+
+
+@compiled
+@pytest.mark.parametrize("level", range(BEST + 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", WHERE_THEY_LIE)
+def test_tokens_are_read_where_they_lie(
+    spec: str, dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of [B, n, H, D] in memory, and of what lies further apart: nothing is copied first; records are the same."""
+    torch.manual_seed(2)
+    codec, layout = built(spec, 80, 16, dtype)
+    monkeypatch.setattr(compiled_kernel, "level", lambda: level)
+    wide, deep = torch.randn(1, 3 + 4 * 16, 3, 80).to(dtype).transpose(1, 2)[0], torch.randn(5, 99, 161).to(dtype)
+    written, streams, ids = [], torch.zeros(12, dtype=torch.int64), torch.arange(3, 15)
+    for x in (wide[:, 3:], deep[1:4, 2:66, 1:81], deep[2, :64, 3:83].expand(3, 64, 80)):
+        k = x.unflatten(1, (4, 16))  # [3, 4, 16, 80]
+        found, *how = memory.pages("keys", k, dtype, (12, 16, 80))
+        assert (found.data_ptr(), *how) == (x.data_ptr(), 4, x.stride(0), x.stride(1))
+        each, flat = [], k.flatten(0, 1)
+        for keys, values in ((k, k), (flat, flat), (k, flat)):
+            pool = torch.full((20, layout.bytes_per_page), 0xFF, dtype=torch.uint8)
+            assert dispatch.encode_pages(pool, ids, layout, codec, keys, values, streams)
+            each.append(pool)
+        assert torch.equal(each[0], each[1])
+        assert torch.equal(each[0], each[2])
+        written.append(each[0])
+    assert not torch.equal(written[0], written[1])
 
 
 @compiled

@@ -257,7 +257,8 @@ def test_a_tensor_is_read_as_what_it_is_or_refused(door: str, name: str) -> None
             found = call({**given, name: changed})
             if (door, name) in FREE.get(change, ()):
                 continue
-            assert change not in FREE, "it took another shape, or bits for numbers"
+            if not (change == "one more dimension" and door.startswith("write") and name in ("keys", "values")):
+                assert change not in FREE, "it took another shape, or bits for numbers"  # those are pages of one stream
             rounded = changed.dtype in FLOATS and changed.dtype != given[name].dtype
             if rounded and door.startswith("write"):  # another code, here and there
                 assert (found != expected).float().mean() < 0.2, change

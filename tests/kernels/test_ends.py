@@ -113,6 +113,8 @@ def test_keys_that_are_written_end_with_their_memory(spec: str, dim: int, dtype:
         codec.fit(streams, k, v)
         pool = last(torch.zeros(3, layout.bytes_per_page, dtype=torch.uint8))
         assert dispatch.encode_pages(pool, streams, layout, codec, last(k), last(v), streams)
+        between = (last(x.transpose(0, 1).contiguous()).transpose(0, 1)[:, None] for x in (k, v))  # heads of a token
+        assert dispatch.encode_pages(pool, streams, layout, codec, *between, streams)
 
     assert survives(work)
 

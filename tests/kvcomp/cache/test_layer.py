@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -378,9 +379,11 @@ def test_selected_rows_share_pages_until_they_part() -> None:
 
 
 def reachable(root: object) -> Iterator[Tensor]:
-    """Every tensor that can be reached from an object, by the garbage collector's own references."""
+    """Every tensor that can be reached from an object, by the garbage collector's own references; without what kernels
+    remember of a layout, which all layers of the process share (`segments.memo`)."""
     stack, seen = [root], set()
     skip = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.FrameType)
+    skip += (WeakKeyDictionary,)
     while stack:
         item = stack.pop()
         if id(item) in seen or isinstance(item, skip):
