@@ -104,7 +104,7 @@ def write(
 ) -> None:
     """Encode keys [M, P, Rk] and values [M, P, Rv], or [s, M / s, P, R] of s streams, as `Codec.kernel_input` gives
     them, into the records ids [M] of a pool uint8 [records, bytes_per_page or more], as `sides` say; ids below 0:
-    nowhere. Summaries become 0. Tokens may lie apart in memory; they are read where they lie.
+    nowhere. Summaries become 0. Tokens may be strided; they are read where they lie.
 
     rows int64 [M]: keys [M, 1, Rk] and values [M, 1, Rv] are single tokens, written where these tokens of a page lie,
     of a layout that is `tokenwise` and sides without centres; all else of the records stays. What is stored without a

@@ -27,8 +27,8 @@ def given(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | int
 
 def pages(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[Tensor, int, int, int]:
     """x [M, P, R], or [s, M / s, P, R] of s streams, as of `given`, whose channels lie side by side and whose tokens
-    lie equally far apart within a stream: x itself or a copy, the pages of a stream, and the numbers from a stream to
-    the next and from a token to the next.
+    have one stride within a stream: x itself or a copy, the pages of a stream, and the strides of streams and of
+    tokens, in numbers.
 
     Raises:
         KvcompError: as of `given`.

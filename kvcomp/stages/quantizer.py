@@ -80,7 +80,7 @@ class Codec:
     def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
         """Coordinates [M, P, Rk] and [M, P, Rv] from which kernels write, a segment of `kernel_layouts` at a time, what
         `encode` gives; after them each token's norm where a side has a gain. None: they cannot. A codec that does not
-        `rotate` may get, and then gives, [s, M / s, P, D] of s streams, whose tokens lie apart in memory."""
+        `rotate` may get, and then gives, [s, M / s, P, D] of s streams, strided in memory."""
         return None
 
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -308,7 +308,7 @@ WHERE_THEY_LIE = ["none", "kivi(bits=2, group=16)", "int(bits=4)", "int8", "turb
 def test_tokens_are_read_where_they_lie(
     spec: str, dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of [B, n, H, D] in memory, and of what lies further apart: nothing is copied first; records are the same."""
+    """Of [B, n, H, D] in memory, and of larger strides: nothing is copied first; records are the same."""
     torch.manual_seed(2)
     codec, layout = built(spec, 80, 16, dtype)
     monkeypatch.setattr(compiled_kernel, "level", lambda: level)
