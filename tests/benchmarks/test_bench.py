@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_folder
 import tiny_folder
 from rich.console import Console
 
@@ -23,28 +24,7 @@ from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.summary import summarize
 from kvcomp.integrations.huggingface.models import load_model
 
-RECORD = Record(
-    task="a",
-    context=64,
-    index=0,
-    stack="none",
-    hash="0",
-    score=1.0,
-    prediction="x",
-    references=["x"],
-    depth=0.5,
-    tags=[],
-    origin="",
-    prompt_tokens=60,
-    new_tokens=4,
-    effective_bits=16.0,
-    held=2**20,
-    held_dense=2**20,
-    read=2**20,
-    read_dense=2**20,
-    ms_per_token=5.0,
-    prefill_s=0.1,
-)
+RECORD = run_folder.record(task="a", context=64, depth=0.5, prompt_tokens=60, prefill_s=0.1, peak=None)
 CONFIG = {"settings": {"seed": 0}, "versions": {}, "machine": {}}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_folder
 import tiny_folder
 import torch
 from rich.console import Console
@@ -134,28 +135,17 @@ def test_a_run_with_all_kinds_of_tasks(folder: Path, tmp_path: Path) -> None:
 
 def test_pooled_rows_are_of_all_texts_or_of_the_only_one() -> None:
     def record(task: str, index: int, stack: str, overlap: list[float]) -> Record:
-        values: dict[str, Any] = dict.fromkeys(("held", "held_dense", "read", "read_dense", "prompt_tokens"), 100)
-        return Record(
-            task,
-            64,
-            index,
-            stack,
-            stack,
-            sum(overlap) / len(overlap),
-            prediction="",
-            references=[],
-            depth=None,
-            tags=[],
-            origin="",
-            new_tokens=4,
-            effective_bits=4.0,
-            ms_per_token=5.0,
-            prefill_s=0.1,
+        return run_folder.record(
+            task=task,
+            context=64,
+            index=index,
+            stack=stack,
+            hash=stack,
+            score=sum(overlap) / len(overlap),
             metric=FIDELITY,
             kl=[0.5] * len(overlap),
             overlap=overlap,
             top1=[1] * len(overlap),
-            **values,
         )
 
     texts = ("fidelity_text", "fidelity_code")

@@ -8,15 +8,9 @@ from pathlib import Path
 
 import bench_process
 import pytest
-import tiny_folder
 from bench_process import answers, arguments, finish, lines, start, wait_for
 
 SAMPLES = 6
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder.save(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

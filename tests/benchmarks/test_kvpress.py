@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_folder
 import yaml
 from typer.testing import CliRunner
 
@@ -18,27 +19,16 @@ from kvcomp.benchmarks.kvpress import export, require_format
 from kvcomp.benchmarks.results import NLL, Record, Results, Run, RunError
 from kvcomp.cli.app import app
 
-RULER = Record(
+RULER = run_folder.record(
     task="niah_multivalue",
     context=4096,
-    index=0,
-    stack="none",
-    hash="0",
     score=0.5,
     prediction="=1234 and 99",
     references=["1234", "5678"],
     depth=0.5,
-    tags=[],
-    origin="",
     prompt_tokens=4000,
-    new_tokens=4,
-    effective_bits=16.0,
-    held=2**20,
-    held_dense=2**20,
-    read=2**20,
-    read_dense=2**20,
-    ms_per_token=5.0,
     prefill_s=0.1,
+    peak=None,
 )
 SMALL = {"stack": "snapkv(keep=0.25) + int(bits=4)", "hash": "1", "held": 2**18}
 CONFIG: dict[str, Any] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_folder
 import tiny_folder
 import torch
 from rich.console import Console
@@ -119,25 +120,8 @@ def test_local_texts(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
 
 
 def record(index: int, stack: str, score: float) -> Record:
-    values: dict[str, Any] = dict.fromkeys(("held", "held_dense", "read", "read_dense", "prompt_tokens"), 100)
-    return Record(
-        task="perplexity_text",
-        context=64,
-        index=index,
-        stack=stack,
-        hash=stack,
-        score=score,
-        prediction="",
-        references=[],
-        depth=None,
-        tags=[],
-        origin="",
-        new_tokens=4,
-        effective_bits=16.0,
-        ms_per_token=5.0,
-        prefill_s=0.1,
-        metric=NLL,
-        **values,
+    return run_folder.record(
+        task="perplexity_text", context=64, index=index, stack=stack, hash=stack, score=score, metric=NLL
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-import tiny_folder
 from bench_process import STACKS, answers, arguments, finish, lines, start, wait_for
 
 from kvcomp.benchmarks import workers
@@ -31,11 +30,6 @@ from kvcomp.integrations.loading import Loading
 
 SAMPLES = 5
 TIMES = ("ms_per_token", "prefill_s", "prefill_own_s", "peak_mib")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder.save(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
