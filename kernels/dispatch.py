@@ -141,7 +141,7 @@ def encode_pages(
     if sides is None:
         return False
     for backend in backends.able("write", Case(sides, pool.device, layout=layout)):
-        if codec.rotates:  # pages of their own, for their products with a basis
+        if codec.rotates:  # bases are applied page by page
             keys, values = keys.flatten(0, -3), values.flatten(0, -3)
         x = codec.kernel_input(keys, values, streams)
         if x is not None:
