@@ -26,7 +26,7 @@ from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.console import Plain, run, track
 from kvcomp.errors import KvcompError
 from kvcomp.stages import Index
-from kvcomp.stages.plan import read_by_stream
+from kvcomp.stages.plan import LayerPlan, read_by_stream
 from kvcomp.stages.stack import Stack
 
 TOKENS = "{tokens}"  # in a stack: as many as the share of the bytes allows
@@ -46,6 +46,20 @@ class Layer:
         """K and V as a cache of that dtype holds them."""
         self.keys, self.values = self.keys.to(dtype), self.values.to(dtype)
         return self
+
+    @property
+    def scale(self) -> float:
+        return float(self.keys.shape[3]) ** -0.5
+
+    def under(self, plan: LayerPlan) -> Layer:
+        """What the store of a plan is given: latents, and queries of these, where the plan makes any."""
+        if plan.joint is None:
+            return self
+        dims = self.keys.shape[1], self.keys.shape[3], self.values.shape[3]
+        maps, made = plan.joint.maps(plan.layer, *dims, self.keys.device), Layer()
+        latents = maps.latents(self.keys, self.values)
+        made.add(maps.absorbed(self.queries), latents, latents)
+        return made
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,9 @@ def at_share(template: str, share: float, layers: Sequence[Layer]) -> str | None
     def reads(tokens: int) -> float:
         stack = Stack.parse(template.replace(TOKENS, str(tokens)))
         plans = [stack.plan(i, len(layers)) for i in range(len(layers))]
-        return sum(read_by_stream(plan, k.shape[3], v.shape[3], k.shape[2], k.dtype) for plan in plans) / dense
+        each = ((plan, *plan.streams(k.shape[1], k.shape[3], v.shape[3])) for plan in plans)
+        streams = (heads * read_by_stream(plan, *dims, k.shape[2], k.dtype) for plan, heads, *dims in each)
+        return sum(streams) / k.shape[1] / dense
 
     low, high = 1, k.shape[2]
     if reads(low) > share:
@@ -86,15 +102,17 @@ def measure(series: str, spec: str, layers: Sequence[Layer], context: int, queri
     stack, choices, found = Stack.parse(spec), dict[int, Shared](), list[tuple[Tensor, Tensor]]()
     read = dense = 0
     stores = [LayerStore(stack.plan(i, len(layers)), choices) for i in range(len(layers))]
+    scales = [layer.scale for layer in layers]
+    layers = [layer.under(store.plan) for store, layer in zip(stores, layers, strict=True)]
     for store, layer in zip(stores, layers, strict=True):
         prompt = layer.keys.shape[2] - queries
         store.start(layer.keys, layer.values)
         keys, values, asked = (x[:, :, :prompt] for x in (layer.keys, layer.values, layer.queries))
         store.write(keys, values, None, asked)
     for step in range(prompt, prompt + queries):
-        for store, layer in zip(stores, layers, strict=True):
+        for store, layer, scale in zip(stores, layers, scales, strict=True):
             now = slice(step, step + 1)
-            q, scale = layer.queries[:, :, now], layer.keys.shape[3] ** -0.5
+            q = layer.queries[:, :, now]
             store.append(layer.keys[:, :, now], layer.values[:, :, now])
             part = store.attend(q, scale)
             read, dense = read + sum(store.read.values()), dense + store.dense_read

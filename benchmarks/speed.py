@@ -118,6 +118,10 @@ def attention(
         tell(f"not timed: {', '.join(labels)}: {why}")
     for spec in stacks:
         stack = Stack.parse(spec)
+        if stack.latent is not None:
+            why = f"{stack.latent.name} has maps of a model, and K and V are of none here: leave --attention out"
+            tell(f"not timed: {stack}: {why}")
+            continue
         store = LayerStore(replace(stack.plan(layer, layer + 1), latent=geometry.latent))
         store.start(k, v)
         ends = [context] if store.plan.policies else [*range(FIRST, context, PIECE), context]

@@ -107,7 +107,7 @@ def stages() -> str:
 
     lines: list[str] = []
     found = known()
-    for family in ("quantizer", "policy", "selector", "window"):
+    for family in ("quantizer", "latent", "policy", "selector", "window"):
         lines += [f"## {FAMILIES[family]}", ""]
         for name, stage in found.items():
             if stage.family != family:
@@ -130,7 +130,13 @@ def stages() -> str:
     return "\n".join(lines)
 
 
-FAMILIES = {"quantizer": "Quantizers", "policy": "Eviction policies", "selector": "Selectors", "window": "Window"}
+FAMILIES = {
+    "quantizer": "Quantizers",
+    "latent": "Latents",
+    "policy": "Eviction policies",
+    "selector": "Selectors",
+    "window": "Window",
+}
 
 
 def public(module: str) -> str:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kvcomp.quantizers.int8 import Int8
     from kvcomp.quantizers.kivi import KIVI
     from kvcomp.quantizers.klt import KLT
+    from kvcomp.quantizers.latent import Latent
     from kvcomp.quantizers.mxfp4 import MXFP4
     from kvcomp.quantizers.none import NoQuantizer
     from kvcomp.quantizers.nvfp4 import NVFP4
@@ -115,6 +116,7 @@ __all__ = [
     "KvcompError",
     "KvcompWarning",
     "LagKV",
+    "Latent",
     "Memory",
     "MoBA",
     "NoQuantizer",
@@ -163,6 +165,7 @@ _HOMES = {
     "KVzip": "kvcomp.policies.kvzip",
     "KeyDiff": "kvcomp.policies.keys",
     "LagKV": "kvcomp.policies.keys",
+    "Latent": "kvcomp.quantizers.latent",
     "MXFP4": "kvcomp.quantizers.mxfp4",
     "Memory": "kvcomp.ledger",
     "MoBA": "kvcomp.sparse.moba",

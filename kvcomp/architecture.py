@@ -58,6 +58,10 @@ def obstacle(kinds: Iterable[LayerKind], stack: Stack) -> str | None:
     """Why a model with layers of these kinds cannot be served by the stack, and what can; None: it can."""
     names = " and ".join(s.name for s in (*stack.policies, stack.selector) if s is not None)
     kinds = list(kinds)
+    if stack.latent is not None:
+        if LayerKind.LATENT in kinds:
+            return f"{LayerKind.LATENT.traits.does} itself: leave {stack.latent.name} out"
+        kinds = [LayerKind.LATENT if kind is LayerKind.FULL else kind for kind in kinds]
     scored = any(kind.traits.scored for kind in kinds if kind.traits.packed)  # by a quantizer alone, the others
     kind = None if scored else without(kinds, "scored")
     asking = next((policy.name for policy in stack.policies if policy.needs_model), None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp.calibration.stage import FILE, Tensors, own
 from kvcomp.calibration.statistics import Statistics, weighted_directions
 from kvcomp.errors import SpecError
-from kvcomp.stages import PageShape, arg
+from kvcomp.stages import PageShape, Stage, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
@@ -100,7 +100,7 @@ class SVD(CalibratedQuantizer):
         return Basis(own(write), own(read), calibration.tensor(f"{name}_mean", shape, dim))
 
 
-def check_amount(stage: CalibratedQuantizer, argument: str) -> None:
+def check_amount(stage: Stage, argument: str) -> None:
     """Raise a SpecError unless the argument is a positive number of channels or a share of them."""
     value = getattr(stage, argument)
     ok = value >= 1 if isinstance(value, int) else 0 < value <= 1

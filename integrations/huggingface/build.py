@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Container
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,6 +15,7 @@ from kvcomp.stages.stack import Stack
 
 from ..configs import cache_layers, field, layer_fields, layer_kinds, library_layer
 from .indexed import IndexedLatentLayer, IndexedLayer
+from .joint import JointLayer
 from .latent import LatentLayer
 from .layer import CompressedLayer
 from .preallocated import PreallocatedLayer, check_room
@@ -40,7 +40,7 @@ def layers_of(
     are to be the library's own."""
     types, kwargs = cache_layers(config)
     if preallocate is not None:
-        check_room(config, preallocate, max_tokens)
+        check_room(stack, config, preallocate, max_tokens)
     latent, kinds = layer_fields(config, "kv_lora_rank"), layer_kinds(config)
     scored = [i for i, kind in enumerate(types) if kind in OURS and kinds[i].traits.scored]
     choices: dict[int, Shared] = {}
@@ -52,12 +52,14 @@ def layers_of(
         if kind in OURS:
             plan = stack.plan(i, len(types), scored if i in scored else None)
             if i not in scored:  # a quantizer alone
-                plan = replace(plan, policies=(), selector=None, leader=None)
+                plan = plan.quantizer_alone()
             if preallocate is not None:
                 layers.append(PreallocatedLayer(plan, preallocate, stack.prefill_chunk, choices))
             else:
                 made = OURS[kind]
-                if latent[i]:
+                if plan.joint is not None:
+                    made = JointLayer
+                elif latent[i]:
                     made = IndexedLatentLayer if made is IndexedLayer else LatentLayer
                 layers.append(made(plan, max_tokens, stack.prefill_chunk, choices))
         elif window is not None:

@@ -9,11 +9,36 @@ so that q_h . [k_h, r] = [W_hk' q_h, r part of q_h] . [c, r], and outputs over c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Latents(Protocol):
+    """How keys and values of heads follow from what a layer holds."""
+
+    @property
+    def heads(self) -> int:
+        """Heads of keys and values."""
+
+    @property
+    def weight(self) -> Tensor:
+        """That they are made by."""
+
+    def absorbed(self, queries: Tensor) -> Tensor:
+        """Queries [B, Hq, n, Dk] of keys as queries of what is held."""
+
+    def output(self, out: Tensor) -> Tensor:
+        """Attention output [B, Hq, n, R] over what is held as output over values."""
+
+    def expanded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what is held, [B, 1, N, R]."""
+
+    def known(self) -> Latents:
+        """The same where keys and values are not needed, as the answer is known."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +54,9 @@ class Expansion:
     values: slice
     rotary: int
     expands: bool = True
+
+    def known(self) -> Expansion:
+        return replace(self, expands=False)
 
     def _part(self, channels: slice) -> Tensor:
         """[H, channels, R], a view."""

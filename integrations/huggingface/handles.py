@@ -15,7 +15,7 @@ from transformers.utils import output_capturing
 
 from kvcomp.stages import Choice
 
-from .expansion import Expansion
+from .expansion import Expansion, Latents
 from .keywords import CHOICES, choose, chosen
 from .masks import Mask, chunk_mask, read_mask
 
@@ -55,7 +55,7 @@ class Call(NamedTuple):
     scaling: float | None
     kwargs: dict[str, Any]
     name: str
-    latent: Expansion | None = None
+    latent: Latents | None = None
 
     def dense(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's own attention over keys [B, Hkv, N, Dk] and values [B, Hkv, N, Dv], as the layer holds them."""

@@ -111,15 +111,19 @@ class HeldLayer(Readable):
         if k[0] == held.rows and k[1] == held.heads and k[3] == held.k_dim and v[3] == held.v_dim and k[:3] == v[:3]:
             return
         check_pair(keys, values)
-        if k[0] != held.rows:
-            raise KvcompError(
-                f"the cache holds {held.rows} rows, but the batch has {k[0]}: use a new cache, reset() this one, or "
-                "batch_repeat_interleave / batch_select_indices"
-            )
+        self.check_rows(k[0])
         raise KvcompError(
             f"the cache holds {held.heads} KV heads of {held.k_dim} and {held.v_dim} channels, but the model has "
             f"{k[1]} of {k[3]} and {v[3]}: it was filled by another model; make a cache for each"
         )
+
+    def check_rows(self, rows: int) -> None:
+        """Raise a KvcompError unless so many rows are held."""
+        if rows != self._store.rows:
+            raise KvcompError(
+                f"the cache holds {self._store.rows} rows, but the batch has {rows}: use a new cache, reset() this "
+                "one, or batch_repeat_interleave / batch_select_indices"
+            )
 
     def counted(self) -> tuple[Tensor, int]:
         """Real tokens of each row, int64 [B], and columns, those of pending chunks included, which go on waiting."""

@@ -73,6 +73,11 @@ class CompressedLayer(HeldLayer):
             self.turns.take(self._store.rows, n)
         return self.handles(key_states.shape, value_states.shape, self.columns(self.get_seq_length() - n) + n)
 
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the pending chunk, as the model has them or its latents make them."""
+        assert self.pending is not None
+        return self.pending.keys, self.pending.values
+
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Attention of query [B, Hq, n, Dk] over all that is cached and the pending chunk, which is then committed."""
         tracked = torch.is_grad_enabled() and (call.tracked or self._tracked())

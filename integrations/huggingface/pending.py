@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ class Pending(NamedTuple):
         state = State(fields, f"{state.where}.pending")
         state.require(store.started, "there is a chunk, but no store")
         rows, heads = store.rows, store.heads
-        given = stored(store.records.shape)
+        given = stored(replace(store.records.shape, kept=None))
         keys = state.tensor("keys", (rows, heads, None, given.k_dim), store.dtype)
         n = keys.shape[2]
         values = state.tensor("values", (rows, heads, n, given.v_dim), store.dtype)

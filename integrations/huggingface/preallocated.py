@@ -20,6 +20,7 @@ from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.ledger import add_parts
 from kvcomp.modes import outside_inference, without_gradient
 from kvcomp.stages.plan import LayerPlan
+from kvcomp.stages.stack import Stack
 from kvcomp.text import quote
 
 from ..configs import cache_layers, layer_kinds
@@ -29,8 +30,13 @@ from .layer import CompressedLayer, Pending, answered
 from .masks import columns
 
 
-def check_room(config: PreTrainedConfig, tokens: int, max_tokens: int | None) -> None:
-    """Raise an error unless a model can have a cache with space for so many tokens."""
+def check_room(stack: Stack, config: PreTrainedConfig, tokens: int, max_tokens: int | None) -> None:
+    """Raise an error unless a model can have a cache with space for so many tokens, compressed by this stack."""
+    if stack.latent is not None:
+        raise UnsupportedError(
+            f"preallocate={tokens}: steps over latents, which {stack.latent.name} makes, are not of fixed shape here: "
+            "leave preallocate= out"
+        )
     if not is_count(tokens) or (max_tokens is not None and tokens > max_tokens):
         most = "" if max_tokens is None else f", at most the model's max_position_embeddings={max_tokens}"
         raise KvcompError(f"preallocate={quote(tokens)}: expected a positive number of tokens{most}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from .arguments import is_count, token_ids
 from .cache import CompressedCache
 from .forward import with_cache
 from .handles import Call, HandleLayer
+from .joint import JointLayer, RepeatJoint
 from .latent import LatentLayer
 from .latent_handles import LatentHandles
 from .layer import CompressedLayer
@@ -49,10 +49,8 @@ class SharedLayer(HandleLayer):
             self.library.update(keys, values)
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        chunk = self.members[0].pending
-        assert chunk is not None
-        result = call.dense(chunk.keys, chunk.values)
-        known = None if call.latent is None else replace(call.latent, expands=False)
+        result = call.dense(*self.members[0].newest())
+        known = None if call.latent is None else call.latent.known()
         given = call._replace(base=lambda *args, **kwargs: result, latent=known)
         for member, watch in zip(self.members, self.watches, strict=True):
             with watch.span(call.query.device):
@@ -242,8 +240,11 @@ def _repeat(
         for layer in cache.layers:
             if isinstance(layer, CompressedLayer) and not layer.is_sliding:
                 assert layer.pending is not None
-                repeats = RepeatLatents if layer.plan.latent else RepeatLayer
-                layers.append(repeats(*(x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2])))
+                keys, values = (x[b : b + 1, :, tokens.to(x.device)] for x in layer.pending[:2])
+                if isinstance(layer, JointLayer):
+                    layers.append(RepeatJoint(keys, layer.maps))
+                else:
+                    layers.append((RepeatLatents if layer.plan.latent else RepeatLayer)(keys, values))
             elif rows > 1 or len(tokens) < n:
                 raise UnsupportedError(
                     f"{cache.stack}: of a model with other layers than full attention, one row at a time can be "

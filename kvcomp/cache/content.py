@@ -41,10 +41,19 @@ class LayerContent:
         """Take batch, heads, dimensions, dtype and device from keys [B, Hkv, n, Dk] and values [B, Hkv, n, Dv].
 
         centred: as in `LayerPlan.shape`.
+
+        Raises:
+            UnsupportedError: the plan makes latents, and these are none.
         """
         plan = self.plan
         self.rows, self.heads, _, self.k_dim = keys.shape
         self.v_dim = values.shape[-1]
+        if plan.joint is not None and (self.heads, self.k_dim) != (1, self.v_dim):
+            raise UnsupportedError(
+                f"{plan.joint.name} makes one latent of a layer's K and V, and these are of {self.heads} heads of "
+                f"{self.k_dim} and {self.v_dim} channels: give them to CompressedCache or Stack.roundtrip, or leave "
+                f"{plan.joint.name} out"
+            )
         self.dtype, self.device = keys.dtype, keys.device
         shape = plan.shape(self.k_dim, self.v_dim, self.heads, self.dtype, self.device, centred)
         self.storage = Growing.empty(Records(plan, shape), keys, values)

@@ -213,7 +213,13 @@ def roundtrip(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [B, Hkv, N', D] as attention would see keys and values [B, Hkv, N, D] that the plan stored: what
     `Stack.roundtrip` gives."""
-    store = LayerStore(plan)
-    store.start(keys, values)
-    store.write(keys, values, None, queries, keys.shape[-1] ** -0.5 if scale is None else scale)
-    return store.dense()
+    store, scale = LayerStore(plan), keys.shape[-1] ** -0.5 if scale is None else scale
+    if plan.joint is None:
+        store.start(keys, values)
+        store.write(keys, values, None, queries, scale)
+        return store.dense()
+    maps = plan.joint.maps(plan.layer, keys.shape[1], keys.shape[3], values.shape[3], keys.device)
+    latents = maps.latents(keys, values)
+    store.start(latents, latents)
+    store.write(latents, latents, None, None if queries is None else maps.absorbed(queries), scale)
+    return maps.expanded(store.dense()[0])

@@ -154,11 +154,12 @@ def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 
         seen, token = holder.seen(context + 1), holder.elements * shape.itemsize
         plan = None if stack is None else _plan(stack, shape, source, full)
         if plan is not None:
-            sizes = plan, holder.k_dim, holder.v_dim
-            read.update({name: size * holder.kv_heads for name, size in read_parts(*sizes, context, dtype).items()})
+            heads, k_dim, v_dim = plan.streams(holder.kv_heads, holder.k_dim, holder.v_dim)
+            sizes = plan, k_dim, v_dim
+            read.update({name: size * heads for name, size in read_parts(*sizes, context, dtype).items()})
             if own:
-                held.update({name: size * holder.kv_heads for name, size in held_parts(*sizes, context, dtype).items()})
-                shared += shared_bytes(*sizes, holder.kv_heads, dtype)
+                held.update({name: size * heads for name, size in held_parts(*sizes, context, dtype).items()})
+                shared += shared_bytes(*sizes, heads, dtype)
                 if plan.sliding is not None:
                     packed[i] = layer.elements * layer.seen(context)
             seen = plan.attended(context)
@@ -191,10 +192,10 @@ def _plan(stack: Stack, shape: ModelShape, i: int, full: list[int]) -> LayerPlan
     layer, layers = shape.layers[i], len(shape.layers)
     if layer.full:
         latent = layer.latent or layer.kind is LayerKind.LATENT
-        plan = replace(stack.plan(i, layers, full if i in full else None), latent=latent)
+        plan = stack.plan(i, layers, full if i in full else None)
         if layer.kind.traits.scored:
-            return plan
-        return replace(plan, policies=(), selector=None, leader=None, chosen_tokens=layer.chosen)
+            return replace(plan, latent=latent or plan.latent)
+        return replace(plan.quantizer_alone(), latent=latent, chosen_tokens=layer.chosen)
     if layer.kind is LayerKind.SLIDING and layer.window is not None:
         return stack.sliding_plan(i, layers, layer.window)
     return None

@@ -21,6 +21,7 @@ from kvcomp.layout import SUMMARY, Field, PageLayout
 from kvcomp.segments import Codebook, Dense, Floats, KVLayout, Plane, SideLayout, Uniform
 
 from .arguments import Alias, dropped_share
+from .joint import JointMaps, LatentStage
 from .policy import Chunk, Held, ModelPart, Policy
 from .quantizer import Codec, PageShape, Quantizer
 from .registry import register
@@ -62,7 +63,9 @@ __all__ = [
     "GridCodec",
     "Held",
     "Index",
+    "JointMaps",
     "KVLayout",
+    "LatentStage",
     "LayerPlan",
     "ModelPart",
     "PageLayout",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.layout import Field
+from kvcomp.segments import KVLayout, SideLayout, memo
 
 from .quantizer import AroundCodec, Codec, PageShape, Quantizer
 
@@ -57,26 +58,53 @@ class OneSidedCodec(AroundCodec):
         encoded = self.codec.encode(_fill(keys), _fill(values), streams)
         return {field.name: encoded[field.name] for field in self._fields}
 
+    def kernel_input(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = self.codec.kernel_input(_fill(keys), _fill(values), streams)
+        if found is None:
+            return None
+        return found[0] if self.shape.k_dim else keys, found[1] if self.shape.v_dim else values
+
     def decode(self, page: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         some = next(iter(page.values()))
         blank = {f.name: _zeros((len(some), *f.shape), f.dtype, some.device) for f in self._missing}
-        return self.codec.decode({**page, **blank})
+        k, v = self.codec.decode({**page, **blank})
+        return k if self.shape.k_dim else k[..., :0], v if self.shape.v_dim else v[..., :0]
 
     def read_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.codec.read_query(_fill(queries))
+        return self.codec.read_query(queries) if self.shape.k_dim else (queries, None)
 
     def read_output(self, output: Tensor) -> Tensor:
-        return self.codec.read_output(output)[..., : self.shape.v_dim]
+        return self.codec.read_output(output) if self.shape.v_dim else output
 
     def read_value_query(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.codec.read_value_query(_fill(queries))
+        return self.codec.read_value_query(queries) if self.shape.v_dim else (queries, None)
 
     def read_key_output(self, output: Tensor) -> Tensor:
-        return self.codec.read_key_output(output)[..., : self.shape.k_dim]
+        return self.codec.read_key_output(output) if self.shape.k_dim else output
 
     def inverse(self, keys: Tensor, values: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        none = keys.new_zeros(1, 1, STAND_IN)
+        if not self.shape.k_dim:  # as many coordinates as the codec has of the channels of zeros
+            keys = keys.new_zeros(*keys.shape[:-1], self.codec.read_query(none)[0].shape[-1])
+        if not self.shape.v_dim:
+            values = values.new_zeros(*values.shape[:-1], self.codec.read_value_query(none)[0].shape[-1])
         k, v = self.codec.inverse(keys, values, streams)
         return k[..., : self.shape.k_dim], v[..., : self.shape.v_dim]
+
+    def present(self, sides: KVLayout | None) -> KVLayout | None:
+        """Those of K and V of the codec that it is of, without segments where there are no channels. Kernels do not
+        read such pages as they are; those of latents are another matter, see `latent`."""
+        if sides is None:
+            return None
+        known, key = memo(sides), (OneSidedCodec, bool(self.shape.k_dim), bool(self.shape.v_dim))
+        found: KVLayout | None = known.get(key)
+        if found is None:
+            k, v = (
+                SideLayout(side.segments, side.gain) if dim else SideLayout(())
+                for side, dim in zip(sides, (self.shape.k_dim, self.shape.v_dim), strict=True)
+            )
+            found = known.setdefault(key, (k, v))
+        return found
 
     def observe(self, streams: Tensor, queries: Tensor) -> None:
         self.codec.observe(streams, _fill(queries))

@@ -10,6 +10,7 @@ import torch
 from kvcomp.geometry import Geometry
 from kvcomp.layout import Field, PageLayout
 
+from .joint import LatentStage
 from .latent import make_codec, page_fields, stored
 from .one_sided import filled
 from .policy import Policy
@@ -28,7 +29,8 @@ class LayerPlan:
 
     leader: the layer whose choice of pages this one reads. latent: whether it caches latents, see `stages.latent`.
     sliding: how many tokens a query sees, its own among them, where the layer has a sliding window. chosen_tokens: how
-    many of all tokens the model's own indexer chooses, where that is known; for predictions alone.
+    many of all tokens the model's own indexer chooses, where that is known; for predictions alone. joint: what makes
+    the latents of K and V, where the model caches these; None: the model itself, if it has any.
     exact_bits: of the numbers of sinks and window, 16 or 8; None: as many as the model's dtype has.
     """
 
@@ -45,6 +47,7 @@ class LayerPlan:
     sliding: int | None = None
     exact_bits: int | None = None
     chosen_tokens: int | None = None
+    joint: LatentStage | None = None
 
     @cached_property
     def needs_queries(self) -> bool:
@@ -55,6 +58,10 @@ class LayerPlan:
     def within(self, tokens: int) -> LayerPlan:
         """This plan for streams of at most so many tokens: a window of more than all of them needs no more memory."""
         return replace(self, sinks=min(self.sinks, tokens), recent=min(self.recent, tokens))
+
+    def quantizer_alone(self) -> LayerPlan:
+        """This plan for a layer of which the other stages know nothing, such as one with an indexer of its own."""
+        return replace(self, policies=(), selector=None, leader=None, joint=None, latent=False)
 
     @cached_property
     def needs_model(self) -> bool:
@@ -143,7 +150,13 @@ class LayerPlan:
         whose values no kernel centres."""
         device = torch.device("cpu") if device is None else device
         centred = not self.latent if centred is None else centred
-        return PageShape(self.page_size, k_dim, v_dim, heads, dtype, device, self.layer, centred, self.latent)
+        kept = None if self.joint is None else self.joint.kept(v_dim)
+        return PageShape(self.page_size, k_dim, v_dim, heads, dtype, device, self.layer, centred, self.latent, kept)
+
+    def streams(self, heads: int, k_dim: int, v_dim: int) -> tuple[int, int, int]:
+        """KV heads, and channels of keys and values (of latents and rotary keys), of what is held where a model caches
+        so many."""
+        return (heads, k_dim, v_dim) if self.joint is None else (1, heads * (k_dim + v_dim), 0)
 
     def build(self, shape: PageShape) -> tuple[Codec, PageLayout]:
         """The layer's codec, and the layout of its pages."""
@@ -211,7 +224,8 @@ def held_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torc
 
 def shared_bytes(plan: LayerPlan, k_dim: int, v_dim: int, heads: int, dtype: torch.dtype) -> int:
     """Bytes that the layer holds for all of its streams, whatever the context and the batch."""
-    return plan.quantizer.shared_bytes(filled(stored(_shape(plan, k_dim, v_dim, heads, dtype))))
+    maps = 0 if plan.joint is None else plan.joint.map_bytes(k_dim)
+    return plan.quantizer.shared_bytes(filled(stored(_shape(plan, k_dim, v_dim, heads, dtype)))) + maps
 
 
 def read_parts(plan: LayerPlan, k_dim: int, v_dim: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:

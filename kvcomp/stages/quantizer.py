@@ -22,7 +22,8 @@ class PageShape:
     """What a codec is made for: one layer's pages. `heads` is the number of KV heads.
 
     centred: whether pages may have a centre, as those of caches lack that were saved before there were any.
-    latent: values are the first `v_dim` channels of keys, and share their bytes.
+    latent: values are the first `v_dim` channels of keys, and share their bytes. kept: of these, how many pages keep;
+    None: all. The others are 0 in pages.
     """
 
     page_size: int
@@ -34,6 +35,7 @@ class PageShape:
     layer: int
     centred: bool = True
     latent: bool = False
+    kept: int | None = None
 
     @property
     def channels(self) -> int:

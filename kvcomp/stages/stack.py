@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcomp.errors import KvcompWarning, SpecError
 from kvcomp.text import quote
 
+from .joint import LatentStage
 from .plan import LayerPlan, held_by_stream
 from .policy import Policy
 from .quantizer import Quantizer
@@ -35,7 +36,8 @@ StackLike: TypeAlias = Union[str, "Stack", Stage]  # what every function that as
 
 @dataclass(frozen=True)
 class Stack:
-    """At most one quantizer, one selector and one window, and any number of eviction policies applied in order.
+    """At most one latent stage, one quantizer, one selector and one window, and any number of eviction policies applied
+    in order.
 
     Add stages, `SnapKV(keep=0.25) + KIVI(bits=4)`, or parse a spec, `Stack.parse("snapkv(keep=0.25) + kivi(bits=4)")`:
     the two are equal. `str(stack)` is the spec, which parses back to an equal stack.
@@ -61,7 +63,7 @@ class Stack:
             raise SpecError("a stack needs at least one stage: Stack.parse('none') is the dense one")
         if len(self.stages) > MOST_STAGES:
             raise SpecError(f"a stack takes at most {MOST_STAGES} stages, got {len(self.stages)}: leave some out")
-        for kind in (Quantizer, Selector, Window):
+        for kind in (LatentStage, Quantizer, Selector, Window):
             same = [s for s in self.stages if isinstance(s, kind)]
             if len(same) > 1:
                 names = " and ".join(text_of(s, full=False) for s in same)
@@ -156,6 +158,11 @@ class Stack:
         return next((s for s in self.stages if isinstance(s, Selector)), None)
 
     @cached_property
+    def latent(self) -> LatentStage | None:
+        """What makes latents of K and V; None where the stack names none."""
+        return next((s for s in self.stages if isinstance(s, LatentStage)), None)
+
+    @cached_property
     def window(self) -> Window:
         """The stack's own `window(...)`, or the largest one that its methods publish."""
         own = next((s for s in self.stages if isinstance(s, Window)), None)
@@ -196,7 +203,9 @@ class Stack:
             layer,
             layers,
             leader,
+            self.latent is not None,
             exact_bits=self.window.bits,
+            joint=self.latent,
         )
 
     def sliding_plan(self, layer: int, layers: int, window: int) -> LayerPlan | None:
@@ -231,7 +240,8 @@ class Stack:
         for name, value in (("head_dim", head_dim), ("tokens", tokens), ("layers", layers)):
             if not isinstance(value, int) or value < 1:
                 raise SpecError(f"effective_bits({name}={value!r}): expected a positive integer")
-        held = sum(held_by_stream(self.plan(i, layers), head_dim, head_dim, tokens, dtype) for i in range(layers))
+        plans = [self.plan(i, layers) for i in range(layers)]
+        held = sum(held_by_stream(plan, *plan.streams(1, head_dim, head_dim)[1:], tokens, dtype) for plan in plans)
         return 8 * held / (layers * 2 * head_dim * tokens)
 
     def roundtrip(

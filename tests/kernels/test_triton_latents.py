@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +12,7 @@ from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.kernels.dispatch import reference_only, using
 from kvcomp.kernels.triton_backend import Triton
-from kvcomp.stages import Choice
+from kvcomp.stages import Choice, LatentStage
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -58,6 +58,35 @@ def test_attention_over_latents(spec: str, shape: tuple[int, int, int, int]) -> 
         found = store.attend(queries, 0.2)
     with reference_only():
         expected = store.attend(queries, 0.2)
+    assert float((found.out - expected.out).norm() / expected.out.norm()) < 1e-5
+    torch.testing.assert_close(found.lse, expected.lse, atol=1e-4, rtol=0)
+
+
+@dataclass(frozen=True)
+class Some(LatentStage):
+    """Pages keep `number` coordinates of latents."""
+
+    number: int = 48
+
+    def kept(self, channels: int) -> int:
+        return min(self.number, channels)
+
+
+@pytest.mark.parametrize("kept", [48, 96])
+@pytest.mark.parametrize("spec", ["none", "int(bits=4)", "turboquant(bits=4)", "klt(bits=4)"])
+def test_latents_without_a_rotary_key(spec: str, kept: int) -> None:
+    """Written and read, of which pages keep some or all channels."""
+    plan, parts = Stack.parse(f"{spec} + window(sinks=2, recent=8)").plan(2, 4), []
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 1, 100, 96, generator=generator).to(DEVICE)
+    queries = torch.randn(2, 5, 1, 96, generator=generator).to(DEVICE)
+    for how in (using(Triton(anywhere=True)), reference_only()):
+        store = LayerStore(replace(plan, latent=True, joint=Some(number=kept)))
+        with how:
+            store.start(latents, latents)
+            store.write(latents, latents, None, queries.expand(-1, -1, 100, -1), 0.2)
+            parts.append(store.attend(queries, 0.2))
+    found, expected = parts
     assert float((found.out - expected.out).norm() / expected.out.norm()) < 1e-5
     torch.testing.assert_close(found.lse, expected.lse, atol=1e-4, rtol=0)
 

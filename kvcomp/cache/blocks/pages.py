@@ -49,9 +49,15 @@ class Pages:
         biases: those of the heads' keys, from which centres of pages follow that are written token by token.
 
         Raises:
-            UnsupportedError: the codec settles something by the first data it sees, which no block can hold.
+            UnsupportedError: the codec settles something by the first data it sees, which no block can hold, or the
+                stack makes latents of all heads.
         """
         self.setup, self.heads = setup, heads
+        if (latent := setup.stack.latent) is not None:
+            raise UnsupportedError(
+                f"{setup.stack}: blocks of an engine hold K and V of each head, of which {latent.name} makes one "
+                "latent: leave it out, or use Hugging Face's cache"
+            )
         plan, shape = setup.plan(layer), replace(setup.shape(heads, layer), device=device)
         self.records = Records(plan, shape)
         if self.records.codec.state():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from kvcomp.cache.layer import LayerStore
 from kvcomp.cost.bill import bill
 from kvcomp.kernels.dispatch import reference_only
 from kvcomp.layout import CENTRE
+from kvcomp.stages import LatentStage
 
 WINDOW = " + window(sinks=2, recent=8)"
 QUANTIZERS = [
@@ -84,6 +86,36 @@ def test_latents_without_a_rotary_key() -> None:
         store, q = store_of(spec + WINDOW, latents, 64, 4), asked(latents, 4)
         keys, values = store.dense()
         near(store.attend(q, 0.2).out[:, :, 0], attend(q[:, :, 0], keys[:, 0], values[:, 0], 0.2).out)
+
+
+@dataclass(frozen=True)
+class Some(LatentStage):
+    """Pages keep 64 coordinates of latents."""
+
+    def kept(self, channels: int) -> int:
+        return 64
+
+
+@pytest.mark.parametrize("spec", QUANTIZERS)
+def test_pages_keep_the_first_coordinates(spec: str) -> None:
+    """By the kernel and by the specification: attention over what is stored, and nothing where a page has none."""
+    latents, found = draw(96, 0, 150, rows=2), []
+    plan = replace(Stack.parse(spec + WINDOW).plan(2, 4), latent=True, joint=Some())
+    q = asked(latents, 6)
+    for how in (nullcontext(), reference_only()):
+        store = LayerStore(plan)
+        with how:
+            store.start(latents, latents)
+            store.write(latents, latents, None, asked(latents, 6, 151, 1), 0.2)
+            found.append(store.attend(q, 0.2).out)
+        keys, values = store.dense()
+        assert torch.equal(keys, values)
+        paged = int(store.table.counts[0]) * store.plan.page_size
+        assert paged > 0
+        assert not keys[:, :, 2 : 2 + paged, 64:].any()
+        assert keys[:, :, -8:, 64:].any()
+        near(found[-1][:, :, 0], attend(q[:, :, 0], keys[:, 0], values[:, 0], 0.2).out)
+    near(*found)
 
 
 def test_values_are_held_once() -> None:
@@ -188,3 +220,57 @@ def test_bytes_of_a_step_of_deepseek_v3(spec: str, most: int) -> None:
     if spec == "none":
         assert read["pages"] == 1152 * paged
     assert "dense copy" not in read
+
+
+# -- DeepSeek-V2-Lite: 16 heads; what is missed of the attention that all tokens get --------------------------------
+
+
+def _latents(kind: str, tokens: int) -> tuple[Tensor, Tensor]:
+    """Latents [1, 1, n, 576] and queries [1, 16, n, 576]: independent, or of 64 topics, each for 64 tokens in a row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if kind == "random":
+        return normal(1, 1, tokens, 576), 0.35 * normal(1, 16, tokens, 576)
+    topics = normal(64, 576)
+    run = torch.randint(0, 64, (tokens // 64 + 1,), generator=generator).repeat_interleave(64)[:tokens]
+    asked = torch.randint(0, 64, (16, tokens), generator=generator)
+    latents, queries = topics[run] + 0.7 * normal(tokens, 576), topics[asked] + 0.7 * normal(16, tokens, 576)
+    return latents[None, None], 0.3 * queries[None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "most", "least"),  # bytes a token, and how much of the best choice for all heads together
+    [
+        ("random", "sketch(keep=0.1, dense_layers=0)", 60, 0.85),
+        ("random", "quest(keep=0.1, dense_layers=0)", 180, 0.85),
+        ("random", "moba(keep=0.1, dense_layers=0)", 60, 0.85),
+        ("topics", "sketch(keep=0.1, dense_layers=0)", 60, 0.55),
+        ("topics", "quest(keep=0.1, dense_layers=0)", 180, 0.7),
+        ("topics", "moba(keep=0.1, dense_layers=0)", 60, 0.6),
+    ],
+)
+def test_recall_of_attention(kind: str, spec: str, most: float, least: float) -> None:
+    """`pytest -s` prints a line for each: the attention that lies on what is read, and bytes read a token."""
+    latents, queries = _latents(kind, 4097)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stack = Stack.parse(f"int(bits=4) + {spec} + window(sinks=4, recent=64)")
+    store, scale, n = LayerStore(replace(stack.plan(2, 4), latent=True)), 576**-0.5, 4096
+    prompt = latents[:, :, :n]
+    store.start(prompt, prompt[..., :512])
+    store.write(prompt, prompt[..., :512], None, queries[:, :, :n], scale)
+    q = queries[:, :, -1:]
+    exact = (q[0, :, 0] @ prompt[0, 0].T) * scale
+    part = store.attend(q, scale)
+    received = (part.lse[0, :, 0] - exact.logsumexp(-1)).exp()  # up to what 4 bits change of the logits
+    pages, size = store.plan.chosen(int(store.table.counts[0])), store.plan.page_size
+    read = pages * size + int(store.exact.counts[0])
+    best = exact.softmax(-1).mean(0).topk(read).values.sum()
+    nbytes = sum(amount for name, amount in store.read.items() if name in ("pages", "summaries", "table")) / n
+    said = f"{received.mean():.3f} of the attention (best choice for all heads: {best:.3f})"
+    print(f"{kind}, {spec}: {read / n:.3f} of the tokens, {nbytes:.1f} bytes a token, {said}")
+    assert nbytes <= most
+    assert float(received.mean()) >= least * float(best)

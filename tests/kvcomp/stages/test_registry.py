@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from kvcomp import KvcompWarning, SpecError
-from kvcomp.stages import Policy, Quantizer, Selector
+from kvcomp.stages import LatentStage, Policy, Quantizer, Selector
 from kvcomp.stages import registry as reg
 from kvcomp.stages.registry import find, register, stages
 from kvcomp.stages.window import Window
@@ -25,7 +25,7 @@ def test_the_methods_that_ship_are_known() -> None:
 def test_every_stage_is_a_documented_frozen_dataclass_with_defaults(name: str) -> None:
     cls = find(name)
     assert cls.name == name
-    assert issubclass(cls, (Quantizer, Policy, Selector, Window))
+    assert issubclass(cls, (Quantizer, LatentStage, Policy, Selector, Window))
     assert is_dataclass(cls)
     assert cls.__dataclass_params__.frozen
     assert cls.__doc__
