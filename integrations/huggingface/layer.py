@@ -201,7 +201,7 @@ class CompressedLayer(HeldLayer):
                 return call._replace(mask=last).dense(keys, values)
             if (lent := self.lend_chunk(call, keys, values)) is not None:
                 return lent
-            visible = read_mask(call.mask, store.history.length, n).visible
+            visible = read_mask(call.mask, self.columns(store.history.length), n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
         reads, dense = store.reads, store.dense_read

@@ -15,13 +15,15 @@ from .layer import CompressedLayer
 from .masks import Seen
 from .rows import follow_window
 
+MANY = 32  # queries: for more it is no slower to decode the window, on a CPU
+
 
 class SlidingLayer(CompressedLayer):
     """A layer whose queries see the last `sliding_window` columns, their own included.
 
-    A decode step attends to pages and exact tokens, as in layers of full attention, less what its window has passed.
-    Other chunks, of a prompt or of drafts, are attended to by the model's own attention, after the window in full: no
-    more than so many tokens, of which every query sees others.
+    A decode step attends to pages and exact tokens, as in layers of full attention, less what its window has passed,
+    and so do drafts. Larger chunks, and those with padding, are attended to by the model's own attention, after the
+    window in full: no more than so many tokens, of which every query sees others.
     """
 
     is_sliding = True
@@ -50,8 +52,7 @@ class SlidingLayer(CompressedLayer):
         return self.sliding_window
 
     def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
-        prompt = n > 1 or valid is not None or self.record_past or self.to_come is not None
-        return prompt or tracked or not sliding.shows(self.store)
+        return tracked or valid is not None or n > MANY or not sliding.shows(self.store, n)
 
     def in_full(self) -> tuple[Tensor, Tensor]:
         return self.store.padded(self.sliding_window - 1)
@@ -66,8 +67,12 @@ class SlidingLayer(CompressedLayer):
     def follow(self, seen: Seen | None, compare: bool) -> None:
         follow_window(self._store, seen, self.columns(self._store.history.length))
 
-    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        assert self.pending is not None
         asked, mask = call.query.shape[2], call.mask
+        tracked = torch.is_grad_enabled() and (call.tracked or self._tracked())
+        if not self.expands(keys.shape[2], tracked, self.pending.valid):
+            return None
         if isinstance(mask, Tensor) and mask.dim() == 4:
             call = call._replace(mask=mask[:, :, -asked:])
         return self._behind(call, keys, values)
