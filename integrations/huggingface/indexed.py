@@ -173,7 +173,8 @@ class IndexedLayer(CompressedLayer):
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().restore(state, device)
-        keys, positions = state["index_keys"], state.get("index_positions")  # files without positions are older
+        own, positions = State.of(state, f"layer {self.plan.layer}"), state.get("index_positions")  # of newer files
+        keys = None if state["index_keys"] is None else own.tensor("index_keys", (None, None, None), *FLOATS)
         self.index_keys = None if keys is None else keys.to(device)
         self.indexer_position_ids = None if positions is None else positions.to(device)
 
