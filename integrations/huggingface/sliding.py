@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvcomp.cache import sliding
 from kvcomp.cache.layer import Shared
@@ -12,10 +13,11 @@ from kvcomp.stages.plan import LayerPlan
 from .arriving import refuse_nothing
 from .handles import Call
 from .layer import CompressedLayer
-from .masks import Seen
+from .masks import Seen, read_mask
 from .rows import follow_window
 
 MANY = 32  # queries: for more it is no slower to decode the window, on a CPU
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward shows the same mask to every layer
 
 
 class SlidingLayer(CompressedLayer):
@@ -51,8 +53,20 @@ class SlidingLayer(CompressedLayer):
     def get_max_length(self) -> int:
         return self.sliding_window
 
-    def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
-        return tracked or valid is not None or n > MANY or not sliding.shows(self.store, n)
+    def expands(self, n: int, tracked: bool, valid: Tensor | None = None, seen: Seen | None = None) -> bool:
+        if tracked or valid is not None or n > MANY or not sliding.shows(self.store, n):
+            return True
+        return n > 1 and seen is not None and seen.past is not None and not self._windowed(seen.past, n)
+
+    def _windowed(self, past: Tensor, n: int) -> bool:
+        """Whether n queries see as many tokens as the window has, by their mask: int64 [B or 1, n or 1]. That of Moshi
+        shows each of them all columns that transformers' own layer holds."""
+        at = self.store.history.length, self.sliding_window
+        known = _known.get(past)
+        if known is None or known[0] != at:
+            wanted = sliding.visible(self.store, n)
+            known = _known[past] = at, bool((past.cpu() == wanted).all())
+        return known[1]
 
     def in_full(self) -> tuple[Tensor, Tensor]:
         return self.store.padded(self.sliding_window - 1)
@@ -71,7 +85,8 @@ class SlidingLayer(CompressedLayer):
         assert self.pending is not None
         asked, mask = call.query.shape[2], call.mask
         tracked = torch.is_grad_enabled() and (call.tracked or self._tracked())
-        if not self.expands(keys.shape[2], tracked, self.pending.valid):
+        seen = read_mask(mask, self.columns(self.store.history.length), keys.shape[2])
+        if not self.expands(keys.shape[2], tracked, self.pending.valid, seen):
             return None
         if isinstance(mask, Tensor) and mask.dim() == 4:
             call = call._replace(mask=mask[:, :, -asked:])

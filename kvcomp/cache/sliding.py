@@ -102,6 +102,13 @@ def shows(content: LayerContent, n: int = 1) -> bool:
     return not bool((content.exact.counts > content.history.newest(columns).repeat_interleave(content.heads)).any())
 
 
+def visible(content: LayerContent, n: int) -> Tensor:
+    """int64 [B, n]: how many of the tokens held each of the next n tokens sees."""
+    assert content.plan.sliding is not None
+    history, first = content.history, content.plan.sliding - 1
+    return torch.stack([history.newest(min(first - i, history.length)) for i in range(n)], 1)
+
+
 def leave(content: LayerContent) -> None:
     """Let pages leave that no later token sees."""
     plan, table = content.plan, content.table

@@ -305,6 +305,23 @@ def test_drafts_read_pages_as_a_dense_masked_reference_reads_what_they_decode_to
     assert 0.7 < sum(found for found, _ in served) / len(served) < 1
 
 
+def test_drafts_under_a_mask_that_is_no_window() -> None:
+    """Moshi's shows each of several tokens all that transformers' own layer holds."""
+    model, twin = make("mistral"), make("mistral")
+    ours, theirs = CompressedCache(EXACT, model), dense(twin)
+    ids, at = tokens(1, 300), 0
+    with torch.no_grad():
+        for n in (150, 9, 1, 20, 2):
+            mask = torch.ones(1, 1, n, min(at, WINDOW - 1) + n, dtype=torch.bool).tril(min(at, WINDOW - 1))
+            given = {"attention_mask": mask} if n > 1 else {}
+            x, y = (
+                m(ids[:, at : at + n], past_key_values=c, **given).logits for m, c in ((model, ours), (twin, theirs))
+            )
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+            at += n
+    assert "dense copy" in ours.traffic().parts
+
+
 @pytest.mark.parametrize("n", [1, 5, 20])
 def test_drafts_read_little_more_than_one_token(n: int) -> None:
     model = make("gemma3", dtype="float32")
