@@ -66,7 +66,8 @@ class SlidingLayer(CompressedLayer):
         if known is None or known[0] != at:
             wanted = sliding.visible(self.store, n)
             known = _known[past] = at, bool((past.cpu() == wanted).all())
-        return known[1]
+        windowed: bool = known[1]
+        return windowed
 
     def in_full(self) -> tuple[Tensor, Tensor]:
         return self.store.padded(self.sliding_window - 1)
