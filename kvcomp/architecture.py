@@ -20,7 +20,7 @@ class Traits:
     through the stack. scored: policies and selectors can distinguish its tokens. fixed: its decode steps have fixed
     shapes in a preallocated cache. calibrated: what calibrated stages need can be gathered from it. engine: an engine
     that owns the memory, such as vLLM, can hold its pages. bounded: it sees a window alone, whatever the context, so
-    that policies and selectors leave it to the quantizer, and calibration leaves it out.
+    that policies and selectors leave it to the quantizer.
     """
 
     does: str
@@ -38,7 +38,7 @@ class LayerKind(Enum):
     FULL = Traits("attends to all tokens", packed=True, scored=True, fixed=True, calibrated=True, engine=True)
     LATENT = Traits("caches latents (MLA)", packed=True, scored=True)
     INDEXED = Traits("chooses tokens by an indexer of its own", packed=True)
-    SLIDING = Traits("attends to a sliding window", packed=True, bounded=True)
+    SLIDING = Traits("attends to a sliding window", packed=True, calibrated=True, bounded=True)
     CHUNKED = Traits("attends to a chunk of the text, or to latents in a window")
     SHARED = Traits("reads the cache of another layer, or none")
     CROSS = Traits("attends to an image or another text")

@@ -62,9 +62,9 @@ class CalibratedQuantizer(Calibrated, Quantizer):
 
     def has_layer(self, layer: int) -> bool:
         try:
-            return layer in self.load().layers if self.calibration is not None else not self.required
+            return self.calibration is None or layer in self.load().layers
         except CalibrationError:  # a plan is made before there is a file
-            return False
+            return True
 
     def shared_bytes(self, shape: PageShape) -> int:
         if self.calibration is None and not self.required:

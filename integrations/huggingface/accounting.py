@@ -38,7 +38,9 @@ def memory_of(caches: Sequence[Cache]) -> Memory:
     rest = storage_bytes((tensor for cache in caches for tensor in library(cache)), seen)
     return Memory(
         held=packed + rest,
-        dense=sum(dense) + sum(storage_bytes(library(cache)) for cache in caches),
+        dense=sum(dense)
+        + sum(storage_bytes(library(cache)) for cache in caches)
+        + sum(layer.decoded_library()[1] for layer in layers),
         effective_bits=8 * packed / elements if elements else 0.0,
         parts=add_parts([*parts, {"library": rest}]),
     )
@@ -52,8 +54,10 @@ def traffic(cache: Cache) -> Traffic:
         raise KvcompError("no decode step has read this cache yet: generate at least one token from it first")
     rest = storage_bytes(_tensors([vars(layer) for layer in cache.layers if not isinstance(layer, CompressedLayer)]))
     index = sum(x.nbytes for layer in layers for x in layer.library())  # without the room after them
-    parts = add_parts([*(read for read, _ in found), {"library": rest, "index keys": index}])
-    rest += index
+    copied, saved = (sum(sizes) for sizes in zip(*(layer.decoded_library() for layer in layers), strict=True))
+    rows = {"library": rest, "index keys": index, "dense copy": copied}
+    parts = add_parts([*(read for read, _ in found), rows])
+    rest += index + saved
     return Traffic(read=sum(parts.values()), dense=sum(dense for _, dense in found) + rest, parts=parts)
 
 

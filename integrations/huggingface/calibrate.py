@@ -20,6 +20,7 @@ from kvcomp.calibration.stage import Calibrated, Seen
 from kvcomp.calibration.statistics import Moments
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.files import readable
+from kvcomp.stages.quantizer import Quantizer
 from kvcomp.stages.registry import find, stages
 
 from ..configs import cache_layers, decoder_config, layer_kinds, library_layer, max_positions
@@ -33,11 +34,12 @@ TOKENS, CONTEXT, SHORTEST = 20480, 2048, 16
 
 
 class ReadingLayer(HandleLayer):
-    """A full-attention layer that attends densely to one context and keeps nothing of it but what `seen` takes."""
+    """A layer that attends densely to one context, under the model's mask, and keeps nothing of it but what `seen`
+    takes."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: Seen, is_sliding: bool = False) -> None:
         super().__init__()
-        self.seen, self.begun = seen, False
+        self.seen, self.is_sliding, self.begun = seen, is_sliding, False
         self.output: Tensor | None = None  # as in Statistics
 
     def take(self, keys: Tensor, values: Tensor) -> None:
@@ -104,7 +106,7 @@ def calibrate(
     stage = method_of(method)
     settings = settings_of(stage, settings)
     contexts = read_contexts(tokenizer, texts, tokens, context)
-    gathered = gather(model, contexts, advance, stage.seen)
+    gathered = gather(model, contexts, advance, stage.seen, windows=issubclass(stage, Quantizer))
     return Calibration(
         method=method,
         settings=settings,
@@ -194,12 +196,14 @@ def gather(
     contexts: Sequence[Sequence[int]],
     advance: Callable[[int], None] = lambda tokens: None,
     seen: Callable[[], Seen] = Moments,
+    windows: bool = False,
 ) -> dict[int, Any]:
-    """What `seen` makes of every full-attention layer, by its number, over contexts of token ids.
+    """What `seen` makes of every full-attention layer, by its number, over contexts of token ids; windows: and of every
+    layer with a sliding window.
 
     Raises:
         UnsupportedError: a model whose attention cannot be hooked, with layers that cannot be calibrated, such as
-            latent ones (MLA), or without full attention.
+            latent ones (MLA), or without any that can.
     """
     config = decoder_config(model.config)
     kinds = layer_kinds(config)
@@ -210,9 +214,14 @@ def gather(
     if limit is not None and longest > limit:
         raise KvcompError(f"context: {longest} is more than the {limit} positions of {config.model_type}")
     types, options = cache_layers(config)
-    ours = {i: ReadingLayer(seen()) for i, kind in enumerate(kinds) if kind.traits.calibrated}
+    ours = {
+        i: ReadingLayer(seen(), kind.traits.bounded)
+        for i, kind in enumerate(kinds)
+        if kind.traits.calibrated and (windows or not kind.traits.bounded)
+    }
     if not ours:
-        raise UnsupportedError(f"no layer of this {config.model_type} is full attention: nothing to calibrate")
+        wanted = "full attention or a sliding window" if windows else "full attention"
+        raise UnsupportedError(f"no layer of this {config.model_type} is {wanted}: nothing to calibrate")
     implementation = config._attn_implementation
     hook(config)
     try:

@@ -289,6 +289,10 @@ class HeldLayer(Readable):
         """What the layer holds as transformers would, beside keys and values."""
         return []
 
+    def decoded_library(self) -> tuple[int, int]:
+        """Bytes of those that a step decodes, and how many fewer they take as they are held."""
+        return 0, 0
+
     @property
     def dense_bytes(self) -> int:
         """Bytes of full-precision K and V for all tokens seen, padding that is written excluded."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.cache.layer import Shared
+from kvcomp.cache.rows import Rows
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.modes import normal_tensors, outside_inference
 from kvcomp.state import FLOATS, State
@@ -25,7 +26,8 @@ SPARE = 64  # tokens that the buffer of index keys is longer whenever it grows
 class IndexedLayer(CompressedLayer):
     """A layer that also holds what the model's own indexer needs, as it is, and whose steps read what that chose.
 
-    index_keys: its keys [B, n, D], a view of a longer buffer. indexer_position_ids: int64 [dims, B, n], the positions
+    index_keys: its keys [B, n, D], a view of a longer buffer; with `window(bits=8)` decoded from `Rows` of 8 bits, in
+    every step, as the indexer reads a tensor of them all. indexer_position_ids: int64 [dims, B, n], the positions
     of tokens, which some models keep here themselves; the name is transformers'. All of a model's indexed layers may
     use those of the first.
 
@@ -38,8 +40,9 @@ class IndexedLayer(CompressedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._index: Tensor | None = None
+        self._index: Tensor | None = None  # [B, tokens and some more, width]
         self._indexed = 0
+        self._index_rows, self._index_dim = self._rows(torch.float32), 0
         self.indexer_position_ids: Tensor | None = None
 
     @property
@@ -48,26 +51,43 @@ class IndexedLayer(CompressedLayer):
 
     # -- what the indexer needs -----------------------------------------------------------------------------------
 
+    def _rows(self, dtype: torch.dtype) -> Rows:
+        return Rows(8 if self.plan.exact_bits == 8 else None, dtype)
+
+    @property
+    def _stored(self) -> Tensor | None:
+        """The index keys as they are held: a view [B, n, width]."""
+        return None if self._index is None else self._index[:, : self._indexed]
+
     @property
     def index_keys(self) -> Tensor | None:
-        return None if self._index is None else self._index[:, : self._indexed]
+        return None if self._stored is None else self._index_rows.decode(self._stored, self._index_dim)
 
     @index_keys.setter
     def index_keys(self, keys: Tensor | None) -> None:
-        self._index, self._indexed = keys, 0 if keys is None else keys.shape[1]
+        self._index = None if keys is None else self._encoded(keys)
+        self._indexed = 0 if keys is None else keys.shape[1]
+
+    def _encoded(self, keys: Tensor) -> Tensor:
+        """Index keys [B, n, D] as they are held."""
+        if self._index is None:
+            self._index_rows, self._index_dim = self._rows(keys.dtype), keys.shape[2]
+        return self._index_rows.encode(keys)
 
     @outside_inference
     @torch.no_grad()
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
-        """Take index keys [B, n, D]; returns all of them."""
-        held, end = self._index, self._indexed + indexer_key_states.shape[1]
-        if held is None:
-            held = indexer_key_states.new_empty(len(indexer_key_states), 0, indexer_key_states.shape[2])
+        """Take index keys [B, n, D]; returns all of them, these as they are."""
+        new, before = self._encoded(indexer_key_states), self._indexed
+        held, end = new[:, :0] if self._index is None else self._index, before + new.shape[1]
         if end > held.shape[1]:
-            held = F.pad(held[:, : self._indexed], (0, 0, 0, end - self._indexed + SPARE))
-        held[:, self._indexed : end] = indexer_key_states
+            held = F.pad(held[:, :before], (0, 0, 0, end - before + SPARE))
+        held[:, before:end] = new
         self._index, self._indexed = held, end
-        return held[:, :end]
+        keys = self._index_rows.decode(held[:, :end], self._index_dim)
+        if self._index_rows.coded:
+            keys[:, before:] = indexer_key_states
+        return keys
 
     def update_index(self, idx_k: Tensor) -> Tensor:
         """As `update_indexer`, of keys [B, 1, n, D]: MiniMax-M3's name for it."""
@@ -137,14 +157,14 @@ class IndexedLayer(CompressedLayer):
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
-        keys, positions = self.index_keys, self.indexer_position_ids
-        self.index_keys = None if keys is None else keys[rows.to(keys.device)]
+        stored, positions = self._stored, self.indexer_position_ids
+        self._index = None if stored is None else stored[rows.to(stored.device)]
         self.indexer_position_ids = None if positions is None else positions[:, rows.to(positions.device)]
 
     def fork(self, choices: dict[int, Shared]) -> HeldLayer:
         twin = super().fork(choices)
         assert isinstance(twin, IndexedLayer)
-        twin.index_keys = None if self.index_keys is None else self.index_keys.clone()
+        twin._index = None if self._stored is None else self._stored.clone()
         return twin
 
     def state(self) -> dict[str, Any]:
@@ -153,7 +173,8 @@ class IndexedLayer(CompressedLayer):
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().restore(state, device)
-        keys, positions = state["index_keys"], state.get("index_positions")  # files without positions are older
+        own, positions = State.of(state, f"layer {self.plan.layer}"), state.get("index_positions")  # of newer files
+        keys = None if state["index_keys"] is None else own.tensor("index_keys", (None, None, None), *FLOATS)
         self.index_keys = None if keys is None else keys.to(device)
         self.indexer_position_ids = None if positions is None else positions.to(device)
 
@@ -173,7 +194,14 @@ class IndexedLayer(CompressedLayer):
         self.update_index(index.to(device))
 
     def library(self) -> list[Tensor]:
-        return [x for x in (self.index_keys, self.indexer_position_ids) if x is not None]
+        return [x for x in (self._stored, self.indexer_position_ids) if x is not None]
+
+    def decoded_library(self) -> tuple[int, int]:
+        if self._stored is None or not self._index_rows.coded:
+            return 0, 0
+        rows, n, width = self._stored.shape
+        copied = rows * n * self._index_dim * self._index_rows.dtype.itemsize
+        return copied, copied - rows * n * width
 
 
 class IndexedLatentLayer(IndexedLayer, LatentLayer):

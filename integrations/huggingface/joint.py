@@ -18,6 +18,7 @@ from kvcomp.state import State
 from .handles import Call, Handle
 from .latent import MANY
 from .layer import CompressedLayer
+from .masks import Seen
 from .pending import check_pair
 from .reconstruct import RepeatLayer
 
@@ -109,7 +110,7 @@ class JointLayer(CompressedLayer):
             self.came = None
         return answer
 
-    def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
+    def expands(self, n: int, tracked: bool, valid: Tensor | None = None, seen: Seen | None = None) -> bool:
         return not self.plan.policies and (n >= MANY or (tracked and self.plan.selector is None))
 
     def dense(self, which: int) -> Tensor:

@@ -16,7 +16,7 @@ from kvcomp.state import State
 from .handles import Call, Handle
 from .latent_handles import LatentHandles
 from .layer import CompressedLayer
-from .masks import read_mask
+from .masks import Seen, read_mask
 
 MANY = 128  # queries from which on it is cheaper to expand the latents of all tokens than to attend to them as they are
 
@@ -75,7 +75,7 @@ class LatentLayer(LatentHandles, CompressedLayer):
         shown = read_mask(call.mask, past, call.query.shape[2]).past
         return shown is not None and bool((shown.cpu() != past).any())
 
-    def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
+    def expands(self, n: int, tracked: bool, valid: Tensor | None = None, seen: Seen | None = None) -> bool:
         if not self.latent or self.plan.policies:
             return False
         return n >= MANY or (tracked and self.plan.selector is None)  # gradients flow through what is expanded

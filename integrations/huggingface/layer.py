@@ -95,9 +95,9 @@ class CompressedLayer(HeldLayer):
         chunk = () if self.pending is None else self.pending[:2]
         return without_gradient(out, call.query, *chunk), weights
 
-    def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
+    def expands(self, n: int, tracked: bool, valid: Tensor | None = None, seen: Seen | None = None) -> bool:
         """Whether n queries after tokens that are held are answered from those in full, by the model's attention.
-        tracked: a gradient is asked for. valid: which of their tokens are no padding; None: all."""
+        tracked: a gradient is asked for. valid: which of their tokens are no padding; None: all. seen: their mask."""
         return False
 
     def shown(self, seen: Seen) -> Tensor | None:
@@ -131,7 +131,7 @@ class CompressedLayer(HeldLayer):
             out, weights = call.dense(keys, values)
             self._hold(valid, call, scale)
             return out, weights
-        if self.expands(n, tracked, valid):
+        if self.expands(n, tracked, valid, seen):
             out, weights = self._behind(call, keys, values)
             self._hold(valid, call, scale)
             return out, weights
@@ -206,7 +206,7 @@ class CompressedLayer(HeldLayer):
                 return call._replace(mask=last).dense(keys, values)
             if (lent := self.lend_chunk(call, keys, values)) is not None:
                 return lent
-            visible = read_mask(call.mask, store.history.length, n).visible
+            visible = read_mask(call.mask, self.columns(store.history.length), n).visible
             visible = causal(n, query.device) if visible is None else visible.to(query.device)
             chunk = keys, values, visible[:, -asked:]
         reads, dense = store.reads, store.dense_read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kvcomp.cache import sliding
 from kvcomp.cache.layer import Shared
@@ -12,16 +13,19 @@ from kvcomp.stages.plan import LayerPlan
 from .arriving import refuse_nothing
 from .handles import Call
 from .layer import CompressedLayer
-from .masks import Seen
+from .masks import Seen, read_mask
 from .rows import follow_window
+
+MANY = 32  # queries: for more it is no slower to decode the window, on a CPU
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward shows the same mask to every layer
 
 
 class SlidingLayer(CompressedLayer):
     """A layer whose queries see the last `sliding_window` columns, their own included.
 
-    A decode step attends to pages and exact tokens, as in layers of full attention, less what its window has passed.
-    Other chunks, of a prompt or of drafts, are attended to by the model's own attention, after the window in full: no
-    more than so many tokens, of which every query sees others.
+    A decode step attends to pages and exact tokens, as in layers of full attention, less what its window has passed,
+    and so do drafts. Larger chunks, and those with padding, are attended to by the model's own attention, after the
+    window in full: no more than so many tokens, of which every query sees others.
     """
 
     is_sliding = True
@@ -49,9 +53,21 @@ class SlidingLayer(CompressedLayer):
     def get_max_length(self) -> int:
         return self.sliding_window
 
-    def expands(self, n: int, tracked: bool, valid: Tensor | None = None) -> bool:
-        prompt = n > 1 or valid is not None or self.record_past or self.to_come is not None
-        return prompt or tracked or not sliding.shows(self.store)
+    def expands(self, n: int, tracked: bool, valid: Tensor | None = None, seen: Seen | None = None) -> bool:
+        if tracked or valid is not None or n > MANY or not sliding.shows(self.store, n):
+            return True
+        return n > 1 and seen is not None and seen.past is not None and not self._windowed(seen.past, n)
+
+    def _windowed(self, past: Tensor, n: int) -> bool:
+        """Whether n queries see as many tokens as the window has, by their mask: int64 [B or 1, n or 1]. That of Moshi
+        shows each of them all columns that transformers' own layer holds."""
+        at = self.store.history.length, self.sliding_window
+        known = _known.get(past)
+        if known is None or known[0] != at:
+            wanted = sliding.visible(self.store, n)
+            known = _known[past] = at, bool((past.cpu() == wanted).all())
+        windowed: bool = known[1]
+        return windowed
 
     def in_full(self) -> tuple[Tensor, Tensor]:
         return self.store.padded(self.sliding_window - 1)
@@ -66,8 +82,13 @@ class SlidingLayer(CompressedLayer):
     def follow(self, seen: Seen | None, compare: bool) -> None:
         follow_window(self._store, seen, self.columns(self._store.history.length))
 
-    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    def lend_chunk(self, call: Call, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        assert self.pending is not None
         asked, mask = call.query.shape[2], call.mask
+        tracked = torch.is_grad_enabled() and (call.tracked or self._tracked())
+        seen = read_mask(mask, self.columns(self.store.history.length), keys.shape[2])
+        if not self.expands(keys.shape[2], tracked, self.pending.valid, seen):
+            return None
         if isinstance(mask, Tensor) and mask.dim() == 4:
             call = call._replace(mask=mask[:, :, -asked:])
         return self._behind(call, keys, values)

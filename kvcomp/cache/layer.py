@@ -75,9 +75,10 @@ class LayerStore(LayerContent):
 
         `chunk` adds tokens that are not written yet: keys [B, Hkv, c, Dk], values [B, Hkv, c, Dv] and which of them
         each query sees, bool, broadcastable to [B, n, c]; None: those up to its own, the queries being those of the
-        last n <= c. Selectors act on single queries only (n = 1); more read every page. Where a window slides, the one
-        query is that of the newest token held. `choice`: what the model's own indexer chose for single queries, of all
-        tokens held, as `chosen.attend` takes it, instead of a selector.
+        last n <= c. Selectors act on single queries only (n = 1); more read every page. Where a window slides, all
+        queries see all exact tokens, and a query without chunk is that of the newest token held. `choice`: what the
+        model's own indexer chose for single queries, of all tokens held, as `chosen.attend` takes it, instead of a
+        selector.
         """
         n, storage = queries.shape[2], self.storage
         table = storage.table
@@ -86,9 +87,9 @@ class LayerStore(LayerContent):
         group = queries.shape[1] // self.heads
         q = queries.reshape(self.rows * self.heads, group * n, queries.shape[3])
         self.choices.pop(self.plan.layer, None)
-        view, watched = storage.view(), table.received is not None
+        view, watched, oldest = storage.view(), table.received is not None, None
         if self.plan.sliding is not None:
-            view = view._replace(skipped=sliding.skipped(self))
+            view, oldest = sliding.seen(self, view, n, 0 if chunk is None else chunk[0].shape[2])
         found = None
         if choice is None:
             found = reader.attend(
@@ -100,6 +101,10 @@ class LayerStore(LayerContent):
             plan = ReadPlan()
             parts = [chosen.attend(storage.records, view, q, scale, softcap, choice, plan)]
         self.dense_read = self.dense_bytes
+        if oldest is not None:
+            visible = oldest.visible.repeat(1, group, 1)
+            parts.append(attend(q, oldest.keys, oldest.values, scale, visible, softcap))
+            plan.add("pages", self.layout.body_bytes, oldest.pages)
         if self.compacted is not None:
             parts.append(self.compacted.attend(q, scale, softcap))
             plan.add("compacted", self.compacted.nbytes)

@@ -15,7 +15,7 @@ import torch
 
 from kvcomp.architecture import LayerKind, ModelShape, obstacle
 from kvcomp.errors import KvcompError, UnsupportedError
-from kvcomp.stages.plan import LayerPlan, held_parts, read_parts, shared_bytes
+from kvcomp.stages.plan import LayerPlan, exact_width, held_parts, read_parts, shared_bytes
 from kvcomp.stages.stack import Stack, StackLike
 from kvcomp.text import quote, size_text
 
@@ -171,6 +171,12 @@ def bill(shape: ModelShape, stack: StackLike | None, context: int, batch: int = 
         flops += 2 * layer.heads * layer.decode_width * seen
     for total, tokens in ((held, context), (read, context + 1)):
         total["library"] += shape.fixed_bytes(tokens, packed)
+    if stack is not None and stack.window.bits == 8:
+        index = [layer.index for layer in shape.layers if layer.index]
+        saved = sum(shape.itemsize * dim - exact_width(8, dim) for dim in index)
+        held["library"] -= saved * context
+        read["library"] -= saved * (context + 1)
+        read["dense copy"] += shape.itemsize * sum(index) * (context + 1)  # the model's indexer reads a tensor
     together = _times(held, batch)
     if shared:
         together["constants"] = together.get("constants", 0.0) + shared

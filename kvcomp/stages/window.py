@@ -23,7 +23,8 @@ class Window(Stage):
     layers with a sliding window, too; policies and selectors leave them alone.
 
     `bits` make the tokens smaller. 16: float16 where the model's dtype is wider. 8: codes per token, with a float16
-    scale for each 32 channels, of values and of keys less a mean key; every step decodes them.
+    scale for each 32 channels, of values and of keys less a mean key; every step decodes them. The keys of a model's
+    own indexer are then held in such codes, too.
 
     Papers: arXiv 2309.17453, 2402.02750.
     """

@@ -86,18 +86,25 @@ def watched() -> Iterator[list[tuple[int, Tensor, Tensor, Tensor]]]:
     SEEN.clear()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "qwen3next"])
-def test_moments_are_those_of_the_models_own_attention(name: str, watched: list) -> None:
-    model, plain = make(name), make(name)
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "qwen3next", "mistral"])
+def test_moments_are_those_of_the_models_own_attention(name: str, windows: bool, watched: list) -> None:
+    options = {"sliding_window": 24} if name in ("gemma3", "mistral") else {}
+    model, plain = make(name, **options), make(name, **options)
     before = model.config._attn_implementation
-    found = gather(model, CONTEXTS)
+    if name == "mistral" and not windows:
+        with pytest.raises(UnsupportedError, match="nothing to calibrate"):
+            gather(model, CONTEXTS)
+        return
+    found = gather(model, CONTEXTS, windows=windows)
     assert model.config._attn_implementation == before
     plain.set_attn_implementation("test_watched")
     with torch.no_grad():
         for ids in CONTEXTS:
             plain(torch.tensor([ids]))
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * 4
-    assert list(found) == [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    gathered = ("full_attention", "sliding_attention") if windows else ("full_attention",)
+    assert list(found) == [i for i, kind in enumerate(kinds) if kind in gathered]
     for i, stats in found.items():
         q, k, v = (torch.cat([seen[at] for seen in watched if seen[0] == i], 2)[0].double() for at in (1, 2, 3))
         assert stats.tokens == k.shape[1] == sum(map(len, CONTEXTS))
@@ -169,11 +176,6 @@ def test_contexts_beyond_the_models_positions(text: Path) -> None:
 def test_a_model_that_caches_latents() -> None:
     with pytest.raises(UnsupportedError, match="MLA"):
         gather(make("deepseek"), CONTEXTS)
-
-
-def test_a_model_without_full_attention() -> None:
-    with pytest.raises(UnsupportedError, match="nothing to calibrate"):
-        gather(make("mistral"), CONTEXTS)
 
 
 # -- files --------------------------------------------------------------------------------------------------------

@@ -9,13 +9,17 @@ import pytest
 import tiny_models as models
 import torch
 from generation import assert_same, greedy, left_padded, tokens
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, MiniMaxM3VLTextConfig, PreTrainedModel, Qwen4ExpTextConfig
 
 from kvcomp import CompressedCache, KvcompError, Stack, UnsupportedError
+from kvcomp.cache.rows import Rows
+from kvcomp.cost.bill import bill
 from kvcomp.integrations.huggingface import build
 from kvcomp.integrations.huggingface.hook import hook
 from kvcomp.integrations.huggingface.indexed import SPARE, IndexedLayer
 from kvcomp.integrations.huggingface.layer import CompressedLayer
+from kvcomp.integrations.huggingface.shapes import shape_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*as dense tensors")
 
@@ -141,6 +145,75 @@ def test_a_step_reads_index_keys_and_chosen_tokens_and_nothing_else(spec: str) -
     assert read["pages"] == (24 * len(layers) - exact) * size
     assert read["table"] == 4 * (24 * len(layers) - exact)
     assert cache.traffic().dense > 5 * (read["pages"] + read["window"])
+
+
+BITS = "none + window(sinks=2, recent=8, bits=8)"
+
+
+@pytest.mark.parametrize("name", [*INDEXED, "qwen4"])
+def test_index_keys_of_8_bits_are_those_that_the_indexer_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of tokens before a chunk, rounded; its own as they are."""
+    model = _qwen4() if name == "qwen4" else INDEXED[name]()
+    ours = CompressedCache(BITS, model)
+    found, update = _steps(model, ours, False), IndexedLayer.update_indexer
+
+    def rounded(self: IndexedLayer, new: torch.Tensor) -> torch.Tensor:
+        keys, rows, past = update(self, new).clone(), Rows(8, new.dtype), -new.shape[1]
+        keys[:, :past] = rows.decode(rows.encode(keys[:, :past]), keys.shape[2])
+        return keys
+
+    with monkeypatch.context() as then:
+        then.setattr(IndexedLayer, "_rows", lambda self, dtype: Rows(None, dtype))
+        then.setattr(IndexedLayer, "update_indexer", rounded)
+        cache = CompressedCache(BITS, model)
+        torch.testing.assert_close(found, _steps(model, cache, False), atol=1e-5, rtol=0)
+        dense = [layer.index_keys for layer in cache.layers if isinstance(layer, IndexedLayer)]
+    held = [layer.library()[0] for layer in ours.layers if isinstance(layer, IndexedLayer)]
+    assert held
+    for keys, rows in zip(dense, held, strict=True):
+        assert rows.dtype == torch.int8
+        assert rows.shape == (*keys.shape[:2], keys.shape[2] + 2 * -(-keys.shape[2] // 32))
+
+
+def test_index_keys_of_8_bits_follow_rows_files_and_plans(tmp_path: Path) -> None:
+    model = models.make("deepseek32", dtype="float32")
+    cache, ids = CompressedCache("int(bits=4) + window(recent=16, bits=8)", model), tokens(2, 300)
+    foretold = bill(shape_of(model.config, "tiny"), cache.stack, 300, batch=2)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        slots = SPARE * 2 * len(cache.layers) * (32 + 2)
+        assert cache.memory().parts["library"] - slots == foretold.held_parts["library"]
+        assert cache.memory().dense - slots == foretold.dense[0]
+        model(ids[:, :1], past_key_values=cache)
+    traffic = cache.traffic()
+    assert traffic.parts["index keys"] == foretold.read_parts["library"] == 2 * 301 * len(cache.layers) * (32 + 2)
+    assert traffic.parts["dense copy"] == foretold.read_parts["dense copy"] == 2 * 301 * len(cache.layers) * 32 * 4
+    assert traffic.dense == foretold.dense[1]
+    cache.save(tmp_path / "cache")
+    copies = cache.fork(), CompressedCache.load(tmp_path / "cache", model)
+    cache.crop(-3)
+    for other in (cache, *copies):
+        other.batch_select_indices(torch.tensor([1, 0, 1]))
+    for other in copies:
+        other.crop(-3)
+    with torch.no_grad():
+        for i in range(5):
+            one, *others = (model(tokens(3, 1, seed=i), past_key_values=c).logits for c in (cache, *copies))
+            assert all(torch.equal(one, other) for other in others)
+
+
+def test_8_bits_change_few_of_the_tokens_that_an_indexer_chooses() -> None:
+    """Of those with the least scores: DeepSeek's indexer, 16 heads of 128 channels, an eighth of 4,096 tokens."""
+    torch.manual_seed(0)
+    spectrum = torch.arange(1, 129) ** -0.7  # of keys and queries alike, after which keys are normalized
+    keys = F.layer_norm(torch.randn(4096, 128) * spectrum + 0.3 * torch.randn(128), (128,))
+    queries, weights = torch.randn(8, 16, 128) * spectrum, torch.randn(8, 1, 16)
+    rows = Rows(8, torch.float32)
+    exact, coded = ((weights @ (queries @ x.T).relu())[:, 0] for x in (keys, rows.decode(rows.encode(keys), 128)))
+    wanted, found = exact.topk(512).indices, coded.topk(512).indices
+    there = torch.zeros_like(exact, dtype=torch.bool).scatter(1, found, True).gather(1, wanted)
+    assert 0.98 < there.float().mean() < 1
+    assert there[:, :64].all()
 
 
 def test_gradients_and_weights_are_those_of_all_tokens() -> None:

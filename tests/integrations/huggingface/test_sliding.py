@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import tiny_models as models
 import torch
 from generation import assert_same, greedy, left_padded, tokens
+from letters import Letters
 from reachable import reachable_bytes
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,10 +20,11 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcomp import CompressedCache, KvcompWarning, Stack, UnsupportedError, prefill
 from kvcomp.cost.bill import bill
+from kvcomp.integrations.huggingface.calibrate import calibrate
 from kvcomp.integrations.huggingface.layer import CompressedLayer
 from kvcomp.integrations.huggingface.lockstep import can_step_together, lockstep
 from kvcomp.integrations.huggingface.shapes import shape_of
-from kvcomp.integrations.huggingface.sliding import SlidingLayer
+from kvcomp.integrations.huggingface.sliding import MANY, SlidingLayer
 
 WINDOW = 100
 EXACT = "none + window(recent=8)"
@@ -179,8 +182,42 @@ def test_weights_and_gradients(pair: Any) -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 def test_compressing_stacks_equal_a_dense_masked_reference(name: str, stack: str) -> None:
     """Every step's attention, over what pages decode to, under the mask of the window, written out in full."""
-    model = make(name)
+    equals_a_dense_masked_reference(make(name), stack)
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("gemma2", "oscar(bits=4, {})"),
+        ("gemma2", "svd(rank=0.5, bits=4, {})"),
+        ("mistral", "think(keep=0.5, {})"),
+        ("mistral", "klt({})"),
+        ("gemma3", "klt(bits=4, {})"),
+    ],
+)
+def test_calibration_files_know_layers_with_a_window(name: str, stack: str, tmp_path: Path) -> None:
+    """So they are packed, and held as planned without the file; those of an older file, which knows none, are not."""
+    model, text, path = make(name, dtype="float32"), tmp_path / "text", tmp_path / "file"
+    text.write_text("".join(map(chr, tokens(1, 600, seed=9).clamp(32, 120)[0].tolist())))
+    method, spec = stack.partition("(")[0], stack + " + window(recent=8)"
+    found = calibrate(model, Letters(), method, [text], tokens=512, context=256)
+    found.save(path)
+    calibrated = spec.format(f"calibration={str(path)!r}")
+    equals_a_dense_masked_reference(model, calibrated)
+    cache = CompressedCache(calibrated, model)
+    prefill(model, IDS, [cache])
+    foretold = bill(shape_of(model.config, name), spec.format("calibration='no such file'"), IDS.shape[1], 2)
+    packed = [i for i, layer in enumerate(cache.layers) if isinstance(layer, SlidingLayer)]
+    assert cache.memory().parts["pages"] == foretold.held_parts["pages"]
+    full = {name: x for name, x in found.tensors.items() if int(name.partition(".")[0]) not in packed}
+    if full:
+        replace(found, tensors=full).save(path)
+        assert not sliding(CompressedCache(calibrated, model))
+
+
+def equals_a_dense_masked_reference(model: PreTrainedModel, stack: str) -> None:
     cache, seen = CompressedCache(stack, model), []
+    assert sliding(cache)
     ids = tokens(2, 230, seed=3)
 
     class Checked(SlidingLayer):
@@ -206,14 +243,99 @@ def test_compressing_stacks_equal_a_dense_masked_reference(name: str, stack: str
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
 
 
-def _written_out(call: Any, k: Tensor, v: Tensor) -> Tensor:
-    """[B, 1, Hq, D]: softmax over the last tokens, those of the window."""
+def _written_out(call: Any, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """[B, n, Hq, D]: softmax over the tokens that each query sees, bool [B, n, N]; None: all of them."""
     group = call.query.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     logits = call.query @ k.mT * call.scaling
     if (cap := call.kwargs.get("softcap")) is not None:
         logits = torch.tanh(logits / cap) * cap
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, None], -torch.inf)
     return (logits.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("stack", [EXACT, KIVI, "int(bits=4) + window(recent=8)", "klt(bits=3) + window(recent=8)"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_drafts_read_pages_as_a_dense_masked_reference_reads_what_they_decode_to(
+    name: str, stack: str, padded: bool
+) -> None:
+    """Chunks of n drafts, of which a few stay: every query under the mask of its own window, written out in full."""
+    model = make(name)
+    cache, seen = CompressedCache(stack, model), []
+    ids, valid = tokens(2, 1000, seed=3), torch.ones(2, 1000, dtype=torch.bool)
+    if padded:
+        valid[0, :40] = valid[1, 160:180] = valid[0, 250:253] = False
+
+    class Checked(SlidingLayer):
+        def attention(self, call: Any) -> Any:
+            n, past = call.query.shape[2], self.store.history.length
+            if not past:
+                return super().attention(call)
+            assert self.pending is not None
+            k, v = (torch.cat(pair, 2) for pair in zip(self.in_full(), self.pending[:2], strict=True))
+            own = torch.arange(past, past + n)[:, None]
+            column = torch.arange(past + n - k.shape[2], past + n)
+            shown = (column <= own) & (column > own - WINDOW) & valid[:, None, past + n - k.shape[2] : past + n]
+            exact = self.store.exact.counts.view(2, -1).amax(1)
+            last = shown.expand(2, -1, -1)[:, -1, :-n].sum(-1)  # tokens held that the last query sees
+            whole = bool(valid[:, past : past + n].all()) and bool((exact <= last).all())
+            answer = super().attention(call)
+            seen.append((answer[0], _written_out(call, k, v, shown), valid[:, past : past + n]))
+            served.append(("dense copy" not in self.store.read, whole and n <= MANY))
+            return answer
+
+    served: list[tuple[bool, bool]] = []  # whether no window was decoded, and whether that can be
+    for layer in sliding(cache):
+        layer.__class__ = Checked
+    cache.activate_past_recording()
+    at, positions = 0, (valid.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        for n, back in [(200, 0), *((n, n - 1 - n // 3) for n in (2, 5, 1, 11, 16, 30, 32, 5, 5, 7) * 3), (40, 0)]:
+            now = slice(at, at + n)
+            mask = {"attention_mask": valid[:, : at + n].long(), "position_ids": positions[:, now]} if padded else {}
+            model(ids[:, now], past_key_values=cache, **mask)
+            cache.crop(-max(back, 0))
+            at += n - max(back, 0)
+    assert len(seen) == 31 * len(sliding(cache))
+    for found, expected, there in seen:
+        torch.testing.assert_close(found[there], expected[there], atol=2e-4, rtol=1e-3)
+    assert [found for found, _ in served] == [expected for _, expected in served]
+    assert 0.7 < sum(found for found, _ in served) / len(served) < 1
+
+
+def test_drafts_under_a_mask_that_is_no_window() -> None:
+    """Moshi's shows each of several tokens all that transformers' own layer holds."""
+    model, twin = make("mistral"), make("mistral")
+    ours, theirs = CompressedCache(EXACT, model), dense(twin)
+    ids, at = tokens(1, 300), 0
+    with torch.no_grad():
+        for n in (150, 9, 1, 20, 2):
+            mask = torch.ones(1, 1, n, min(at, WINDOW - 1) + n, dtype=torch.bool).tril(min(at, WINDOW - 1))
+            given = {"attention_mask": mask} if n > 1 else {}
+            x, y = (
+                m(ids[:, at : at + n], past_key_values=c, **given).logits for m, c in ((model, ours), (twin, theirs))
+            )
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+            at += n
+    assert "dense copy" in ours.traffic().parts
+
+
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_drafts_read_little_more_than_one_token(n: int) -> None:
+    model = make("gemma3", dtype="float32")
+    cache, ids = CompressedCache(KIVI, model), tokens(1, 400)
+    prefill(model, ids, [cache])
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache)
+        alone = cache.traffic().read
+        cache.activate_past_recording()
+        model(ids[:, :n], past_key_values=cache)
+    found, chunk = cache.traffic(), n * sum(2 * x.store.k_dim * x.store.heads * 4 for x in cache.layers)  # type: ignore
+    pages = sum(x.store.layout.body_bytes * x.store.table.counts.numel() for x in sliding(cache))
+    assert found.parts["chunk"] == chunk
+    assert alone - chunk // n <= found.read - chunk <= alone + 2 * pages
 
 
 # -- which layers -----------------------------------------------------------------------------------------------------
