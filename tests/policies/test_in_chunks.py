@@ -5,15 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import scored
 import torch
 from model_part import Rope
+from scored import SCORED
 
 from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
-from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.stages.registry import find, stages
+from kvcomp.stages.registry import find
 
-SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 HOLDING = [name for name in SCORED if find(name)(budget=1000).limit]  # a budget, unless told otherwise
 EDGES = (0, 512, 1024, 1536, 1900)
 
@@ -46,7 +46,7 @@ def written(spec: str, edges: tuple[int, ...], generated: int = 0) -> tuple[Laye
 
 
 def spec_of(name: str, size: str) -> str:
-    return f"{name}({size}{', window=16' if 'window' in find(name).__dataclass_fields__ else ''}) + none"
+    return scored.spec_of(name, size, 16, window=16) + " + none"
 
 
 @pytest.mark.parametrize("hold", ["", ", hold=true"])
