@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kvcomp.calibration.file import Calibration, CalibrationError
 from kvcomp.calibration.stage import FILE, Calibrated
 from kvcomp.stages import Chunk, ModelPart, PageShape, arg
 from kvcomp.stages.registry import register
 from kvcomp.state import State
 
-from .scored import ScoredPolicy
+from .scored import LAYERS, ScoredPolicy
 
+CALIBRATED = "calibrated"
 LEAST = 1e-6  # attention below which a token is worth nothing: its logarithm has a lower bound
 POSITIONS = 1 << 15  # at which keys are seen during calibration, whatever the length of a context
 TURNS = 2  # positions at which each of them is seen
@@ -59,6 +62,22 @@ class Repetitions:
         return self
 
 
+@lru_cache(maxsize=64)
+def shares(file: Calibration, share: float) -> dict[int, float]:
+    """Per layer, the share of its tokens whose score exceeds what a `share` of all layers' tokens exceeds on the texts,
+    where the scores of a head are taken to be normally distributed."""
+    mean, spread = (
+        torch.stack([file.tensors[f"{i}.{name}"] for i in file.layers]).double() for name in ("mean", "spread")
+    )
+    spread = spread.clamp_min(1e-6)
+    low, high = float((mean - 40 * spread).min()), float((mean + 40 * spread).max())
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = torch.special.ndtr((mean - middle) / spread)  # [layers, H]
+        low, high = (middle, high) if float(above.mean()) > share else (low, middle)
+    return dict(zip(file.layers, above.mean(1).tolist(), strict=True))
+
+
 @register("kvzap")
 @dataclass(frozen=True)
 class KVzap(ScoredPolicy, Calibrated):
@@ -68,8 +87,12 @@ class KVzap(ScoredPolicy, Calibrated):
     logarithm of KVzip's score of token j: of the most attention that it gets while the model repeats the context. The
     vectors a, b, c and the number d of each KV head are fitted by ridge regression to the scores on the texts that
     `kvcomp calibrate --method kvzap` reads, with each key turned to random positions, so that a score does not depend
-    on where a token stands. A threshold is such a logarithm, as the authors use it: -6 keeps what is expected to get
-    more than e^-6 = 0.25 % of some query's attention. The first `sinks` tokens are always kept.
+    on where a token stands. The first `sinks` tokens are always kept.
+
+    KVzip's scores differ most between layers and heads, which all share one budget there. So they do here, by default:
+    with `keep`, a layer's part is what exceeds one threshold for all layers on the texts, and its heads share it. A
+    `threshold` is such a logarithm, as the authors use it, and how many tokens stay depends on the prompt: -6 keeps
+    what is expected to get more than e^-6 = 0.25 % of some query's attention. A `budget` is the same for all layers.
 
     Differs from the paper: the authors predict from hidden states, which need weights that only the model has, and
     weigh attention by |W_o v| / |h|. Tokens are chosen when the prompt comes; those that are generated are kept, unless
@@ -82,17 +105,25 @@ class KVzap(ScoredPolicy, Calibrated):
     seen: ClassVar[type[Repetitions]] = Repetitions
     repeats: ClassVar[int | None] = 2048
     scores_within: ClassVar[tuple[float, float]] = (-1e30, 0.0)
+    layers_among: ClassVar[tuple[str, ...]] = (*LAYERS, CALIBRATED)
 
+    layers: str = arg(CALIBRATED, "calibrated: layers share the tokens by their scores on the texts; or as elsewhere")
+    heads: str = arg("adaptive", "adaptive: heads share a layer's budget; own; or common. With a threshold: own")
+    floor: float = arg(0.0, "adaptive heads: the share of the budget that each keeps at least")
     sinks: int = arg(4, "first tokens, which are kept")
     calibration: str | None = arg(None, FILE)
 
     def __post_init__(self) -> None:
+        if self.threshold is not None or self.budget is not None:  # for which the defaults mean nothing
+            object.__setattr__(self, "layers", self.layers.replace(CALIBRATED, "uniform"))
+        if self.threshold is not None:
+            object.__setattr__(self, "heads", self.heads.replace("adaptive", "own"))
         super().__post_init__()
         self.check(self.sinks >= 0, "sinks", "zero or positive")
 
     @classmethod
     def calibrate(cls, seen: Repetitions, *, ridge: float = 0.01) -> dict[str, Tensor]:
-        """key [H, Dk], square [H, Dk], value [H, Dv] and bias [H] of the score.
+        """key [H, Dk], square [H, Dk], value [H, Dv] and bias [H] of the score; its mean and spread [H] on the texts.
 
         ridge: what is added to the diagonal of the features' correlation matrix.
         """
@@ -110,6 +141,8 @@ class KVzap(ScoredPolicy, Calibrated):
             "square": weight[:, dim : 2 * dim],
             "value": weight[:, 2 * dim :],
             "bias": (target - (weight * mean).sum(-1, keepdim=True))[:, 0],
+            "mean": target[:, 0],
+            "spread": torch.einsum("hf,hfg,hg->h", weight, covariance, weight).clamp_min(0).sqrt(),
         }
 
     @classmethod
@@ -117,7 +150,21 @@ class KVzap(ScoredPolicy, Calibrated):
         key = layer.finite("key", (None, None), torch.float32)
         layer.finite("square", tuple(key.shape), torch.float32)
         layer.finite("value", (len(key), None), torch.float32)
-        layer.finite("bias", (len(key),), torch.float32)
+        for name in ("bias", "mean", "spread"):
+            layer.finite(name, (len(key),), torch.float32)
+        layer.require(bool((layer["spread"] >= 0).all()), "spread is negative")
+
+    def kept(self, tokens: int, sinks: int, recent: int, layer: int, layers: int) -> int:
+        count = super().kept(tokens, sinks, recent, layer, layers)
+        fixed = sum(self._protected(tokens, sinks, recent))
+        if self.layers != CALIBRATED or not fixed < count < tokens:
+            return count
+        try:
+            file = self.load()
+        except CalibrationError:  # a plan is made before there is a file
+            return count
+        share = (count - fixed) / (tokens - fixed)
+        return fixed + round((tokens - fixed) * shares(file, share).get(layer, share))
 
     def scores(self, chunk: Chunk) -> Tensor:
         file, (_, heads, _, dim) = self.load(), chunk.keys.shape

@@ -59,8 +59,8 @@ def test_a_budget_is_of_the_whole_prompt(name: str, hold: str) -> None:
         assert planned - 1 <= sum(map(len, now)) / 2 < planned + page
     for stream in found[-1]:
         of_chunk = [sum(first <= at < last for at in stream) for first, last in pairwise(EDGES)]
-        # half of h2o's budget is for the newest; curdkv compares values, which are positions here
-        assert (of_chunk[0] > 0 and of_chunk[-1] > 0) or name in ("curdkv", "h2o")
+        # half of h2o's budget is for the newest; curdkv and kvzap score values, which are positions here
+        assert (of_chunk[0] > 0 and of_chunk[-1] > 0) or name in ("curdkv", "h2o", "kvzap")
         assert stream == sorted(stream)
     store.append(*(torch.zeros(1, 2, 1, 16) for _ in range(2)))
     assert (store.table.received is None) is (not hold and name not in HOLDING)  # nothing is watched any more

@@ -138,6 +138,57 @@ def test_a_score_holds_at_positions_that_no_context_had() -> None:
         assert float(torch.corrcoef(torch.stack([loud, scores]))[0, 1]) > 0.4
 
 
+@pytest.mark.parametrize("keep", [0.05, 0.25, 0.5, 0.9])
+def test_layers_share_what_is_kept_by_one_threshold(tmp_path: Path, keep: float) -> None:
+    """Of normal scores, as many in each layer as exceed the number that a share `keep` of all exceeds."""
+    path, layers, n = write(tmp_path / "zap", "kvzap", 2, D, layers=6), 6, 20_000
+    policy = KVzap(keep=keep, calibration=str(path))
+    file, generator = load(path, "kvzap").tensors, torch.Generator().manual_seed(0)
+    scores = torch.stack(
+        [
+            file[f"{i}.mean"][:, None] + file[f"{i}.spread"][:, None] * torch.randn(2, n, generator=generator)
+            for i in range(layers)
+        ]
+    )
+    at = scores.flatten().kthvalue(round((1 - keep) * scores.numel())).values
+    counts = [policy.kept(n, 0, 0, i, layers) for i in range(layers)]
+    wanted = (scores > at).float().mean((1, 2))
+    torch.testing.assert_close(torch.tensor(counts) / n, wanted, atol=0.02, rtol=0)
+    assert abs(sum(counts) - keep * n * layers) <= layers
+    assert len(set(counts)) > 1
+    protected = [policy.kept(n, 4, 100, i, layers) for i in range(layers)]
+    assert min(protected) >= 104
+    assert abs(sum(protected) - keep * n * layers) <= layers
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.7])
+def test_a_layer_keeps_its_part_exactly(tmp_path: Path, keep: float) -> None:
+    policy = KVzap(keep=keep, calibration=str(write(tmp_path / "zap", "kvzap", 2, D, layers=4)))
+    for layer in range(4):
+        c = prompt(150, 2, layer=layer)
+        kept, count = policy.select(c), policy.kept(150, c.sinks, c.recent, layer, 4)
+        assert kept.sum((1, 2)).tolist() == [2 * count] * 2
+        scores = policy.scores(c)
+        open_ = torch.ones_like(kept)
+        open_[..., : c.sinks] = open_[..., -c.recent :] = False
+        for row in range(2):
+            inside = scores[row][open_[row]]
+            best = inside.topk(2 * count - 2 * (c.sinks + c.recent)).values.min()
+            assert torch.equal(inside >= best, kept[row][open_[row]])
+
+
+def test_a_plan_needs_no_file_and_counts_with_one(tmp_path: Path) -> None:
+    assert {KVzap(keep=0.25).kept(1000, 4, 32, i, 4) for i in range(4)} == {250}
+    assert {KVzap(keep=0.25, calibration="none yet").kept(1000, 4, 32, i, 4) for i in range(4)} == {250}
+    path = str(write(tmp_path / "zap", "kvzap", 2, D, layers=4))
+    assert KVzap(keep=0.25, calibration=path).kept(1000, 4, 32, 9, 10) == 250  # a layer that was not calibrated
+    for given in ({"budget": 100}, {"threshold": -6.0}):
+        policy = KVzap(calibration=path, **given)
+        assert policy.layers == "uniform"
+        assert Stack.parse(str(Stack.parse(policy))) == Stack.parse(policy)
+    assert {KVzap(budget=100, calibration=path).kept(1000, 4, 32, i, 4) for i in range(4)} == {100}
+
+
 @pytest.mark.parametrize(
     ("spec", "told"),
     [

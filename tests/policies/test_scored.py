@@ -212,7 +212,7 @@ def test_budgets_are_exact_and_protect(name: str, given_: str) -> None:
     if policy.heads == "adaptive":
         assert kept.sum((1, 2)).tolist() == [2 * count] * 2
         protected = c.sinks + max(policy.newest(count), c.recent)
-        assert int(kept.sum(-1).min()) >= protected + int(0.2 * (count - protected))
+        assert int(kept.sum(-1).min()) >= protected + int(policy.floor * (count - protected))
     else:
         assert kept.sum(-1).unique().tolist() == [count]
     assert bool(kept[..., : c.sinks].all())
