@@ -114,12 +114,18 @@ class KVzap(ScoredPolicy, Calibrated):
     calibration: str | None = arg(None, FILE)
 
     def __post_init__(self) -> None:
-        if self.threshold is not None or self.budget is not None:  # for which the defaults mean nothing
-            object.__setattr__(self, "layers", self.layers.replace(CALIBRATED, "uniform"))
-        if self.threshold is not None:
-            object.__setattr__(self, "heads", self.heads.replace("adaptive", "own"))
+        sized = self.threshold is not None or self.budget is not None  # for which the defaults mean nothing
+        if sized and self.layers == CALIBRATED:
+            object.__setattr__(self, "layers", "uniform")
+        if self.threshold is not None and self.heads == "adaptive":
+            object.__setattr__(self, "heads", "own")
         super().__post_init__()
         self.check(self.sinks >= 0, "sinks", "zero or positive")
+
+    @property
+    def implied(self) -> tuple[str, ...]:
+        layers = ("layers",) if self.keep is None and self.layers == "uniform" else ()
+        return (*layers, "heads") if self.threshold is not None and self.heads == "own" else layers
 
     @classmethod
     def calibrate(cls, seen: Repetitions, *, ridge: float = 0.01) -> dict[str, Tensor]:

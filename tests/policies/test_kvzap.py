@@ -186,6 +186,10 @@ def test_a_plan_needs_no_file_and_counts_with_one(tmp_path: Path) -> None:
         policy = KVzap(calibration=path, **given)
         assert policy.layers == "uniform"
         assert Stack.parse(str(Stack.parse(policy))) == Stack.parse(policy)
+        assert "layers" not in str(policy)
+        assert "heads" not in str(policy)
+    with pytest.raises(SpecError, match="layers"):
+        KVzap(budget=100, layers=3)
     assert {KVzap(budget=100, calibration=path).kept(1000, 4, 32, i, 4) for i in range(4)} == {100}
 
 
