@@ -66,16 +66,15 @@ class Repetitions:
 def shares(file: Calibration, share: float) -> dict[int, float]:
     """Per layer, the share of its tokens whose score exceeds what a `share` of all layers' tokens exceeds on the texts,
     where the scores of a head are taken to be normally distributed."""
-    mean, spread = (
-        torch.stack([file.tensors[f"{i}.{name}"] for i in file.layers]).double() for name in ("mean", "spread")
-    )
-    spread = spread.clamp_min(1e-6)
+    means, spreads = ([file.tensors[f"{i}.{name}"].double() for i in file.layers] for name in ("mean", "spread"))
+    mean, spread = torch.cat(means), torch.cat(spreads).clamp_min(1e-6)
     low, high = float((mean - 40 * spread).min()), float((mean + 40 * spread).max())
     for _ in range(100):
         middle = (low + high) / 2
-        above = torch.special.ndtr((mean - middle) / spread)  # [layers, H]
+        above = torch.special.ndtr((mean - middle) / spread)
         low, high = (middle, high) if float(above.mean()) > share else (low, middle)
-    return dict(zip(file.layers, above.mean(1).tolist(), strict=True))
+    by_layer = above.split([len(heads) for heads in means])
+    return {layer: float(part.mean()) for layer, part in zip(file.layers, by_layer, strict=True)}
 
 
 @register("kvzap")
