@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvcomp.policies.expected import ExpectedAttention
     from kvcomp.policies.h2o import H2O, TOVA
     from kvcomp.policies.keys import KeyDiff, KNorm, LagKV, Random
+    from kvcomp.policies.kvzap import KVzap
     from kvcomp.policies.kvzip import KVzip
     from kvcomp.policies.leverage import Compactor, CurDKV
     from kvcomp.policies.rkv import RKV
@@ -111,6 +112,7 @@ __all__ = [
     "Int",
     "Int8",
     "KNorm",
+    "KVzap",
     "KVzip",
     "KeyDiff",
     "KvcompError",
@@ -162,6 +164,7 @@ _HOMES = {
     "KIVI": "kvcomp.quantizers.kivi",
     "KLT": "kvcomp.quantizers.klt",
     "KNorm": "kvcomp.policies.keys",
+    "KVzap": "kvcomp.policies.kvzap",
     "KVzip": "kvcomp.policies.kvzip",
     "KeyDiff": "kvcomp.policies.keys",
     "LagKV": "kvcomp.policies.keys",

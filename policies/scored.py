@@ -35,6 +35,7 @@ class ScoredPolicy(Policy):
     """
 
     scores_within: ClassVar[tuple[float, float]] = (-1e30, 1e30)  # what `scores` are at least and at most
+    layers_among: ClassVar[tuple[str, ...]] = LAYERS
 
     keep: float | None = arg(None, "share of the prompt to keep, protected tokens included, 0 < keep <= 1")
     budget: int | None = arg(None, "tokens to keep per KV head, alike (none of the three: keep=0.25, or as published)")
@@ -59,7 +60,7 @@ class ScoredPolicy(Policy):
             self.check(False, other, f"left out where {given[0]} is given")
         self.check_share("keep")
         self.check(self.budget is None or self.budget > 0, "budget", "positive")
-        self.check(self.layers in LAYERS, "layers", " or ".join(LAYERS))
+        self.check(self.layers in self.layers_among, "layers", " or ".join(self.layers_among))
         self.check(self.heads in HEADS, "heads", "own, common or adaptive")
         self.check(self.span > 0, "span", "positive")
         self.check(0 <= self.floor <= 1, "floor", "in [0, 1]")

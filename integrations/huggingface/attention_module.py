@@ -109,6 +109,6 @@ class AttentionModule:
 
     def _unknown(self, why: str) -> UnsupportedError:
         return UnsupportedError(
-            f"{self.config.model_type}: {why}, so expected_attention cannot turn its queries back: use a policy "
-            "that takes them as they are, such as snapkv"
+            f"{self.config.model_type}: {why}, so its queries and keys cannot be turned to other positions: "
+            "use a policy that takes them as they are, such as snapkv"
         )

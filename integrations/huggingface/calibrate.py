@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from kvcomp.architecture import without
 from kvcomp.calibration.file import Calibration
-from kvcomp.calibration.stage import Calibrated, Seen
+from kvcomp.calibration.stage import Calibrated, Repeated, Seen
 from kvcomp.calibration.statistics import Moments
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.files import readable
@@ -24,13 +24,15 @@ from kvcomp.stages.quantizer import Quantizer
 from kvcomp.stages.registry import find, stages
 
 from ..configs import cache_layers, decoder_config, layer_kinds, library_layer, max_positions
-from .attention_module import output_projection
+from .attention_module import AttentionModule, output_projection
 from .fingerprint import fingerprint
 from .forward import with_cache
 from .handles import Call, HandleLayer
 from .hook import hook
+from .reconstruct import received
 
 TOKENS, CONTEXT, SHORTEST = 20480, 2048, 16
+REQUEST_TOKENS = 64  # positions that the request to repeat a context may take
 
 
 class ReadingLayer(HandleLayer):
@@ -50,6 +52,7 @@ class ReadingLayer(HandleLayer):
         result = call.dense(keys, values)
         if not self.begun:
             self.begun = True
+            self.model = AttentionModule(call.module, call.query.shape[1], values.shape[3])
             self.output = output_cost(call.module, call.query.shape[1], keys.shape[1], values.shape[3])
         self.seen.add(call.query, keys, values)
         return result
@@ -90,7 +93,7 @@ def calibrate(
     Args:
         model: a decoder whose attention goes through transformers' attention interface, as for `CompressedCache`.
         tokenizer: the model's.
-        method: a calibrated stage: oscar, svd, think, klt, dsa, or one of another package.
+        method: a calibrated stage: oscar, svd, think, klt, dsa, kvzap, or one of another package.
         texts: files, each of which gives an equal share of the tokens, from its beginning.
         tokens: how many tokens to use in all; fewer where the texts have fewer.
         context: tokens that the model sees together.
@@ -106,7 +109,8 @@ def calibrate(
     stage = method_of(method)
     settings = settings_of(stage, settings)
     contexts = read_contexts(tokenizer, texts, tokens, context)
-    gathered = gather(model, contexts, advance, stage.seen, windows=issubclass(stage, Quantizer))
+    windows = issubclass(stage, Quantizer)
+    gathered = gather(model, contexts, advance, stage.seen, windows, stage.repeats, tokenizer)
     return Calibration(
         method=method,
         settings=settings,
@@ -197,9 +201,14 @@ def gather(
     advance: Callable[[int], None] = lambda tokens: None,
     seen: Callable[[], Seen] = Moments,
     windows: bool = False,
+    repeats: int | None = None,
+    tokenizer: Any = None,
 ) -> dict[int, Any]:
     """What `seen` makes of every full-attention layer, by its number, over contexts of token ids; windows: and of every
     layer with a sliding window.
+
+    repeats: tokens of each context that the model repeats at a time, so that `seen` learns what they received; the
+    tokenizer encodes the request. None: it does not.
 
     Raises:
         UnsupportedError: a model whose attention cannot be hooked, with layers that cannot be calibrated, such as
@@ -213,6 +222,11 @@ def gather(
     longest = max(map(len, contexts))
     if limit is not None and longest > limit:
         raise KvcompError(f"context: {longest} is more than the {limit} positions of {config.model_type}")
+    if limit is not None and repeats is not None and 2 * longest + REQUEST_TOKENS > limit:
+        raise KvcompError(
+            f"context: {longest}, which this method lets the model repeat, must leave as many of the {limit} positions "
+            f"of {config.model_type} for that, and {REQUEST_TOKENS}: give a smaller context"
+        )
     types, options = cache_layers(config)
     ours = {
         i: ReadingLayer(seen(), kind.traits.bounded)
@@ -232,6 +246,11 @@ def gather(
             ]
             prompt = torch.tensor([ids], device=model.device, dtype=torch.int64)
             model(input_ids=prompt, **with_cache(model, Cache(layers=layers)), use_cache=True, logits_to_keep=1)
+            if repeats is not None:
+                given = [layer.chunk if i in ours else layer for i, layer in enumerate(layers)]
+                found = received(model, tokenizer, prompt, given, repeats)
+                for layer, most in zip(ours.values(), found, strict=True):
+                    cast(Repeated, layer.seen).repeated(most, layer.model)
             advance(len(ids))
     finally:
         config._attn_implementation = implementation

@@ -97,8 +97,9 @@ def check_stages(setup: Setup, ranks: int = 1) -> None:
         raise UnsupportedError(
             f"{selector.name} fits itself to each request, which has no place in vLLM's blocks: use quest or moba"
         )
-    if ranks > 1 and getattr(quantizer, "calibration", None) is not None:
-        raise UnsupportedError(f"{quantizer.name}: a calibration knows all heads, and a rank has some: use one rank")
+    for stage in (quantizer, *stack.policies):
+        if ranks > 1 and getattr(stage, "calibration", None) is not None:
+            raise UnsupportedError(f"{stage.name}: a calibration knows all heads, and a rank has some: use one rank")
 
 
 def _check_policy(setup: Setup, policy: Policy, ranks: int) -> None:

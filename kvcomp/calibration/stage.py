@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.fingerprint import Fingerprint
-from kvcomp.stages import PageShape, Stage
+from kvcomp.stages import ModelPart, PageShape, Stage
 from kvcomp.state import DamagedError, State
 from kvcomp.text import brief
 
@@ -60,14 +60,25 @@ class Seen(Protocol):
         """What `Calibrated.calibrate` gets; output as in `Statistics`."""
 
 
+class Repeated(Seen, Protocol):
+    """What calibration keeps of a layer where the model repeats each context, too."""
+
+    def repeated(self, received: Tensor, model: ModelPart) -> None:
+        """received [1, H, n]: the most attention that each token of the context added last got while the model repeated
+        it; model: the layer's."""
+
+
 class Calibrated(Stage):
     """A stage that reads a calibration file, which its argument `calibration` names.
 
-    required: whether there is no other way, such as fitting to the prompt. seen: what it is computed from.
+    required: whether there is no other way, such as fitting to the prompt. seen: what it is computed from. repeats: how
+    many tokens of each context the model repeats at a time once it has read it, for a `seen` that is `Repeated`; None:
+    it does not.
     """
 
     required: ClassVar[bool] = True
     seen: ClassVar[type[Seen]] = Moments
+    repeats: ClassVar[int | None] = None
     calibration: str | None
 
     @classmethod

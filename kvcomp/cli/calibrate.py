@@ -21,7 +21,7 @@ from .config_file import Config
 from .options import Model, loads_model, one_of
 from .output import Document, Json, size
 
-METHODS = ("dsa", "klt", "oscar", "svd", "think")
+METHODS = ("dsa", "klt", "kvzap", "oscar", "svd", "think")
 DOCUMENT = Document(
     file="the file that was written",
     method="the calibrated stage",

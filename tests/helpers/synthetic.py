@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from kvcomp.calibration.file import Calibration
 from kvcomp.calibration.statistics import Moments, Statistics
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.integrations.huggingface.calibrate import method_of, settings_of
+from kvcomp.policies.kvzap import Repetitions
 
 MODEL = Fingerprint("a synthetic model", "config", "weights")
 
@@ -39,12 +41,41 @@ def statistics(heads: int, k_dim: int, v_dim: int | None = None, seed: int = 0) 
     return moments.result()
 
 
-def write(path: Path, method: str, heads: int, k_dim: int, v_dim: int | None = None, layers: int = 1) -> Path:
+class Still:
+    """A model without positions."""
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x
+
+    def output(self) -> Tensor:
+        raise NotImplementedError
+
+
+def seen_by(method: str, heads: int, k_dim: int, v_dim: int | None = None, seed: int = 0) -> Any:
+    """What `calibrate` of a method gets, from one chunk."""
+    stage = method_of(method)
+    seen = stage.seen()
+    seen.add(*chunk(heads, k_dim, v_dim, seed=seed))
+    if isinstance(seen, Repetitions):
+        scores = torch.rand(1, heads, 512, generator=torch.Generator().manual_seed(seed))
+        seen.repeated(scores, Still())
+    return seen.result(None)
+
+
+def write(
+    path: Path,
+    method: str,
+    heads: int,
+    k_dim: int,
+    v_dim: int | None = None,
+    layers: int = 1,
+    model: Fingerprint = MODEL,
+) -> Path:
     """A calibration file of `method`; layer i is calibrated on the chunk of seed i."""
-    return save(path, method, [statistics(heads, k_dim, v_dim, seed=layer) for layer in range(layers)])
+    return save(path, method, [seen_by(method, heads, k_dim, v_dim, seed=layer) for layer in range(layers)], model)
 
 
-def save(path: Path, method: str, layers: Sequence[Statistics]) -> Path:
+def save(path: Path, method: str, layers: Sequence[Any], model: Fingerprint = MODEL) -> Path:
     """A calibration file of `method`, from what each layer saw."""
     quantizer = method_of(method)
     tensors = {
@@ -53,5 +84,5 @@ def save(path: Path, method: str, layers: Sequence[Statistics]) -> Path:
         for name, tensor in quantizer.calibrate(seen).items()
     }
     settings = settings_of(quantizer, {})
-    Calibration(method, settings, MODEL, (("a.txt", "0" * 64),), 512, 512, tensors).save(path)
+    Calibration(method, settings, model, (("a.txt", "0" * 64),), 512, 512, tensors).save(path)
     return path

@@ -5,15 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import scored
 import torch
 from model_part import Rope
+from scored import SCORED
 
 from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
-from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.stages.registry import find, stages
+from kvcomp.stages.registry import find
 
-SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 HOLDING = [name for name in SCORED if find(name)(budget=1000).limit]  # a budget, unless told otherwise
 EDGES = (0, 512, 1024, 1536, 1900)
 
@@ -46,7 +46,7 @@ def written(spec: str, edges: tuple[int, ...], generated: int = 0) -> tuple[Laye
 
 
 def spec_of(name: str, size: str) -> str:
-    return f"{name}({size}{', window=16' if 'window' in find(name).__dataclass_fields__ else ''}) + none"
+    return scored.spec_of(name, size, 16, window=16) + " + none"
 
 
 @pytest.mark.parametrize("hold", ["", ", hold=true"])
@@ -59,8 +59,8 @@ def test_a_budget_is_of_the_whole_prompt(name: str, hold: str) -> None:
         assert planned - 1 <= sum(map(len, now)) / 2 < planned + page
     for stream in found[-1]:
         of_chunk = [sum(first <= at < last for at in stream) for first, last in pairwise(EDGES)]
-        # half of h2o's budget is for the newest; curdkv compares values, which are positions here
-        assert (of_chunk[0] > 0 and of_chunk[-1] > 0) or name in ("curdkv", "h2o")
+        # half of h2o's budget is for the newest; curdkv and kvzap score values, which are positions here
+        assert (of_chunk[0] > 0 and of_chunk[-1] > 0) or name in ("curdkv", "h2o", "kvzap")
         assert stream == sorted(stream)
     store.append(*(torch.zeros(1, 2, 1, 16) for _ in range(2)))
     assert (store.table.received is None) is (not hold and name not in HOLDING)  # nothing is watched any more

@@ -11,17 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_part import Rope
+from scored import SCORED, spec_of
 from torch import Tensor
 
 from kvcomp import SpecError, Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.policies.budgets import in_spans, pyramid
-from kvcomp.policies.scored import ScoredPolicy
 from kvcomp.stages import Chunk
 from kvcomp.stages.plan import held_by_stream
-from kvcomp.stages.registry import find, stages
+from kvcomp.stages.registry import find
 
-SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 D = 8
 
 
@@ -182,8 +181,7 @@ def test_lagkv_is_its_definition(n: int, lag: int) -> None:
 @pytest.mark.parametrize("name", SCORED)
 def test_a_short_turn_stays_whole(name: str) -> None:
     """A question about what was compressed; a long turn is compressed like a prompt."""
-    given_ = "keep=0.25" + (", window=16" if "window" in fields(name) else "")
-    (policy,) = Stack.parse(f"{name}({given_})").policies
+    (policy,) = Stack.parse(spec_of(name, "keep=0.25", D, window=16)).policies
     for n, all_stay in ((1, True), (60, True), (128, True), (129, False)):
         kept = policy.select(replace(chunk(n, sinks=0, recent=0), past=500))
         assert bool(kept.all()) is all_stay
@@ -208,13 +206,13 @@ def test_chance_repeats_and_layers_draw_apart() -> None:
 )
 def test_budgets_are_exact_and_protect(name: str, given_: str) -> None:
     c = chunk(120)
-    (policy,) = Stack.parse(f"{name}({given_}{', window=8' if 'window' in fields(name) else ''})").policies
+    (policy,) = Stack.parse(spec_of(name, given_, D, window=8)).policies
     kept = policy.select(c)
     count = policy.kept(120, c.sinks, c.recent, c.layer, c.layers)
     if policy.heads == "adaptive":
         assert kept.sum((1, 2)).tolist() == [2 * count] * 2
         protected = c.sinks + max(policy.newest(count), c.recent)
-        assert int(kept.sum(-1).min()) >= protected + int(0.2 * (count - protected))
+        assert int(kept.sum(-1).min()) >= protected + int(policy.floor * (count - protected))
     else:
         assert kept.sum(-1).unique().tolist() == [count]
     assert bool(kept[..., : c.sinks].all())
@@ -310,7 +308,7 @@ def test_rows_of_a_padded_batch_choose_as_they_would_alone(name: str) -> None:
     lengths = (300, 170, 90, 30)
     k, v, q = (torch.randn(4, h, 300, 16, generator=torch.Generator().manual_seed(h)) for h in (2, 2, 4))
     valid = torch.arange(300) >= torch.tensor([[300 - length] for length in lengths])
-    plan = Stack.parse(f"{name}(keep=0.4) + int(bits=8) + window(sinks=2, recent=8)").plan(1, 4)
+    plan = Stack.parse(spec_of(name, "keep=0.4", 16) + " + int(bits=8) + window(sinks=2, recent=8)").plan(1, 4)
     batch = LayerStore(plan)
     batch.model = Rope(4, 16)
     batch.start(k, v)

@@ -10,15 +10,13 @@ import tiny_models as models
 import torch
 from generation import tokens
 from model_part import Rope
+from scored import SCORED, spec_of
 from torch import Tensor
 
 from kvcomp import CompressedCache, Stack
 from kvcomp.cache.layer import LayerStore
-from kvcomp.policies.scored import ScoredPolicy
 from kvcomp.stages.plan import held_by_stream
-from kvcomp.stages.registry import stages
 
-SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 PAGE, SINKS, RECENT = 16, 2, 8
 TAIL = f" + none + window(sinks={SINKS}, recent={RECENT})"
 
@@ -107,7 +105,8 @@ def test_new_pages_stay_and_old_ones_leave(name: str, window: str, heads_choose:
     generator = torch.Generator().manual_seed(1)
     k, q = (torch.randn(1, h, 900, 16, generator=generator) for h in (heads, 2 * heads))
     v = torch.arange(900.0).view(1, 1, 900, 1).expand(1, heads, 900, 16).contiguous()
-    spec = f"{name}(budget={budget}, hold=true, heads={heads_choose}) + none + window({window})"
+    policy = spec_of(name, f"budget={budget}, hold=true, heads={heads_choose}", 16)
+    spec = f"{policy} + none + window({window})"
     store = LayerStore(Stack.parse(spec).plan(1, 4))
     store.model = Rope(2 * heads, 16)
     store.start(k, v)

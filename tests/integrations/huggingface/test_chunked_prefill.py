@@ -9,19 +9,19 @@ import pytest
 import tiny_models as models
 import torch
 from generation import assert_same, greedy, left_padded, tokens
+from scored import SCORED, spec_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvcomp import CompressedCache, KvcompWarning
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.huggingface import prefill
+from kvcomp.integrations.huggingface.fingerprint import fingerprint
 from kvcomp.integrations.huggingface.layer import CompressedLayer
 from kvcomp.integrations.huggingface.masks import Seen, mask_function, read_mask
-from kvcomp.policies.scored import ScoredPolicy
-from kvcomp.stages.registry import find, stages
+from kvcomp.stages.registry import find
 
 WINDOW = " + window(sinks=4, recent=32)"
-SCORED = sorted(name for name, stage in stages().items() if issubclass(stage, ScoredPolicy))
 
 
 @pytest.mark.parametrize("spec", ["snapkv(keep=0.25, window=16)", "keydiff(keep=0.25)"])
@@ -88,7 +88,7 @@ def test_small_chunks_are_chosen_from_together(name: str, size: str) -> None:
     """A prompt in chunks of any size keeps as many tokens as at once, up to those that are protected, by any way in."""
     model, ids = models.make("llama", num_hidden_layers=2), tokens(1, 120)
     window = 16 if "window" in find(name).__dataclass_fields__ else 0
-    spec = f"{name}({size}{f', window={window}' if window else ''})"
+    spec = spec_of(name, size, 16, window, fingerprint(model))
     whole = kept(filled(model, spec, ids, None)[0])
     for chunk in (1, 7, 64):  # the last of 120 by 7 is alone
         cache, logits = filled(model, spec, ids, chunk)
@@ -111,7 +111,7 @@ def test_long_prompts_keep_as_many_as_planned(name: str, size: str) -> None:
     """Of a prompt of several rounds: the share, up to the protected tokens of the last; the budget and less than a
     page."""
     model, ids = models.make("llama", num_hidden_layers=2), tokens(1, 1300)
-    spec = f"{name}({size}{', window=16' if 'window' in find(name).__dataclass_fields__ else ''})"
+    spec = spec_of(name, size, 16, 16, fingerprint(model))
     for chunk in (100, 300, 1024):
         cache, _ = filled(model, spec + " + none + window(sinks=4, recent=8)", ids, chunk)
         for layer, found in zip(cache.layers, kept(cache), strict=True):

@@ -62,6 +62,12 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         ("expected_attention + int8", {}, "expected_attention needs the model .* use snapkv"),
         ("criticalkv + int8", {}, "criticalkv needs the model"),
         ("kvzip + int8", {}, "kvzip needs the model"),
+        ("kvzap(calibration='file') + int8", {}, "kvzap keeps other numbers of tokens .* use snapkv"),
+        (
+            "kvzap(budget=256, heads=own, calibration='file') + int8",
+            {"tensor_parallel_size": 2},
+            "kvzap: a calibration knows all heads, .* one rank",
+        ),
         ("h2o(budget=256) + int8", {"drafts": 3}, "h2o lets pages go while generating, .* set hold=false"),
         ("h2o(budget=256, heads=adaptive) + int8", {}, "h2o keeps other numbers of tokens .* use snapkv"),
         ("snapkv + streaming + int8", {}, "snapkv has to be the only policy"),

@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from kvcomp.calibration.file import load
 
-METHODS = ("oscar", "svd", "think")
+METHODS = ("oscar", "svd", "think", "kvzap")
 
 
 @pytest.fixture(scope="module")
