@@ -94,6 +94,7 @@ def answer(
             score=decoding.reader.score,
             prediction=decoding.reader.prediction,
             references=list(sample.references),
+            classes=list(sample.classes) or None,
             depth=sample.depth,
             tags=list(sample.tags),
             origin=sample.origin,
