@@ -88,7 +88,7 @@ def _card(
 ) -> dict[str, Any]:
     settings, machine = run.config["settings"], run.config["machine"]
     kinds = _kinds(stack)
-    dtype = settings.get("dtype") or "the default dtype"
+    dtype = settings.get("dtype") or ("bfloat16" if machine.get("gpu") else "float32")
     accuracy = {"full": _accuracy(full)} if full else {}
     share = _retained(group)
     return {

@@ -59,7 +59,10 @@ def bench(
         typer.Option(help="Folder with the texts of tasks, or hub.  \\[default: what comes with kvcomp]"),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Use the model's chat template for LongBench, except few-shot and code.")
+        bool,
+        typer.Option(
+            "--chat", help="Use the model's chat template, except for LongBench's few-shot and code, and texts."
+        ),
     ] = False,
     context_first: Annotated[
         bool,

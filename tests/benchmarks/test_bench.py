@@ -135,6 +135,18 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         Results(tmp_path, CONFIG)
 
 
+@pytest.mark.parametrize(("tasks", "refused"), [("perplexity", True), ("perplexity_text,vt", False), ("vt", False)])
+def test_chat_needs_a_task_that_has_one(tasks: str, refused: bool) -> None:
+    def settings() -> Settings:
+        return Settings("tiny", tuple(tasks.split(",")), (512,), 1, ("none",), chat=True)
+
+    if refused:
+        with pytest.raises(RunError, match=r"^chat: no prompt of perplexity_text, .*: leave out --chat"):
+            settings()
+    else:
+        assert settings().chat
+
+
 def test_settings_are_canonical(tmp_path: Path) -> None:
     settings = Settings("m", ("ruler", "niah_single_1"), (64, 32, 64), 1, ("none", "kivi( bits = 2 )", "kivi(bits=2)"))
     assert settings.tasks == tuple(task for task in TASKS if not task.startswith("qa"))  # no --data, no questions
