@@ -89,6 +89,9 @@ def bench(
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that answer at once, each with the model: one a GPU, or on CPU cores.")
     ] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Samples of a task that are decoded together, their caches all in memory.")
+    ] = 1,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -121,7 +124,7 @@ def bench(
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     part = None if shard is None else Shard.parse(shard)
-    comparison = run(settings, out, notes(), command, shard=part, workers=workers)
+    comparison = run(settings, out, notes(), command, shard=part, workers=workers, batch=batch)
     out = out / part.folder if part else out
     if as_json:
         report.print_json(comparison, out)
