@@ -11,10 +11,11 @@ import typer
 
 from kvcomp.console import note, notes
 from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model, one_of
 
 from . import report
 from .config_file import Config
-from .options import Model, loads_model, one_of, whole_numbers
+from .options import whole_numbers
 from .output import Json
 
 EPILOG = f"""Examples:

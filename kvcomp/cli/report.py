@@ -13,9 +13,9 @@ from rich.text import Text
 
 from kvcomp.console import results, styled
 from kvcomp.errors import KvcompError
+from kvcomp.integrations.options import one_of
 from kvcomp.text import quote, visible
 
-from .options import one_of
 from .output import Document, Json
 
 if TYPE_CHECKING:
