@@ -25,16 +25,16 @@ DIVERGENCE = {  # by model, as far as they are there: kvcomp bench --tasks fidel
     "SmolLM2-135M": ROOT / "benchmarks" / "figures" / "fidelity_smollm2.csv",
     "Qwen2.5-Coder-1.5B": ROOT / "benchmarks" / "figures" / "fidelity_qwen.csv",
 }
-NAMED = {  # stacks of the picture of divergence whose names are written, and where
-    "none": (-6, -13, "right"),
-    "int8": (0, 7, "center"),
-    "klt(bits=4)": (4, 11, "center"),
-    "int(bits=4, basis=hadamard)": (-4, 17, "right"),
-    "klt(bits=2)": (-7, -12, "right"),
-    "mxfp4": (8, -12, "left"),
-    "kivi(bits=2)": (9, -3, "left"),
-    "turboquant(bits=2)": (0, 50, "center"),
-    "int(bits=2, basis=hadamard)": (9, -6, "left"),
+NAMED = {  # points of the picture of divergence whose names are written, and where
+    ("SmolLM2-135M", "none"): (0, -14, "center"),
+    ("SmolLM2-135M", "int(bits=4, basis=hadamard)"): (0, 22, "center"),
+    ("SmolLM2-135M", "klt(bits=2)"): (-7, -3, "right"),
+    ("SmolLM2-135M", "kivi(bits=2)"): (8, -3, "left"),
+    ("SmolLM2-135M", "kvzip(keep=0.5)"): (8, 0, "left"),
+    ("SmolLM2-135M", "int(bits=4) + sketch(keep=0.1)"): (8, -4, "left"),
+    ("SmolLM2-135M", "kivi(bits=4) + quest(keep=0.25)"): (8, -4, "left"),
+    ("Qwen2.5-Coder-1.5B", "none"): (9, -3, "left"),
+    ("Qwen2.5-Coder-1.5B", "int(bits=2, basis=hadamard)"): (-8, -45, "left"),
 }
 SHOWN = {  # stacks of the left panel, and where their names are written: points to the right, and up
     "kivi(bits=4)": (0, 21, "center"),
@@ -109,20 +109,22 @@ def divergence(axes: plt.Axes) -> None:
             shown[kind] = FAMILIES[kind]
             x = float(row["effective_bits"])
             y, low, high = (100 * float(row[f"overlap{end}"]) for end in ("", "_low", "_high"))
+            low = low if y < 100 else y  # the uncompressed cache itself
             axes.errorbar(
                 x, y, [[y - low], [high - y]], fmt=mark, color=FAMILIES[kind], capsize=2, linewidth=1, markersize=4
             )
-            if row["stack"] in NAMED and path == list(DIVERGENCE.values())[-1]:
-                right, up, side = NAMED[row["stack"]]
+            if (model, row["stack"]) in NAMED:
+                right, up, side = NAMED[model, row["stack"]]
                 axes.annotate(row["stack"], (x, y), (right, up), textcoords="offset points", ha=side)
         axes.plot([], [], mark, color=GREY, label=model)
     for kind, colour in shown.items():
         axes.plot([], [], "o", color=colour, label=kind)
     axes.legend(loc="lower right", frameon=False)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([2, 3, 4, 6, 8, 16], ["2", "3", "4", "6", "8", "16"])
+    axes.set_xticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
+    axes.set_yticks([85, 90, 95, 100])
     axes.minorticks_off()
-    axes.set(xlim=(1.75, 20), xlabel="bits held for each element of K and V, everything included")
+    axes.set(xlim=(1.75, 44), ylim=(81, 101.5), xlabel="bits held for each element of K and V, everything included")
     axes.set_title("Next tokens: 1 - TVD in %, 95 % intervals", fontsize=10, loc="left")
 
 

@@ -114,7 +114,9 @@ def divergence(file: str) -> str:
             f"{float(row['effective_bits']):.2f}",
             f"{float(row['kl']):.4f}",
             f"{100 * float(row['overlap']):.1f}",
-            f"{100 * float(row['overlap_low']):.1f} to {100 * float(row['overlap_high']):.1f}",
+            f"{100 * float(row['overlap_low']):.1f} to {100 * float(row['overlap_high']):.1f}"
+            if float(row["overlap"]) < 1  # not the uncompressed cache itself
+            else "",
             f"{100 * float(row['top1']):.1f}",
         )
         for row in fidelity(file)
