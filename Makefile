@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-models test-transformers test-vllm docs lint typecheck format clean
+.PHONY: help demo test test-models test-transformers test-vllm results docs lint typecheck format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -55,6 +55,11 @@ test-transformers: $(TRANSFORMERS:%=.venv-transformers/%/test.stamp) ## run inte
 test-vllm: .venv-vllm/test.stamp ## run the tests of the vLLM plugin, on a vLLM for CPUs in an environment of its own
 	$(call say,Tests of the vLLM plugin: fifty engines in ten minutes on two cores)
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 --dist loadfile tests/integrations/vllm/engine  # an engine process a worker
+
+results: .venv/demo.stamp ## make the tables and pictures of README and docs/results.md from benchmarks/figures
+	$(call say,Tables and pictures of README and docs/results.md)
+	@$(BIN)/python docs/figures/tables.py
+	@$(BIN)/python docs/figures/draw.py
 
 docs: .venv/docs.stamp ## build the documentation site in build/site, with every link checked
 	$(call say,Documentation: build/site/index.html)

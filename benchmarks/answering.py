@@ -1,8 +1,9 @@
-"""One prompt, answered from the cache of each stack: what a run repeats for every sample."""
+"""Prompts, answered from the cache of each stack: what a run repeats for every sample, or several at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from kvcomp.integrations.huggingface.forward import with_cache
 from kvcomp.integrations.huggingface.timing import clock
 
 
-@torch.inference_mode()
 def answer(
     model: Any,
     tokenizer: Any,
@@ -32,12 +32,27 @@ def answer(
     prefill_chunk: int | None = None,
     context_first: bool = False,
 ) -> Iterator[Record]:
-    """Yield a record per stack, each as soon as it is done.
+    """`answer_all` of one sample."""
+    how = max_new_tokens, prefill_chunk, context_first
+    yield from answer_all(model, tokenizer, [(sample, stacks)], context, *how)
 
-    One dense prefill of all tokens but the last fills every cache that can share it; the last prompt token is then
-    the first one that each stack decodes, so that every token of the answer comes from its compressed pages. Of a
-    text whose end is scored, the prompt is what stands before that end. The peak of memory is that of decoding alone:
-    the prefill is shared.
+
+@torch.inference_mode()
+def answer_all(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[tuple[Sample, Sequence[Stack]]],
+    context: int,
+    max_new_tokens: int | None,
+    prefill_chunk: int | None = None,
+    context_first: bool = False,
+) -> Iterator[Record]:
+    """Yield a record per sample and stack, each as soon as it is done.
+
+    One dense prefill of all tokens of a sample but the last fills every cache that can share it; the last prompt token
+    is then the first one that each stack decodes, so that every token of the answer comes from its compressed pages. Of
+    a text whose end is scored, the prompt is what stands before that end. The peak of memory is that of decoding alone:
+    the prefill is shared. Samples are prefilled one after the other and then decoded together, each as if alone.
 
     context_first: the prefill is of what stands before the question, which every stack reads afterwards, by itself. The
     tokens are the same.
@@ -45,6 +60,28 @@ def answer(
     Raises:
         TaskError: context_first, and a prompt that has no question after its context.
     """
+    decodings: list[Decoding] = []
+    records: dict[int, Callable[[], Record]] = {}
+    for sample, stacks in asked:
+        how = max_new_tokens, prefill_chunk, context_first
+        for decoding, record in _begin(model, tokenizer, sample, context, stacks, *how):
+            decodings.append(decoding)
+            records[id(decoding)] = record
+    for decoding in run_all(model, decodings):
+        yield records.pop(id(decoding))()
+
+
+def _begin(
+    model: Any,
+    tokenizer: Any,
+    sample: Sample,
+    context: int,
+    stacks: Sequence[Stack],
+    max_new_tokens: int | None,
+    prefill_chunk: int | None,
+    context_first: bool,
+) -> list[tuple[Decoding, Callable[[], Record]]]:
+    """Prefill a sample; for each stack what is to be decoded, and what makes its record once that is done."""
     task = find_task(sample.task)
     ids = tokenizer(sample.prompt, return_tensors="pt").input_ids.to(model.device)  # [1, L]
     limit = min(sample.max_new_tokens, max_new_tokens or sample.max_new_tokens)
@@ -81,11 +118,11 @@ def answer(
         return Answer(first, limit, finished, text, lambda prediction: asked.score(prediction, sample))
 
     decodings = [Decoding(cache, reader()) for cache in caches]
-    place = {id(decoding): at for at, decoding in enumerate(decodings)}
-    for decoding in run_all(model, decodings):
-        at, cache = place[id(decoding)], decoding.cache
+
+    def record(at: int) -> Record:
+        decoding, cache = decodings[at], caches[at]
         holds, traffic = cache.memory(), cache.traffic()
-        yield Record(
+        return Record(
             task=sample.task,
             context=context,
             index=sample.index,
@@ -94,6 +131,7 @@ def answer(
             score=decoding.reader.score,
             prediction=decoding.reader.prediction,
             references=list(sample.references),
+            classes=list(sample.classes) or None,
             depth=sample.depth,
             tags=list(sample.tags),
             origin=sample.origin,
@@ -111,6 +149,8 @@ def answer(
             metric=FIDELITY if dense else NLL if isinstance(task, Perplexity) else ACCURACY,
             **_by_token(decoding.reader),
         )
+
+    return [(decoding, partial(record, at)) for at, decoding in enumerate(decodings)]
 
 
 def context_tokens(tokenizer: Any, sample: Sample, ids: list[int]) -> int:

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from kvcomp import Stack
-from kvcomp.benchmarks.answering import answer
+from kvcomp.benchmarks.answering import answer_all
 from kvcomp.benchmarks.compare import Comparison
 from kvcomp.benchmarks.machine import machine, versions
 from kvcomp.benchmarks.merging import adopt
@@ -33,13 +33,21 @@ from kvcomp.integrations.huggingface.models import load_model, on_disk
 from kvcomp.text import quote
 
 Missing = dict[tuple[str, int], dict[int, list[Stack]]]  # stacks by task and context, and by the index of a sample
+MOST = 4096  # samples that are decoded together
 WORDS = {ACCURACY: "right", NLL: "perplexity", FIDELITY: "1 - TVD"}
 SINCE = ("context_first",)  # settings that runs of older versions do not have: noted where they are on
 APART = ("data", "engine", "named")  # settings that a configuration says elsewhere: in "data", "versions", "left_out"
 
 
 def run(
-    settings: Settings, out: Path, console: Console, command: str, *, shard: Shard | None = None, workers: int = 1
+    settings: Settings,
+    out: Path,
+    console: Console,
+    command: str,
+    *,
+    shard: Shard | None = None,
+    workers: int = 1,
+    batch: int = 1,
 ) -> Comparison:
     """Measure what `out` does not hold yet, and write `summary.csv` and `report.html` beside the samples.
 
@@ -48,6 +56,7 @@ def run(
 
     shard: measure this part of the run alone, into its folder in `out`.
     workers: processes that answer, each with the model.
+    batch: samples of a task that are decoded together; their caches are all held at once.
 
     Raises:
         RunError: `out` holds another run or answers of another model, is being written by another process or cannot be
@@ -56,13 +65,14 @@ def run(
     """
     require_libraries()
     require_workers(workers, settings)
+    _require_batch(batch, workers, settings)
     folder = out / shard.folder if shard else out
     with locked(folder):
-        return _run(settings, folder, console, command, shard, workers)
+        return _run(settings, folder, console, command, shard, workers, batch)
 
 
 def _run(
-    settings: Settings, out: Path, console: Console, command: str, shard: Shard | None, workers: int
+    settings: Settings, out: Path, console: Console, command: str, shard: Shard | None, workers: int, batch: int
 ) -> Comparison:
     stacks = [Stack.parse(stack) for stack in settings.stacks]
     config = {
@@ -103,9 +113,10 @@ def _run(
         _note_workers(results, workers)
         if workers > 1:
             _measure_together(settings, missing, results, console, workers)
+        elif settings.engine == HUGGING_FACE:
+            _measure(settings, missing, results, console, batch)
         else:
-            measure = _measure if settings.engine == HUGGING_FACE else _measure_by_stack
-            measure(settings, missing, results, console)
+            _measure_by_stack(settings, missing, results, console)
     write_text(out / "config.yaml", yaml.safe_dump(as_options(settings), sort_keys=False, width=200))
     return publish([Run(out, results.config, results.records)], out)
 
@@ -148,30 +159,39 @@ def _require_same_files(results: Results, stacks: Sequence[Stack]) -> None:
             )
 
 
-def _measure(
-    settings: Settings,
-    missing: Missing,
-    results: Results,
-    console: Console,
-) -> None:
+def _require_batch(batch: int, workers: int, settings: Settings) -> None:
+    """Raise RunError where samples cannot be decoded together."""
+    if not 1 <= batch <= MOST:
+        raise RunError(f"batch: {quote(batch)} is not between 1 and {MOST}.")
+    if batch > 1 and (workers > 1 or settings.engine != HUGGING_FACE):
+        other = f"--workers {workers}" if workers > 1 else f"--engine {settings.engine}"
+        raise RunError(f"batch: with {other}, samples are answered one by one: leave out --batch {batch}, or {other}.")
+
+
+def _measure(settings: Settings, missing: Missing, results: Results, console: Console, batch: int) -> None:
     with waiting(f"Loading {settings.model}"):
         model, tokenizer = load_model(settings.model, settings.loading)
     settle_model(results, fingerprint(model, settings.model))
     total = sum(len(stacks) for wanted in missing.values() for stacks in wanted.values())
+    how = settings.max_new_tokens, settings.prefill_chunk, settings.context_first
     with progress(console=console) as shown:
         bar = shown.add_task("writing prompts", total=total)
         for (name, context), wanted in missing.items():
             task = find_task(name, settings.chat)
             samples = task.generate(tokenizer, context, settings.samples, settings.seed, settings.data)
-            for index, stacks in wanted.items():
-                shown.update(bar, description=f"{name} {context}, sample {index + 1} of {len(samples)}")
-                records = []
-                how = settings.max_new_tokens, settings.prefill_chunk, settings.context_first
-                for record in answer(model, tokenizer, samples[index], context, stacks, *how):
+            left = list(wanted)
+            while left:
+                now, left = left[:batch], left[batch:]
+                which = "-".join(dict.fromkeys(str(index + 1) for index in (now[0], now[-1])))
+                shown.update(bar, description=f"{name} {context}, sample {which} of {len(samples)}")
+                records: dict[int, list[Record]] = {}
+                asked = [(samples[index], wanted[index]) for index in now]
+                for record in answer_all(model, tokenizer, asked, context, *how):
                     results.append(record)
-                    records.append(record)
                     shown.advance(bar)
-                _print_sample(console, records, stacks)
+                    records.setdefault(record.index, []).append(record)
+                    if len(records[record.index]) == len(wanted[record.index]):
+                        _print_sample(console, records[record.index], wanted[record.index])
 
 
 def _measure_together(settings: Settings, missing: Missing, results: Results, console: Console, workers: int) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from kvcomp import CompressedCache
 from kvcomp.benchmarks import memory
 from kvcomp.integrations.huggingface.forward import with_cache
-from kvcomp.integrations.huggingface.lockstep import can_step_together, lockstep
+from kvcomp.integrations.huggingface.lockstep import can_step_apart, can_step_together, lockstep
 from kvcomp.integrations.huggingface.timing import clock
 
 TIMED = 8  # steps that a cache takes alone; their median is its time per token
@@ -181,12 +181,27 @@ def run_all(model: Any, decodings: Sequence[Decoding]) -> Iterator[Decoding]:
 
 
 def _together(model: Any, left: list[Decoding], most: int) -> Iterator[Decoding]:
-    """Decode in one batch, of which at most so many tokens a row are fed at once."""
+    """Decode in batches, of which at most so many tokens a row are fed at once.
+
+    Rows hold equally many tokens where the model needs that, and where several known ones are fed at once.
+    """
+    groups: dict[int, list[Decoding]] = {}
+    for decoding in left:
+        apart = len(decoding.reader.ahead(most)) == 1 and can_step_apart(model, decoding.cache)
+        groups.setdefault(-1 if apart else decoding.cache.get_query_offset(), []).append(decoding)
+    for group in groups.values():
+        yield from _batch(model, group, most)
+
+
+def _batch(model: Any, left: list[Decoding], most: int) -> Iterator[Decoding]:
+    """Decode in one batch, whose rows are fed one token at once where they hold different numbers of tokens."""
     while left:
         batch = lockstep([decoding.cache for decoding in left])
-        while all(tokens := [decoding.reader.ahead(most) for decoding in left]):
+        apart = len({decoding.cache.get_query_offset() for decoding in left}) > 1
+        while all(tokens := [decoding.reader.ahead(1 if apart else most) for decoding in left]):
             fed = min(map(len, tokens))
-            for decoding, logits in zip(left, _step(model, [row[:fed] for row in tokens], batch), strict=True):
+            held = [decoding.cache.get_query_offset() for decoding in left] if apart else None
+            for decoding, logits in zip(left, _step(model, [row[:fed] for row in tokens], batch, held), strict=True):
                 decoding.reader.take(logits)
         yield from (decoding for decoding in left if not decoding.reader.ahead(1))
         left = [decoding for decoding in left if decoding.reader.ahead(1)]
@@ -205,8 +220,11 @@ def _alone(model: Any, decoding: Decoding, steps: int | None) -> None:
         decoding.working = max(grown - (decoding.cache.memory().held - begun), 0)
 
 
-def _step(model: Any, tokens: Sequence[Sequence[int]], cache: Any) -> Tensor:
-    """Logits [rows, n, V] after n tokens of each row."""
+def _step(model: Any, tokens: Sequence[Sequence[int]], cache: Any, held: Sequence[int] | None = None) -> Tensor:
+    """Logits [rows, n, V] after n tokens of each row. held: tokens before them in each row; None: as the cache says."""
     ids = torch.tensor(tokens, device=model.device, dtype=torch.int64)
-    logits: Tensor = model(input_ids=ids, **with_cache(model, cache), use_cache=True).logits
+    place = (
+        {} if held is None else {"position_ids": torch.tensor(held, device=model.device, dtype=torch.int64)[:, None]}
+    )
+    logits: Tensor = model(input_ids=ids, **place, **with_cache(model, cache), use_cache=True).logits
     return logits

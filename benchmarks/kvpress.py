@@ -2,8 +2,11 @@
 
 `predictions.csv` has a row per sample with the columns that kvpress's scorers read, `metrics.json` what they compute
 from it, and `config.yaml` kvpress's fields, with the stack as `press_name` and, under `kvcomp`, model, data, versions
-and machine. Written for kvpress 8bb29b9. RULER: string match in percent by task, over predictions without control
-characters (benchmarks/ruler/calculate_metrics.py). LongBench: the mean score in percent.
+and machine. Written for kvpress 8bb29b9. Metrics are computed from predictions as its scorers do
+(evaluation/benchmarks/{ruler,longbench}/calculate_metrics.py). RULER: string match in percent by task, over predictions
+without control characters. LongBench: the mean of the best score over references, in percent, of predictions without
+leading white space, which changes lines of code. One difference: `rouge` fails on sentences of about a thousand words
+at Python's recursion limit, which kvpress scores 0; here it does not fail.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import csv
 import io
 import json
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,14 @@ from typing import Any
 import yaml
 
 from kvcomp.benchmarks import longbench, ruler
+from kvcomp.benchmarks.longbench.metrics import classification
 from kvcomp.benchmarks.merging import in_order
 from kvcomp.benchmarks.results import ACCURACY, Record, Run, RunError, write_text
 from kvcomp.benchmarks.summary import DENSE
 from kvcomp.text import quote
 
-FORMATS = ("kvpress",)
 CONTROL = re.compile(r"[\x00-\x1f]")
-CLASSES = ("trec", "lsht")  # tasks of LongBench whose scorer reads classes, which samples do not keep
 LONGEST = 80  # characters of a part of a folder's name
-
-
-def require_format(name: str) -> None:
-    """Raise RunError where there is no format of that name."""
-    if name not in FORMATS:
-        raise RunError(f"export: {quote(name)} is no format: expected {', '.join(FORMATS)}.")
 
 
 def export(runs: Sequence[Run], out: Path) -> tuple[list[Path], list[str]]:
@@ -80,9 +75,14 @@ def _dataset(record: Record) -> tuple[str, str] | None:
         return None
     if record.task in ruler.TASKS:
         return "ruler", str(record.context)
-    if record.task in longbench.V1_TASKS and record.task not in CLASSES:
+    if record.task in longbench.V1_TASKS and (record.classes or not _classifies(record.task)):
         return "longbench", record.task
     return None
+
+
+def _classifies(task: str) -> bool:
+    """Whether a task's scorer reads classes; records of older versions have none."""
+    return longbench.V1_TASKS[task].dataset.metric is classification
 
 
 def _row(record: Record, dataset: str, ratio: float) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _row(record: Record, dataset: str, ratio: float) -> dict[str, Any]:
     if dataset == "ruler":
         answers: dict[str, Any] = {"answer": references}
     else:
-        answers = {"answers": references, "all_classes": "[]"}
+        answers = {"answers": references, "all_classes": json.dumps(record.classes or [], ensure_ascii=False)}
     return {
         "task": record.task,
         **answers,
@@ -112,18 +112,30 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _metrics(dataset: str, records: Sequence[Record]) -> Any:
     if dataset == "longbench":
-        return round(100 * statistics.fmean(record.score for record in records), 2)
+        return _percent([_longbench(record) for record in records])
     by_task: dict[str, list[float]] = {}
     for record in sorted(records, key=lambda record: record.task):
         by_task.setdefault(record.task, []).append(_string_match(record))
-    return {task: {"string_match": round(100 * statistics.fmean(found), 2)} for task, found in by_task.items()}
+    return {task: {"string_match": _percent(found)} for task, found in by_task.items()}
+
+
+def _percent(scores: Sequence[float]) -> float:
+    return round(100 * (sum(scores) / len(scores)), 2)
 
 
 def _string_match(record: Record) -> float:
     """The share of references in the prediction; of questions, whether there is any."""
     text = CONTROL.sub("", record.prediction.strip()).strip().lower()
-    found = [reference.lower() in text for reference in record.references]
-    return float(any(found)) if record.task.startswith("qa_") else statistics.fmean(found)
+    found = [float(reference.lower() in text) for reference in record.references]
+    return max(found) if record.task.startswith("qa_") else sum(found) / len(found)
+
+
+def _longbench(record: Record) -> float:
+    """The best score over references."""
+    dataset = longbench.V1_TASKS[record.task].dataset
+    text = record.prediction.lstrip()
+    read = text.split("\n")[0] if dataset.first_line else text
+    return max((dataset.metric(read, reference, record.classes or ()) for reference in record.references), default=0.0)
 
 
 def _config(run: Run, dataset: str, part: str, context: int, stack: str, ratio: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from kvcomp.benchmarks.chat import in_chat
 from kvcomp.benchmarks.records import fingerprint_of
 from kvcomp.benchmarks.results import Results, RunError
 from kvcomp.benchmarks.samples import TaskError
@@ -31,9 +32,12 @@ def misfits(settings: Any, places: Collection[Place]) -> list[dict[str, Any]]:
     """The tasks that do not fit their context, as `left_out` of a configuration has them; settings: `Settings`.
 
     Raises:
-        TaskError: one of them was asked for by its own name, or a context is left without any task.
+        TaskError: one of them was asked for by its own name, a context is left without any task, or a chat template is
+            missing.
     """
     tokenizer = load_tokenizer(settings.model, settings.loading)
+    if settings.chat:
+        in_chat(tokenizer, "")  # a template that is missing concerns every task
     found: dict[Place, TaskError] = {}
     for name, context in places:
         try:

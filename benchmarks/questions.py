@@ -19,6 +19,8 @@ from torch import Tensor
 from kvcomp.benchmarks.intervals import accuracy_interval, paired_interval
 from kvcomp.benchmarks.ruler.niah import NEEDLE, ONE, Niah
 from kvcomp.console import Plain, run, track
+from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model
 from kvcomp.ledger import MIB
 
 KIND: Final = "number"
@@ -74,23 +76,25 @@ def _continue(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return out[0, ids.shape[1] :]
 
 
+@loads_model
 def main(
     stack: Annotated[
         list[str], typer.Option(help="A stack to measure; repeat it. The first is what others differ from.")
     ],
-    model: Annotated[str, typer.Option(help="As for `kvcomp generate`.")] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     context: Annotated[int, typer.Option(min=512, help="Tokens of context.")] = 2048,
     questions: Annotated[int, typer.Option(min=1, max=40, help="Needles, each of which is asked for.")] = 10,
     samples: Annotated[int, typer.Option(min=1, help="Contexts.")] = 8,
     data: Annotated[str | None, typer.Option(help="As for `kvcomp bench`.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the contexts.")] = 0,
+    loading: Loading = DEFAULT,
 ) -> None:
     """Ask many questions about one context that was compressed before it was known what would be asked.
 
     Intervals are over contexts: the questions about one context are not independent."""
     from kvcomp.integrations.huggingface.models import load_model
 
-    network, tokenizer = load_model(model)
+    network, tokenizer = load_model(model, loading)
     task = Niah("questions", haystack="essays", value=KIND, keys=questions)
     tallies = [Tally() for _ in stack]
     prompts = task.generate(tokenizer, context, samples, seed, data)

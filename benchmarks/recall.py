@@ -25,6 +25,8 @@ from kvcomp.benchmarks.tabular import csv_text
 from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.console import Plain, run, track
 from kvcomp.errors import KvcompError
+from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model
 from kvcomp.stages import Index
 from kvcomp.stages.plan import LayerPlan, read_by_stream
 from kvcomp.stages.stack import Stack
@@ -148,46 +150,48 @@ def texts(model: Any, tokenizer: Any, paths: Sequence[Path], contexts: Sequence[
             yield list(gather(model, [ids], seen=Layer).values())
 
 
+@loads_model
 def main(
     stack: Annotated[
         list[str],
         typer.Option(help="A stack with a selector; repeat it. {tokens} in it is what --share lets it read."),
     ],
     text: Annotated[list[Path], typer.Option(help="A text file for the model to read; repeat it.")],
-    model: Annotated[str, typer.Option(help="As for `kvcomp generate`.")] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     context: Annotated[list[int] | None, typer.Option(help="Tokens of text; repeat it.  [default: 4096]")] = None,
     share: Annotated[
         list[float] | None, typer.Option(help="Share of the dense bytes to read; repeat it.  [default: 0.1]")
     ] = None,
     queries: Annotated[int, typer.Option(min=1, help="Tokens at the end of each text that decode.")] = 32,
     start: Annotated[int, typer.Option(min=0, help="The first token of each text that is used.")] = 4000,
-    dtype: Annotated[str, typer.Option(help="Of the cache: bfloat16 or float32.")] = "bfloat16",
+    cache_dtype: Annotated[str, typer.Option(help="Of the cache: bfloat16 or float32.")] = "bfloat16",
     out: Annotated[
         Path | None, typer.Option(help="Write OUT.csv, and a picture OUT_CONTEXT.svg of each context.")
     ] = None,
+    loading: Loading = DEFAULT,
 ) -> None:
     """Measure how much of the dense attention lies on what selectors read, at a given share of the bytes."""
     from kvcomp.integrations.huggingface.models import load_model
 
-    if dtype not in DTYPES:
-        raise KvcompError(f"dtype: {dtype!r} is neither {' nor '.join(DTYPES)}")
+    if cache_dtype not in DTYPES:
+        raise KvcompError(f"cache-dtype: {cache_dtype!r} is neither {' nor '.join(DTYPES)}")
     contexts, shares = context or [4096], share or [0.1]
     for spec in stack:
         if Stack.parse(spec.replace(TOKENS, "64")).selector is None:
             raise KvcompError(f"stack: {spec!r} has no selector: it reads everything")
-    network, tokenizer = load_model(model)
+    network, tokenizer = load_model(model, loading)
     found: list[Measured] = []
     steps = texts(network, tokenizer, text, contexts, start)
     with torch.inference_mode():
         for layers in track(steps, "texts", total=len(contexts) * len(text)):
             length = layers[0].keys.shape[2]
-            layers = [layer.to(DTYPES[dtype]) for layer in layers]
+            layers = [layer.to(DTYPES[cache_dtype]) for layer in layers]
             for series in stack:
                 specs = dict.fromkeys(at_share(series, wanted, layers) for wanted in shares)
                 found += [measure(series, spec, layers, length, queries) for spec in specs if spec is not None]
     for length in contexts:
         rows = [row for row in found if row.context == length]
-        _print(rows, f"{model}, {length} tokens of {len(text)} texts, {dtype} cache, {queries} queries each")
+        _print(rows, f"{model}, {length} tokens of {len(text)} texts, {cache_dtype} cache, {queries} queries each")
         if out is not None:
             picture = out.with_name(f"{out.name}_{length}.svg")
             picture.write_text(lines(_points(rows, stack), "share of the bytes read", "attention mass, %"), "utf-8")

@@ -62,6 +62,7 @@ class Record:
     kl: list[Annotated[float, Range(0, 1e9)]] | None = None
     overlap: list[Annotated[float, Range(0, 1)]] | None = None
     top1: list[Annotated[int, Range(0, 1)]] | None = None
+    classes: list[str] | None = None  # of a classification: the answers to choose from
 
     def __post_init__(self) -> None:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcomp import Stack
 from kvcomp.benchmarks.results import RunError
-from kvcomp.benchmarks.tasks import GROUPS, expand
+from kvcomp.benchmarks.tasks import GROUPS, expand, takes_chat
 from kvcomp.integrations.loading import DEFAULT, DTYPES, Loading, option
 from kvcomp.text import quote
 
@@ -23,7 +23,7 @@ class Settings:
 
     max_new_tokens: caps the new tokens of every task, and the scored ones of a text; None leaves each task its own.
     data: where the texts of tasks come from, see `kvcomp.benchmarks.data`.
-    chat: put the prompts of LongBench into the model's chat template, except those of its few-shot and code tasks.
+    chat: put prompts into the model's chat template, except LongBench's few-shot and code tasks, and texts.
     prefill_chunk: prompts enter every stack by so many tokens, which attend to what it kept; None: as the stack asks.
     engine: what answers, one of `ENGINES`.
     context_first: compress what stands before the question, which every stack reads afterwards. Otherwise prompts enter
@@ -57,6 +57,11 @@ class Settings:
         object.__setattr__(self, "named", tuple(name for name in self.tasks if name not in GROUPS))
         tasks = expand(self.tasks, self.data)
         compared = [task for task in tasks if task in GROUPS["fidelity"]]
+        if self.chat and not any(map(takes_chat, tasks)):
+            raise RunError(
+                f"chat: no prompt of {', '.join(tasks)} is put into a chat template: leave out --chat, or choose tasks "
+                "of ruler or longbench."
+            )
         if self.engine == VLLM and self.context_first:
             raise RunError(
                 f"context-first: --engine {VLLM} compresses a prompt when all of it is in: choose --engine "

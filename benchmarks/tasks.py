@@ -22,10 +22,10 @@ GROUPS: dict[str, Mapping[str, Prompts]] = {
 def find_task(name: str, chat: bool = False) -> Task | Perplexity:
     """Return the task of that name, or raise TaskError with the names there are.
 
-    chat: in the model's chat template, where the task's authors use it; RULER stays a plain completion.
+    chat: in the model's chat template, except where that makes another task (`takes_chat`).
     """
     if name in ruler.TASKS:
-        return ruler.TASKS[name]
+        return ruler.find_task(name, chat)
     if name in longbench.TASKS:
         return longbench.find_task(name, chat)
     if name in perplexity.TASKS:
@@ -35,6 +35,11 @@ def find_task(name: str, chat: bool = False) -> Task | Perplexity:
     groups = "; ".join(f"{group} stands for {', '.join(tasks)}" for group, tasks in GROUPS.items())
     rest = [task for task in longbench.TASKS if not any(task in tasks for tasks in GROUPS.values())]
     raise TaskError(f"tasks: no task {quote(name)}. {groups}; there is also {', '.join(rest)}.")
+
+
+def takes_chat(name: str) -> bool:
+    """Whether prompts of a task can be put into a chat template: not few-shot examples, code and texts to continue."""
+    return name in ruler.TASKS or (name in longbench.TASKS and longbench.TASKS[name].dataset.chat)
 
 
 def all_tasks() -> tuple[str, ...]:

@@ -147,6 +147,7 @@ def _record(
         score=score,
         prediction=prediction,
         references=list(sample.references),
+        classes=list(sample.classes) or None,
         depth=sample.depth,
         tags=list(sample.tags),
         origin=sample.origin,

@@ -38,7 +38,7 @@ GROUPS: dict[str, Mapping[str, Any]] = {
 
 
 def _find(name: str, chat: bool = False) -> Any:
-    return ruler.TASKS[name] if name in ruler.TASKS else longbench.find_task(name, chat)
+    return (ruler if name in ruler.TASKS else longbench).find_task(name, chat)
 
 
 def make_dataset(

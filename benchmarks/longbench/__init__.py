@@ -14,7 +14,6 @@ from kvcomp.benchmarks.longbench.tasks import (
     LongBench,
     cut_middle,
     find_task,
-    in_chat,
     samples,
     score,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "LongBench",
     "cut_middle",
     "find_task",
-    "in_chat",
     "samples",
     "score",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvcomp.benchmarks.chat import in_chat
 from kvcomp.benchmarks.data import Data, Source, load, origin
 from kvcomp.benchmarks.longbench import items
 from kvcomp.benchmarks.longbench.datasets import DATASETS, EVEN, V2, Dataset
@@ -82,8 +83,6 @@ class LongBench:
     def _fit(self, tokenizer: Any, prompt: str, room: int) -> str:
         if not (self.chat and self.dataset.chat):
             fitted = cut_middle(tokenizer, prompt, room)
-        elif tokenizer.chat_template is None:
-            raise TaskError(f"chat: the tokenizer of this model has no chat template, which {self.name} asks for.")
         else:
             fitted = cut_middle(tokenizer, prompt, room, lambda text: in_chat(tokenizer, text))
         if fitted is None:
@@ -117,17 +116,6 @@ def cut_middle(tokenizer: Any, prompt: str, budget: int, wrap: Callable[[str], s
             return text
         keep -= over
     return None
-
-
-def in_chat(tokenizer: Any, prompt: str) -> str:
-    """Return the prompt as a user's turn, the model's turn being next.
-
-    Without the token that begins a text where the tokenizer adds that itself.
-    """
-    turns = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    begins = tokenizer.bos_token is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(tokenizer.bos_token) if begins else text
 
 
 def _halves(tokenizer: Any, ids: list[int], keep: int) -> str:

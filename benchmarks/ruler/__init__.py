@@ -4,8 +4,8 @@ Templates, haystacks, kinds and numbers of needles, distractors, examples, metri
 those of the authors' generator (github.com/NVIDIA/RULER, scripts/data/synthetic and scripts/synthetic.yaml). Prompts
 differ from theirs in the random draws, and knowingly in this:
 
-- Plain completion: the prompt is the task's template with its answer prefix, as the authors give it to base models,
-  and never wrapped in a chat template.
+- Plain completion unless the chat template is asked for: the prompt is the task's template with its answer prefix, as
+  the authors give it to base models. In chat, the template is a user's turn and the answer prefix begins the model's.
 - Each prompt fills its own context to within 1/512 of it or one unit of haystack (a word, a line, a document). The
   authors search once, on other draws, and then shorten by steps of up to 500 words.
 - Sentences of essays are split by a rule that needs no download, not by NLTK's model.
@@ -24,6 +24,7 @@ ends with, and misspells "assigned"; `fwe` sizes its vocabulary by the whole con
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kvcomp.benchmarks.data import Data
@@ -65,13 +66,15 @@ TASKS: dict[str, RulerTask] = {
 }
 
 
-def generate(task: str, tokenizer: Any, context: int, samples: int, seed: int, data: Data = None) -> list[Sample]:
+def generate(
+    task: str, tokenizer: Any, context: int, samples: int, seed: int, data: Data = None, chat: bool = False
+) -> list[Sample]:
     """Return the first `samples` prompts of the task; each fits `context` tokens together with its answer."""
-    return find_task(task).generate(tokenizer, context, samples, seed, data)
+    return find_task(task, chat).generate(tokenizer, context, samples, seed, data)
 
 
-def find_task(name: str) -> RulerTask:
+def find_task(name: str, chat: bool = False) -> RulerTask:
     """Return the task of that name, or raise TaskError with the names there are."""
     if name not in TASKS:
         raise TaskError(f"tasks: no task {name!r}. There are: {', '.join(TASKS)}; `ruler` stands for all of them.")
-    return TASKS[name]
+    return replace(TASKS[name], chat=chat)

@@ -44,6 +44,7 @@ class Niah(RulerTask):
     values: int = 1
     queries: int = 1
     max_new_tokens: ClassVar[int] = 128
+    begins: ClassVar[str] = " The special magic"
 
     @property
     def sources(self) -> tuple[Source[Any], ...]:

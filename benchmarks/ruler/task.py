@@ -6,9 +6,11 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+from kvcomp.benchmarks.chat import in_chat
 from kvcomp.benchmarks.data import Data, Source, load, origin
 from kvcomp.benchmarks.samples import Sample, TaskError, question_of
 
@@ -29,12 +31,16 @@ class Draft(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What prompts are written for: `tokens` counts those of a text, `context` is what prompt and answer may take."""
+    """What prompts are written for: `tokens` counts those of a text, `context` is what prompt and answer may take.
+
+    asked: puts what stands before the answer into a chat template; None: a plain completion.
+    """
 
     tokens: Callable[[str], int]
     context: int
     seed: int
     data: Data
+    asked: Callable[[str], str] | None = None
 
 
 class Writer(NamedTuple):
@@ -47,11 +53,17 @@ class Writer(NamedTuple):
 
 @dataclass(frozen=True)
 class RulerTask(ABC):
-    """A task that can be written to any length. Every reference that an answer contains counts the same."""
+    """A task that can be written to any length. Every reference that an answer contains counts the same.
+
+    chat: the prompt is a user's turn in the tokenizer's chat template, and the model's turn begins with the prompt's
+        end from `begins` on, the authors' answer prefix.
+    """
 
     name: str
+    chat: bool = field(default=False, kw_only=True)
 
     max_new_tokens: ClassVar[int]
+    begins: ClassVar[str] = " Answer:"
 
     @property
     def sources(self) -> tuple[Source[Any], ...]:
@@ -74,11 +86,7 @@ class RulerTask(ABC):
         A sample depends on the task, the seed, its index, the data and the context, not on how many are asked
         for. Raises TaskError for a context too small for the task, and DataError where its data is missing.
         """
-
-        def tokens(text: str) -> int:
-            return len(tokenizer(text).input_ids)
-
-        setting = Setting(tokens, context, seed, data)
+        setting = self._setting(tokenizer, context, seed, data)
         writer = self.prepare(setting)
         # The word lists are the same everywhere; what a hub has to offer is a text of its own.
         made_of = "; ".join(f"{source.name}: {origin(source, data)}" for source in self.sources if source.hub)
@@ -86,7 +94,7 @@ class RulerTask(ABC):
 
     def check(self, tokenizer: Any, context: int, samples: int, seed: int, data: Data) -> None:
         """Raise TaskError where one of the prompts of `generate` would not fit; none is written in full."""
-        setting = Setting(lambda text: len(tokenizer(text).input_ids), context, seed, data)
+        setting = self._setting(tokenizer, context, seed, data)
         writer = self.prepare(setting)
         for index in range(samples):
             self._require_room(self._used(index, writer, setting)(writer.fewest), setting)
@@ -99,6 +107,10 @@ class RulerTask(ABC):
         """Return whether `text` scores 1: what follows cannot take a reference away."""
         return self.score(text, sample) == 1
 
+    def _setting(self, tokenizer: Any, context: int, seed: int, data: Data) -> Setting:
+        asked = partial(in_chat, tokenizer) if self.chat else None
+        return Setting(lambda text: len(tokenizer(text).input_ids), context, seed, data, asked)
+
     def _sample(self, index: int, writer: Writer, setting: Setting, made_of: str) -> Sample:
         used = self._used(index, writer, setting)
         self._require_room(used(writer.fewest), setting)
@@ -106,10 +118,21 @@ class RulerTask(ABC):
         prompt, references, place, template = self._draft(units, index, writer, setting)
         depth = None if place is None else round(place / len(prompt), 4)
         about = self.name, index, prompt, references, depth, self.max_new_tokens
-        return Sample(*about, origin=made_of, question=question_of(prompt, template))
+        asked = template[: template.rindex(self.begins)]
+        return Sample(*about, origin=made_of, question=question_of(prompt, asked))
 
     def _draft(self, units: int, index: int, writer: Writer, setting: Setting) -> Draft:
-        return writer.write(units, index, random.Random(f"{setting.seed}/{self.name}/{index}"))
+        draft = writer.write(units, index, random.Random(f"{setting.seed}/{self.name}/{index}"))
+        if setting.asked is None:
+            return draft
+        at = draft.prompt.rindex(self.begins)
+        question = draft.prompt[:at]
+        framed = setting.asked(question)
+        shift = framed.find(question.strip())
+        if shift < 0:
+            raise TaskError("chat: the chat template of this model changes what is asked: leave out --chat.")
+        place = None if draft.place is None else draft.place + shift
+        return draft._replace(prompt=framed + draft.prompt[at:], place=place)
 
     def _used(self, index: int, writer: Writer, setting: Setting) -> Callable[[int], int]:
         """What tells the tokens of a sample's prompt with so many units, and of its answer."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import CompressedCache
@@ -17,6 +18,8 @@ from .latent_handles import LatentHandles
 from .layer import CompressedLayer
 from .masks import dense_mask
 from .sliding import SlidingLayer
+
+FOLLOWING = ("dynamic", "longrope")  # kinds of rotary embeddings
 
 
 class Rows(HandleLayer):
@@ -49,6 +52,8 @@ class Rows(HandleLayer):
 
     def attention(self, call: Call) -> tuple[Tensor, Tensor | None]:
         outs, mask = [], dense_mask(call.mask) if isinstance(call.mask, BlockMask) else call.mask
+        if len({int(member.get_seq_length()) for member in self.members}) > 1:
+            mask = None  # it is of the first member's tokens, and a single new token sees all of its own
         for i, (member, q, held) in enumerate(zip(self.members, call.query.split(1), self.held, strict=True)):
             own = call._replace(query=q, mask=mask if mask is None or mask.shape[0] == 1 else mask[i : i + 1])
             outs.append(member.attention(own) if isinstance(member, CompressedLayer) else own.dense_behind(*held))
@@ -84,10 +89,21 @@ def can_step_together(cache: CompressedCache) -> bool:
     return all(type(layer) in served for layer in cache.layers)
 
 
+def can_step_apart(model: PreTrainedModel, cache: CompressedCache) -> bool:
+    """Whether the cache can be a row of a batch whose rows hold different numbers of tokens.
+
+    Not where a layer is left to transformers or sees a window, whose masks are of all rows, and not where rotary
+    frequencies follow the longest row.
+    """
+    following = any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in FOLLOWING)
+    return not following and all(type(layer) in (CompressedLayer, LatentLayer) for layer in cache.layers)
+
+
 def lockstep(caches: Sequence[CompressedCache]) -> Cache:
-    """One cache of n rows for n caches that hold a row each, of equally many tokens.
+    """One cache of n rows for n caches that hold a row each.
 
     Feeds the same model: input_ids [n, 1], row i going on from cache i, which takes the token as if it were alone.
+    Where caches hold different numbers of tokens (`can_step_apart`), the model needs position_ids [n, 1], too.
     """
     each = zip(*(cache.layers for cache in caches), strict=True)
     return Cache(layers=[(LatentRows if _latent(at_layer[0]) else Rows)(at_layer) for at_layer in each])

@@ -13,10 +13,10 @@ from kvcomp.console import Plain, styled, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.files import read_text, reason
 from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model
 from kvcomp.text import quote, size_text
 
 from .config_file import Config
-from .options import Model, loads_model
 from .output import Document, Json
 
 DOCUMENT = Document(

@@ -11,10 +11,11 @@ import typer
 
 from kvcomp.console import note, notes
 from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model, one_of
 
 from . import report
 from .config_file import Config
-from .options import Model, loads_model, one_of, whole_numbers
+from .options import whole_numbers
 from .output import Json
 
 EPILOG = f"""Examples:
@@ -59,7 +60,10 @@ def bench(
         typer.Option(help="Folder with the texts of tasks, or hub.  \\[default: what comes with kvcomp]"),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Use the model's chat template for LongBench, except few-shot and code.")
+        bool,
+        typer.Option(
+            "--chat", help="Use the model's chat template, except for LongBench's few-shot and code, and texts."
+        ),
     ] = False,
     context_first: Annotated[
         bool,
@@ -85,6 +89,9 @@ def bench(
     ] = "huggingface",
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that answer at once, each with the model: one a GPU, or on CPU cores.")
+    ] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Samples of a task that are decoded together, their caches all in memory.")
     ] = 1,
     shard: Annotated[
         str | None,
@@ -118,7 +125,7 @@ def bench(
     settings = Settings(model, names, contexts, samples, tuple(stack), *rest)
     command = shlex.join(["kvcomp", *sys.argv[1:]])
     part = None if shard is None else Shard.parse(shard)
-    comparison = run(settings, out, notes(), command, shard=part, workers=workers)
+    comparison = run(settings, out, notes(), command, shard=part, workers=workers, batch=batch)
     out = out / part.folder if part else out
     if as_json:
         report.print_json(comparison, out)

@@ -15,10 +15,10 @@ from kvcomp.console import Plain, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.files import reason, usable
 from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model, one_of
 from kvcomp.text import quote
 
 from .config_file import Config
-from .options import Model, loads_model, one_of
 from .output import Document, Json, size
 
 METHODS = ("dsa", "klt", "kvzap", "oscar", "svd", "think")

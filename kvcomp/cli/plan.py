@@ -10,8 +10,9 @@ import typer
 from kvcomp.console import Plain, styled, waiting
 from kvcomp.cost.hardware import GPUS, Gpu, find_gpu
 from kvcomp.errors import KvcompError
+from kvcomp.integrations.options import one_of
 
-from .options import completed_shapes, one_of, whole_numbers
+from .options import completed_shapes, whole_numbers
 from .output import Document, Json
 
 DOCUMENT = Document(

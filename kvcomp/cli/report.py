@@ -13,9 +13,9 @@ from rich.text import Text
 
 from kvcomp.console import results, styled
 from kvcomp.errors import KvcompError
+from kvcomp.integrations.options import one_of
 from kvcomp.text import quote, visible
 
-from .options import one_of
 from .output import Document, Json
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ DOCUMENT = Document(
     differing="settings that differ between the runs: the value in each run",
     notes="remarks, such as tasks that were left out",
     report="path of report.html",
-    exported="folders that --export of report wrote",
+    exported="folders or files that --export of report wrote",
 )
 EPILOG = f"""Examples:
 
@@ -53,9 +53,9 @@ def report(
         str | None,
         typer.Option(
             show_default=False,
-            help="Write the runs in another format, too: kvpress, as its leaderboard takes them, into a folder of that "
-            "name in --out.",
-            autocompletion=one_of("kvpress"),
+            help="Write the runs in another format, too, into a folder of its name in --out: kvpress, as its "
+            "leaderboard takes them, or mbe, cards of Matched-Budget Evaluation 0.1.0.",
+            autocompletion=one_of("kvpress", "mbe"),
         ),
     ] = None,
     as_json: Json = False,
@@ -67,7 +67,7 @@ def report(
     Shards of a run (bench --shard) are one run, whether its folder is given or theirs.
     Samples are only read, never changed.
     """
-    from kvcomp.benchmarks import kvpress
+    from kvcomp.benchmarks.exporting import find_format
     from kvcomp.benchmarks.merging import read_runs
     from kvcomp.benchmarks.report import publish
 
@@ -79,16 +79,15 @@ def report(
         raise KvcompError(
             f"out: {quote(str(out))} is a run itself, whose report would be overwritten. Choose another --out."
         )
-    if export is not None:
-        kvpress.require_format(export)
+    write = None if export is None else find_format(export)
     found = read_runs(runs)
     comparison = publish(found, out)
-    folders, other = kvpress.export(found, out / export) if export else ([], [])
-    remarks = [*comparison.notes, *(f"not exported: {task}, which {export} has no format for" for task in other)]
+    made, other = write(found, out / str(export)) if write else ([], [])
+    remarks = [*comparison.notes, *(f"not exported: {name}: {export} has no place for it" for name in other)]
     if as_json:
-        print_json(replace(comparison, notes=remarks), out, folders)
+        print_json(replace(comparison, notes=remarks), out, made)
     else:
-        remarks += [f"Exported: {folder}" for folder in folders]
+        remarks += [f"Exported: {path}" for path in made]
         print_tables(comparison, out, 100 if len(found) == 1 else 120, remarks)
 
 
@@ -118,7 +117,7 @@ def print_json(comparison: Comparison, out: Path, exported: Sequence[Path] = ())
         differing=comparison.differing,
         notes=comparison.notes,
         report=str(out / "report.html"),
-        exported=[str(folder) for folder in exported],
+        exported=[str(path) for path in exported],
     )
 
 

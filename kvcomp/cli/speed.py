@@ -18,10 +18,11 @@ from kvcomp import __version__
 from kvcomp.console import Plain, notes, progress, waiting
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model
 from kvcomp.text import size_text
 
 from .config_file import Config
-from .options import Model, completed_shapes, loads_model, whole_numbers
+from .options import completed_shapes, whole_numbers
 from .output import Document, Json
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from kvcomp.console import notes, results, styled
 from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import Model, loads_model
 
 from .config_file import Config
-from .options import Model, loads_model
 from .output import Document, Json
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from kvcomp import CompressedCache, Stack
 from kvcomp.benchmarks.answering import answer
 from kvcomp.benchmarks.bench import run
 from kvcomp.benchmarks.decoding import TIMED
-from kvcomp.benchmarks.results import Record, Results, RunError
+from kvcomp.benchmarks.results import Record, Results, RunError, read_run
 from kvcomp.benchmarks.ruler import TASKS, generate
 from kvcomp.benchmarks.settings import Settings
 from kvcomp.benchmarks.summary import summarize
@@ -60,6 +60,91 @@ def test_stacks_do_not_disturb_each_other(tmp_path: Path) -> None:
             if record.hash == stack.hash:
                 assert untimed(record) == untimed(alone)
     assert len(together) == len(stacks)
+
+
+BATCHED = (
+    "none",
+    "kivi(bits=2)",
+    "streaming(sinks=2, recent=32, chunk=64)",
+    "snapkv(keep=0.5)",
+    "int(bits=4) + quest(pages=2)",
+)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options"),
+    [
+        (("niah_multikey_1",), {}),
+        (("niah_single_1", "niah_multivalue"), {"context_first": True}),
+        (("perplexity_text", "fidelity_text"), {}),
+    ],
+)
+def test_samples_of_a_batch_are_answered_as_if_alone(
+    tmp_path: Path, tasks: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    model = str(tiny_folder.save(tmp_path / "model"))
+    settings = Settings(model, tasks, (500,), 3, BATCHED, max_new_tokens=24, **options)
+    found = {}
+    for batch in (1, 3):
+        run(settings, tmp_path / str(batch), Console(stderr=True), "", batch=batch)
+        found[batch] = {record.key: record for record in read_run(tmp_path / str(batch)).records}
+    assert found[1].keys() == found[3].keys()
+    for key, record in found[3].items():
+        alone = found[1][key]
+        same = ("score", "kl", "overlap", "held", "read", "effective_bits", "prediction", "new_tokens", "prompt_tokens")
+        for name in same:
+            one, other = getattr(record, name), getattr(alone, name)
+            assert one == (other if name == "prediction" or other is None else pytest.approx(other, rel=1e-4, abs=1e-5))
+    if "niah_multikey_1" in tasks:
+        assert len({record.prompt_tokens for record in found[3].values()}) > 1
+        assert max(r.new_tokens for r in found[3].values()) > TIMED
+
+
+def test_a_batch_that_was_interrupted_goes_on_with_another_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(tiny_folder.save(tmp_path / "model"))
+    settings = Settings(model, ("niah_single_1",), (500,), 5, ("none", "int(bits=4)"), max_new_tokens=20)
+    append, left = Results.append, [3]
+
+    def interrupted(self: Results, record: Record) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        append(self, record)
+
+    monkeypatch.setattr(Results, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "out", Console(stderr=True), "", batch=4)
+    monkeypatch.setattr(Results, "append", append)
+    assert len(read_run(tmp_path / "out").records) == 3
+    run(settings, tmp_path / "out", Console(stderr=True), "", batch=2)
+    run(settings, tmp_path / "alone", Console(stderr=True), "")
+    alone, out = ({r.key: untimed(r) for r in read_run(tmp_path / name).records} for name in ("alone", "out"))
+    assert out == alone
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "told"),
+    [
+        ({}, {"batch": 0}, "batch: 0 is not between 1 and"),
+        ({}, {"batch": 10**6}, "batch: 1000000 is not between 1 and"),
+        (
+            {},
+            {"batch": 2, "workers": 2},
+            "batch: with --workers 2, samples are answered one by one: leave out --batch 2",
+        ),
+        ({"engine": "vllm"}, {"batch": 2}, "batch: with --engine vllm, samples are answered one by one"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(
+    tmp_path: Path, options: dict[str, Any], how: dict[str, int], told: str
+) -> None:
+    settings = Settings("smollm2-135m", ("vt",), (500,), 1, ("int8",), **options)
+    with pytest.raises(RunError) as error:
+        run(settings, tmp_path / "out", Console(stderr=True), "", **how)
+    assert str(error.value).startswith(told)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stack_that_takes_its_prompt_in_chunks_is_prefilled_alone(tmp_path: Path) -> None:
@@ -133,6 +218,18 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(RunError, match="config"):
         Results(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(("tasks", "refused"), [("perplexity", True), ("perplexity_text,vt", False), ("vt", False)])
+def test_chat_needs_a_task_that_has_one(tasks: str, refused: bool) -> None:
+    def settings() -> Settings:
+        return Settings("tiny", tuple(tasks.split(",")), (512,), 1, ("none",), chat=True)
+
+    if refused:
+        with pytest.raises(RunError, match=r"^chat: no prompt of perplexity_text, .*: leave out --chat"):
+            settings()
+    else:
+        assert settings().chat
 
 
 def test_settings_are_canonical(tmp_path: Path) -> None:

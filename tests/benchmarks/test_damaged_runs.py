@@ -378,7 +378,8 @@ def test_stacks_that_differ_in_the_name_of_a_file_are_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("module", ["recall", "questions", "peak"])
 def test_a_module_that_is_run_refuses_in_one_line(module: str) -> None:
-    more = {"recall": ("--text", "/nowhere", "--dtype", "x"), "questions": ("--data", "/nowhere"), "peak": ("--child",)}
+    more = {"recall": ("--text", "/nowhere", "--cache-dtype", "x"), "questions": ("--data", "/nowhere")}
+    more["peak"] = ("--child",)
     app = typer.Typer()
     app.command(cls=console.Command)(importlib.import_module(f"kvcomp.benchmarks.{module}").main)
     args = ["--stack", "none", "--model", "./nowhere", *more[module]]

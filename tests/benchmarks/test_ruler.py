@@ -161,3 +161,62 @@ def test_samples_say_which_haystack_they_have(data: Path) -> None:
     assert "public-domain" in packaged.origin
     assert noise.origin == ""
     assert real.prompt != packaged.prompt
+
+
+class Chatty:
+    """A tokenizer of words whose chat template is ChatML's."""
+
+    chat_template = "chatml"
+    bos_token = None
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return tokenizer(text)
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: bool) -> str:
+        assert options == {"tokenize": False, "add_generation_prompt": True}
+        return (
+            "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns) + "<|im_start|>assistant\n"
+        )
+
+
+PREFIXES = {
+    "cwe": " Answer: The top",
+    "fwe": " Answer: According to the coded",
+    "vt": " Answer: According to the chain",
+}
+PREFIXES |= {"qa_1": " Answer:", "qa_2": " Answer:"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_in_chat_the_answer_prefix_begins_the_models_turn(task: str, data: Path) -> None:
+    context = 2048
+    for plain, sample in zip(
+        generate(task, Chatty(), context, 2, seed=1, data=data),
+        generate(task, Chatty(), context, 2, seed=1, data=data, chat=True),
+        strict=True,
+    ):
+        before, prefix = sample.prompt.split("<|im_end|>\n<|im_start|>assistant\n")
+        assert before.startswith("<|im_start|>user\n")
+        assert prefix.startswith(PREFIXES.get(task, " The special magic"))
+        assert plain.prompt.endswith(prefix)
+        assert before[-1] in "?."  # the question
+        assert len(tokenizer(sample.prompt).input_ids) + sample.max_new_tokens <= context
+        assert sample.references == plain.references or task in ("fwe", "cwe")  # whose words depend on the length
+        assert sample.question is not None
+        asked = sample.prompt[len(sample.prompt) - sample.question :]
+        assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n" + prefix)
+        if sample.depth is not None and task.startswith("niah"):
+            place = round(sample.depth * len(sample.prompt))
+            near = sample.prompt[max(place - 2, 0) : place + 40]
+            assert "One of the special magic" in near
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"^chat: the tokenizer of this model has no chat template: leave out --chat"):
+        generate("vt", tokenizer, 1024, 1, seed=0, chat=True)
+
+
+def test_a_template_that_changes_the_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chatty, "apply_chat_template", lambda self, turns, **_: turns[0]["content"].upper())
+    with pytest.raises(TaskError, match=r"^chat: the chat template of this model changes what is asked"):
+        generate("vt", Chatty(), 1024, 1, seed=0, chat=True)

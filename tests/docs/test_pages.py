@@ -72,6 +72,32 @@ def test_readme_repeats_figures_of_the_results() -> None:
                 assert float(short.split("x")[0]) == pytest.approx(float(full.split(", ")[1].rstrip("x")), abs=0.06)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_are_what_make_results_makes(page: str) -> None:
+    making = load(documents.DOCS / "figures" / "tables.py")
+    text = documents.read(documents.DOCS.parent / page)
+    assert making.renewed(text) == text, "make results writes it anew"
+    assert len(making.PLACE.findall(text)) == text.count("<!-- table: ") == {"README.md": 1}.get(page, 4)
+    spoilt = re.sub(r"\[(\d)", r"[9\1", text)  # figures in brackets
+    assert spoilt != text
+    assert making.PLACE.findall(making.renewed(spoilt)) == making.PLACE.findall(text)
+
+
+def test_families_of_stacks_in_pictures() -> None:
+    drawing = load(documents.DOCS / "figures" / "draw.py")
+    expected = {
+        "none": "quantizer",
+        "kivi(bits=4) + window(recent=128)": "quantizer",
+        "svd(rank=1.0, bits=4, calibration)": "quantizer",
+        "snapkv(keep=0.5)": "policy",
+        "snapkv(keep=0.5) + none": "policy",
+        "snapkv(keep=0.25, kernel=31) + kivi(bits=4)": "policy + quantizer",
+        "kivi(bits=4) + sketch(keep=0.1)": "selector",
+    }
+    assert {stack: drawing.family(stack) for stack in expected} == expected
+    assert set(expected.values()) == set(drawing.FAMILIES)
+
+
 def test_ratios_of_a_bfloat16_cache_are_those_that_the_stacks_compute() -> None:
     """README: "2.8x less at 2k tokens and 3.2x at 32k"; choose.md: a ratio in each row, at 8k tokens."""
     stack = kvcomp.stages.stack.Stack.parse("kivi(bits=4)")
@@ -161,4 +187,4 @@ def test_the_changelog_has_each_entry_once() -> None:
 def test_every_mark_of_a_page_is_replaced(hooks: ModuleType) -> None:
     for path in documents.DOCUMENTS:
         for mark in re.findall(r"<!-- (\w+)", documents.prose(path)):
-            assert mark in {*hooks.GENERATED, "not"}, f"{documents.name(path)}: {mark}"
+            assert mark in {*hooks.GENERATED, "not", "table"}, f"{documents.name(path)}: {mark}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,27 @@ def test_a_run_is_repeated_by_the_file_that_it_leaves(tmp_path: Path) -> None:
     rows = [[line.split(",")[:6] for line in (out / "summary.csv").read_text().splitlines()] for out in (first, again)]
     assert rows[0] == rows[1]
     assert (again / "config.yaml").read_text() == (first / "config.yaml").read_text()
+
+
+def test_divergences_are_repeated_to_the_digit(tmp_path: Path) -> None:
+    model, first, again = tiny_folder.save(tmp_path / "model"), tmp_path / "first", tmp_path / "again"
+    options = {"model": str(model), "tasks": "fidelity_text,fidelity_code", "context": [300], "samples": 2}
+    options["stack"] = [
+        "none",
+        "kivi(bits=2) + window(recent=16)",
+        "snapkv(keep=0.5) + int(bits=4)",
+        "int8 + quest(pages=2)",
+    ]
+    assert run("bench", "--config", written(tmp_path, yaml.safe_dump(options)), "--out", first).exit_code == 0
+    assert run("bench", "--config", first / "config.yaml", "--out", again).exit_code == 0
+    settings = [json.loads((out / "config.json").read_text())["settings"] for out in (first, again)]
+    assert settings[0] == settings[1]
+    figures = []
+    for out in (first, again):
+        with (out / "fidelity.csv").open(encoding="utf-8", newline="") as table:
+            rows = list(csv.DictReader(table))
+        times = ("ms_per_token", "prefill_s", "prefill_own_s", "peak_mib")
+        figures.append([{name: value for name, value in row.items() if name not in times} for row in rows])
+    assert figures[0] == figures[1]
+    assert len(figures[0]) == 3 * 4  # both texts, and together
+    assert len({row["kl"] for row in figures[0]}) > 6

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_folder
+import typer
 import yaml
 from command import refused, run
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from kvcomp import console
 from kvcomp.benchmarks.settings import Settings
 from kvcomp.cli.app import app
-from kvcomp.cli.options import LOADING, completed_maps
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.loading import DEFAULT, Loading
+from kvcomp.integrations.options import LOADING, completed_maps, loads_model
+from kvcomp.integrations.options import given as options_of
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "ask": ("TEXT", "--question", "who"),
@@ -80,6 +85,59 @@ def test_all_commands_that_name_a_model_to_load_are_tested() -> None:
 def test_every_command_passes_them_on(name: str, given: tuple[str, ...], told: str, tiny: Path, tmp_path: Path) -> None:
     refused(run(*command(name, tiny, tmp_path), *given), told)
     assert not (tmp_path / "out").exists()
+
+
+MODULES = {"peak": ("--child", "--context", "16"), "questions": ("--samples", "1"), "recall": ("--text", "TEXT")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_that_are_run_have_them_too(module: str) -> None:
+    one = typer.Typer()
+    one.command(cls=console.Command)(import_module(f"kvcomp.benchmarks.{module}").main)
+    first = get_command(app).commands["bench"].params  # type: ignore[attr-defined]
+    own = {p.name: p for p in get_command(one).params}
+    for parameter in (p for p in first if p.name in LOADING):
+        assert vars(own[parameter.name]).keys() == vars(parameter).keys()
+        assert (own[parameter.name].opts, own[parameter.name].default) == (parameter.opts, parameter.default)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--device", "nowhere"), "no such device here"),
+        (("--device-map", "nowhere.json"), "device-map"),
+        (("--attn-implementation", "unheard_of"), "unheard_of"),
+        (("--quantization", "int3"), "quantization"),
+        (("--revision", "v1"), "--revision"),
+        (("--dtype", "int8"), "dtype"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_modules_pass_them_on(module: str, given: tuple[str, ...], told: str, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a text " * 200)
+    one = typer.Typer()
+    one.command(cls=console.Command)(import_module(f"kvcomp.benchmarks.{module}").main)
+    more = [str(text) if word == "TEXT" else word for word in MODULES[module]]
+    stack = "none + quest(pages=2)" if module == "recall" else "none"
+    refused(CliRunner().invoke(one, ["--stack", stack, "--model", str(tiny), *more, *given]), told)
+
+
+@pytest.mark.parametrize(
+    "loading", [DEFAULT, Loading(dtype="bfloat16", device="cpu"), Loading(trust_remote_code=True, revision="v1")]
+)
+def test_options_say_a_loading_again(loading: Loading) -> None:
+    found = []
+
+    @loads_model
+    def main(loading: Loading = DEFAULT) -> None:
+        found.append(loading)
+
+    one = typer.Typer()
+    one.command()(main)
+    assert CliRunner().invoke(one, options_of(loading)).exit_code == 0
+    assert found == [loading]
 
 
 def bench(tiny: Path, out: Path, *more: str) -> Any:
