@@ -51,7 +51,8 @@ class Layer:
 
     @property
     def scale(self) -> float:
-        return float(self.keys.shape[3]) ** -0.5
+        found: float = self.keys.shape[3] ** -0.5
+        return found
 
     def under(self, plan: LayerPlan) -> Layer:
         """What the store of a plan is given: latents, and queries of these, where the plan makes any."""
@@ -86,9 +87,11 @@ def at_share(template: str, share: float, layers: Sequence[Layer]) -> str | None
     def reads(tokens: int) -> float:
         stack = Stack.parse(template.replace(TOKENS, str(tokens)))
         plans = [stack.plan(i, len(layers)) for i in range(len(layers))]
-        each = ((plan, *plan.streams(k.shape[1], k.shape[3], v.shape[3])) for plan in plans)
-        streams = (heads * read_by_stream(plan, *dims, k.shape[2], k.dtype) for plan, heads, *dims in each)
-        return sum(streams) / k.shape[1] / dense
+        total = 0
+        for plan in plans:
+            heads, k_dim, v_dim = plan.streams(k.shape[1], k.shape[3], v.shape[3])
+            total += heads * read_by_stream(plan, k_dim, v_dim, k.shape[2], k.dtype)
+        return total / k.shape[1] / dense
 
     low, high = 1, k.shape[2]
     if reads(low) > share:
