@@ -59,12 +59,12 @@ class SlidingLayer(CompressedLayer):
         return n > 1 and seen is not None and seen.past is not None and not self._windowed(seen.past, n)
 
     def _windowed(self, past: Tensor, n: int) -> bool:
-        """Whether n queries see as many tokens as the window has, by their mask: int64 [B or 1, n or 1]. That of Moshi
-        shows each of them all columns that transformers' own layer holds."""
+        """Whether the last m of n queries see as many tokens as the window has, by their mask: int64 [B or 1, m]. That
+        of Moshi shows each of them all columns that transformers' own layer holds."""
         at = self.store.history.length, self.sliding_window
         known = _known.get(past)
         if known is None or known[0] != at:
-            wanted = sliding.visible(self.store, n)
+            wanted = sliding.visible(self.store, n)[:, -past.shape[1] :]
             known = _known[past] = at, bool((past.cpu() == wanted).all())
         windowed: bool = known[1]
         return windowed
