@@ -9,10 +9,13 @@ import pytest
 import tiny_folder
 import torch
 import typer
+from synthetic import MODEL
 from typer.testing import CliRunner
 
 from kvcomp.benchmarks import recall
+from kvcomp.calibration.file import Calibration
 from kvcomp.errors import KvcompError
+from kvcomp.quantizers.latent import JointMoments, Latent
 
 WINDOW = "window(sinks=2, recent=16)"
 
@@ -71,6 +74,24 @@ def test_a_share_of_the_bytes() -> None:
     assert recall.at_share("quest(pages=3)", 0.01, layers) == "quest(pages=3)"
 
 
+def test_latents_are_chosen_from_for_all_heads(tmp_path: Path) -> None:
+    """At full rank a layer's own attention, of which a share of the latents is read."""
+    layers, moments = layers_of(600, count=1), JointMoments()
+    moments.add(layers[0].queries, layers[0].keys, layers[0].values)
+    tensors = {f"0.{name}": x for name, x in Latent.calibrate(moments.result()).items()}
+    path = tmp_path / "c.safetensors"
+    Calibration("latent", {}, MODEL, (("a.txt", "0" * 64),), 600, 600, tensors).save(path)
+    spec = f"latent(rank=1.0, calibration={str(path)!r}) + quest(tokens={{tokens}}, dense_layers=0) + {WINDOW}"
+    whole = recall.measure("", spec.format(tokens=9999), layers, 600, 2)
+    assert whole.mass == pytest.approx(1, abs=1e-3)
+    assert whole.error < 1e-3
+    half = recall.at_share(spec, 0.5, layers)
+    assert half is not None
+    found = recall.measure("", half, layers, 600, 2)
+    assert 0.35 < found.read <= 0.52
+    assert 0.3 < found.mass < 0.95
+
+
 def test_the_command(tmp_path: Path) -> None:
     tiny = tiny_folder.save(tmp_path / "tiny")
     text = tmp_path / "text.txt"
@@ -95,7 +116,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert (tmp_path / "recall_256.svg").read_text().startswith("<svg")
     for argument, value, message in (
         ("--stack", "kivi(bits=4)", "has no selector"),
-        ("--dtype", "int8", "neither bfloat16 nor float32"),
+        ("--cache-dtype", "int8", "neither bfloat16 nor float32"),
+        ("--dtype", "int8", "none of float32, bfloat16, float16"),
         ("--text", str(tmp_path / "no.txt"), "no.txt"),
     ):
         failed = CliRunner().invoke(app, [*given, *stacks, argument, value])
