@@ -20,6 +20,7 @@ from kvcomp.cli.app import app
 from kvcomp.cli.output import Document, print_json
 from kvcomp.integrations.huggingface.models import ALIASES
 from kvcomp.integrations.huggingface.shapes import builtin
+from kvcomp.integrations.options import PACKAGED
 from kvcomp.stages.registry import stages
 
 DOCUMENTS = {
@@ -215,7 +216,7 @@ def test_a_shell_completes_commands_options_and_values(tmp_path: Path) -> None:
 
 
 def test_what_is_completed_is_what_there_is() -> None:
-    assert set(options.PACKAGED) == set(ALIASES)
+    assert set(PACKAGED) == set(ALIASES)
     assert set(options.completed_shapes("")) >= set(builtin())
     assert options.completed_shapes("qwen3-8") == ["qwen3-8b"]
     calibrated = {name for name, stage in stages().items() if issubclass(stage, Calibrated)}
