@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from kvcomp.errors import KvcompError, UnsupportedError
 from .checks import accepted, check_layer
 from .config import report_prompt_lengths
 from .reserve import release
-from .specs import EvictingSpec
+from .specs import EvictingSpec, PageSpec
 
 
 class PageBackend(AttentionBackend):
@@ -81,10 +82,25 @@ class PageBackend(AttentionBackend):
         record = setup.record_bytes(spec.num_kv_heads)
         if setup.stack.policies:
             spec = EvictingSpec.of(spec, setup)
+        elif setup.caching and setup.slots:
+            spec = PageSpec.of(spec, setup)
         return replace(spec, dtype=torch.uint8, state_content_bytes=record // setup.page_size)
 
 
-class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
+class Batch:
+    """A step's batch, planned once the first layer says how many tokens each request found in blocks of others."""
+
+    def __init__(self, plan: Callable[[Sequence[int] | None], Step]) -> None:
+        self.plan = plan
+        self.planned: Step | None = None
+
+    def step(self, found: Sequence[int] | None) -> Step:
+        if self.planned is None:
+            self.planned = self.plan(found)
+        return self.planned
+
+
+class StepBuilder(AttentionMetadataBuilder[Batch | DecodeStep]):
     """Turns a step's batch into what every layer needs of it."""
 
     built_for: ClassVar[Setup]
@@ -137,7 +153,7 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Step | DecodeStep:
+    ) -> Batch | DecodeStep:
         batch = common_attn_metadata
         decoder, singles = self.decoder, batch.max_query_len == 1 and batch.num_actual_tokens == batch.num_reqs
         if decoder is not None and singles and batch.num_reqs <= decoder.requests:
@@ -152,14 +168,17 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
         if self.setup.stack.policies and told is None and bool(batch.block_table_tensor[:reqs].any()):
             raise KvcompError(f"{self.setup.stack}: this version of vLLM does not tell how long prompts are")
         prompts = [0] * reqs if told is None else told[:reqs].tolist()  # a batch without blocks is a dummy
-        return Step.of(
-            self.setup,
-            self.kv_cache_spec.num_kv_heads,
-            starts[: reqs + 1].tolist(),
-            lengths[:reqs].tolist(),
-            prompts,
-            batch.block_table_tensor,
-            batch.slot_mapping,
+        return Batch(
+            partial(
+                Step.of,
+                self.setup,
+                self.kv_cache_spec.num_kv_heads,
+                starts[: reqs + 1].tolist(),
+                lengths[:reqs].tolist(),
+                prompts,
+                batch.block_table_tensor,
+                batch.slot_mapping,
+            )
         )
 
 

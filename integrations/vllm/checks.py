@@ -8,7 +8,6 @@ from kvcomp.architecture import LayerKind, LayerShape, engine_obstacle
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import UnsupportedError
 from kvcomp.stages import Policy
-from kvcomp.stages.plan import exact_dtype
 
 from .config import stack_of
 
@@ -26,7 +25,8 @@ def accepted(config: VllmConfig) -> Setup:
     assert stack is not None
     model, speculative = config.model_config, config.speculative_config
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
-    setup = Setup(stack, model.get_total_num_hidden_layers(), model.get_head_size(), model.dtype, drafts)
+    sizes = model.get_total_num_hidden_layers(), model.get_head_size()
+    setup = Setup(stack, *sizes, model.dtype, drafts, config.cache_config.enable_prefix_caching)
     check_layer(setup, LayerKind.LATENT if model.use_mla else LayerKind.FULL, setup.dim, setup.dim)
     check_stages(setup, config.parallel_config.tensor_parallel_size)
     check_engine(setup, config)
@@ -52,17 +52,6 @@ def check_engine(setup: Setup, config: VllmConfig) -> None:
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise UnsupportedError(f"{setup.stack}: context parallelism splits a request's pages: leave it out")
-    if cache.enable_prefix_caching and setup.policy is not None:
-        raise UnsupportedError(
-            f"{setup.stack}: {setup.policy.name} rewrites the pages of a prompt, which others then cannot share: "
-            "serve with --no-enable-prefix-caching"
-        )
-    if cache.enable_prefix_caching and setup.stack_window:
-        raise UnsupportedError(
-            f"{setup.stack} keeps {setup.stack_window} in full precision per request, which a prefix found in the "
-            "cache would lack: serve with --no-enable-prefix-caching, or add window(sinks=0, recent=0)"
-            + (", or leave out streaming" if setup.geometry.newest else "")
-        )
     if config.kv_transfer_config is not None and setup.slots:
         raise UnsupportedError(
             f"{setup.stack} keeps tokens of each request in a window of its own, and a KV connector moves pages "
@@ -83,9 +72,9 @@ def check_stages(setup: Setup, ranks: int = 1) -> None:
     for policy in stack.policies:
         _check_policy(setup, policy, ranks)
     shape = setup.shape(1, 0)
-    if exact_dtype(stack.window.bits, setup.dtype) != setup.dtype:
+    if not setup.exact_dtype.is_floating_point:
         raise UnsupportedError(
-            f"window(bits={stack.window.bits}): windows in vLLM's blocks are in the model's dtype: leave bits out"
+            f"window(bits={stack.window.bits}): windows in vLLM's blocks hold floating-point numbers: set bits=16"
         )
     if quantizer.needs_queries:
         raise UnsupportedError(

@@ -16,16 +16,16 @@ from kvcomp.architecture import LayerKind
 from kvcomp.cache.blocks.decode import DecodeStep
 from kvcomp.cache.blocks.layer import BlockLayer
 from kvcomp.cache.blocks.pages import Pages
-from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import UnsupportedError
 
+from .backend import Batch
 from .checks import accepted, check_layer
 from .key_centres import turned_biases
 from .reserve import needed, reserve
 from .window import Window
 
 
-class PageAttention(AttentionImpl[Step | DecodeStep]):
+class PageAttention(AttentionImpl[Batch | DecodeStep]):
     """The attention of one layer over pages, a window where the stack needs one, and the step's own tokens."""
 
     def __init__(
@@ -92,7 +92,7 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Step | DecodeStep | None,
+        attn_metadata: Batch | DecodeStep | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -104,12 +104,14 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         if attn_metadata is None:  # vLLM measures memory, and there is no cache yet
             reserve(needed(self.config, self.any_pages, self.num_heads, output.device), output.device)
             return output.zero_()
-        bound, blocks = self.bind(layer.layer_name, kv_cache.device), None
+        bound, blocks, found = self.bind(layer.layer_name, kv_cache.device), None, None
         bound.pages.at(kv_cache)
         if self.window is not None:
             self.window.windows.at(self.window.kv_cache)
-            blocks = get_forward_context().attn_metadata[self.window.name].blocks
-        bound.attend(attn_metadata, query, key, value, output.view(len(output), self.num_heads, -1), blocks)
+            window = get_forward_context().attn_metadata[self.window.name]
+            blocks, found = window.blocks, window.found
+        step = attn_metadata.step(found) if isinstance(attn_metadata, Batch) else attn_metadata
+        bound.attend(step, query, key, value, output.view(len(output), self.num_heads, -1), blocks)
         return output
 
     def read(self) -> int:

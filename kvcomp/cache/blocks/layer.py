@@ -73,6 +73,11 @@ class BlockLayer:
             held = [window.read(at) for at in self._starts(window, step, blocks)[1:]]
         # A request of this step may share a prefix with another one that is computed in it: write, then read.
         self._write(step, key, value, held)
+        if window is not None and blocks is not None and step.found_sinks:
+            for sinks in step.found_sinks:
+                k, v = pages.sinks(sinks.records, len(sinks.slots))
+                window.write(window.starts(blocks[sinks.request, None], sinks.slots[None])[0], k, v)
+            held = [window.read(at) for at in self._starts(window, step, blocks)[1:]]
         for group, exact in zip(step.groups, held, strict=True):
             group.put(out, self._attend(step, group, exact, *map(group.of, (query, key, value))))
         if window is None or blocks is None:
@@ -111,10 +116,17 @@ class BlockLayer:
         for fill in step.fills:
             group, exact = step.groups[fill.group], held[fill.group]
             assert exact is not None
-            old = exact[fill.row, :, fill.sinks : group.held[fill.row]].chunk(2, -1)
+            old = exact[fill.row, :, fill.old : group.held[fill.row]].chunk(2, -1)
             rows = group.tokens[fill.row, fill.new_sinks :]
             k, v = (torch.cat([x, new[rows].transpose(0, 1)], 1) for x, new in zip(old, (key, value), strict=True))
             pages.write_pages(k, v, fill.pages)
+        for sinks in step.kept_sinks:
+            group, exact = step.groups[sinks.group], held[sinks.group]
+            assert exact is not None
+            count, rows = len(sinks.slots), group.tokens[sinks.row]
+            old = exact[sinks.row, :, : min(count, group.held[sinks.row])].chunk(2, -1)
+            k, v = (torch.cat([x, new[rows].transpose(0, 1)], 1) for x, new in zip(old, (key, value), strict=True))
+            pages.put_sinks(sinks.records, k[:, :count], v[:, :count])
 
     def _attend(
         self, step: Step, group: Group, held: Tensor | None, query: Tensor, key: Tensor, value: Tensor
@@ -134,7 +146,7 @@ class BlockLayer:
         if n == 1:
             self.last_step = read.plan
             if self.windows is not None and view.tokens is not None:
-                read.plan.add("window", 2 * self.setup.dim * self.setup.dtype.itemsize, view.tokens.counts)
+                read.plan.add("window", 2 * self.setup.dim * self.setup.exact_dtype.itemsize, view.tokens.counts)
         parts = read.parts
         if n > 1:
             parts = [*parts, attend_causal(q.unflatten(1, (-1, n)), k, v, self.scale, self.softcap)]

@@ -151,6 +151,21 @@ class Pages:
         for (_, rows), tokens in zip(self._rows() if moved else (), moved, strict=True):
             rows[records[head, to // size], to % size] = tokens
 
+    def put_sinks(self, records: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep exact keys and values [H, s, D] in records int64 [H, m], which hold no pages."""
+        each, dtype = self.setup.sinks_of_record, self.setup.exact_dtype
+        rows = torch.cat([keys, values], -1).to(dtype)
+        for column, part in enumerate(rows.split(each, 1)):
+            data = part.flatten(1).contiguous().view(torch.uint8)
+            self.pool[records[:, column], : data.shape[1]] = data
+
+    def sinks(self, records: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [count, H, D] that `put_sinks` kept in records int64 [H, m]."""
+        each, dtype, width = self.setup.sinks_of_record, self.setup.exact_dtype, 2 * self.setup.dim
+        held = self.pool[records][..., : each * width * dtype.itemsize].contiguous().view(dtype)
+        k, v = held.unflatten(-1, (each, width)).flatten(1, 2)[:, :count].transpose(0, 1).chunk(2, -1)
+        return k, v
+
     def received(self, records: Tensor) -> Tensor:
         """float32 [..., 2] from the tails of records: the attention that pages received, and of how many queries."""
         return self._tails(2)[records]

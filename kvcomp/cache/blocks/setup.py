@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvcomp.stages import PageShape, Policy
-from kvcomp.stages.plan import RECEIVED, LayerPlan
+from kvcomp.stages.plan import RECEIVED, LayerPlan, exact_dtype
 from kvcomp.stages.stack import Stack, StackLike
 
 from ..geometry import Extents
@@ -24,6 +24,8 @@ class Setup:
     Where every field of a page has a row per token, and nothing is asked of the newest tokens, a token is written into
     its page at once: `by_token`. Otherwise each request has a window in full precision (sinks, recent tokens, a page
     that is not full yet and `drafts` that may be rejected), out of which whole pages are encoded.
+
+    caching: whether requests may begin with blocks of others that have the same first tokens, see `Extents`.
     """
 
     stack: Stack
@@ -31,10 +33,19 @@ class Setup:
     dim: int
     dtype: torch.dtype
     drafts: int = 0
+    caching: bool = False
 
     if TYPE_CHECKING:
 
-        def __init__(self, stack: StackLike, layers: int, dim: int, dtype: torch.dtype, drafts: int = 0) -> None: ...
+        def __init__(
+            self,
+            stack: StackLike,
+            layers: int,
+            dim: int,
+            dtype: torch.dtype,
+            drafts: int = 0,
+            caching: bool = False,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", Stack.parse(self.stack))
@@ -44,7 +55,19 @@ class Setup:
         """Counts of tokens and pages of a request."""
         window = self.stack.window
         sizes = self.page_size, window.sinks, window.recent, self.drafts
-        return Extents(*sizes, policies=self.stack.policies, layers=self.layers)
+        columns = -(-window.sinks // self.sinks_of_record) if self.caching and window.sinks else None
+        policies = self.stack.policies
+        return Extents(*sizes, policies=policies, layers=self.layers, caching=self.caching, sink_columns=columns)
+
+    @cached_property
+    def sinks_of_record(self) -> int:
+        """Exact tokens for which a record has space: K and V of its head."""
+        return max(self._page_bytes(1) // (2 * self.dim * self.exact_dtype.itemsize), 1)
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """Of the tokens in sinks and window: the model's, or float16 where that has more bits than are asked for."""
+        return exact_dtype(self.stack.window.bits, self.dtype)
 
     @property
     def page_size(self) -> int:
@@ -55,13 +78,6 @@ class Setup:
     def policy(self) -> Policy | None:
         """What chooses, once a prompt is in, which of its tokens stay; None: nothing does."""
         return self.geometry.policy
-
-    @property
-    def stack_window(self) -> str:
-        """The exact tokens that the stack asks for, in words; empty where it asks for none."""
-        window = self.stack.window
-        parts = [f"{n} {what}" for n, what in ((window.sinks, "sinks"), (window.recent, "recent tokens")) if n]
-        return " and ".join(parts)
 
     @property
     def voters(self) -> int:
@@ -104,6 +120,9 @@ class Setup:
     def record_bytes(self, heads: int) -> int:
         """Bytes of a (block, head) cell: the largest page of any layer and a tail, filled up to a whole number a
         token."""
-        layouts = (self.plan(i).layout(self.shape(heads, i)) for i in range(self.layers))
-        most = max(layout.bytes_per_page for layout in layouts) + self.tail_bytes
+        most = self._page_bytes(heads) + self.tail_bytes
         return -(-most // self.page_size) * self.page_size
+
+    def _page_bytes(self, heads: int) -> int:
+        layouts = (self.plan(i).layout(self.shape(heads, i)) for i in range(self.layers))
+        return max(layout.bytes_per_page for layout in layouts)

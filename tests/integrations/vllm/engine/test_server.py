@@ -41,7 +41,7 @@ def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
             "--port",
             str(port),
         ),
-        *("--attention-backend", "CUSTOM", "--block-size", "64", "--no-enable-prefix-caching", "--dtype", "float32"),
+        *("--attention-backend", "CUSTOM", "--block-size", "64", "--dtype", "float32"),
         *("--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20)),
         *("--enforce-eager", "--max-num-batched-tokens", "4096"),
     ]
