@@ -8,8 +8,10 @@ from kvcomp.architecture import LayerKind, LayerShape, engine_obstacle
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import UnsupportedError
 from kvcomp.stages import Policy
+from kvcomp.stages.stack import Stack
 
 from .config import stack_of
+from .fitting import fitted, lacks_file
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,14 +25,19 @@ def accepted(config: VllmConfig) -> Setup:
     """
     stack = stack_of(config)
     assert stack is not None
+    setup = _setup(stack, config)
+    model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
+    check_layer(setup, LayerKind.LATENT if model.use_mla else LayerKind.FULL, setup.dim, setup.dim)
+    check_stages(setup, ranks)
+    check_engine(setup, config)
+    return _setup(fitted(stack, model), config)
+
+
+def _setup(stack: Stack, config: VllmConfig) -> Setup:
     model, speculative = config.model_config, config.speculative_config
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
     sizes = model.get_total_num_hidden_layers(), model.get_head_size()
-    setup = Setup(stack, *sizes, model.dtype, drafts, config.cache_config.enable_prefix_caching)
-    check_layer(setup, LayerKind.LATENT if model.use_mla else LayerKind.FULL, setup.dim, setup.dim)
-    check_stages(setup, config.parallel_config.tensor_parallel_size)
-    check_engine(setup, config)
-    return setup
+    return Setup(stack, *sizes, model.dtype, drafts, config.cache_config.enable_prefix_caching)
 
 
 def check_layer(setup: Setup, kind: LayerKind, k_dim: int, v_dim: int) -> None:
@@ -76,18 +83,22 @@ def check_stages(setup: Setup, ranks: int = 1) -> None:
         raise UnsupportedError(
             f"window(bits={stack.window.bits}): windows in vLLM's blocks hold floating-point numbers: set bits=16"
         )
-    if quantizer.needs_queries:
+    if quantizer.needs_queries and not lacks_file(quantizer):
         raise UnsupportedError(
-            f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: give it a "
-            "calibration file where it takes one, or use int, kivi or turboquant"
+            f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: use klt, int, kivi or "
+            "turboquant"
         )
     selector = stack.selector
-    if selector is not None and (selector.needs_queries or any(selector.index_bytes(shape))):
+    if (
+        selector is not None
+        and not lacks_file(selector)
+        and (selector.needs_queries or any(selector.index_bytes(shape)))
+    ):
         raise UnsupportedError(
             f"{selector.name} fits itself to each request, which has no place in vLLM's blocks: use quest or moba"
         )
-    for stage in (quantizer, *stack.policies):
-        if ranks > 1 and getattr(stage, "calibration", None) is not None:
+    for stage in (selector, *stack.policies):
+        if stage is not None and ranks > 1 and getattr(stage, "calibration", None) is not None:
             raise UnsupportedError(f"{stage.name}: a calibration knows all heads, and a rank has some: use one rank")
 
 

@@ -67,7 +67,9 @@ class PageAttention(AttentionImpl[Batch | DecodeStep]):
         if self.setup.slots:
             self.window = Window(self.setup, self.num_kv_heads, num_heads)
         self.config = config
-        self.any_pages = Pages(self.setup, 0, self.num_kv_heads)  # refuses now what cannot be served
+        ranks = self.ranks.tensor_parallel_size
+        self.rank = (get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
+        self.any_pages = Pages(self.setup, 0, self.num_kv_heads, rank=self.rank)  # refuses now what cannot be served
 
     def bind(self, layer_name: str, device: torch.device) -> BlockLayer:
         """The layer, for a pool on `device`."""
@@ -77,10 +79,8 @@ class PageAttention(AttentionImpl[Batch | DecodeStep]):
             if self.setup.by_token:
                 biases = turned_biases(self.model.model, self.model.hf_text_config, layer, self.head_size)
             if biases is not None:
-                ranks = self.ranks.tensor_parallel_size
-                rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
-                biases = biases.of_rank(self.num_kv_heads, rank, ranks)
-            pages = Pages(self.setup, layer, self.num_kv_heads, device, biases)
+                biases = biases.of_rank(self.num_kv_heads, *self.rank)
+            pages = Pages(self.setup, layer, self.num_kv_heads, device, biases, self.rank)
             windows = None if self.window is None else self.window.windows
             self.layer = BlockLayer(pages, windows, self.num_heads, self.scale, self.softcap)
         return self.layer

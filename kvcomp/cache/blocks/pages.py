@@ -42,9 +42,17 @@ class Pages:
     """Writes and decodes page records, as the layer's codec has them. `at` binds it to the pool."""
 
     def __init__(
-        self, setup: Setup, layer: int, heads: int, device: torch.device = HOST, biases: Turned | None = None
+        self,
+        setup: Setup,
+        layer: int,
+        heads: int,
+        device: torch.device = HOST,
+        biases: Turned | None = None,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         """For a layer of which `heads` KV heads are on this rank, on the `device` that the pool is on.
+
+        rank: which of how many it is.
 
         biases: those of the heads' keys, from which centres of pages follow that are written token by token.
 
@@ -58,7 +66,7 @@ class Pages:
                 f"{setup.stack}: blocks of an engine hold K and V of each head, of which {latent.name} makes one "
                 "latent: leave it out, or use Hugging Face's cache"
             )
-        plan, shape = setup.plan(layer), replace(setup.shape(heads, layer), device=device)
+        plan, shape = setup.plan(layer), replace(setup.shape(heads, layer), device=device, rank=rank)
         self.records = Records(plan, shape)
         if self.records.codec.state():
             raise UnsupportedError(

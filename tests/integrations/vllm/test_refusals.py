@@ -29,6 +29,10 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         "dtype": torch.bfloat16,
         "get_total_num_hidden_layers": lambda: 4,
         "get_head_size": lambda: 64,
+        "model": "no-such-folder/no-such-model.gguf",
+        "revision": None,
+        "trust_remote_code": False,
+        "max_model_len": 2048,
     }
     cache = {
         "cache_dtype": "auto",
@@ -73,7 +77,7 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         ("snapkv + streaming + int8", {}, "snapkv has to be the only policy"),
         ("tova(keep=0.3) + int8", {"tensor_parallel_size": 2}, "tova keeps the same tokens in all heads, .* one rank"),
         ("streaming(chunk=64) + int8", {}, "streaming.chunk=64.*leave chunk out"),
-        ("klt(bits=4)", {}, "klt fits itself to each request"),
+        ("klt(bits=4)", {}, "klt needs a calibration of no-such-folder.*, which could not be made: .* and name it"),
         ("int8 + window(recent=8, bits=8)", {}, "windows in vLLM's blocks hold floating-point numbers: set bits=16"),
         ("int8", {"use_mla": True}, "caches latents .MLA., .* without a stack"),
         ("int8", {"cache_dtype": "fp8"}, "--kv-cache-dtype fp8 .* leave it out"),
