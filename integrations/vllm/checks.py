@@ -37,7 +37,9 @@ def _setup(stack: Stack, config: VllmConfig) -> Setup:
     model, speculative = config.model_config, config.speculative_config
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
     sizes = model.get_total_num_hidden_layers(), model.get_head_size()
-    return Setup(stack, *sizes, model.dtype, drafts, config.cache_config.enable_prefix_caching)
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ["sliding_attention"]
+    hybrid = model.get_sliding_window() is not None and "sliding_attention" in kinds
+    return Setup(stack, *sizes, model.dtype, drafts, config.cache_config.enable_prefix_caching, hybrid)
 
 
 def check_layer(setup: Setup, kind: LayerKind, k_dim: int, v_dim: int) -> None:

@@ -43,11 +43,12 @@ class PageAttention(AttentionImpl[Batch | DecodeStep]):
         **more: Any,
     ) -> None:
         config = get_current_vllm_config()
-        self.setup, self.model, self.ranks = accepted(config), config.model_config, config.parallel_config
+        setup, self.model, self.ranks = accepted(config), config.model_config, config.parallel_config
+        self.setup, self.sinks = setup.within(sliding_window), more.get("sinks")
         refused = {
             "position biases (ALiBi)": alibi_slopes,
             "another kind than decoding": attn_type != AttentionType.DECODER or None,
-            "learned sinks": more.get("sinks"),
+            "learned sinks, which policies do not know of": self.sinks if setup.stack.policies else None,
         }
         kinds = {LayerKind.SLIDING: sliding_window, LayerKind.SHARED: kv_sharing_target_layer_name}
         kind = next((kind for kind, given in kinds.items() if given is not None), LayerKind.FULL)
@@ -67,6 +68,7 @@ class PageAttention(AttentionImpl[Batch | DecodeStep]):
         if self.setup.slots:
             self.window = Window(self.setup, self.num_kv_heads, num_heads)
         self.config = config
+        self.of_queries = self.num_heads, self.scale, self.softcap
         ranks = self.ranks.tensor_parallel_size
         self.rank = (get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
         self.any_pages = Pages(self.setup, 0, self.num_kv_heads, rank=self.rank)  # refuses now what cannot be served
@@ -82,7 +84,7 @@ class PageAttention(AttentionImpl[Batch | DecodeStep]):
                 biases = biases.of_rank(self.num_kv_heads, *self.rank)
             pages = Pages(self.setup, layer, self.num_kv_heads, device, biases, self.rank)
             windows = None if self.window is None else self.window.windows
-            self.layer = BlockLayer(pages, windows, self.num_heads, self.scale, self.softcap)
+            self.layer = BlockLayer(pages, windows, *self.of_queries, sinks=self.sinks)
         return self.layer
 
     def forward(

@@ -28,9 +28,17 @@ class BlockEngine:
     """A layer of 4, of a stack, for requests that each have all their blocks."""
 
     def __init__(
-        self, stack: str, device: torch.device, layer: int = 2, biases: Turned | None = None, caching: bool = False
+        self,
+        stack: str,
+        device: torch.device,
+        layer: int = 2,
+        biases: Turned | None = None,
+        caching: bool = False,
+        sliding: int | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
-        self.setup = setup = Setup(Stack.parse(stack), layers=4, dim=DIM, dtype=torch.float32, caching=caching)
+        given = {"layers": 4, "dim": DIM, "dtype": torch.float32, "caching": caching, "sliding": sliding}
+        self.setup = setup = Setup(Stack.parse(stack), **given)
         self.device = device
         self.pool = filled(setup, 1 + REQUESTS * COLUMNS, device)
         self.table = 1 + torch.randperm(REQUESTS * COLUMNS).view(REQUESTS, COLUMNS).int()
@@ -41,7 +49,7 @@ class BlockEngine:
             self.windows.at(filled(setup, 1 + REQUESTS * blocks, device).zero_())
             self.blocks = (1 + torch.arange(REQUESTS * blocks).view(REQUESTS, blocks)).to(device)
         self.pages = Pages(setup, layer, HEADS, device, biases).at(self.pool)
-        self.layer = BlockLayer(self.pages, self.windows, HEADS * GROUP, DIM**-0.5)
+        self.layer = BlockLayer(self.pages, self.windows, HEADS * GROUP, DIM**-0.5, sinks=sinks)
 
     def slots(self, starts: list[int], lengths: list[int]) -> Tensor:
         """Places of the new tokens in the pool."""

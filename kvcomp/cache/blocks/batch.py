@@ -30,6 +30,8 @@ class Group:
     of tokens, the last page filled in part, where tokens are written singly.
     exact int64 [R * H]: exact tokens, sinks and those newer than the pages; held: of each request, on the host.
     slots int64 [R, longest + 1]: slots of the window that hold the exact tokens, and one more.
+    skipped int64 [R * H]: tokens at the start of the first page that the first new token does not see, where the layer
+    has a sliding window; None: it sees all.
     generating bool [R * H]: whether the prompt was in before the step: only then what pages receive is watched.
     """
 
@@ -42,6 +44,7 @@ class Group:
     generating: Tensor
     held: list[int]
     rows: slice | None
+    skipped: Tensor | None = None
 
     @property
     def new(self) -> int:

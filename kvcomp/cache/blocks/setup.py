@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from kvcomp.errors import UnsupportedError
 from kvcomp.stages import PageShape, Policy
 from kvcomp.stages.plan import RECEIVED, LayerPlan, exact_dtype
 from kvcomp.stages.stack import Stack, StackLike
@@ -25,7 +26,9 @@ class Setup:
     its page at once: `by_token`. Otherwise each request has a window in full precision (sinks, recent tokens, a page
     that is not full yet and `drafts` that may be rejected), out of which whole pages are encoded.
 
-    caching: whether requests may begin with blocks of others that have the same first tokens, see `Extents`.
+    caching: whether requests may begin with blocks of others that have the same first tokens, see `Extents`. hybrid:
+    whether layers of the model have sliding windows. sliding: how many tokens a query sees, its own among them, of the
+    layers that this is about: the quantizer alone packs them; None: all tokens.
     """
 
     stack: Stack
@@ -34,6 +37,8 @@ class Setup:
     dtype: torch.dtype
     drafts: int = 0
     caching: bool = False
+    hybrid: bool = False
+    sliding: int | None = None
 
     if TYPE_CHECKING:
 
@@ -45,19 +50,29 @@ class Setup:
             dtype: torch.dtype,
             drafts: int = 0,
             caching: bool = False,
+            hybrid: bool = False,
+            sliding: int | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", Stack.parse(self.stack))
 
+    def within(self, tokens: int | None) -> Setup:
+        """The setup of layers whose queries see so many tokens; None: all."""
+        return self if tokens is None else replace(self, sliding=tokens)
+
     @cached_property
     def geometry(self) -> Extents:
         """Counts of tokens and pages of a request."""
         window = self.stack.window
+        if self.sliding is not None:
+            return Extents(self.page_size, 0, window.recent, self.drafts, layers=self.layers)
         sizes = self.page_size, window.sinks, window.recent, self.drafts
         columns = -(-window.sinks // self.sinks_of_record) if self.caching and window.sinks else None
         policies = self.stack.policies
-        return Extents(*sizes, policies=policies, layers=self.layers, caching=self.caching, sink_columns=columns)
+        # Blocks of sliding layers end where tokens do, and those of other layers where the sinks have them.
+        caching = self.caching and not self.hybrid
+        return Extents(*sizes, policies=policies, layers=self.layers, caching=caching, sink_columns=columns)
 
     @cached_property
     def sinks_of_record(self) -> int:
@@ -93,7 +108,7 @@ class Setup:
     def by_token(self) -> bool:
         """Whether a token can be written into its page by itself."""
         window = self.stack.window
-        asks = window.sinks or window.recent or self.stack.selector or self.stack.policies
+        asks = window.recent or (self.sliding is None and (window.sinks or self.stack.selector or self.stack.policies))
         return not asks and self.plan(0).layout(self.shape(1, 0)).tokenwise
 
     @property
@@ -102,8 +117,23 @@ class Setup:
         return 0 if self.by_token else self.geometry.slots
 
     def plan(self, layer: int) -> LayerPlan:
-        """The stages of one layer."""
-        return self.stack.plan(layer, self.layers)
+        """The stages of one layer.
+
+        Raises:
+            UnsupportedError: queries see fewer tokens than those that are exact and a page.
+        """
+        if self.sliding is None:
+            return self.stack.plan(layer, self.layers)
+        window, size = self.stack.window, self.page_size
+        if window.recent + size > self.sliding:
+            most = self.sliding - size
+            way = "serve this model without a stack" if most < 0 else f"set window(recent=...) to {most} at most"
+            raise UnsupportedError(
+                f"{self.stack}: queries of a layer see {self.sliding} tokens, fewer than {window.recent} recent ones "
+                f"and a page of {size}: {way}"
+            )
+        exact = 0, window.recent, size, layer, self.layers
+        return LayerPlan(self.stack.quantizer, (), None, *exact, sliding=self.sliding, exact_bits=window.bits)
 
     def shape(self, heads: int, layer: int) -> PageShape:
         """What the codec of a layer is made for, where `heads` KV heads of it are on this rank; on the host: `Pages`
@@ -119,7 +149,9 @@ class Setup:
 
     def record_bytes(self, heads: int) -> int:
         """Bytes of a (block, head) cell: the largest page of any layer and a tail, filled up to a whole number a
-        token."""
+        token. The same for layers with sliding windows: all blocks are of one size."""
+        if self.sliding is not None:
+            return replace(self, sliding=None).record_bytes(heads)
         most = self._page_bytes(heads) + self.tail_bytes
         return -(-most // self.page_size) * self.page_size
 

@@ -207,15 +207,25 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
     new, size, device = runs[0].end - runs[0].past, setup.page_size, table.device
     if setup.by_token:  # all tokens are in pages
         extents = [e._replace(pages=-(-e.held // size), exact=0) for e in extents]
+    unseen = [0 if setup.sliding is None else max(run.past + 1 - setup.sliding, 0) for run in runs]
+    if setup.sliding is not None:
+        extents = [
+            e._replace(pages=e.pages - gone // size, gap=(0, gone // size))
+            for e, gone in zip(extents, unseen, strict=True)
+        ]
     numbers = torch.tensor(
         [
-            (r.request, r.start, r.past >= r.prompt, e.held, e.held if setup.by_token else e.pages, e.exact, *e.gap)
-            for r, e in zip(runs, extents, strict=True)
+            (
+                *(r.request, r.start, r.past >= r.prompt, e.held),
+                e.held - gone // size * size if setup.by_token else e.pages,
+                *(e.exact, *e.gap, gone % size),
+            )
+            for r, e, gone in zip(runs, extents, unseen, strict=True)
         ],
         dtype=torch.int64,
         device="cpu",
     )
-    rows, starts, generating, held, counts, exact, first, last = numbers.to(device, non_blocking=True).T
+    rows, starts, generating, held, counts, exact, first, last, skipped = numbers.to(device, non_blocking=True).T
     page = torch.arange(max(extent.pages for extent in extents), device=device)
     column = page + (last - first)[:, None] * (page >= first[:, None])
     blocks = table[rows[:, None], column.clamp_max(table.shape[1] - 1)]
@@ -235,6 +245,7 @@ def _group(setup: Setup, heads: int, runs: Sequence[Run], extents: Sequence[Exte
         generating.bool().repeat_interleave(heads),
         [extent.exact for extent in extents],
         slice(first_row, first_row + len(runs) * new) if follow else None,
+        None if setup.sliding is None else skipped.repeat_interleave(heads),
     )
 
 

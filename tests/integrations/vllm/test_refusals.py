@@ -29,6 +29,8 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         "dtype": torch.bfloat16,
         "get_total_num_hidden_layers": lambda: 4,
         "get_head_size": lambda: 64,
+        "get_sliding_window": lambda: None,
+        "hf_text_config": None,
         "model": "no-such-folder/no-such-model.gguf",
         "revision": None,
         "trust_remote_code": False,
