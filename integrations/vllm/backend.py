@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from kvcomp.cache.blocks.setup import Setup
 from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import KvcompError, UnsupportedError
 
+from .batch import Batch
 from .checks import accepted, check_layer
 from .config import report_prompt_lengths
 from .reserve import release
@@ -95,19 +95,6 @@ class PageBackend(AttentionBackend):
         elif setup.caching and setup.slots:
             spec = PageSpec.of(spec, setup)
         return replace(spec, dtype=torch.uint8, state_content_bytes=record // setup.page_size)
-
-
-class Batch:
-    """A step's batch, planned once the first layer says how many tokens each request found in blocks of others."""
-
-    def __init__(self, plan: Callable[[Sequence[int] | None], Step]) -> None:
-        self.plan = plan
-        self.planned: Step | None = None
-
-    def step(self, found: Sequence[int] | None) -> Step:
-        if self.planned is None:
-            self.planned = self.plan(found)
-        return self.planned
 
 
 class StepBuilder(AttentionMetadataBuilder[Batch | DecodeStep]):

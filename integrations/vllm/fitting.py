@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 TOKENS, CONTEXT = 8192, 2048
+NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a config: nothing of the model
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # files of a folder
+SAMPLES, SAMPLE = 256, 1024  # of each, and bytes of a sample
 
 
 def fitted(stack: Stack, model: ModelConfig) -> Stack:
@@ -36,8 +41,8 @@ def fitted(stack: Stack, model: ModelConfig) -> Stack:
     """
     if not any(map(lacks_file, stack.stages)):
         return stack
-    code = bool(model.trust_remote_code)
-    given = (str(model.model), model.revision, code, int(model.max_model_len))
+    code, context = bool(model.trust_remote_code), min(CONTEXT, int(model.max_model_len))
+    given = (str(model.model), model.revision, code, context, _digest(model, context))
     return Stack(tuple(_with_file(s, *given) if lacks_file(s) else s for s in stack.stages))
 
 
@@ -47,12 +52,12 @@ def lacks_file(stage: Stage) -> bool:
 
 
 @cache
-def _with_file(stage: Any, model: str, revision: str | None, code: bool, longest: int) -> Stage:
+def _with_file(stage: Any, model: str, revision: str | None, code: bool, context: int, digest: str) -> Stage:
     import fcntl  # not on Windows, where vLLM is not either
 
-    context = min(CONTEXT, longest)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = root / "kvcomp" / "calibration" / f"{stage.name}-{digest}.safetensors"
     try:
-        file = file_of(stage.name, model, revision, code, context)
         file.parent.mkdir(parents=True, exist_ok=True)
         with (file.parent / f".{file.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -67,20 +72,22 @@ def _with_file(stage: Any, model: str, revision: str | None, code: bool, longest
     return replace(stage, calibration=str(file))
 
 
-def file_of(method: str, model: str, revision: str | None = None, code: bool = False, context: int = CONTEXT) -> Path:
-    """Where the calibration of a model is kept, whether or not it is there.
-
-    Raises:
-        ModelError: there is no such model.
-    """
-    from kvcomp.integrations.huggingface.models import on_disk
-    from kvcomp.integrations.loading import Loading
-
-    found = on_disk(model, Loading(revision=revision, trust_remote_code=code))
-    words = (KIND, found.config, str(found.weights), _text().read_text(encoding="utf-8"), str(TOKENS), str(context))
-    digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "kvcomp" / "calibration" / f"{method}-{digest}.safetensors"
+def _digest(model: ModelConfig, context: int) -> str:
+    """Of a model's config, samples of its weights or their revision on a hub, and what is read to calibrate it."""
+    config = model.hf_config
+    said = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in NAMES}
+    text = _text().read_text(encoding="utf-8")
+    words = [KIND, json.dumps(said, sort_keys=True, default=str), str(model.revision), text, str(TOKENS), str(context)]
+    digest = hashlib.sha256("\0".join([*words, str(getattr(config, "_commit_hash", None))]).encode())
+    folder = Path(str(model.model))
+    for file in sorted(f for kind in WEIGHTS for f in folder.glob(kind)):
+        size = file.stat().st_size
+        digest.update(f"{file.name}/{size}/".encode())
+        with file.open("rb") as stream:
+            for at in range(SAMPLES):
+                stream.seek(size * at // SAMPLES)
+                digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:24]
 
 
 def _text() -> Any:
@@ -94,9 +101,7 @@ def _calibrate(method: str, model: str, revision: str | None, code: bool, text: 
     Raises:
         KvcompError: the command failed.
     """
-    from vllm.logger import init_logger
-
-    init_logger("vllm.kvcomp").info("Calibrating %s for %s, once: %s", method, model, file)
+    logging.getLogger("vllm.kvcomp").info("Calibrating %s for %s, once: %s", method, model, file)
     command = [sys.executable, "-m", "kvcomp", "calibrate", "--model", model, "--method", method, "--text", str(text)]
     command += ["--tokens", str(TOKENS), "--context", str(context), "--out", str(file)]
     command += [] if revision is None else ["--revision", revision]

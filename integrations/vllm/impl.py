@@ -18,7 +18,7 @@ from kvcomp.cache.blocks.layer import BlockLayer
 from kvcomp.cache.blocks.pages import Pages
 from kvcomp.errors import UnsupportedError
 
-from .backend import Batch
+from .batch import Batch
 from .checks import accepted, check_layer
 from .key_centres import turned_biases
 from .reserve import needed, reserve

@@ -35,6 +35,7 @@ def config(stack: Any = None, caching: bool = False, **changes: Any) -> Any:
         "revision": None,
         "trust_remote_code": False,
         "max_model_len": 2048,
+        "hf_config": None,
     }
     cache = {
         "cache_dtype": "auto",

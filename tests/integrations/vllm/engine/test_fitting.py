@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
-from kvcomp.integrations.vllm.fitting import file_of
 from kvcomp.stages.stack import Stack
 
 ENGINE = Callable[..., dict[str, Any]]
@@ -31,6 +33,7 @@ def model(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         num_key_value_heads=2,
         head_dim=32,
         initializer_range=0.2,
+        of_test=uuid4().hex,  # no calibration is kept of it
     )
     path = tmp_path_factory.mktemp("fitted")
     LlamaForCausalLM(config).save_pretrained(path)
@@ -45,12 +48,13 @@ def test_calibrated_by_the_first_engine(engine: ENGINE, model: Any, text: TEXT, 
     from kvcomp import CompressedCache
 
     path, stack = model.name_or_path, "klt(bits=4) + sketch(keep=0.4)"
-    files = [file_of(stage, path, context=512) for stage in ("klt", "sketch")]
-    for file in files:
-        file.unlink(missing_ok=True)
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcomp" / "calibration"
+    before = set(kept.glob("*.safetensors"))
     prompts = [text(50, 90), text(310, 300)]
     asked = [{"prompt": prompt, "tokens": TOKENS} for prompt in prompts]
     written = engine(stack, [asked], model=path, max_model_len=512)["rounds"][0]["outputs"]
+    files = sorted(set(kept.glob("*.safetensors")) - before)
+    assert [file.name.partition("-")[0] for file in files] == ["klt", "sketch"]
     times = [file.stat().st_mtime_ns for file in files]
     assert "error" not in engine(stack, [], model=path, max_model_len=512)
     assert [file.stat().st_mtime_ns for file in files] == times
