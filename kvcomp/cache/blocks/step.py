@@ -150,9 +150,8 @@ class Step:
                 votes.append(_votes(setup, run))
             groups.append(_group(setup, heads, same, befores, table))
         moved, voting = (torch.cat(runs, 1).to(table.device, non_blocking=True) for runs in (writes, votes))
-        sinks = kept_sinks, found_sinks
-        read = torch.cat(fresh), moved, voting
-        return cls(groups, fills, keeps, scores, leaves, *sinks, *read, slot_mapping, begun, then)
+        parts = groups, fills, keeps, scores, leaves, kept_sinks, found_sinks
+        return cls(*parts, torch.cat(fresh), moved, voting, slot_mapping, begun, then)
 
 
 def _begun(setup: Setup, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -72,7 +72,8 @@ class Windows:
         """Keys and values [R, H, n, 2 * D] in the model's dtype, side by side, of slots that begin at starts [R, n]."""
         heads, width = self.token.shape
         head = torch.arange(0, heads * width, width, device=starts.device)
-        return runs(self._flat(self.token), starts[:, None] + head[:, None], width).to(self.setup.dtype)
+        held: Tensor = runs(self._flat(self.token), starts[:, None] + head[:, None], width)
+        return held.to(self.setup.dtype)
 
     def write(self, starts: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep keys and values [w, H, D] in slots that begin at starts [w]."""
