@@ -118,6 +118,9 @@ INLINE vf NAME(entry)(vu code, const vf *table, const float *book, const int kin
             found[i] = (vf)_mm512_mask_blend_ps(upper, (__m512)found[i], (__m512)found[i + half]);
     }
     return found[0];
+#elif LEVEL == 0 && defined(__aarch64__)
+    if (kind == FEW || kind == FIVE) return NAME(looked_up)(code, table, kind == FEW ? 1 : 2);
+    return NAME(number)(code, book, BOOK);
 #else
     return NAME(number)(code, book, kind == FEW ? TABLE : BOOK);
 #endif
@@ -146,7 +149,11 @@ INLINE NAME(Channel) NAME(channel)(const vu *words, const Segment *g, int c, con
 }
 
 INLINE void NAME(tables)(vf *table, const Segment *g, const int kind) {
+#if LEVEL == 0 && defined(__aarch64__)
+    const int tables = kind == FEW ? 4 : kind == FIVE ? 8 : 0;
+#else
     const int tables = LEVEL < 2 || kind > EIGHT ? 0 : kind == FEW ? 1 : 2 << (kind - FIVE);
+#endif
 #pragma GCC unroll 16
     for (int i = 0; i < tables; i++) table[i] = load(g->book + i * VL);
 }
