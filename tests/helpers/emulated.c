@@ -1,7 +1,7 @@
 /* Runs the C kernels in a process of another architecture, on the memory of the one that asks: tests/helpers/emulated.py.
  *
  * Both have 64-bit addresses, so a pointer of the asking process names the same address here. Nothing is mapped there at
- * first: the fault fetches the page of 4,096 bytes through a pipe. Bytes that the kernel changed are sent back when it
+ * first: a fault fetches the page of 4,096 bytes, and some after it, through a pipe. Bytes that the kernel changed are sent back when it
  * returns, and all pages are dropped. Messages in: which function, 24 arguments. Messages out: kind, address or result,
  * bytes.
  */
@@ -13,7 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, MOST = 1 << 16, ARGUMENTS = 24 };
+enum { PAGE = 4096, AHEAD = 8, MOST = 1 << 16, ARGUMENTS = 24 };
 enum { WANTED = 1, CHANGED, DONE, TAKEN, OUTSIDE };
 
 int kvcomp_level(void);
@@ -53,15 +53,22 @@ static void tell(uint64_t kind, uint64_t what, uint64_t bytes) {
 static void fetch(int signal, siginfo_t *info, void *context) {
     (void)signal, (void)context;
     uint8_t *at = (uint8_t *)((uintptr_t)info->si_addr & ~(uintptr_t)(PAGE - 1));
-    uint64_t readable = 0;
-    tell(WANTED, (uintptr_t)at, PAGE);
-    in(&readable, sizeof readable);
-    if (!readable || held == MOST) tell(OUTSIDE, (uintptr_t)info->si_addr, 0), _exit(4);
-    in(copies + held * PAGE, PAGE);
-    if (mmap(at, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != at)
-        tell(TAKEN, (uintptr_t)at, 0), _exit(5);
-    memcpy(at, copies + held * PAGE, PAGE);
-    mirrored[held++] = at;
+    uint64_t pages = 0;
+    tell(WANTED, (uintptr_t)at, AHEAD);
+    in(&pages, sizeof pages);
+    if (!pages || held + AHEAD > MOST) tell(OUTSIDE, (uintptr_t)info->si_addr, 0), _exit(4);
+    for (uint64_t i = 0; i < pages; i++, at += PAGE) {
+        in(copies + held * PAGE, PAGE);
+        uint8_t *there = mmap(at, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (there == at) {
+            memcpy(at, copies + held * PAGE, PAGE);
+            mirrored[held++] = at;
+        } else if (i) { /* here already, or never needed */
+            munmap(there, PAGE);
+        } else {
+            tell(TAKEN, (uintptr_t)at, 0), _exit(5);
+        }
+    }
 }
 
 static void give_back(void) {

@@ -36,7 +36,7 @@ FUNCTIONS = (
     "regroup",
 )
 FUNCTIONS += ("runs",)
-ARGUMENTS, MESSAGE = 24, struct.Struct("3Q")
+ARGUMENTS, PAGE, MESSAGE = 24, 4096, struct.Struct("3Q")
 WANTED, CHANGED, DONE, TAKEN, OUTSIDE = range(1, 6)
 PROGRAM = "KVCOMP_EMULATED"  # the path of the program, for pytest in a process of its own
 AWAY = "0x200000000000"  # where neither this process nor QEMU has anything
@@ -73,7 +73,7 @@ class Emulated:
     def __init__(self, program: str) -> None:
         self.program, self.command = program, _command()
         self.lock = RLock()
-        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc, self.probe = ctypes.CDLL(None, use_errno=True), os.pipe()
         self.process: subprocess.Popen[bytes] | None = None
         self.owner = 0
         for number, name in enumerate(FUNCTIONS):
@@ -122,16 +122,17 @@ class Emulated:
             found += more
         return found
 
-    def _give(self, pipe: int, address: int, size: int) -> None:
-        """The bytes at an address, or word that there are none; write() looks whether it can read them."""
-        probe, place = os.pipe(), ctypes.c_void_p(address)
-        try:
-            readable = self.libc.write(probe[1], place, ctypes.c_size_t(size)) == size
-        finally:
-            os.close(probe[0]), os.close(probe[1])
-        os.write(pipe, struct.pack("Q", readable))
-        if readable:
-            assert self.libc.write(pipe, place, ctypes.c_size_t(size)) == size
+    def _give(self, pipe: int, address: int, most: int) -> None:
+        """As many pages from an address on as can be read, up to `most`; write() looks whether it can read them."""
+        found: list[bytes] = []
+        for i in range(most):
+            place = ctypes.c_void_p(address + i * PAGE)
+            if self.libc.write(self.probe[1], place, ctypes.c_size_t(PAGE)) != PAGE:
+                break
+            found.append(os.read(self.probe[0], PAGE))
+        left = memoryview(b"".join([struct.pack("Q", len(found)), *found]))
+        while left:
+            left = left[os.write(pipe, left) :]
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.owner != os.getpid():

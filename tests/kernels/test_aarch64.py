@@ -18,8 +18,9 @@ pytestmark = [
     pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
     pytest.mark.skipif(cpu.library() is None, reason="the C kernel is not installed: no compiler"),
 ]
-# Those of threads are not emulated. Written pages are compared with the specification bit for bit.
-FILES = ("cpu", "cpu_encode", "doors", "ends", "many_queries", "select", "skipped")
+# Tests, and which of them. Written pages are compared with the specification bit for bit; threads are not emulated.
+FILES = dict.fromkeys(("cpu", "cpu_encode", "doors", "ends", "many_queries", "select"), "")
+FILES["skipped"] = "-9-None or -1-1.5 or not first_tokens"  # a third of those cases: half a minute
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def run(program: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("file", FILES)
 def test_kernels(program: Path, file: str) -> None:
-    told = run(program, str(Path(__file__).with_name(f"test_{file}.py")))
+    told = run(program, str(Path(__file__).with_name(f"test_{file}.py")), "-k", FILES[file])
     assert " passed" in told
     assert " failed" not in told, told[-8000:]
 
