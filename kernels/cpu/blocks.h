@@ -110,8 +110,12 @@ APART void NAME(read_block)(const Side *side, const Item *item, int64_t first, i
             if (g->page_scale != NOTHING) {
                 float page;
                 memcpy(&page, here.page + g->page_scale, 4);
-                for (int k = 0; k < groups; k++)
-                    for (int t = 0; t < here.n; t++) scale[k * TOKENS + t] *= page;
+                int whole = here.n / VL * VL; /* not what is past the last token: 0 times anything is not always 0 */
+                for (int k = 0; k < groups; k++) {
+                    float *to = scale + k * TOKENS;
+                    for (int t = 0; t < whole; t += VL) store(to + t, load(to + t) * page);
+                    for (int t = whole; t < here.n; t++) to[t] *= page;
+                }
             }
             if (g->kind != UNIFORM) continue;
             float *zero = s->grids + (g->grid + groups) * TOKENS + i * tile;
