@@ -50,6 +50,9 @@ typedef uint16_t u16x8 __attribute__((vector_size(16)));
 #define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
 #define HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 
+#if defined(__aarch64__)
+#include <arm_neon.h> /* books are looked up, and float16 numbers converted, by its instructions */
+#endif
 #define LEVEL 0
 #define NAME(x) x##_portable
 #define TARGET

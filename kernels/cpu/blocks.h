@@ -10,6 +10,13 @@
  */
 
 #define STEP (ROOM / VL) /* vectors from a word or channel to the next */
+#if LEVEL == 2 /* a count for each lane is one instruction, one count for all is two */
+#define SHIFT_LEFT(x, by) ((vu)_mm512_sllv_epi32((__m512i)(x), _mm512_set1_epi32(by)))
+#define SHIFT_RIGHT(x, by) ((vu)_mm512_srlv_epi32((__m512i)(x), _mm512_set1_epi32(by)))
+#else
+#define SHIFT_LEFT(x, by) ((x) << (by))
+#define SHIFT_RIGHT(x, by) ((x) >> (by))
+#endif
 
 /* Tokens of a block, tile by tile. */
 typedef struct {
@@ -39,12 +46,30 @@ INLINE void NAME(floats_of)(float *to, const uint8_t *from, int64_t n, int forma
     }
 }
 
+/* `floats_of` byte `shift / 8` of each word. */
+INLINE vf NAME(scale_at)(vu word, int shift, int format) {
+    if (format == FP8) {
+        vi bits = (vi)SHIFT_LEFT(word, 24 - shift);
+        vi none = (bits & 0x7f000000) == 0x7f000000;
+        return (vf)((vi)((vf)(bits >> 4 & (int32_t)0x87f00000) * 0x1p120f) | (none & 0x7fc00000));
+    }
+    vu byte = word >> shift & 255;
+    vi bits = (vi)(byte << 23), none = byte == 255, least = byte == 0;
+    return (vf)(bits | (none & 0x7fc00000) | (least & 1 << 22));
+}
+
 /* The scales of a tile's n tokens, to `to` [groups, TOKENS]; 0 of what is no token: 0 times anything is not always 0. */
 INLINE void NAME(tile_scales)(const Segment *g, Place here, int64_t at, int groups, int tile, float *to, float *spare) {
     const uint8_t *from = here.page + at + here.token * g->scale_stride;
     int size = g->scale_format == HALF || g->scale_format == BF16 ? 2 : 1;
     if (groups == 1 && g->scale_stride == size) {
         NAME(floats_of)(to, from, tile, g->scale_format);
+    } else if (size == 1 && groups % 4 == 0) { /* words of four, turned around as codes are */
+        vu *words = (vu *)spare;
+        NAME(k_plane)(words, from, g->scale_stride, groups, tile, tile / VL);
+        for (int i = 0; i < groups; i++)
+            for (int v = 0; v < tile / VL; v++)
+                store(to + i * TOKENS + v * VL, NAME(scale_at)(words[i / 4 * (tile / VL) + v], i % 4 * 8, g->scale_format));
     } else {
         if (g->scale_stride == groups * size)
             NAME(floats_of)(spare, from, (int64_t)tile * groups, g->scale_format);
@@ -85,8 +110,12 @@ APART void NAME(read_block)(const Side *side, const Item *item, int64_t first, i
             if (g->page_scale != NOTHING) {
                 float page;
                 memcpy(&page, here.page + g->page_scale, 4);
-                for (int k = 0; k < groups; k++)
-                    for (int t = 0; t < here.n; t++) scale[k * TOKENS + t] *= page;
+                int whole = here.n / VL * VL; /* not what is past the last token: 0 times anything is not always 0 */
+                for (int k = 0; k < groups; k++) {
+                    float *to = scale + k * TOKENS;
+                    for (int t = 0; t < whole; t += VL) store(to + t, load(to + t) * page);
+                    for (int t = whole; t < here.n; t++) to[t] *= page;
+                }
             }
             if (g->kind != UNIFORM) continue;
             float *zero = s->grids + (g->grid + groups) * TOKENS + i * tile;
@@ -118,19 +147,26 @@ INLINE vf NAME(entry)(vu code, const vf *table, const float *book, const int kin
             found[i] = (vf)_mm512_mask_blend_ps(upper, (__m512)found[i], (__m512)found[i + half]);
     }
     return found[0];
+#elif LEVEL == 0 && defined(__aarch64__)
+    if (kind == FEW || kind == FIVE) return NAME(looked_up)(code, table, kind == FEW ? 1 : 2);
+    return NAME(number)(code, book, BOOK);
 #else
     return NAME(number)(code, book, kind == FEW ? TABLE : BOOK);
 #endif
 }
 
-/* Where the codes of a channel lie, and the tables that make numbers of them. */
+/* Where the codes of a channel lie; STORED: its numbers. */
 typedef struct {
     const vu *from[3];
     int shift[3], width[3];
 } NAME(Channel);
 
-INLINE NAME(Channel) NAME(channel)(const vu *words, const Segment *g, int c, const int planes) {
+INLINE NAME(Channel) NAME(channel)(const vu *words, const Segment *g, int c, const int planes, const int kind) {
     NAME(Channel) found;
+    if (kind == STORED) {
+        found.from[0] = words + c * STEP;
+        return found;
+    }
 #pragma GCC unroll 3
     for (int i = 0; i < planes; i++) {
         uint32_t bit = g->plane[i].bit + c * g->plane[i].width;
@@ -146,7 +182,11 @@ INLINE NAME(Channel) NAME(channel)(const vu *words, const Segment *g, int c, con
 }
 
 INLINE void NAME(tables)(vf *table, const Segment *g, const int kind) {
+#if LEVEL == 0 && defined(__aarch64__)
+    const int tables = kind == FEW ? 4 : kind == FIVE ? 8 : 0;
+#else
     const int tables = LEVEL < 2 || kind > EIGHT ? 0 : kind == FEW ? 1 : 2 << (kind - FIVE);
+#endif
 #pragma GCC unroll 16
     for (int i = 0; i < tables; i++) table[i] = load(g->book + i * VL);
 }
@@ -154,15 +194,16 @@ INLINE void NAME(tables)(vf *table, const Segment *g, const int kind) {
 /* Numbers of vector v of a channel, of codes of `bits` bits in `planes` planes. */
 INLINE vf NAME(numbers_at)(const NAME(Channel) *c, int v, const vf *table, const float *book, int bits, const int planes,
                            const int kind) {
+    if (kind == STORED) return (vf)c->from[0][v];
     if (kind >= SMALL_FLOAT) {
-        vi word = (vi)(c->from[0][v] << (24 - c->shift[0]));
+        vi word = (vi)SHIFT_LEFT(c->from[0][v], 24 - c->shift[0]);
         vf y = kind == SMALL_FLOAT ? (vf)(word >> 4 & (int32_t)0x87f00000) : (vf)(word >> 3 & (int32_t)0x8fe00000);
         return y * (kind == SMALL_FLOAT ? 0x1p120f : 0x1p112f);
     }
 #if LEVEL == 2
     vu code = c->from[0][v];
     int lower = 0;
-    if (planes == 1) code >>= c->shift[0];
+    if (planes == 1) code = SHIFT_RIGHT(code, c->shift[0]);
     if (planes > 1) code = (vu)_mm512_rorv_epi32((__m512i)code, _mm512_set1_epi32(c->shift[0]));
 #pragma GCC unroll 3
     for (int i = planes - 1; i > 0; i--) lower += c->width[i];
@@ -190,24 +231,25 @@ INLINE void NAME(codes_block)(float *x, const vu *words, int n, const Segment *g
     const float *book = g->book;
     int bits = g->bits;
     for (int c = first; c < first + many; c++, x += ROOM) {
-        NAME(Channel) at = NAME(channel)(words, g, c, planes);
+        NAME(Channel) at = NAME(channel)(words, g, c, planes, kind);
         for (int v = 0; v < n; v++) store(x + v * VL, NAME(numbers_at)(&at, v, table, book, bits, planes, kind));
     }
 }
 
-/* acc[r, t] += scale[t] sum_c q[r, c] x[c, t], or without scale, for RN rows and VN vectors of tokens, without x between. */
+/* acc[r, t] += scale[t] sum_c q[r, c] x[c, t], or without scale, for RN rows and VN vectors of tokens; x is not stored
+ * in between, but for STORED numbers, which `words` are then. */
 INLINE void NAME(k_codes)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int v, const Segment *g, int first,
                           int many, const int planes, const int kind, const int RN, const int VN) {
     vf table[16], a[4][4];
     NAME(tables)(table, g, kind);
-    const float *book = g->book;
-    int bits = g->bits;
+    const float *book = kind == STORED ? 0 : g->book;
+    int bits = kind == STORED ? 0 : g->bits;
 #pragma GCC unroll 4
     for (int r = 0; r < RN; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < VN; i++) a[r][i] = scale ? all(0) : load(acc + r * TOKENS + i * VL);
     for (int c = 0; c < many; c++) {
-        NAME(Channel) at = NAME(channel)(words, g, first + c, planes);
+        NAME(Channel) at = NAME(channel)(words, g, first + c, planes, kind);
         vf y[4];
 #pragma GCC unroll 4
         for (int i = 0; i < VN; i++) y[i] = NAME(numbers_at)(&at, v + i, table, book, bits, planes, kind);
@@ -226,16 +268,16 @@ INLINE void NAME(k_codes)(float *acc, const float *scale, const float *q, int64_
         }
 }
 
-/* out[r, c, lanes] += p[r, t] x[c, t] for RN rows and CN channels, without x between. */
+/* out[r, c, lanes] += p[r, t] x[c, t] for RN rows and CN channels; x as in `k_codes`. */
 INLINE void NAME(v_codes_by)(float *out, int64_t room, const float *p, const vu *words, int n, const Segment *g, int first,
                              const int planes, const int kind, const int RN, const int CN) {
     vf table[16], a[4][4];
     NAME(tables)(table, g, kind);
-    const float *book = g->book;
-    int bits = g->bits;
+    const float *book = kind == STORED ? 0 : g->book;
+    int bits = kind == STORED ? 0 : g->bits;
     NAME(Channel) at[4];
 #pragma GCC unroll 4
-    for (int c = 0; c < CN; c++) at[c] = NAME(channel)(words, g, first + c, planes);
+    for (int c = 0; c < CN; c++) at[c] = NAME(channel)(words, g, first + c, planes, kind);
 #pragma GCC unroll 4
     for (int r = 0; r < RN; r++)
 #pragma GCC unroll 4
@@ -298,14 +340,14 @@ OF(1, WHOLE) OF(2, WHOLE) OF(3, WHOLE) OF(1, SMALL_FLOAT) OF(1, SMALLER_FLOAT)
             default: EACH(4);                                                                                         \
         }                                                                                                             \
     }
-OF(1, FEW) OF(2, FEW) OF(2, FIVE) OF(1, SMALL_FLOAT)
+OF(1, FEW) OF(2, FEW) OF(2, FIVE) OF(2, SIX) OF(1, SMALL_FLOAT)
 #undef OF
 #undef MANY
 #undef EACH
 
 /* Whether up to 4 rows are multiplied with codes as they are unpacked; more rows want the numbers again. */
 INLINE int NAME(at_once)(const Segment *g, int rows) {
-    return rows <= 4 && (g->kind == E4M3 || (g->kind == CODEBOOK && g->bits <= 5));
+    return rows <= 4 && (g->kind == E4M3 || (g->kind == CODEBOOK && g->bits <= 6));
 }
 
 static TARGET void NAME(k_at_once)(float *acc, const float *scale, const float *q, int64_t q_room, const vu *words, int n, const Segment *g,
@@ -314,6 +356,8 @@ static TARGET void NAME(k_at_once)(float *acc, const float *scale, const float *
         NAME(k_SMALL_FLOAT_1)(acc, scale, q, q_room, words, n, g, first, many, rows);
     else if (g->bits == 5)
         NAME(k_FIVE_2)(acc, scale, q, q_room, words, n, g, first, many, rows);
+    else if (g->bits == 6)
+        NAME(k_SIX_2)(acc, scale, q, q_room, words, n, g, first, many, rows);
     else if (g->planes == 2)
         NAME(k_FEW_2)(acc, scale, q, q_room, words, n, g, first, many, rows);
     else
@@ -326,6 +370,8 @@ static TARGET void NAME(v_at_once)(float *out, int64_t room, const float *p, con
         NAME(v_SMALL_FLOAT_1)(out, room, p, words, n, g, first, many, rows);
     else if (g->bits == 5)
         NAME(v_FIVE_2)(out, room, p, words, n, g, first, many, rows);
+    else if (g->bits == 6)
+        NAME(v_SIX_2)(out, room, p, words, n, g, first, many, rows);
     else if (g->planes == 2)
         NAME(v_FEW_2)(out, room, p, words, n, g, first, many, rows);
     else
@@ -412,35 +458,11 @@ static TARGET const float *NAME(numbers_block)(const Segment *g, const Block *b,
 /* Whether numbers are still to be multiplied with scales of tokens. */
 INLINE int NAME(scaled_late)(const Segment *g) { return g->kind == CODEBOOK || g->kind >= E4M3; }
 
-/* acc[r, t] += sum_c q[r, c] x[c, t] for RN rows and VN vectors of tokens. */
-INLINE void NAME(k_product)(float *acc, const float *q, int64_t q_room, const float *x, int channels, const int RN,
-                            const int VN) {
-    vf a[4][4];
-#pragma GCC unroll 4
-    for (int r = 0; r < RN; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) a[r][v] = load(acc + r * TOKENS + v * VL);
-    for (int c = 0; c < channels; c++, x += ROOM) {
-        vf y[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) y[v] = load(x + v * VL);
-#pragma GCC unroll 4
-        for (int r = 0; r < RN; r++) {
-            vf z = all(q[r * q_room + c]);
-#pragma GCC unroll 4
-            for (int v = 0; v < VN; v++) a[r][v] += z * y[v];
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < RN; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VN; v++) store(acc + r * TOKENS + v * VL, a[r][v]);
-}
-
+/* `k_codes` and `v_codes_by` of numbers x [channels, ROOM], for any number of rows. */
 APART void NAME(k_products)(float *acc, const float *q, int64_t q_room, const float *x, int channels, int n, int rows) {
     const int many = LEVEL == 2 ? 4 : 2;
     int v = 0;
-#define CALL(RN, VN) NAME(k_product)(acc + r * TOKENS + v * VL, q + r * q_room, q_room, x + v * VL, channels, RN, VN)
+#define CALL(RN, VN) NAME(k_codes)(acc + r * TOKENS + v * VL, 0, q + r * q_room, q_room, (const vu *)x, v, 0, 0, channels, 1, STORED, RN, VN)
 #define MANY(RN) CALL(RN, many)
 #define ONE(RN) CALL(RN, 1)
     for (; v + many <= n; v += many) BY_ROWS(rows, MANY)
@@ -450,32 +472,8 @@ APART void NAME(k_products)(float *acc, const float *q, int64_t q_room, const fl
 #undef CALL
 }
 
-/* out[r, c, lanes] += p[r, t] x[c, t] for RN rows and CN channels. */
-INLINE void NAME(v_product)(float *out, int64_t room, const float *p, const float *x, int n, const int RN, const int CN) {
-    vf a[4][4];
-#pragma GCC unroll 4
-    for (int r = 0; r < RN; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < CN; c++) a[r][c] = load(out + r * room + c * VL);
-    for (int v = 0; v < n; v++, x += VL, p += VL) {
-        vf y[4];
-#pragma GCC unroll 4
-        for (int c = 0; c < CN; c++) y[c] = load(x + c * ROOM);
-#pragma GCC unroll 4
-        for (int r = 0; r < RN; r++) {
-            vf z = load(p + r * TOKENS);
-#pragma GCC unroll 4
-            for (int c = 0; c < CN; c++) a[r][c] += z * y[c];
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < RN; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < CN; c++) store(out + r * room + c * VL, a[r][c]);
-}
-
 APART void NAME(v_products)(float *out, int64_t room, const float *p, const float *x, int channels, int n, int rows) {
-#define CALL(RN, CN) NAME(v_product)(out + r * room + c * VL, room, p + r * TOKENS, x + c * ROOM, n, RN, CN)
+#define CALL(RN, CN) NAME(v_codes_by)(out + r * room + c * VL, room, p + r * TOKENS, (const vu *)x, n, 0, c, 1, STORED, RN, CN)
 #define EACH(RN)                                                    \
     {                                                               \
         const int many = LEVEL == 2 ? 4 : 2;                        \

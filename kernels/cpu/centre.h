@@ -59,12 +59,14 @@ INLINE void put_centre(const Piece *g, const uint8_t *x, int64_t dim, int64_t to
 
 /* Whether the centre is `anchored`: where tokens are coded one by one, in two bits or more, of a book in three. */
 INLINE int anchored(const Piece *g) {
+    if (g->kind >= E4M3) return 1;
     return g->kind == CODEBOOK ? g->levels > 3 : g->levels > 1 && g->token_group == 1;
 }
 
 /* Channel i of a page's first token, as its codes and its record have it. */
 INLINE float first_coded(const Piece *g, const uint8_t *codes, const uint8_t *record, int64_t i) {
     const uint16_t *scale = (const uint16_t *)(record + g->scale), *zero = (const uint16_t *)(record + g->zero);
+    if (g->kind >= E4M3) return float_coded(g, codes[i], record, i);
     if (g->kind == CODEBOOK) return g->book[codes[i]] * from_half(scale[0]);
     float step = from_half(scale[i / g->channel_group]);
     if (g->zero == NOTHING) return (float)(codes[i] - g->levels / 2) * step;
@@ -80,6 +82,8 @@ INLINE void anchor(const Piece *g, const uint8_t *x, int64_t dim, int64_t tokens
     rows_less(x, dim, n, few, c, rows, dtype);
     if (g->kind == UNIFORM)
         put_uniform(g, rows, n, 1, 0, record, codes, rest);
+    else if (g->kind >= E4M3)
+        put_floats(g, rows, n, 1, 0, record, codes, rest);
     else
         put_codebook(g, rows, n, 1, 0, record, codes, rest);
     uint16_t *halves = (uint16_t *)(record + g->centre);

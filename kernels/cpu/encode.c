@@ -2,8 +2,9 @@
  *
  *   uniform   zero = min x, scale = (max x - zero) / levels, code = round((x - zero) / scale); or symmetric, no zero
  *   codebook  norm = |x| / D^1/2, code = how many middles of the book x / |x| exceeds
+ *   floats    scale = max |x| / the largest number, code = the nearest number to x / scale: `floats.h`
  *   joint     codebooks of the same tokens, whose codes say together by how much their norm grows: `segments.Gain`
- *   centred   either of the first two of x less c, a mean over the page's tokens in float16; moved by the error of the
+ *   centred   any of the first three of x less c, a mean over the page's tokens in float16; moved by the error of the
  *             first token, where tokens are coded one by one
  *
  * Scales, zeros and norms are rounded to float16 first, and codes against what is stored. Two things are not determined
@@ -32,6 +33,7 @@
 #include "pack.h"
 #include "uniform.h"
 #include "codebook.h"
+#include "floats.h"
 #include "centre.h"
 
 INLINE void put_numbers(const Piece *g, const uint8_t *x, int64_t stride, int64_t tokens, int64_t first,
@@ -53,7 +55,7 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
         return;
     }
     for (const Piece *g = side->pieces; g < side->pieces + side->count; x += g->channels * size, g++) {
-        if (g->kind != UNIFORM && g->kind != CODEBOOK) {
+        if (g->kind >= FLOAT32 && g->kind <= BFLOAT16) {
             put_numbers(g, x, side->row * size, tokens, first, record);
             continue;
         }
@@ -75,6 +77,8 @@ INLINE void encode_side(const Side *side, const uint8_t *x, int64_t tokens, int6
             put_less(g, from, stride, tokens, first, record, codes, rest, c);
         else if (g->kind == UNIFORM)
             put_uniform(g, from, stride, tokens, first, record, codes, rest);
+        else if (g->kind >= E4M3)
+            put_floats(g, from, stride, tokens, first, record, codes, rest);
         else
             put_codebook(g, from, stride, tokens, first, record, codes, rest);
     }

@@ -18,8 +18,10 @@ from . import KINDS, compiled, unknown
 from .memory import given, pages, records
 
 # Structures of the C kernel, as one row of numbers each.
-_PIECE = Struct("10q3f4xq12q")
+_PIECE = Struct("11q3f4xq12q")
 _SIDE = "8q2f"
+FLOATS = {("e4m3", "bf16"): 5, ("e5m2", "bf16"): 6, ("e2m1", "e4m3"): 7, ("e2m1", "e8m0"): 8}  # and their scales
+BLOCK = 32  # channels that a power of two is chosen for, at most
 _PAGES = Struct(2 * _SIDE + "10q")
 
 
@@ -34,6 +36,7 @@ class _Piece(NamedTuple):
     channel_group: int = 1
     scale: int = NOTHING
     zero: int = NOTHING
+    page_scale: int = NOTHING
     levels: int = 0
     thresholds: Tensor | None = None
     codebook: Tensor | None = None
@@ -45,7 +48,7 @@ class _Piece(NamedTuple):
         planes = [number for plane in self.planes for number in plane] + [0] * (12 - 3 * len(self.planes))
         tables = (0 if table is None else table.data_ptr() for table in (self.thresholds, self.codebook))
         factors = self.cut, self.channels**0.5, self.weight
-        sizes = self.kind, self.channels, len(self.planes), *self[3:8]
+        sizes = self.kind, self.channels, len(self.planes), *self[3:9]
         return _PIECE.pack(*sizes, *tables, *factors, self.centre, *planes)
 
 
@@ -53,7 +56,10 @@ def _piece(at: PlacedSegment) -> _Piece:
     segment, shape = at.segment, (at.channels, at.planes, at.token_group, at.channel_group)
     if isinstance(segment, Dense):
         return _Piece(KINDS[segment.dtype], *shape)
-    shared = *shape, at.scale, at.zero, at.levels
+    if isinstance(segment, Floats):
+        kind = FLOATS[segment.format, segment.scale_format]
+        return _Piece(kind, *shape, at.scale, page_scale=at.page_scale, centre=at.centre)
+    shared = *shape, at.scale, at.zero, at.page_scale, at.levels
     if isinstance(segment, Uniform):
         return _Piece(KINDS[UNIFORM], *shared, cut=(1 - segment.clip) / 2, centre=at.centre)
     assert isinstance(segment, Codebook)
@@ -90,7 +96,13 @@ def obstacle(sides: KVLayout) -> str | None:
 
 
 def _unknown(segment: Segment) -> str | None:
-    return "floating-point codes" if isinstance(segment, Floats) else unknown(segment)
+    if not isinstance(segment, Floats):
+        return unknown(segment)
+    kind = FLOATS.get((segment.format, segment.scale_format), 0)
+    whole = segment.channel_group == segment.channels if kind < 7 else kind < 8 or segment.channel_group == BLOCK
+    if kind == 0 or not whole or (segment.page_scale is None) is (kind == 7):
+        return "floating-point codes of another format or with other scales"
+    return None
 
 
 def write(

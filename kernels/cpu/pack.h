@@ -5,7 +5,7 @@
 #define TINY 0x1p-24f /* as in quantizers/grid.py */
 #define HUGEST 65504.0f
 #define ROUNDING 12582912.0f /* 1.5 * 2^23: added, it leaves no room for fractions */
-enum { UNIFORM, CODEBOOK, FLOAT32, FLOAT16, BFLOAT16 };
+enum { UNIFORM, CODEBOOK, FLOAT32, FLOAT16, BFLOAT16, E4M3, E5M2, E2M1_FLOAT, E2M1_POWER }; /* the last two by their scales */
 enum { ELEMENTS = 1 << 16 }; /* from which on threads are worth their start */
 
 /* One plane of codes: `width` bits each, the first in the low bits; token t's begin at byte offset + t * stride. */
@@ -17,7 +17,9 @@ typedef struct {
 typedef struct {
     int64_t kind, channels, planes;     /* planes: the highest bits first; those of numbers have one, with no width */
     int64_t token_group, channel_group; /* what shares a scale */
-    int64_t scale, zero;                /* byte offset of float16 [page / token_group, channels / channel_group] */
+    int64_t scale, zero;                /* byte offset of float16 [page / token_group, channels / channel_group]; scales
+                                           of floating-point codes are bfloat16, or E4M3 or E8M0 of E2M1 */
+    int64_t page_scale;                 /* byte offset of the float32 that multiplies those of E2M1_FLOAT */
     int64_t levels;                     /* the highest code; where no zero is stored, half of it stands for 0 */
     const float *middles, *book;        /* [levels], [levels + 1] */
     float cut;                          /* the share of a block's range that is cut off at each end */

@@ -3,7 +3,7 @@
 enum { UNIFORM, CODEBOOK, FLOAT32, FLOAT16, BFLOAT16, E4M3, E5M2 };
 enum { HALF, BF16, FP8, POWER }; /* formats of scales: float16, bfloat16, E4M3, E8M0 */
 enum { CAST, TABLE, BOOK };
-enum { FEW, FIVE, SIX, SEVEN, EIGHT, WHOLE, SMALL_FLOAT, SMALLER_FLOAT }; /* what `blocks.h` makes numbers by */
+enum { FEW, FIVE, SIX, SEVEN, EIGHT, WHOLE, SMALL_FLOAT, SMALLER_FLOAT, STORED }; /* what `blocks.h` makes numbers by */
 enum { ROWS = 16, MANY_ROWS = 64, TILE = 32, TOKENS = 256, ROOM = 320, PIECES = 4, LEAST = 8, PAGES = 64, TOGETHER = 8 };
 enum { CHUNK = 8, K_CHUNK = 64, V_CHUNK = 16 }; /* channels that `blocks.h` unpacks at a time; the others for many rows */
 enum { SUMS = 1 << 17 }; /* numbers that a cache holds for sums over values */

@@ -23,6 +23,8 @@
 #undef Lanes
 #undef Block
 #undef STEP
+#undef SHIFT_LEFT
+#undef SHIFT_RIGHT
 #undef Codes
 #undef vu
 #undef LEVEL

@@ -42,6 +42,17 @@ INLINE vf NAME(numbers)(const uint8_t *from) {
 #endif
 }
 
+#if LEVEL == 0 && defined(__aarch64__)
+/* Entries of a book of 16 `many` numbers, 1 or 2: bytes of the table are looked up, four of them for each code. */
+INLINE vf NAME(looked_up)(vu code, const vf *table, const int many) {
+    const uint8x16_t *x = (const uint8x16_t *)table;
+    uint8x16_t at = (uint8x16_t)(code * 0x04040404u + 0x03020100u);
+    uint8x16_t found = vqtbl4q_u8((uint8x16x4_t){{x[0], x[1], x[2], x[3]}}, at); /* 0 beyond it */
+    if (many > 1) found = vqtbx4q_u8(found, (uint8x16x4_t){{x[4], x[5], x[6], x[7]}}, at - 64);
+    return (vf)found;
+}
+#endif
+
 /* Codes to entries of a book, which has room for 16 where `bits` <= 4, for 256 otherwise. */
 INLINE vf NAME(entries)(const uint8_t *from, const float *book, int bits) {
 #if LEVEL == 2
@@ -72,6 +83,9 @@ INLINE vf NAME(number)(vu code, const float *book, const int kind) {
     __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(book + 8), (__m256i)code);
     return (vf)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)code, 28)));
 #else
+#if defined(__aarch64__)
+    if (kind == TABLE) return NAME(looked_up)(code, (const vf *)book, 1);
+#endif
     return (vf){book[code[0]], book[code[1]], book[code[2]], book[code[3]]};
 #endif
 }
@@ -92,6 +106,12 @@ INLINE void NAME(halves)(float *to, const uint8_t *from, int64_t n) {
 #if LEVEL >= 1
     for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * i))));
+#elif defined(__aarch64__)
+    for (; i + 4 <= n; i += 4) {
+        float16x4_t four;
+        memcpy(&four, from + 2 * i, 8);
+        store(to + i, (vf)vcvt_f32_f16(four));
+    }
 #endif
     for (; i < n; i++) {
         uint16_t h;

@@ -46,6 +46,11 @@ UNIFORM: Specs = [  # every granularity, width and option, and what is stored wi
     ("int(bits=7, per=channel, group=11, clip=0.8)", [11, 33], DIMS),
     ("int(bits=8, symmetric=true, basis=random)", ANY, DIMS),
     ("int8", ANY, DIMS),
+    ("fp8", ANY, DIMS),
+    ("fp8(format=e5m2)", ANY, DIMS),
+    ("nvfp4", ANY, [*DIMS, 72]),
+    ("mxfp4", ANY, [*DIMS, 24, 72]),
+    ("mxfp4(basis=hadamard)", ANY, [64, 96, 128, 256]),
 ]
 BOOKS: Specs = [
     ("turboquant(bits=1)", ANY, DIMS),
@@ -202,6 +207,8 @@ SINGLE = [
     "turboquant(bits=3)",
     "turboquant(bits=2.5)",
     "klt(bits=2)",
+    "fp8",
+    "mxfp4",
 ]
 
 
@@ -249,7 +256,10 @@ def test_single_tokens_have_no_centre_of_their_own(spec: str) -> None:
 @pytest.mark.parametrize("level", range(BEST + 1))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "dim"), [(16, 64), (24, 80), (64, 128), (80, 96), (128, 256), (33, 576)])
-@pytest.mark.parametrize("spec", ["int(bits=4)", "int(bits=4, symmetric=true, per=channel)", "int8"])
+@pytest.mark.parametrize(
+    "spec",
+    ["int(bits=4)", "int(bits=4, symmetric=true, per=channel)", "int8", "fp8", "fp8(format=e5m2)", "nvfp4", "mxfp4"],
+)
 def test_keys_with_a_large_mean(
     spec: str, size: int, dim: int, dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,8 +378,10 @@ def test_a_store_writes_its_pages_so(spec: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("spec", ["fp8", "mxfp4", "nvfp4", "kivi(bits=4)"])
 def test_what_no_kernel_can_write_is_left_to_the_codec(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes that it does not know, and any without the library."""
-    if "kivi" in spec:
+    if spec in ("kivi(bits=4)", "fp8"):
         monkeypatch.setattr(compiled_kernel, "library", lambda: None)
+    else:
+        monkeypatch.setattr(encode, "FLOATS", {})
     with dispatch.using(C()):
         is_left_to_the_codec(spec)
 
