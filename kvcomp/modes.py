@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -13,16 +13,28 @@ from torch import Tensor
 from kvcomp.errors import UnsupportedError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+_SAME = nullcontext()
+
+
+class _Normal:
+    """Outside of inference mode, without gradients: both at once, as a decode step enters it in every layer."""
+
+    __slots__ = ("inference", "tracked")
+
+    def __enter__(self) -> None:
+        self.inference = torch.inference_mode(False)
+        self.inference.__enter__()  # turns gradients on
+        self.tracked = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *raised: Any) -> None:
+        torch._C._set_grad_enabled(self.tracked)
+        self.inference.__exit__(*raised)
 
 
 def normal_tensors() -> AbstractContextManager[Any]:
     """Inside, tensors are made that may be written to anywhere: those made in inference mode may only be there."""
-    if not torch.is_inference_mode_enabled():
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.no_grad())
-    return stack
+    return _Normal() if torch.is_inference_mode_enabled() else _SAME
 
 
 def outside_inference(method: Method) -> Method:
@@ -32,7 +44,7 @@ def outside_inference(method: Method) -> Method:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_inference_mode_enabled():
             return method(*args, **kwargs)
-        with normal_tensors():
+        with _Normal():
             return method(*args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcomp.cache.layer import LayerStore, Shared
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.ledger import storage_bytes
-from kvcomp.modes import normal_tensors, outside_inference
+from kvcomp.modes import outside_inference
 from kvcomp.stages.plan import LayerPlan
 from kvcomp.state import State
 
@@ -82,6 +82,7 @@ class HeldLayer(Readable):
     def batch_size(self) -> int:
         return self._store.rows if self.is_initialized else -1
 
+    @outside_inference
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.store.start(key_states, value_states)
         super().lazy_initialization(key_states, value_states)
@@ -143,6 +144,7 @@ class HeldLayer(Readable):
         if self.lends and self.attended and not self.record_past:
             self.commit()
 
+    @outside_inference
     def commit(self) -> None:
         """Write the pending chunk to the store."""
         self.waiting, self.earlier = False, None
@@ -151,7 +153,7 @@ class HeldLayer(Readable):
             if chunk.keys.shape[2]:
                 self.cut |= chunk.keys.requires_grad or chunk.values.requires_grad
                 scale = chunk.keys.shape[-1] ** -0.5 if chunk.scale is None else chunk.scale
-                with normal_tensors(), torch.no_grad(), given_dtypes(chunk.keys.device):
+                with torch.no_grad(), given_dtypes(chunk.keys.device):
                     self.store.write(chunk.keys, chunk.values, chunk.valid, chunk.queries, scale, chunk.chosen)
                     if self.record_past or self.ends:  # drafts come in chunks, too
                         self.store.end_prompt()

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp.attention import Part, causal, sink_logit
 from kvcomp.errors import KvcompError, KvcompWarning, UnsupportedError
 from kvcomp.ledger import ReadPlan
-from kvcomp.modes import normal_tensors, outside_inference, without_gradient
+from kvcomp.modes import normal_tensors, without_gradient
 
 from .adapters import adapters_of
 from .arriving import check_arrival, refuse_nothing
@@ -53,7 +53,6 @@ class CompressedLayer(HeldLayer):
         dtype = self.dtype if self.is_initialized else torch.promote_types(keys.dtype, values.dtype)
         return (keys, values) if keys.dtype == values.dtype == dtype else (keys.to(dtype), values.to(dtype))
 
-    @outside_inference
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Handle, Handle]:
         """`update`, outside of graphs."""
         n = key_states.shape[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from struct import Struct
 
 import torch
@@ -93,13 +93,16 @@ def attend(
         if lse_of_pages:
             groups = queries.new_full((streams, rows, many), -torch.inf)
     if tokens is not None:
-        keys, room, dim = _rows("keys", tokens.keys, streams, blocked)
-        values, other, width = _rows("values", tokens.values, streams, blocked)
-        if dim != k_dim or other != room or (pages is not None and width != v_dim):
-            told = f"keys {list(tokens.keys.shape)} and values {list(tokens.values.shape)}"
-            raise KvcompError(f"{told} do not fit {streams} streams of {k_dim} and {v_dim or width} channels")
-        v_dim, held = width, given("counts of tokens", tokens.counts, torch.int64, (streams,))
-        own = *keys, *values, 0, held.data_ptr(), 0, room, 0, 0, 0
+        keys, values, held = tokens
+        k_side, k_rest, room, dim = _rows("keys", keys.shape, keys.stride(), keys.dtype, keys.device, streams, blocked)
+        v_side, v_rest, *fits = _rows(
+            "values", values.shape, values.stride(), values.dtype, values.device, streams, blocked
+        )
+        if dim != k_dim or fits[0] != room or (pages is not None and fits[1] != v_dim):
+            told = f"keys {list(keys.shape)} and values {list(values.shape)}"
+            raise KvcompError(f"{told} do not fit {streams} streams of {k_dim} and {v_dim or fits[1]} channels")
+        v_dim, held = fits[1], given("counts of tokens", held, torch.int64, (streams,))
+        own = k_side, keys.data_ptr(), *k_rest, v_side, values.data_ptr(), *v_rest, 0, held.data_ptr(), 0, room, 0, 0, 0
         sources = (*own, *_NO_SOURCE) if pages is None else (*sources, *own)
     else:
         sources = *sources, *_NO_SOURCE
@@ -177,13 +180,22 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix.contiguous()
 
 
-def _rows(name: str, x: Tensor, streams: int, blocked: bool) -> tuple[tuple[int, ...], int, int]:
-    """A side of exact tokens [S, N, D] that are `readable`; N and D."""
-    shape, strides, dtype = x.shape, x.stride(), x.dtype
-    if len(shape) != 3 or shape[0] != streams or strides[2] != 1 or dtype not in KINDS or not x.is_cpu:
+@lru_cache(256)
+def _rows(
+    name: str,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    streams: int,
+    blocked: bool,
+) -> tuple[int, tuple[int, ...], int, int]:
+    """The kernel's structure of a side of exact tokens [S, N, D] that are `readable`, but for its address, which goes
+    after the first number; N and D."""
+    if len(shape) != 3 or shape[0] != streams or strides[2] != 1 or dtype not in KINDS or device.type != "cpu":
         raise KvcompError(
-            f"{name} of exact tokens are {dtype} {list(shape)} on {x.device}, and the C kernel takes float32, float16 "
+            f"{name} of exact tokens are {dtype} {list(shape)} on {device}, and the C kernel takes float32, float16 "
             f"or bfloat16 [{streams}, N, D] on the CPU with contiguous rows"
         )
-    side = row_side(shape[2], dtype, strides[1])
-    return side.packed(x.data_ptr(), strides[0] * dtype.itemsize, blocked), shape[1], shape[2]
+    first, _, *rest = row_side(shape[2], dtype, strides[1]).packed(0, strides[0] * dtype.itemsize, blocked)
+    return first, tuple(rest), shape[1], shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import addressof, c_int64
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from struct import Struct
 
@@ -30,19 +30,26 @@ def append(k: Tensor, v: Tensor, counts: Tensor, keys: Tensor, values: Tensor) -
         return False
     if not (k.is_cpu and v.is_cpu and keys.is_cpu and values.is_cpu):
         return False
-    held, others, new = k.shape, v.shape, (*keys.shape[:2], 1)
-    fits = len(held) == len(others) == 3 and held[0] == others[0] == prod(new)
-    if not fits or keys.shape != (*new, held[2]) or values.shape != (*new, others[2]):
-        told = f"keys {list(keys.shape)} and values {list(values.shape)}"
-        raise KvcompError(f"{told} are no token of each of the streams of {list(held)} and {list(others)}")
-    streams, k_room, k_dim = held
-    v_room, v_dim = others[1:]
-    if counts.dtype is not torch.int64 or not (counts.is_cpu and counts.is_contiguous()) or counts.shape != (streams,):
-        raise KvcompError(f"counts are {counts.dtype} {list(counts.shape)}, and the C kernel counts int64 [{streams}]")
-    k_bytes, v_bytes = k_dim * k.itemsize, v_dim * v.itemsize
+    sizes = _sizes(k.shape, v.shape, keys.shape, values.shape, k.dtype, v.dtype)
+    if counts.dtype is not torch.int64 or not (counts.is_cpu and counts.is_contiguous()) or counts.shape != sizes[:1]:
+        told = f"{counts.dtype} {list(counts.shape)}"
+        raise KvcompError(f"counts are {told}, and the C kernel counts int64 [{sizes[0]}]")
     places = k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(), counts.data_ptr()
-    compiled.functions().kvcomp_append(*places, streams, k_room, v_room, k_bytes, v_bytes)
+    compiled.functions().kvcomp_append(*places, *sizes)
     return True
+
+
+@lru_cache(256)
+def _sizes(
+    held: torch.Size, others: torch.Size, keys: torch.Size, values: torch.Size, k: torch.dtype, v: torch.dtype
+) -> tuple[int, int, int, int, int]:
+    """Streams, and tokens and bytes of a token of K and of V, where a token of each stream goes to those held."""
+    new = *keys[:2], 1
+    fits = len(held) == len(others) == 3 and held[0] == others[0] == prod(new)
+    if not fits or keys != (*new, held[2]) or values != (*new, others[2]):
+        told = f"keys {list(keys)} and values {list(values)}"
+        raise KvcompError(f"{told} are no token of each of the streams of {list(held)} and {list(others)}")
+    return held[0], held[1], others[1], held[2] * k.itemsize, others[2] * v.itemsize
 
 
 def vector_dots(queries: Tensor, summary: Summary, names: tuple[str, ...], scale: str | None) -> Tensor:
