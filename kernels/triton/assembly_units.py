@@ -98,7 +98,8 @@ def units_asm(units: Any, half: bool) -> str:
             pairs: list[str] = []
             for chosen in selectors:
                 four = shifted(chosen, 16 * unit)
-                pairs += paired(*(looked_up(bytes_of(entries, by), four) for by in (0, 8)), False)
+                lows, highs = (looked_up(bytes_of(entries, by), four) for by in (0, 8))
+                pairs += paired(lows, highs, False)
             found.append(pairs)
         return found
 
@@ -120,15 +121,15 @@ def units_asm(units: Any, half: bool) -> str:
             mixes = [put("mad.lo.u32", lop3(low, eighth, 0x11111111, 0x28), 4, f"{0x32103210:#x}")]
         elif width == 6:
             two = put("mad.lo.u32", eighth, 3, 0)
-            chosen = lop3(low, two, 0x33333333, 0x28)
+            lowest = lop3(low, two, 0x33333333, 0x28)
             mixes = [
-                put("mad.lo.u32", lop3(chosen, 0x11111111, 0, 0xC0), 4, f"{0x32103210:#x}"),
-                put("mad.lo.u32", lop3(chosen, 0x22222222, 0, 0xC0), 2, f"{0x32103210:#x}"),
+                put("mad.lo.u32", lop3(lowest, 0x11111111, 0, 0xC0), 4, f"{0x32103210:#x}"),
+                put("mad.lo.u32", lop3(lowest, 0x22222222, 0, 0xC0), 2, f"{0x32103210:#x}"),
             ]
         found = []
         for four in range(2):
             at = shifted(index, 16 * four)
-            by_bytes = []
+            by_bytes: list[str] = []
             for by in (0, 8):
                 chosen = [looked_up(bytes_of(upper[i::each], by), at) for i in range(each)]
                 for mix in mixes:
