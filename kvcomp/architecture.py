@@ -38,7 +38,7 @@ class LayerKind(Enum):
     FULL = Traits("attends to all tokens", packed=True, scored=True, fixed=True, calibrated=True, engine=True)
     LATENT = Traits("caches latents (MLA)", packed=True, scored=True)
     INDEXED = Traits("chooses tokens by an indexer of its own", packed=True)
-    SLIDING = Traits("attends to a sliding window", packed=True, calibrated=True, bounded=True)
+    SLIDING = Traits("attends to a sliding window", packed=True, calibrated=True, engine=True, bounded=True)
     CHUNKED = Traits("attends to a chunk of the text, or to latents in a window")
     SHARED = Traits("reads the cache of another layer, or none")
     CROSS = Traits("attends to an image or another text")

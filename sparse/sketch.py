@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcomp.calibration.fitting import QueryMoments
-from kvcomp.calibration.statistics import weighted_directions
-from kvcomp.stages import Choice, Index, PageShape, Summaries
+from kvcomp.calibration.stage import FILE, Calibrated
+from kvcomp.calibration.statistics import Statistics, weighted_directions
+from kvcomp.stages import Choice, Index, PageShape, Summaries, arg
 from kvcomp.stages.registry import register
+from kvcomp.state import State
 
 from .codes import TokenSelector, encode, step
 
@@ -92,9 +94,33 @@ class Directions(Index):
         return self.queries.lacks(paged, self.write, self.read, self.offset)
 
 
+class HeadDirections(Index):
+    """The same directions for all streams of a KV head, from a file: `write` and `read` [H, D, r], `offset` [H, r]."""
+
+    def __init__(self, selector: Sketch, shape: PageShape) -> None:
+        super().__init__(selector)
+        file, dim, rank = selector.load(), shape.k_dim, selector.rank
+        self.bits, self.heads = selector.bits, shape.heads
+        steps = step(file.tensor("deviation", shape, dim)[:, None, :rank], self.bits)
+        self.write = file.tensor("write", shape, dim, dim)[..., :rank] / steps
+        self.read = file.tensor("read", shape, dim, dim)[..., :rank] * steps
+        self.offset = torch.einsum("hd,hdr->hr", file.tensor("mean", shape, dim), self.write)
+
+    def summarize(self, keys: Tensor, values: Tensor, streams: Tensor) -> dict[str, Tensor]:
+        head = streams % self.heads
+        return encode(torch.bmm(keys.float(), self.write[head]) - self.offset[head][:, None], self.bits)
+
+    def choose(self, queries: Tensor, scale: float, held: Summaries) -> Choice:
+        read = self.read.repeat(len(queries) // self.heads, 1, 1)
+        return self.selector.select(torch.bmm(queries.float(), read), scale, held)
+
+    def constants(self) -> list[Tensor]:
+        return [self.write, self.read, self.offset]
+
+
 @register("sketch")
 @dataclass(frozen=True)
-class Sketch(TokenSelector):
+class Sketch(TokenSelector, Calibrated):
     """Sketch: a decode query reads the single tokens that a few coordinates of their keys promise most attention.
 
     A page holds `rank` coordinates of each key in `bits` bits: 8 bytes a token, where a key of 128 channels and its
@@ -109,6 +135,29 @@ class Sketch(TokenSelector):
     """
 
     paper: ClassVar[str] = "kvcomp; cf. arXiv:2406.02542, arXiv:2408.07092"
+    required: ClassVar[bool] = False
+
+    calibration: str | None = arg(None, f"{FILE}; None: fitted to the prompt")
+
+    @classmethod
+    def calibrate(cls, seen: Statistics) -> dict[str, Tensor]:
+        """write and read [H, D, D] of keys and queries, the weightiest direction first; the keys' mean [H, D] and their
+        deviation [H, D] along each."""
+        write, read = weighted_directions(seen.key_covariance, seen.queries, DAMPING)
+        variance = torch.einsum("hdr,hde,her->hr", write, seen.key_covariance, write)
+        deviation = variance.clamp_min(0).sqrt()
+        return {"write": write, "read": read, "mean": seen.key_mean, "deviation": deviation}
+
+    @classmethod
+    def check_layer(cls, layer: State) -> None:
+        write = layer.finite("write", (None, None, None), torch.float32)
+        heads, dim, _ = write.shape
+        layer.finite("write", (heads, dim, dim), torch.float32)
+        layer.finite("read", (heads, dim, dim), torch.float32)
+        layer.finite("mean", (heads, dim), torch.float32)
+        deviation = layer.finite("deviation", (heads, dim), torch.float32)
+        layer.require(bool((deviation >= 0).all()), "deviation is negative")
+        layer.require(bool(write.any()), "write is 0")
 
     @property
     def default(self) -> tuple[str, float]:
@@ -116,11 +165,13 @@ class Sketch(TokenSelector):
 
     @property
     def needs_queries(self) -> bool:
-        return True
+        return self.calibration is None
 
-    def index(self, shape: PageShape) -> Directions:
-        return Directions(self, shape)
+    def index(self, shape: PageShape) -> Index:
+        return Directions(self, shape) if self.calibration is None else HeadDirections(self, shape)
 
     def index_bytes(self, shape: PageShape) -> tuple[int, int]:
+        if self.calibration is not None:
+            return 0, 0
         directions = shape.k_dim * self.rank * torch.float32.itemsize
         return 2 * directions + self.rank * torch.float32.itemsize, directions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from kvcomp.architecture import LayerKind
 from kvcomp.cache.blocks.decode import Decoder, DecodeStep, most_channels, obstacle
@@ -23,10 +23,12 @@ from kvcomp.cache.blocks.setup import Setup
 from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import KvcompError, UnsupportedError
 
+from .batch import Batch
 from .checks import accepted, check_layer
 from .config import report_prompt_lengths
 from .reserve import release
-from .specs import EvictingSpec
+from .specs import EvictingSpec, PageSpec
+from .summary import announce
 
 
 class PageBackend(AttentionBackend):
@@ -63,28 +65,39 @@ class PageBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return not cls.setup.stack.policies
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return bool(attn_type == AttentionType.DECODER)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """The same blocks, with the bytes of a page record in each (block, KV head)."""
-        setup = cls.setup
-        full = isinstance(spec, FullAttentionSpec) and spec.sliding_window is None
-        kind = LayerKind.FULL if full else LayerKind.SLIDING
+        setup, window = cls.setup, getattr(spec, "sliding_window", None)
+        kind = LayerKind.FULL if window is None else LayerKind.SLIDING
         check_layer(setup, kind, spec.head_size, getattr(spec, "head_size_v", spec.head_size))
-        if spec.block_size % setup.page_size:
+        if spec.block_size % setup.page_size and spec.block_size > 1:  # vLLM asks for the bytes of a token, too
             raise UnsupportedError(
                 f"{setup.stack}: blocks of {spec.block_size} tokens do not hold whole pages of {setup.page_size}: "
                 f"use --block-size {setup.page_size}"
             )
         record = setup.record_bytes(spec.num_kv_heads)
-        if setup.stack.policies:
+        if window is not None:
+            setup.within(window).plan(0)  # refuses now what cannot be served
+        elif setup.stack.policies:
             spec = EvictingSpec.of(spec, setup)
+        elif setup.caching and setup.slots:
+            spec = PageSpec.of(spec, setup)
         return replace(spec, dtype=torch.uint8, state_content_bytes=record // setup.page_size)
 
 
-class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
+class StepBuilder(AttentionMetadataBuilder[Batch | DecodeStep]):
     """Turns a step's batch into what every layer needs of it."""
 
     built_for: ClassVar[Setup]
@@ -94,7 +107,7 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Of steps of single tokens, on a GPU whose kernels write and read those of every layer: see `decode`."""
         setup, model, parallel = cls.built_for, vllm_config.model_config, vllm_config.parallel_config
-        if vllm_config.device_config.device_type != "cuda" or not setup.by_token:
+        if vllm_config.device_config.device_type != "cuda" or not setup.by_token or setup.hybrid:
             return cls._cudagraph_support
         heads, device = model.get_num_kv_heads(parallel), torch.device("cuda")
         rows = model.get_num_attention_heads(parallel) // heads
@@ -112,6 +125,9 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
             )
         if self.setup.stack.policies:
             report_prompt_lengths(vllm_config.model_config)
+        self.setup = self.setup.within(getattr(kv_cache_spec, "sliding_window", None))
+        if self.setup.sliding is None:
+            announce(self.setup, vllm_config, kv_cache_spec)
         self.decoder: Decoder | None = None
         release(device)
         if self.get_cudagraph_support(vllm_config, kv_cache_spec) is not AttentionCGSupport.NEVER:
@@ -137,7 +153,7 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Step | DecodeStep:
+    ) -> Batch | DecodeStep:
         batch = common_attn_metadata
         decoder, singles = self.decoder, batch.max_query_len == 1 and batch.num_actual_tokens == batch.num_reqs
         if decoder is not None and singles and batch.num_reqs <= decoder.requests:
@@ -149,17 +165,20 @@ class StepBuilder(AttentionMetadataBuilder[Step | DecodeStep]):
         # of a stack with a policy, where the runner (V2) has the prompts' lengths on the device alone.
         if not (lengths.is_cpu or self.setup.drafts or batch.seq_lens_cpu_upper_bound is None):
             starts, lengths = batch.query_start_loc_cpu, batch.seq_lens_cpu_upper_bound
-        if self.setup.stack.policies and told is None and bool(batch.block_table_tensor[:reqs].any()):
+        if self.setup.geometry.policies and told is None and bool(batch.block_table_tensor[:reqs].any()):
             raise KvcompError(f"{self.setup.stack}: this version of vLLM does not tell how long prompts are")
         prompts = [0] * reqs if told is None else told[:reqs].tolist()  # a batch without blocks is a dummy
-        return Step.of(
-            self.setup,
-            self.kv_cache_spec.num_kv_heads,
-            starts[: reqs + 1].tolist(),
-            lengths[:reqs].tolist(),
-            prompts,
-            batch.block_table_tensor,
-            batch.slot_mapping,
+        return Batch(
+            partial(
+                Step.of,
+                self.setup,
+                self.kv_cache_spec.num_kv_heads,
+                starts[: reqs + 1].tolist(),
+                lengths[:reqs].tolist(),
+                prompts,
+                batch.block_table_tensor,
+                batch.slot_mapping,
+            )
         )
 
 

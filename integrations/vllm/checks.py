@@ -8,9 +8,10 @@ from kvcomp.architecture import LayerKind, LayerShape, engine_obstacle
 from kvcomp.cache.blocks.setup import Setup
 from kvcomp.errors import UnsupportedError
 from kvcomp.stages import Policy
-from kvcomp.stages.plan import exact_dtype
+from kvcomp.stages.stack import Stack
 
 from .config import stack_of
+from .fitting import fitted, lacks_file
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,13 +25,21 @@ def accepted(config: VllmConfig) -> Setup:
     """
     stack = stack_of(config)
     assert stack is not None
+    setup = _setup(stack, config)
+    model, ranks = config.model_config, config.parallel_config.tensor_parallel_size
+    check_layer(setup, LayerKind.LATENT if model.use_mla else LayerKind.FULL, setup.dim, setup.dim)
+    check_stages(setup, ranks)
+    check_engine(setup, config)
+    return _setup(fitted(stack, model), config)
+
+
+def _setup(stack: Stack, config: VllmConfig) -> Setup:
     model, speculative = config.model_config, config.speculative_config
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
-    setup = Setup(stack, model.get_total_num_hidden_layers(), model.get_head_size(), model.dtype, drafts)
-    check_layer(setup, LayerKind.LATENT if model.use_mla else LayerKind.FULL, setup.dim, setup.dim)
-    check_stages(setup, config.parallel_config.tensor_parallel_size)
-    check_engine(setup, config)
-    return setup
+    sizes = model.get_total_num_hidden_layers(), model.get_head_size()
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ["sliding_attention"]
+    hybrid = model.get_sliding_window() is not None and "sliding_attention" in kinds
+    return Setup(stack, *sizes, model.dtype, drafts, config.cache_config.enable_prefix_caching, hybrid)
 
 
 def check_layer(setup: Setup, kind: LayerKind, k_dim: int, v_dim: int) -> None:
@@ -52,17 +61,6 @@ def check_engine(setup: Setup, config: VllmConfig) -> None:
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise UnsupportedError(f"{setup.stack}: context parallelism splits a request's pages: leave it out")
-    if cache.enable_prefix_caching and setup.policy is not None:
-        raise UnsupportedError(
-            f"{setup.stack}: {setup.policy.name} rewrites the pages of a prompt, which others then cannot share: "
-            "serve with --no-enable-prefix-caching"
-        )
-    if cache.enable_prefix_caching and setup.stack_window:
-        raise UnsupportedError(
-            f"{setup.stack} keeps {setup.stack_window} in full precision per request, which a prefix found in the "
-            "cache would lack: serve with --no-enable-prefix-caching, or add window(sinks=0, recent=0)"
-            + (", or leave out streaming" if setup.geometry.newest else "")
-        )
     if config.kv_transfer_config is not None and setup.slots:
         raise UnsupportedError(
             f"{setup.stack} keeps tokens of each request in a window of its own, and a KV connector moves pages "
@@ -83,22 +81,26 @@ def check_stages(setup: Setup, ranks: int = 1) -> None:
     for policy in stack.policies:
         _check_policy(setup, policy, ranks)
     shape = setup.shape(1, 0)
-    if exact_dtype(stack.window.bits, setup.dtype) != setup.dtype:
+    if not setup.exact_dtype.is_floating_point:
         raise UnsupportedError(
-            f"window(bits={stack.window.bits}): windows in vLLM's blocks are in the model's dtype: leave bits out"
+            f"window(bits={stack.window.bits}): windows in vLLM's blocks hold floating-point numbers: set bits=16"
         )
-    if quantizer.needs_queries:
+    if quantizer.needs_queries and not lacks_file(quantizer):
         raise UnsupportedError(
-            f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: give it a "
-            "calibration file where it takes one, or use int, kivi or turboquant"
+            f"{quantizer.name} fits itself to each request, which has no place in vLLM's blocks: use klt, int, kivi or "
+            "turboquant"
         )
     selector = stack.selector
-    if selector is not None and (selector.needs_queries or any(selector.index_bytes(shape))):
+    if (
+        selector is not None
+        and not lacks_file(selector)
+        and (selector.needs_queries or any(selector.index_bytes(shape)))
+    ):
         raise UnsupportedError(
             f"{selector.name} fits itself to each request, which has no place in vLLM's blocks: use quest or moba"
         )
-    for stage in (quantizer, *stack.policies):
-        if ranks > 1 and getattr(stage, "calibration", None) is not None:
+    for stage in (selector, *stack.policies):
+        if stage is not None and ranks > 1 and getattr(stage, "calibration", None) is not None:
             raise UnsupportedError(f"{stage.name}: a calibration knows all heads, and a rank has some: use one rank")
 
 

@@ -16,16 +16,16 @@ from kvcomp.architecture import LayerKind
 from kvcomp.cache.blocks.decode import DecodeStep
 from kvcomp.cache.blocks.layer import BlockLayer
 from kvcomp.cache.blocks.pages import Pages
-from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import UnsupportedError
 
+from .batch import Batch
 from .checks import accepted, check_layer
 from .key_centres import turned_biases
 from .reserve import needed, reserve
 from .window import Window
 
 
-class PageAttention(AttentionImpl[Step | DecodeStep]):
+class PageAttention(AttentionImpl[Batch | DecodeStep]):
     """The attention of one layer over pages, a window where the stack needs one, and the step's own tokens."""
 
     def __init__(
@@ -43,11 +43,12 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         **more: Any,
     ) -> None:
         config = get_current_vllm_config()
-        self.setup, self.model, self.ranks = accepted(config), config.model_config, config.parallel_config
+        setup, self.model, self.ranks = accepted(config), config.model_config, config.parallel_config
+        self.setup, self.sinks = setup.within(sliding_window), more.get("sinks")
         refused = {
             "position biases (ALiBi)": alibi_slopes,
             "another kind than decoding": attn_type != AttentionType.DECODER or None,
-            "learned sinks": more.get("sinks"),
+            "learned sinks, which policies do not know of": self.sinks if setup.stack.policies else None,
         }
         kinds = {LayerKind.SLIDING: sliding_window, LayerKind.SHARED: kv_sharing_target_layer_name}
         kind = next((kind for kind, given in kinds.items() if given is not None), LayerKind.FULL)
@@ -67,7 +68,10 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         if self.setup.slots:
             self.window = Window(self.setup, self.num_kv_heads, num_heads)
         self.config = config
-        self.any_pages = Pages(self.setup, 0, self.num_kv_heads)  # refuses now what cannot be served
+        self.of_queries = self.num_heads, self.scale, self.softcap
+        ranks = self.ranks.tensor_parallel_size
+        self.rank = (get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
+        self.any_pages = Pages(self.setup, 0, self.num_kv_heads, rank=self.rank)  # refuses now what cannot be served
 
     def bind(self, layer_name: str, device: torch.device) -> BlockLayer:
         """The layer, for a pool on `device`."""
@@ -77,12 +81,10 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
             if self.setup.by_token:
                 biases = turned_biases(self.model.model, self.model.hf_text_config, layer, self.head_size)
             if biases is not None:
-                ranks = self.ranks.tensor_parallel_size
-                rank = get_tensor_model_parallel_rank() if ranks > 1 else 0
-                biases = biases.of_rank(self.num_kv_heads, rank, ranks)
-            pages = Pages(self.setup, layer, self.num_kv_heads, device, biases)
+                biases = biases.of_rank(self.num_kv_heads, *self.rank)
+            pages = Pages(self.setup, layer, self.num_kv_heads, device, biases, self.rank)
             windows = None if self.window is None else self.window.windows
-            self.layer = BlockLayer(pages, windows, self.num_heads, self.scale, self.softcap)
+            self.layer = BlockLayer(pages, windows, *self.of_queries, sinks=self.sinks)
         return self.layer
 
     def forward(
@@ -92,7 +94,7 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Step | DecodeStep | None,
+        attn_metadata: Batch | DecodeStep | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -104,12 +106,14 @@ class PageAttention(AttentionImpl[Step | DecodeStep]):
         if attn_metadata is None:  # vLLM measures memory, and there is no cache yet
             reserve(needed(self.config, self.any_pages, self.num_heads, output.device), output.device)
             return output.zero_()
-        bound, blocks = self.bind(layer.layer_name, kv_cache.device), None
+        bound, blocks, found = self.bind(layer.layer_name, kv_cache.device), None, None
         bound.pages.at(kv_cache)
         if self.window is not None:
             self.window.windows.at(self.window.kv_cache)
-            blocks = get_forward_context().attn_metadata[self.window.name].blocks
-        bound.attend(attn_metadata, query, key, value, output.view(len(output), self.num_heads, -1), blocks)
+            window = get_forward_context().attn_metadata[self.window.name]
+            blocks, found = window.blocks, window.found
+        step = attn_metadata.step(found) if isinstance(attn_metadata, Batch) else attn_metadata
+        bound.attend(step, query, key, value, output.view(len(output), self.num_heads, -1), blocks)
         return output
 
     def read(self) -> int:

@@ -28,9 +28,11 @@ NAME = "kvcomp.window"
 
 @dataclass(frozen=True)
 class WindowBlocks:
-    """blocks int64 [R, m]: those of each request's window."""
+    """blocks int64 [R, m]: those of each request's window. found: how many of its tokens it found in blocks of others;
+    None: no request does."""
 
     blocks: Tensor
+    found: list[int] | None
 
 
 class WindowBuilder(AttentionMetadataBuilder[WindowBlocks]):
@@ -42,8 +44,9 @@ class WindowBuilder(AttentionMetadataBuilder[WindowBlocks]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowBlocks:
-        table = common_attn_metadata.block_table_tensor
-        return WindowBlocks(table[:, : self.kv_cache_spec.blocks].long())
+        table, blocks = common_attn_metadata.block_table_tensor, self.kv_cache_spec.blocks
+        found = table[: common_attn_metadata.num_reqs, blocks].tolist() if self.kv_cache_spec.counts_found else None
+        return WindowBlocks(table[:, :blocks].long(), found)
 
 
 class WindowBackend(AttentionBackend):
@@ -101,4 +104,5 @@ class Window(nn.Module, AttentionLayerBase):
             state_content_bytes=cell,
             blocks=kept + more,
             kept_blocks=kept,
+            counts_found=self.setup.geometry.shared,
         )

@@ -77,7 +77,7 @@ class Calibration:
                 f"{str(self.path)!r} has no {name} of layer {shape.layer}, only layers {layers}: calibrate the model "
                 "that the cache is for"
             )
-        wanted = (shape.heads, *dims)
+        found, wanted = shape.of_rank(found), (shape.heads, *dims)
         if found.dim() != len(wanted) or any(w not in (None, n) for w, n in zip(wanted, found.shape, strict=True)):
             channels = found.shape[1] if found.dim() > 1 else "no"
             raise CalibrationError(

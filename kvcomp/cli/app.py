@@ -10,7 +10,7 @@ import typer
 from kvcomp import __version__
 from kvcomp.console import Group, note
 
-from . import ask, bench, calibrate, data, doctor, generate, plan, report, speed, stacks, tune
+from . import ask, bench, calibrate, data, doctor, generate, plan, report, serve, speed, stacks, tune
 from .output import EXIT_CODES
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ app.command(epilog=tune.EPILOG)(tune.tune)
 app.command(epilog=report.EPILOG)(report.report)
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=speed.EPILOG)(speed.speed)
+app.command(epilog=serve.EPILOG, context_settings=serve.ANY_OPTION)(serve.serve)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.add_typer(data.app, name="data")

@@ -21,7 +21,7 @@ from kvcomp.text import quote
 from .config_file import Config
 from .output import Document, Json, size
 
-METHODS = ("dsa", "klt", "kvzap", "latent", "oscar", "svd", "think")
+METHODS = ("dsa", "klt", "kvzap", "latent", "oscar", "sketch", "svd", "think")
 DOCUMENT = Document(
     file="the file that was written",
     method="the calibrated stage",

@@ -158,13 +158,15 @@ def _in_vllm(spec: str, head_dim: int) -> str:
     from kvcomp.cache.blocks.setup import Setup
     from kvcomp.errors import UnsupportedError
     from kvcomp.integrations.vllm.checks import check_stages
+    from kvcomp.integrations.vllm.fitting import lacks_file
     from kvcomp.stages.stack import Stack
 
-    setup = Setup(Stack.parse(spec), 32, head_dim, torch.bfloat16, 0)
+    setup = Setup(Stack.parse(spec), 32, head_dim, torch.bfloat16, caching=True)
     try:
         check_stages(setup)
+        if any(map(lacks_file, setup.stack.stages)):
+            return "served: the first engine calibrates it for the model"
         Pages(setup, 8, 1)
     except UnsupportedError as error:
         return f"refused: {error}"
-    shared = setup.policy is None and not setup.stack_window
-    return "served" if shared else "served, with --no-enable-prefix-caching"
+    return "served" if setup.geometry.shared else "served, without hits in the prefix cache"

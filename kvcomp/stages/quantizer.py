@@ -23,7 +23,7 @@ class PageShape:
 
     centred: whether pages may have a centre, as those of caches lack that were saved before there were any.
     latent: values are the first `v_dim` channels of keys, and share their bytes. kept: of these, how many pages keep;
-    None: all. The others are 0 in pages.
+    None: all. The others are 0 in pages. rank: of an engine that splits KV heads over several, which, of how many.
     """
 
     page_size: int
@@ -36,6 +36,14 @@ class PageShape:
     centred: bool = True
     latent: bool = False
     kept: int | None = None
+    rank: tuple[int, int] = (0, 1)
+
+    def of_rank(self, tensor: Tensor) -> Tensor:
+        """Of a tensor [H, ...] of all KV heads, those of the rank; heads are repeated where there are more ranks."""
+        rank, ranks = self.rank
+        held = len(tensor)
+        first = rank * self.heads if held >= ranks * self.heads else rank * held // ranks
+        return tensor if ranks == 1 else tensor[first : first + self.heads]
 
     @property
     def channels(self) -> int:

@@ -27,8 +27,18 @@ def filled(setup: Setup, blocks: int, device: torch.device) -> Tensor:
 class BlockEngine:
     """A layer of 4, of a stack, for requests that each have all their blocks."""
 
-    def __init__(self, stack: str, device: torch.device, layer: int = 2, biases: Turned | None = None) -> None:
-        self.setup = setup = Setup(Stack.parse(stack), layers=4, dim=DIM, dtype=torch.float32)
+    def __init__(
+        self,
+        stack: str,
+        device: torch.device,
+        layer: int = 2,
+        biases: Turned | None = None,
+        caching: bool = False,
+        sliding: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        given = {"layers": 4, "dim": DIM, "dtype": torch.float32, "caching": caching, "sliding": sliding}
+        self.setup = setup = Setup(Stack.parse(stack), **given)
         self.device = device
         self.pool = filled(setup, 1 + REQUESTS * COLUMNS, device)
         self.table = 1 + torch.randperm(REQUESTS * COLUMNS).view(REQUESTS, COLUMNS).int()
@@ -39,7 +49,7 @@ class BlockEngine:
             self.windows.at(filled(setup, 1 + REQUESTS * blocks, device).zero_())
             self.blocks = (1 + torch.arange(REQUESTS * blocks).view(REQUESTS, blocks)).to(device)
         self.pages = Pages(setup, layer, HEADS, device, biases).at(self.pool)
-        self.layer = BlockLayer(self.pages, self.windows, HEADS * GROUP, DIM**-0.5)
+        self.layer = BlockLayer(self.pages, self.windows, HEADS * GROUP, DIM**-0.5, sinks=sinks)
 
     def slots(self, starts: list[int], lengths: list[int]) -> Tensor:
         """Places of the new tokens in the pool."""
@@ -49,9 +59,15 @@ class BlockEngine:
             found.append(self.table[r, place // size].long() * size + place % size)
         return torch.cat(found)
 
-    def planned(self, starts: list[int], lengths: list[int], prompts: list[int] | None = None) -> Step:
+    def planned(
+        self,
+        starts: list[int],
+        lengths: list[int],
+        prompts: list[int] | None = None,
+        found: list[int] | None = None,
+    ) -> Step:
         table, slots = (x.to(self.device) for x in (self.table, self.slots(starts, lengths)))
-        return Step.of(self.setup, HEADS, starts, lengths, prompts or [1] * len(lengths), table, slots)
+        return Step.of(self.setup, HEADS, starts, lengths, prompts or [1] * len(lengths), table, slots, found)
 
     def attend(self, step: Step | DecodeStep, *new: Tensor) -> Tensor:
         out = torch.full_like(new[0], 7)

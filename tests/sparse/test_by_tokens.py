@@ -14,6 +14,7 @@ from kvcomp import Stack
 from kvcomp.cache.layer import LayerStore
 from kvcomp.cache.reader import choose
 from kvcomp.calibration.file import CalibrationError
+from kvcomp.calibration.statistics import Moments
 from kvcomp.errors import SpecError
 from kvcomp.kernels.select import code_dots, regroup
 from kvcomp.sparse.codes import CODES, code_fields, encode, step
@@ -95,9 +96,20 @@ def test_codes_keep_products(bits: int) -> None:
     assert float((got - expected).norm() / expected.norm()) < {4: 0.13, 8: 0.015}[bits]
 
 
+def sketch_file(folder: Path) -> Path:
+    seen = Moments()
+    seen.add(*low_rank(600))
+    return save(folder / "sketch.safetensors", "sketch", [seen.result(None)])
+
+
+@pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("quantizer", ["none", "turboquant(bits=4)"])
-def test_a_sketch_of_enough_directions_finds_the_tokens_that_draw_most(quantizer: str) -> None:
-    store, q = written(f"sketch(tokens=32, rank=10, bits=8) + {quantizer} + window(sinks=0, recent=0)", 512)
+def test_a_sketch_of_enough_directions_finds_the_tokens_that_draw_most(
+    quantizer: str, fitted: bool, tmp_path: Path
+) -> None:
+    """Fitted to the prompt, or to what a calibration saw of the same distribution."""
+    more = f", calibration={str(sketch_file(tmp_path))!r}" if fitted else ""
+    store, q = written(f"sketch(tokens=32, rank=10, bits=8{more}) + {quantizer} + window(sinks=0, recent=0)", 512)
     choice, _ = choose(store.records, store.storage.view(), q.view(4, 2, 64), 0.125)
     assert choice is not None
     true = shares(q, 512)

@@ -9,13 +9,15 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """Tokens `past` to `end` of a request (a row of the batch), which lie in the batch from row `start` on."""
+    """Tokens `past` to `end` of a request (a row of the batch), which lie in the batch from row `start` on; it found
+    its first `found` tokens in blocks of others."""
 
     request: int
     start: int
     past: int
     end: int
     prompt: int
+    found: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Group:
     of tokens, the last page filled in part, where tokens are written singly.
     exact int64 [R * H]: exact tokens, sinks and those newer than the pages; held: of each request, on the host.
     slots int64 [R, longest + 1]: slots of the window that hold the exact tokens, and one more.
+    skipped int64 [R * H]: tokens at the start of the first page that the first new token does not see, where the layer
+    has a sliding window; None: it sees all.
     generating bool [R * H]: whether the prompt was in before the step: only then what pages receive is watched.
     """
 
@@ -40,6 +44,7 @@ class Group:
     generating: Tensor
     held: list[int]
     rows: slice | None
+    skipped: Tensor | None = None
 
     @property
     def new(self) -> int:
@@ -71,15 +76,31 @@ class Group:
 class Fill:
     """Pages that a request's new tokens make full.
 
-    group: the request's, as an index; row: its place there. sinks: how many it has; new_sinks: new tokens that become
-    sinks. pages int64 [H, m]: the records to write.
+    group: the request's, as an index; row: its place there. old: exact tokens that it has and that are in no such page:
+    sinks, and those of pages written ahead; new_sinks: new tokens that become sinks. pages int64 [H, m]: the records to
+    write.
     """
 
     group: int
     row: int
-    sinks: int
+    old: int
     new_sinks: int
     pages: Tensor
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """The sinks of a request, which are complete with its new tokens and which others may need, or which it found.
+
+    group, row: as in `Fill`. request: its row in the batch. records int64 [H, m]: those that hold the sinks. slots
+    int64 [w]: theirs in the window.
+    """
+
+    group: int
+    row: int
+    request: int
+    records: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)

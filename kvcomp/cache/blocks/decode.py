@@ -65,8 +65,10 @@ class DecodeStep:
         scale: float,
         softcap: float | None,
         out: Tensor,
+        sinks: Tensor | None = None,
     ) -> None:
         """Write tokens of key and value [T, H, D], and attention of query [T, Hq, D] to out [T, Hq, D]; T is R or more.
+        sinks: as of `BlockLayer`.
 
         Rows of padding become 0, those after R stay.
         """
@@ -80,7 +82,11 @@ class DecodeStep:
             in_tokens=True,
             workspace=self.workspace,
         )
-        out[:requests] = part.out.view(requests, -1, out.shape[2])
+        found = part.out
+        if sinks is not None:
+            logits = sinks.to(part.lse.dtype).view(-1, part.lse.shape[1]).repeat(requests, 1)
+            found = found * torch.sigmoid(part.lse - logits)[..., None]
+        out[:requests] = found.view(requests, -1, out.shape[2])
 
     def read(self, layout: PageLayout) -> int:
         """Bytes of the cache that a layer loaded: tokens of pages, which share nothing but centres, and pages' ids.

@@ -42,9 +42,17 @@ class Pages:
     """Writes and decodes page records, as the layer's codec has them. `at` binds it to the pool."""
 
     def __init__(
-        self, setup: Setup, layer: int, heads: int, device: torch.device = HOST, biases: Turned | None = None
+        self,
+        setup: Setup,
+        layer: int,
+        heads: int,
+        device: torch.device = HOST,
+        biases: Turned | None = None,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         """For a layer of which `heads` KV heads are on this rank, on the `device` that the pool is on.
+
+        rank: which of how many it is.
 
         biases: those of the heads' keys, from which centres of pages follow that are written token by token.
 
@@ -58,7 +66,7 @@ class Pages:
                 f"{setup.stack}: blocks of an engine hold K and V of each head, of which {latent.name} makes one "
                 "latent: leave it out, or use Hugging Face's cache"
             )
-        plan, shape = setup.plan(layer), replace(setup.shape(heads, layer), device=device)
+        plan, shape = setup.plan(layer), replace(setup.shape(heads, layer), device=device, rank=rank)
         self.records = Records(plan, shape)
         if self.records.codec.state():
             raise UnsupportedError(
@@ -150,6 +158,21 @@ class Pages:
         self.write_pages(keys, values, records)
         for (_, rows), tokens in zip(self._rows() if moved else (), moved, strict=True):
             rows[records[head, to // size], to % size] = tokens
+
+    def put_sinks(self, records: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep exact keys and values [H, s, D] in records int64 [H, m], which hold no pages."""
+        each, dtype = self.setup.sinks_of_record, self.setup.exact_dtype
+        rows = torch.cat([keys, values], -1).to(dtype)
+        for column, part in enumerate(rows.split(each, 1)):
+            data = part.flatten(1).contiguous().view(torch.uint8)
+            self.pool[records[:, column], : data.shape[1]] = data
+
+    def sinks(self, records: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [count, H, D] that `put_sinks` kept in records int64 [H, m]."""
+        each, dtype, width = self.setup.sinks_of_record, self.setup.exact_dtype, 2 * self.setup.dim
+        held = self.pool[records][..., : each * width * dtype.itemsize].contiguous().view(dtype)
+        k, v = held.unflatten(-1, (each, width)).flatten(1, 2)[:, :count].transpose(0, 1).chunk(2, -1)
+        return k, v
 
     def received(self, records: Tensor) -> Tensor:
         """float32 [..., 2] from the tails of records: the attention that pages received, and of how many queries."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from kvcomp.errors import UnsupportedError
 from kvcomp.stages import PageShape, Policy
-from kvcomp.stages.plan import RECEIVED, LayerPlan
+from kvcomp.stages.plan import RECEIVED, LayerPlan, exact_dtype
 from kvcomp.stages.stack import Stack, StackLike
 
 from ..geometry import Extents
@@ -24,6 +25,10 @@ class Setup:
     Where every field of a page has a row per token, and nothing is asked of the newest tokens, a token is written into
     its page at once: `by_token`. Otherwise each request has a window in full precision (sinks, recent tokens, a page
     that is not full yet and `drafts` that may be rejected), out of which whole pages are encoded.
+
+    caching: whether requests may begin with blocks of others that have the same first tokens, see `Extents`. hybrid:
+    whether layers of the model have sliding windows. sliding: how many tokens a query sees, its own among them, of the
+    layers that this is about: the quantizer alone packs them; None: all tokens.
     """
 
     stack: Stack
@@ -31,20 +36,53 @@ class Setup:
     dim: int
     dtype: torch.dtype
     drafts: int = 0
+    caching: bool = False
+    hybrid: bool = False
+    sliding: int | None = None
 
     if TYPE_CHECKING:
 
-        def __init__(self, stack: StackLike, layers: int, dim: int, dtype: torch.dtype, drafts: int = 0) -> None: ...
+        def __init__(
+            self,
+            stack: StackLike,
+            layers: int,
+            dim: int,
+            dtype: torch.dtype,
+            drafts: int = 0,
+            caching: bool = False,
+            hybrid: bool = False,
+            sliding: int | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stack", Stack.parse(self.stack))
+
+    def within(self, tokens: int | None) -> Setup:
+        """The setup of layers whose queries see so many tokens; None: all."""
+        return self if tokens is None else replace(self, sliding=tokens)
 
     @cached_property
     def geometry(self) -> Extents:
         """Counts of tokens and pages of a request."""
         window = self.stack.window
+        if self.sliding is not None:
+            return Extents(self.page_size, 0, window.recent, self.drafts, layers=self.layers)
         sizes = self.page_size, window.sinks, window.recent, self.drafts
-        return Extents(*sizes, policies=self.stack.policies, layers=self.layers)
+        columns = -(-window.sinks // self.sinks_of_record) if self.caching and window.sinks else None
+        policies = self.stack.policies
+        # Blocks of sliding layers end where tokens do, and those of other layers where the sinks have them.
+        caching = self.caching and not self.hybrid
+        return Extents(*sizes, policies=policies, layers=self.layers, caching=caching, sink_columns=columns)
+
+    @cached_property
+    def sinks_of_record(self) -> int:
+        """Exact tokens for which a record has space: K and V of its head."""
+        return max(self._page_bytes(1) // (2 * self.dim * self.exact_dtype.itemsize), 1)
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """Of the tokens in sinks and window: the model's, or float16 where that has more bits than are asked for."""
+        return exact_dtype(self.stack.window.bits, self.dtype)
 
     @property
     def page_size(self) -> int:
@@ -55,13 +93,6 @@ class Setup:
     def policy(self) -> Policy | None:
         """What chooses, once a prompt is in, which of its tokens stay; None: nothing does."""
         return self.geometry.policy
-
-    @property
-    def stack_window(self) -> str:
-        """The exact tokens that the stack asks for, in words; empty where it asks for none."""
-        window = self.stack.window
-        parts = [f"{n} {what}" for n, what in ((window.sinks, "sinks"), (window.recent, "recent tokens")) if n]
-        return " and ".join(parts)
 
     @property
     def voters(self) -> int:
@@ -77,7 +108,7 @@ class Setup:
     def by_token(self) -> bool:
         """Whether a token can be written into its page by itself."""
         window = self.stack.window
-        asks = window.sinks or window.recent or self.stack.selector or self.stack.policies
+        asks = window.recent or (self.sliding is None and (window.sinks or self.stack.selector or self.stack.policies))
         return not asks and self.plan(0).layout(self.shape(1, 0)).tokenwise
 
     @property
@@ -86,8 +117,23 @@ class Setup:
         return 0 if self.by_token else self.geometry.slots
 
     def plan(self, layer: int) -> LayerPlan:
-        """The stages of one layer."""
-        return self.stack.plan(layer, self.layers)
+        """The stages of one layer.
+
+        Raises:
+            UnsupportedError: queries see fewer tokens than those that are exact and a page.
+        """
+        if self.sliding is None:
+            return self.stack.plan(layer, self.layers)
+        window, size = self.stack.window, self.page_size
+        if window.recent + size > self.sliding:
+            most = self.sliding - size
+            way = "serve this model without a stack" if most < 0 else f"set window(recent=...) to {most} at most"
+            raise UnsupportedError(
+                f"{self.stack}: queries of a layer see {self.sliding} tokens, fewer than {window.recent} recent ones "
+                f"and a page of {size}: {way}"
+            )
+        exact = 0, window.recent, size, layer, self.layers
+        return LayerPlan(self.stack.quantizer, (), None, *exact, sliding=self.sliding, exact_bits=window.bits)
 
     def shape(self, heads: int, layer: int) -> PageShape:
         """What the codec of a layer is made for, where `heads` KV heads of it are on this rank; on the host: `Pages`
@@ -103,7 +149,12 @@ class Setup:
 
     def record_bytes(self, heads: int) -> int:
         """Bytes of a (block, head) cell: the largest page of any layer and a tail, filled up to a whole number a
-        token."""
-        layouts = (self.plan(i).layout(self.shape(heads, i)) for i in range(self.layers))
-        most = max(layout.bytes_per_page for layout in layouts) + self.tail_bytes
+        token. The same for layers with sliding windows: all blocks are of one size."""
+        if self.sliding is not None:
+            return replace(self, sliding=None).record_bytes(heads)
+        most = self._page_bytes(heads) + self.tail_bytes
         return -(-most // self.page_size) * self.page_size
+
+    def _page_bytes(self, heads: int) -> int:
+        layouts = (self.plan(i).layout(self.shape(heads, i)) for i in range(self.layers))
+        return max(layout.bytes_per_page for layout in layouts)

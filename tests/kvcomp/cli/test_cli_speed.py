@@ -153,10 +153,11 @@ def test_doctor() -> None:
 def test_doctor_says_what_vllm_serves() -> None:
     told = {
         "int8": "served",
-        "h2o(budget=256) + int8": "served, with --no-enable-prefix-caching",
+        "snapkv(budget=256) + kivi(bits=2)": "served",
+        "h2o(budget=256) + int8": "served, without hits in the prefix cache",
         "adakv + int8": "refused: adakv keeps other numbers of tokens",
         "turboquant(bits=2.5)": "settles on channels by the first text",
-        "klt": "refused: klt fits itself to each request",
+        "klt": "served: the first engine calibrates it for the model",
     }
     for stack, words in told.items():
         lines = run("doctor", "--stack", stack).stdout.splitlines()

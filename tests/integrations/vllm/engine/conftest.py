@@ -114,7 +114,9 @@ class Engines:
         assert self.process.stdout is not None
         print(json.dumps(question), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
-        assert line, self.log.read_text()[-4000:]
+        if not line:
+            self.process = None
+            raise AssertionError(self.log.read_text()[-4000:])
         if "speculative_config" in question["options"]:
             self.close()  # no other engine starts where one with drafts was
         answer: dict[str, Any] = json.loads(line)
@@ -125,6 +127,28 @@ class Engines:
             self.process.stdin.close()
             self.process.wait(60)
             self.process = None
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options for a model of random weights, as two ranks can share its two KV heads: SmolLM2-135M has three."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        initializer_range=0.2,  # far from a tie
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return {"model": str(folder), "skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 4}
 
 
 @pytest.fixture(scope="session")

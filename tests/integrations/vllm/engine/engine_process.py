@@ -1,12 +1,14 @@
 """vLLM engines, one after another, in a process of their own: a line on stdin asks for one, a line on stdout answers.
 
 A question is {"options": arguments of vllm.LLM, "rounds": [[{"prompt": [token ids], "tokens": how many to generate,
-"abort_after": generated tokens after which the request is aborted, or null, "margins": whether they are asked for}]]}.
+"abort_after": generated tokens after which the request is aborted, or null, "margins": whether they are asked for,
+"alone": whether it reads nothing from the prefix cache, "prompt_logprobs": whether they are asked for}]]}.
 The answer is {"error"} where the engine refused to start, or {"capacity": tokens, as vLLM reports it, "block_size",
 "rounds": [{"outputs": [[token ids]], "margins": [[nats between each token and the next best]], "cached": [prompt tokens
-found in the prefix cache], "held": [blocks in use after each step], "written": [tokens of all requests after each
-step], "at": [seconds of processor time from the start to the end of each step], "wall": [seconds by the clock],
-"prompts_in": the step after which each request has a token}], "metrics": {name: value}}.
+found in the prefix cache], "prompts": [[log-probability of each token of a prompt but the first]], "held": [blocks in
+use after each step], "written": [tokens of all requests after each step], "at": [seconds of processor time from the
+start to the end of each step], "wall": [seconds by the clock], "prompts_in": the step after which each request has a
+token}], "metrics": {name: value}}.
 """
 
 from __future__ import annotations
@@ -31,13 +33,20 @@ def run(engine: Any, requests: list[dict[str, Any]], number: int) -> dict[str, A
     for name, request in zip(names, requests, strict=True):
         logprobs = 2 if request.get("margins") else None
         params = SamplingParams(
-            temperature=0, max_tokens=request["tokens"], ignore_eos=True, logprobs=logprobs, detokenize=False
+            temperature=0,
+            max_tokens=request["tokens"],
+            ignore_eos=True,
+            logprobs=logprobs,
+            prompt_logprobs=0 if request.get("prompt_logprobs") else None,
+            skip_reading_prefix_cache=request.get("alone"),
+            detokenize=False,
         )
         engine.add_request(name, {"prompt_token_ids": request["prompt"]}, params)
     aborts = {name: r["abort_after"] for name, r in zip(names, requests, strict=True) if r.get("abort_after")}
     outputs: dict[str, list[int]] = {name: [] for name in names}
     margins: dict[str, list[float]] = {name: [] for name in names}
     cached = dict.fromkeys(names, 0)
+    prompts: dict[str, list[float]] = {name: [] for name in names}
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     held, written, at, wall, start, begun = [], [], [], [], time.process_time(), time.perf_counter()
     prompts_in: int | None = None
@@ -47,6 +56,8 @@ def run(engine: Any, requests: list[dict[str, Any]], number: int) -> dict[str, A
             outputs[output.request_id] = list(new.token_ids)
             margins[output.request_id] = [_margin(tokens) for tokens in new.logprobs or ()]
             cached[output.request_id] = output.num_cached_tokens or 0
+            given = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:], strict=False)
+            prompts[output.request_id] = [tokens[token].logprob for token, tokens in given]
             if len(outputs[output.request_id]) >= aborts.get(output.request_id, sys.maxsize):
                 engine.abort_request([output.request_id])
                 del aborts[output.request_id]
@@ -60,6 +71,7 @@ def run(engine: Any, requests: list[dict[str, Any]], number: int) -> dict[str, A
         "outputs": [outputs[name] for name in names],
         "margins": [margins[name] for name in names],
         "cached": [cached[name] for name in names],
+        "prompts": [prompts[name] for name in names],
         "held": held,
         "written": written,
         "prompts_in": prompts_in,

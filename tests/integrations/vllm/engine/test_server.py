@@ -1,9 +1,10 @@
-"""`vllm serve` with the plugin, asked by the OpenAI client."""
+"""`kvcomp serve`, asked by the OpenAI client."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -16,37 +17,25 @@ from typing import Any
 
 import pytest
 
+from kvcomp.stages.stack import Stack
+
 STACK = "kivi(bits=4) + window(recent=64)"
 TOKENS = 24
 
 
 @pytest.fixture(scope="module")
 def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with the stack in its environment."""
+    """The address of a server with the stack, whose log has one line about it."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    # What `vllm serve` runs; that command itself asks for a distribution named vllm, which the build for CPUs is not.
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            folder,
-            "--served-model-name",
-            "model",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ),
-        *("--attention-backend", "CUSTOM", "--block-size", "64", "--no-enable-prefix-caching", "--dtype", "float32"),
+        *(sys.executable, "-m", "kvcomp", "serve", folder, "--stack", STACK, "--served-model-name", "model"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
         *("--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(128 << 20)),
         *("--enforce-eager", "--max-num-batched-tokens", "4096"),
     ]
     environment = {
-        "KVCOMP_STACK": STACK,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -64,6 +53,9 @@ def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
                 break
             except OSError:
                 time.sleep(1)
+        lines = [line for line in log.read_text().splitlines() if f" kvcomp: {Stack.parse(STACK)}: " in line]
+        assert len(lines) == 1, lines
+        assert re.search(r"5\.00 bits a number, 18,\d+ tokens in the pool, 3\.20x the 5,8\d+ of 16 bits", lines[0])
         yield address
     finally:
         process.terminate()

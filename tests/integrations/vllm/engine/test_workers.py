@@ -15,28 +15,6 @@ FLOAT32 = 4
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Options for a model of random weights, as two ranks can share its two KV heads: SmolLM2-135M has three."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2 * HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=DIM,
-        initializer_range=0.2,  # far from a tie
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return {"model": str(folder), "skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 4}
-
-
-@pytest.fixture(scope="module")
 def requests() -> list[dict[str, Any]]:
     prompts = [[(7 * i + 11 * k) % 512 for k in range(n)] for i, n in enumerate(LENGTHS)]
     return [{"prompt": prompt, "tokens": 80} for prompt in prompts]

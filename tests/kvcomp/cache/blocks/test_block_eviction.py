@@ -70,7 +70,7 @@ class Ledger:
                 for record in read:
                     self.received[record] += len(new)
             for fill in step.fills:
-                behind = exact[fill.sinks :] + new[fill.new_sinks :]
+                behind = exact[fill.old :] + new[fill.new_sinks :]
                 for i, record in enumerate(fill.pages[head].tolist()):
                     self.records[record] = behind[i * size : (i + 1) * size]
             for prompt in [*step.scores, *(keep.prompt for keep in step.keeps)]:
