@@ -72,8 +72,8 @@ class LatentLayer(LatentHandles, CompressedLayer):
         if not self.blind or call.mask is None:
             return False
         past = int(self.get_seq_length()) - call.query.shape[2]
-        shown = read_mask(call.mask, past, call.query.shape[2]).past
-        return shown is not None and bool((shown.cpu() != past).any())
+        facts = read_mask(call.mask, past, call.query.shape[2]).facts
+        return facts is not None and bool((facts.counts != past).any())
 
     def expands(self, n: int, tracked: bool, valid: Tensor | None = None, seen: Seen | None = None) -> bool:
         if not self.latent or self.plan.policies:

@@ -103,6 +103,10 @@ class CompressedLayer(HeldLayer):
         """bool [B or 1, n]: which new tokens are no padding, as a mask has it; None for all."""
         return seen.valid
 
+    def shows_all(self, seen: Seen) -> bool:
+        """Whether no new token is padding, as `shown` has it."""
+        return seen.facts is None or seen.facts.whole
+
     def follow(self, seen: Seen | None, compare: bool) -> None:
         """Let the store follow a mask; see `follow_mask`."""
         follow_mask(self._store, seen, compare)
@@ -122,9 +126,7 @@ class CompressedLayer(HeldLayer):
         seen = None if call.mask is None and n == 1 else read_mask(call.mask, self.columns(past), n)
         valid = None if seen is None else self.shown(seen)
         if valid is not None:
-            valid = valid.expand(store.rows, n)
-            if bool(valid.all()):
-                valid = None
+            valid = None if seen is not None and self.shows_all(seen) else valid.expand(store.rows, n)
         self._follow(call, seen, valid, past)
         if past == 0 and (n > 1 or tracked or self.to_come is not None):
             out, weights = call.dense(keys, values)
@@ -225,7 +227,7 @@ class CompressedLayer(HeldLayer):
         counts: Tensor | None = None
         if past > store.history.length:  # chunks of the same prompt wait
             counts = store.history.counts + self.pending.counts(n)
-            shown = past if seen is None or seen.past is None else seen.past.cpu()
+            shown = past if seen is None or seen.facts is None else seen.facts.counts
             if bool((counts[:, None] != shown).any()):
                 raise UnsupportedError(
                     "the attention mask hides or shows other tokens of the prompt than those that were no padding when "

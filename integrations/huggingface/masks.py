@@ -16,6 +16,15 @@ from kvcomp.errors import UnsupportedError
 from kvcomp.state import FLOATS, described
 
 
+class Facts(NamedTuple):
+    """What layers ask of a mask, on the host: one copy from the device for all of them."""
+
+    counts: Tensor  # int64 [B or 1, n or 1]: how many earlier tokens each query sees
+    whole: bool  # no new token is padding
+    own: bool  # each new token sees itself
+    first: bool  # the first query sees all earlier tokens
+
+
 class Seen(NamedTuple):
     """What a forward's mask says of n new tokens and those before."""
 
@@ -24,11 +33,24 @@ class Seen(NamedTuple):
     past: Tensor | None  # int64 [B or 1, n or 1]: how many earlier tokens each query sees; None for all
     shown: Tensor | None = None  # bool [B or 1, past]: the earlier tokens that all queries see; None where they differ
     first: Tensor | None = None  # bool [B or 1, past]: those that the first query sees; None for all
+    facts: Facts | None = None  # None where all of the above are
 
 
+BIASED = "the attention mask adds a position bias to the logits, which compressed pages lack"
 Mask = Tensor | BlockMask  # [B, N], [B, 1 or Hq, n, N], or flex attention's
 _read_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # one forward hands the same mask to every layer
+_on_host: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _causal_masks: WeakIdKeyDictionary = WeakIdKeyDictionary()  # causal masks of ours: their padding [B, N], in a tuple
+
+
+def on_host(x: Tensor) -> Tensor:
+    """A part of what a mask says, copied from the device once for all layers."""
+    if x.is_cpu:
+        return x
+    found: Tensor | None = _on_host.get(x)
+    if found is None:
+        found = _on_host[x] = x.cpu()
+    return found
 
 
 def dense_mask(mask: BlockMask) -> Tensor:
@@ -75,6 +97,7 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
         return seen
     if mask.shape[-1] != past + n:
         raise UnsupportedError(f"attention mask of length {mask.shape[-1]} for {past} cached and {n} new tokens")
+    biased: Tensor | None = None
     if isinstance(mask, BlockMask):
         allowed = dense_mask(mask)
     elif mask.dtype == torch.bool or mask.dim() == 2:
@@ -85,23 +108,30 @@ def read_mask(mask: Mask | None, past: int, n: int) -> Seen:
             "whose numbers are added to the logits"
         )
     else:
-        low = torch.finfo(mask.dtype).min / 2
-        allowed = mask > low
-        if bool((allowed & (mask != 0)).any()):
-            raise UnsupportedError("the attention mask adds a position bias to the logits, which compressed pages lack")
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+        biased = (allowed & (mask != 0)).any()
+        if allowed.shape[1] != 1 and bool(biased):
+            raise UnsupportedError(BIASED)
     if allowed.dim() == 2:
         valid = allowed[:, past:].clone()  # no view: what is remembered must not keep the mask alive
-        visible, earlier = causal(n, allowed.device) & valid[:, None], allowed[:, :past]
-        every = earlier.clone()
-        seen = Seen(valid, visible, earlier.sum(-1, keepdim=True), every, every)
+        visible, first = causal(n, allowed.device) & valid[:, None], allowed[:, :past].clone()
+        shown, counts, same = first, first.sum(-1, keepdim=True), None
     elif allowed.shape[1] == 1:
         rows = allowed[:, 0]  # [B, n, past + n]
         earlier, last = rows[:, :, :past], rows[:, -1, :past]
-        shown = last.clone() if bool((earlier == last[:, None]).all()) else None
-        new = rows[:, -1, past:].clone(), rows[:, :, past:].clone()
-        seen = Seen(*new, earlier.sum(-1), shown, earlier[:, 0].clone() if shown is None else shown)
+        valid, visible = rows[:, -1, past:].clone(), rows[:, :, past:].clone()
+        first, shown, counts = earlier[:, 0].clone(), last.clone(), earlier.sum(-1)
+        same = (earlier == last[:, None]).all() if n > 1 else None
     else:
         raise UnsupportedError(f"attention mask {tuple(mask.shape)} differs between heads")
+    asked = valid.all(), visible.diagonal(dim1=1, dim2=2).all(), first.all(), biased, same
+    flags = torch.stack([asked[0] if x is None else x for x in asked])
+    known_here = torch.cat([flags.long(), counts.flatten()]).cpu()  # one copy for all, and for all layers
+    whole, own, every, *others = map(bool, known_here[: len(asked)].tolist())
+    if biased is not None and others[0]:
+        raise UnsupportedError(BIASED)
+    facts = Facts(known_here[len(asked) :].view(counts.shape), whole, own, every)
+    seen = Seen(valid, visible, counts, shown if same is None or others[1] else None, first, facts)
     _read_masks[mask] = ((past, n), seen)
     return seen
 

@@ -10,7 +10,7 @@ from kvcomp.cache.history import History
 from kvcomp.cache.layer import LayerStore
 from kvcomp.errors import UnsupportedError
 
-from .masks import Seen
+from .masks import Seen, on_host
 
 WAY_ON = "pass the mask of the whole conversation, or reset() the cache and feed it again"
 
@@ -36,12 +36,12 @@ def follow_mask(store: LayerStore, seen: Seen | None, compare: bool) -> None:
         UnsupportedError: the mask shows what an earlier one hid, or hides tokens that cannot be dropped.
     """
     history = store.history
-    if seen is None or seen.past is None:
+    if seen is None or seen.facts is None:
         refuse_unmasked(history)
         return
-    if not bool((seen.past.cpu() != history.counts[:, None]).any()) and not compare:
+    if not bool((seen.facts.counts != history.counts[:, None]).any()) and not compare:
         return
-    shown = None if seen.shown is None else seen.shown.cpu()
+    shown = None if seen.shown is None else on_host(seen.shown)
     _drop_hidden(store, _held(history, history.length), shown)
 
 
@@ -49,12 +49,12 @@ def follow_window(store: LayerStore, seen: Seen | None, columns: int) -> None:
     """As `follow_mask`, of a mask of the newest `columns` columns, those that the first of the next tokens sees."""
     history = store.history
     first = None if seen is None else seen.first
-    if history.unpadded and (first is None or bool(first.all())):
+    if history.unpadded and (seen is None or seen.facts is None or seen.facts.first):
         return
     held = _held(history, columns)
     if first is None and bool((~held).any()):
         refuse_unmasked(history)
-    _drop_hidden(store, held, torch.ones_like(held) if first is None else first.cpu())
+    _drop_hidden(store, held, torch.ones_like(held) if first is None else on_host(first))
 
 
 def _held(history: History, columns: int) -> Tensor:

@@ -56,7 +56,7 @@ class SlidingLayer(CompressedLayer):
     def expands(self, n: int, tracked: bool, valid: Tensor | None = None, seen: Seen | None = None) -> bool:
         if tracked or valid is not None or n > MANY or not sliding.shows(self.store, n):
             return True
-        return n > 1 and seen is not None and seen.past is not None and not self._windowed(seen.past, n)
+        return n > 1 and seen is not None and seen.facts is not None and not self._windowed(seen.facts.counts, n)
 
     def _windowed(self, past: Tensor, n: int) -> bool:
         """Whether the last m of n queries see as many tokens as the window has, by their mask: int64 [B or 1, m]. That
@@ -65,7 +65,7 @@ class SlidingLayer(CompressedLayer):
         known = _known.get(past)
         if known is None or known[0] != at:
             wanted = sliding.visible(self.store, n)[:, -past.shape[1] :]
-            known = _known[past] = at, bool((past.cpu() == wanted).all())
+            known = _known[past] = at, bool((past == wanted).all())
         windowed: bool = known[1]
         return windowed
 
@@ -78,6 +78,9 @@ class SlidingLayer(CompressedLayer):
     def shown(self, seen: Seen) -> Tensor | None:
         """What each token sees of itself: the last one may not see the first."""
         return None if seen.visible is None else seen.visible.diagonal(dim1=1, dim2=2)
+
+    def shows_all(self, seen: Seen) -> bool:
+        return seen.facts is None or seen.facts.own
 
     def follow(self, seen: Seen | None, compare: bool) -> None:
         follow_window(self._store, seen, self.columns(self._store.history.length))

@@ -158,6 +158,9 @@ def attend(
     what maps values of the pages back, as in `Basis.inverse`; None: both have the same coordinates.
     """
     pool = ids = counts = k_codebook = v_codebook = None
+    if scale < 0:  # kernels look for the largest product
+        scale, queries = -scale, -queries
+        bias, token_bias, token_queries = (None if x is None else -x for x in (bias, token_bias, token_queries))
     on = queries.device
     queries = floats("queries", queries, on, 3)
     streams, rows, k_dim = queries.shape

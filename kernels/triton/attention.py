@@ -42,15 +42,44 @@ from .unpack import LN2, LOG2E, chunk, token_grid
 
 
 @triton.jit
+def bias_of(bias, row, rows, scale, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """What is added to all logits [R] of a row."""
+    if BIAS:
+        shift = tl.load(bias + row, mask=row < rows, other=0) * scale
+        return shift if SOFTCAP else shift * LOG2E
+    else:
+        return tl.zeros(row.shape, tl.float32)
+
+
+@triton.jit
+def level(top, factor, shift, LATE: tl.constexpr):
+    """The highest logits [R]."""
+    return top * factor + shift if LATE else top
+
+
+@triton.jit
+def powers(logits, top, factor, LATE: tl.constexpr):
+    """2 to the logits [R, T] less the highest."""
+    if LATE:
+        return tl.exp2(logits * factor[:, None] - (top * factor)[:, None])
+    else:
+        return tl.exp2(logits - top[:, None])
+
+
+@triton.jit
 def run(
-    q, bias, token_bias, k_base, v_base, ids, first, last, k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows,
-    k_dim, v_dim, bias_stride, tiles, scale, softcap, seen_from, K: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr,
-    BYTES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, BIAS: tl.constexpr,
-    TOKEN_BIAS: tl.constexpr, SKIPPED: tl.constexpr, SOFTCAP: tl.constexpr, LSE_OF_TILES: tl.constexpr,
-    IN_TOKENS: tl.constexpr,
+    q, bias, token_bias, k_base, v_base, ids, first, last, k_codebook, v_codebook, out, lse, lse_of_tiles, row,
+    rows, k_dim, v_dim, bias_stride, tiles, scale, softcap, seen_from, K: tl.constexpr, V: tl.constexpr,
+    PAGE: tl.constexpr, BYTES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr,
+    BIAS: tl.constexpr, TOKEN_BIAS: tl.constexpr, SKIPPED: tl.constexpr, SOFTCAP: tl.constexpr,
+    LSE_OF_TILES: tl.constexpr, IN_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Attention over tokens first to last of a stream, in pages; PAGE = 0: side by side. Logits are in base 2. SKIPPED:
-    tokens before `seen_from`, of the first tile alone, are not seen."""
+    tokens before `seen_from`, of the first tile alone, are not seen.
+
+    LATE: what a row's logits are multiplied with, which is not negative, and what is added to all of them wait for the
+    exponential and for the end."""
+    LATE: tl.constexpr = not (SOFTCAP or TOKEN_BIAS)
     queries = ()
     most = tl.full((ROWS,), 1e-30, tl.float32)
     for i in tl.static_range(len(K)):
@@ -65,11 +94,12 @@ def run(
             normed = normed + (over(queries[i], norm),)
         queries = normed
         factor = norm * scale
-    shift = tl.zeros((ROWS,), tl.float32)
-    if BIAS:
-        shift = tl.load(bias + row, mask=row < rows, other=0) * scale
+    factor = tl.maximum(factor, 1e-37)  # a maximum of products is one of logits
     if not SOFTCAP:
-        factor, shift = factor * LOG2E, shift * LOG2E
+        factor *= LOG2E
+    shift = tl.zeros((ROWS,), tl.float32)
+    if not LATE or LSE_OF_TILES:
+        shift = bias_of(bias, row, rows, scale, BIAS, SOFTCAP)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((ROWS,), tl.float32)
     sums = ()
@@ -107,11 +137,12 @@ def run(
                 logits = key_logits(
                     logits, queries[i], k_page, inner, token, seen, k_codebook, chunk(K, i), EXACT, WITHIN, False
                 )  # fmt: skip
-        logits = logits * factor[:, None] + shift[:, None]
+        if not LATE:
+            logits = logits * factor[:, None] + shift[:, None]
         if TOKEN_BIAS:
-            place = row[:, None] * bias_stride + (at + tl.arange(0, TILE))[None, :]
+            biased = row[:, None] * bias_stride + (at + tl.arange(0, TILE))[None, :]
             there = (row < rows)[:, None] & seen[None, :]
-            logits += tl.load(token_bias + place, mask=there, other=0) * (scale if SOFTCAP else scale * LOG2E)
+            logits += tl.load(token_bias + biased, mask=there, other=0) * (scale if SOFTCAP else scale * LOG2E)
         if SOFTCAP:  # tanh(x) = 2 sigmoid(2 x) - 1
             logits = (tl.sigmoid(logits * (2 / softcap)) * 2 - 1) * (softcap * LOG2E)
         logits = tl.where(seen[None, :], logits, float("-inf"))
@@ -119,11 +150,11 @@ def run(
             logits = tl.where((at + tl.arange(0, TILE) >= seen_from)[None, :], logits, float("-inf"))
         highest = tl.max(logits, 1)
         if LSE_OF_TILES:
-            own = tl.log2(tl.sum(tl.exp2(logits - highest[:, None]), 1)) + highest
+            own = tl.log2(tl.sum(powers(logits, highest, factor, LATE), 1)) + level(highest, factor, shift, LATE)
             tl.store(lse_of_tiles + row.to(tl.int64) * tiles + at // TILE, own * LN2, mask=row < rows)
         highest = tl.maximum(highest, top)
-        keep = tl.exp2(top - highest)
-        p = tl.exp2(logits - highest[:, None])
+        keep = tl.exp2((top - highest) * factor if LATE else top - highest)
+        p = powers(logits, highest, factor, LATE)
         mass = mass * keep + tl.sum(p, 1)
         top = highest
         weights = p
@@ -138,9 +169,12 @@ def run(
             added = added + (x,)
         sums = added
 
+    if LATE:
+        shift = bias_of(bias, row, rows, scale, BIAS, SOFTCAP)
     empty = mass == 0
     mass = tl.where(empty, 1, mass)
-    tl.store(lse + row, tl.where(empty, float("-inf"), top + tl.log2(mass)), mask=row < rows)
+    highest = level(top, factor, shift, LATE) + tl.log2(mass)
+    tl.store(lse + row, tl.where(empty, float("-inf"), highest), mask=row < rows)
     for i in tl.static_range(len(V)):
         store_values(out, sums[i], mass, row, rows, v_dim, chunk(V, i))
 
@@ -186,8 +220,8 @@ def attend_kernel(
             if first < held:
                 run(
                     q, bias, token_bias, pool, pool, ids + stream * ids_stride, first, last,
-                    k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles, scale,
-                    softcap, seen_from, K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SKIPPED, SOFTCAP,
+                    k_codebook, v_codebook, out, lse, lse_of_tiles, row, rows, k_dim, v_dim, bias_stride, tiles,
+                    scale, softcap, seen_from, K, V, PAGE, BYTES, TILE, ROWS, EXACT, BIAS, TOKEN_BIAS, SKIPPED, SOFTCAP,
                     LSE_OF_TILES, IN_TOKENS,
                 )  # fmt: skip
     elif len(TOKENS_K) > 0:
@@ -195,6 +229,6 @@ def attend_kernel(
         run(
             token_q + stream * rows * token_dim, bias, token_bias, k_bytes + stream * keys_stride,
             v_bytes + stream * values_stride, ids, 0, tl.load(token_counts + stream).to(tl.int32), k_codebook,
-            v_codebook, out, lse, lse_of_tiles, row, rows, token_dim, v_dim, bias_stride, tiles, scale, softcap, 0,
-            TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, False, SOFTCAP, False, False,
+            v_codebook, out, lse, lse_of_tiles, row, rows, token_dim, v_dim, bias_stride, tiles, scale, softcap,
+            0, TOKENS_K, TOKENS_V, 0, 0, TOKENS_TILE, ROWS, EXACT, False, False, False, SOFTCAP, False, False,
         )  # fmt: skip

@@ -24,12 +24,20 @@ from .plan import WIDE
 
 # Kinds of chunks. CODEBOOK: x = codebook[code] * norm of the token; FLOATS: x = number of a format * scale; NUMBERS: x.
 OF_TOKEN, OF_CHANNEL, OF_BLOCK = "token", "channel", "block"  # x = code * scale + zero, by what has a scale in a chunk
+UNITS = "units"  # as CODEBOOK, of two units whose codebooks may differ
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 NARROWEST, WIDEST = 16, 128  # columns: what tensor cores take, and what registers hold
 IDLE = 1.75  # what tiles may have in channels, of those that there are
 FOLDED = 32  # columns with a common scale from which on it folds into a product of its own
 TILE = 64  # tokens at once, at most: half where gathers or several chunks a side, a quarter where many tiles of several
 MANY = 16
+UNIT = 8  # channels of a unit
+UNIT_WIDTHS = (1,), (2,), (2, 1), (4,), (4, 1), (4, 2)
+
+
+# (first channel; (offset in a token's row, width) of each plane, the highest bits first; first entry among the side's;
+# entries of the codebook) of 8 channels, each plane of which fills as many bytes as it has bits
+Unit = tuple[int, tuple[tuple[int, int], ...], int, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ class Chunk:
     lose less in 16 bits; the zeros that are stored are those of code 0. codebook: its first entry among the side's.
     Scales of floats have `scale_format`; page_scale: offset of a float32 that multiplies them. centre: offset of the
     float16 numbers that the chunk's channels gain in all tokens of a page. table: entries of the codebook, if
-    they are 4, or 16 that are symmetric: kernels hold them in registers.
+    they are 4, or 16 that are symmetric: kernels hold them in registers. units: of a chunk of UNITS, whose planes are a
+    token's row.
     """
 
     kind: str
@@ -65,6 +74,7 @@ class Chunk:
     page_scale: int = NOTHING
     centre: int = NOTHING
     table: tuple[float, ...] = ()
+    units: tuple[Unit, ...] = ()
 
     @property
     def adds(self) -> bool:
@@ -103,6 +113,8 @@ def chunks(side: SideLayout, layout: PageLayout) -> Chunks:
     """A side of pages."""
     found: list[Chunk] = []
     codebook = 0
+    if in_units(side, layout):
+        return _units(side, layout)
     for at in placed(side, layout):
         if isinstance(at.segment, Dense):
             found += numbers(at.channels, at.segment.dtype, at.channel, *at.planes[0][:2])
@@ -111,6 +123,63 @@ def chunks(side: SideLayout, layout: PageLayout) -> Chunks:
         if isinstance(at.segment, Codebook):
             codebook += len(at.segment.codebook)
     return tuple(found)
+
+
+def in_units(side: SideLayout, layout: PageLayout) -> bool:
+    """Whether a side is read in units: segments of several widths under one norm, in rows of whole words of 32 bits."""
+    parts = placed(side, layout)
+    if len(parts) < 2 or side.channels > WIDEST:
+        return False
+    rows = {(p.segment.planes[0].field, p.scale, p.planes[0][1]) for p in parts if isinstance(p.segment, Codebook)}
+    start = min(p.planes[0][0] for p in parts)
+    return len(rows) == 1 and not start % 4 and not parts[0].planes[0][1] % 4 and all(map(_of_units, parts))
+
+
+def _of_units(at: PlacedSegment) -> bool:
+    if not isinstance(at.segment, Codebook) or at.channels % UNIT or at.centre != NOTHING:
+        return False
+    entries = at.segment.codebook
+    widths = tuple(width for _, _, width in at.planes)
+    return widths in UNIT_WIDTHS and not entries.is_meta and torch.equal(entries, -entries.flip(0))
+
+
+def _units(side: SideLayout, layout: PageLayout) -> Chunks:
+    """A side that is read in units: two a chunk, of one segment where it has two left."""
+    parts = placed(side, layout)
+    start = min(p.planes[0][0] for p in parts)
+    whole: list[Unit] = []
+    single: list[Unit] = []
+    codebook = 0
+    for at in parts:
+        assert isinstance(at.segment, Codebook)
+        entries = tuple(at.segment.codebook.tolist())
+        units = [
+            (
+                at.channel + i * UNIT,
+                tuple((offset - start + i * width, width) for offset, _, width in at.planes),
+                codebook,
+                entries,
+            )
+            for i in range(at.channels // UNIT)
+        ]
+        pairs = len(units) // 2 * 2
+        whole, single, codebook = whole + units[:pairs], single + units[pairs:], codebook + len(entries)
+    units = whole + single
+    _, stride, _ = parts[0].planes[0]
+    return tuple(
+        Chunk(
+            UNITS,
+            units[i][0],
+            1,
+            UNIT * len(units[i : i + 2]),
+            NARROWEST,
+            ((start, stride, 0),),
+            scale=parts[0].scale,
+            channel_group=UNIT,
+            units=tuple(units[i : i + 2]),
+        )
+        for i in range(0, len(units), 2)
+    )
 
 
 def _codes(at: PlacedSegment, segment: Uniform | Codebook | Floats, codebook: int) -> list[Chunk]:
@@ -199,6 +268,11 @@ class Description:
         return any(len(side) > 1 or any(c.block * c.lanes > WIDEST for c in side) for side in (self.k, self.v))
 
     @property
+    def by_rows(self) -> bool:
+        """Whether a side is read by tokens' rows, of which a thread has its own."""
+        return any(chunk.kind == UNITS for chunk in (*self.k, *self.v))
+
+    @property
     def centred(self) -> bool:
         """Whether pages have centres."""
         return any(chunk.centre != NOTHING for chunk in self.k)
@@ -225,8 +299,11 @@ def parsed(text: str) -> Description:
 
 
 def _chunk(fields: list[Any]) -> Chunk:
-    fields[5], fields[-1] = tuple(map(tuple, fields[5])), tuple(fields[-1])
-    return Chunk(*fields)
+    return Chunk(*map(_tuples, fields))
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
 def described(sides: KVLayout, layout: PageLayout) -> Description:
@@ -237,6 +314,8 @@ def described(sides: KVLayout, layout: PageLayout) -> Description:
     full = min(len(k), len(v)) > 1 or any(map(_full, (*k, *v)))  # of registers
     several = min(len(k), len(v)) > 1 and (description.lanes >= MANY or description.centred)
     many = several or sides[0].channels > WIDE
+    if description.by_rows:
+        full = many = False
     most = TILE // 4 if many else TILE // 2 if full else TILE
     return replace(description, tile=min([most, *(group & -group for group in shared)]))  # of one row of scales
 

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .merge import tokens_held
 from .pairs import lane_row
+from .units import of_columns, unit_channels, unit_numbers
 from .unpack import (
     block_grid,
     block_numbers,
@@ -73,7 +74,13 @@ def store_side(out, base, first, token, seen, codebook, dim, SIDE: tl.constexpr)
         there = (column < COLUMNS)[None, :] & (row >= 0)[:, None]
         if C.kind == "numbers":
             x = tile_numbers(base, token, seen, C).to(tl.float32)
-            tl.store(at, tl.where(visible(seen, column, C), x, 0).to(out.dtype.element_ty), mask=there)
+            x = tl.where(visible(seen, column, C), x, 0)
+            tl.store(at, x.to(out.dtype.element_ty), mask=there)
+        elif C.kind == "units":
+            x = unit_numbers(base, token, seen, codebook, C).to(tl.float32)
+            x = of_columns(x) * token_grid(base, token, seen, C)[0][:, None]
+            at = out + row[:, None] * dim + unit_channels(C)[None, :]
+            tl.store(at, tl.where(seen[:, None], x, 0).to(out.dtype.element_ty), mask=there)
         else:
             packed = tile_packed(base, token, seen, C)
             for lane in tl.static_range(LANES):

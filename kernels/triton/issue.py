@@ -7,6 +7,9 @@ instructions a warp that w warps run for a tile of b bytes of pages takes n w / 
 
 which is printed as a share of what a copy moves there. The kernel is compiled for the chip, and the instructions of its
 loop over pages are counted. It says nothing of latencies: a kernel may be slower than this, and is never faster.
+
+A processor's shared memory moves 128 bytes a cycle, which is printed as such a share likewise: of accesses that have no
+conflicts, and in which no two threads read the same bytes, which cost less.
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ CAPABILITY = 90
 
 @dataclass(frozen=True)
 class Issue:
-    """The decode kernel's loop over pages. instructions: of a warp and tile of `tile` tokens; share: of a copy's
-    bandwidth that issue allows; spilled: instructions of the loops that spill registers; the most frequent in `mix`."""
+    """The decode kernel's loop over pages. instructions: of a warp and tile of `tile` tokens; share, shared: what issue
+    and shared memory allow, of a copy's bandwidth; spilled: instructions of the loops that spill registers; the most
+    frequent in `mix`."""
 
     stack: str
     dim: int
@@ -49,6 +53,7 @@ class Issue:
     instructions: int
     warps: int
     share: float
+    shared: float
     registers: int
     spilled: int
     programs: int
@@ -96,6 +101,16 @@ def attend(
     return made, described, layout.body_bytes / layout.page_size
 
 
+def shared_cycles(text: str) -> int:
+    """Of shared memory, of 128 bytes each, for an instruction of a warp."""
+    name, *kinds = text.split()[0].split(".")
+    if name not in ("LDS", "STS", "LDSM", "LDGSTS"):
+        return 0
+    if name == "LDSM":
+        return int(kinds[-1]) if kinds[-1].isdigit() else 1
+    return 4 if "128" in kinds else 2 if "64" in kinds else 1
+
+
 def issue(spec: str, dim: int = 128, rows: int = 16) -> Issue:
     """Of one stack."""
     made, described, each = attend(spec, CAPABILITY, rows, dim)
@@ -103,7 +118,9 @@ def issue(spec: str, dim: int = 128, rows: int = 16) -> Issue:
     mix = Counter(text.split()[0].split(".")[0] for text in loop)
     moved = each * described.tile
     share = PROCESSORS * CLOCK * SCHEDULERS * moved / (len(loop) * made.warps) / COPY
-    sizes = described.page_size, described.tile, moved, len(loop), made.warps, share
+    cycles = sum(map(shared_cycles, loop)) * made.warps
+    shared = PROCESSORS * CLOCK * moved / max(cycles, 1) / COPY
+    sizes = described.page_size, described.tile, moved, len(loop), made.warps, share, shared
     fit = made.registers, made.spilled_in_loops, made.programs
     return Issue(*(spec, dim, rows, *sizes, *fit), dict(mix.most_common(12)))
 
@@ -127,16 +144,17 @@ def main() -> None:
     parser.add_argument("--mix", action="store_true", help="print the most frequent instructions, too")
     options = parser.parse_args()
     if not options.json:
-        head = "stack", "D", "rows", "page", "tile", "bytes", "instr", "warps", "of copy", "regs", "spilled", "programs"
-        print("{:20} {:>4} {:>4} {:>5} {:>5} {:>7} {:>6} {:>5} {:>8} {:>5} {:>7} {:>8}".format(*head), flush=True)
+        head = "stack", "D", "rows", "page", "tile", "bytes", "instr", "warps", "of copy", "shared", "regs", "spilled"
+        form = "{:20} {:>4} {:>4} {:>5} {:>5} {:>7} {:>6} {:>5} {:>8} {:>8} {:>5} {:>7} {:>8}"
+        print(form.format(*head, "programs"), flush=True)
     for found in every(options.stack, options.dim, options.rows):
         if options.json:
             print(json.dumps(asdict(found)), flush=True)
             continue
         print(
             f"{found.stack:20} {found.dim:4} {found.rows:4} {found.page:5} {found.tile:5} {found.bytes:7.0f} "
-            f"{found.instructions:6} {found.warps:5} {found.share:8.1%} {found.registers:5} {found.spilled:7} "
-            f"{found.programs:8}",
+            f"{found.instructions:6} {found.warps:5} {found.share:8.1%} {found.shared:8.1%} {found.registers:5} "
+            f"{found.spilled:7} {found.programs:8}",
             flush=True,
         )
         if options.mix:

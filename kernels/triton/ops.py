@@ -56,6 +56,8 @@ def attention_constants(
 
 def warps_of(layout: chunks.Description, rows: int) -> int:
     """Of a program of so many rows."""
+    if layout.by_rows:  # which more threads than tokens would unpack several times
+        return max(rows // chunks.NARROWEST, 1)
     if rows > chunks.NARROWEST:
         return 8
     if layout.k_dim > chunks.WIDEST:

@@ -21,6 +21,8 @@ from .pairs import (
     lane_halves,
     lane_row,
 )
+from .units import of_columns as of_unit_columns
+from .units import to_columns, unit_channels, unit_halves
 from .unpack import (
     block_grid,
     channel_grid,
@@ -45,8 +47,10 @@ def load_queries(q, row, rows, channels, C: tl.constexpr):
     there = (row < rows)[:, None] & (column < COLUMNS)[None, :]
     found = ()
     for lane in tl.static_range(LANES):
-        at = row[:, None] * channels + (CHANNEL + column * LANES + lane)[None, :]
-        found = found + (tl.load(q + at, mask=there, other=0).to(tl.float32),)
+        channel = unit_channels(C) if C.kind == "units" else CHANNEL + column * LANES + lane
+        at = row[:, None] * channels + channel[None, :]
+        x = tl.load(q + at, mask=there, other=0).to(tl.float32)
+        found = found + (to_columns(x) if C.kind == "units" else x,)
     return found
 
 
@@ -104,7 +108,8 @@ def share_norm(side: Any) -> bool:
     """Whether all channels of a side have a token's norm in common."""
     parts = [side[i] for i in range(len(side))]
     parts = [part.value if isinstance(part, tl.constexpr) else part for part in parts]
-    return len(parts) > 1 and all(c.kind == "codebook" and c.scale == parts[0].scale for c in parts)
+    known = all(c.kind in ("codebook", "units") and c.scale == parts[0].scale for c in parts)
+    return known and (len(parts) > 1 or parts[0].kind == "units")
 
 
 @triton.jit
@@ -119,6 +124,8 @@ def key_logits(
     SHARED: tl.constexpr = KIND == "channel" and C.channel_group == 1 and not EXACT
     if KIND == "numbers":
         logits = dot(q[0], tile_numbers(base, token, seen, C).to(DTYPE).trans(), logits, DTYPE)
+    elif KIND == "units":
+        logits = dot(q[0], unit_halves(base, token, seen, codebook, C, DTYPE).trans(), logits, DTYPE)
     else:
         packed = tile_packed(base, token, seen, C)
         if KIND == "block":
@@ -180,6 +187,8 @@ def add_values(
     found = ()
     if KIND == "numbers":
         found = found + (dot(p, tile_numbers(base, token, seen, C).to(DTYPE), sums[0] * keeps, DTYPE),)
+    elif KIND == "units":
+        found = found + (dot(p, unit_halves(base, token, seen, codebook, C, DTYPE), sums[0] * keeps, DTYPE),)
     else:
         packed = tile_packed(base, token, seen, C)
         if KIND == "block":
@@ -246,8 +255,9 @@ def store_values(out, sums, mass, row, rows, channels, C: tl.constexpr):
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < COLUMNS)[None, :]
     for i in tl.static_range(LANES):
-        x = sums[i]
+        x = of_unit_columns(sums[i]) if C.kind == "units" else sums[i]
         if C.adds:
             x += sums[LANES][:, None]
-        at = row[:, None] * channels + (CHANNEL + column * LANES + i)[None, :]
+        channel = unit_channels(C) if C.kind == "units" else CHANNEL + column * LANES + i
+        at = row[:, None] * channels + channel[None, :]
         tl.store(out + at, x / mass[:, None], mask=there)

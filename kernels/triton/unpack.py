@@ -86,6 +86,16 @@ def tile_bytes(base, token, seen, C: tl.constexpr, PLANE: tl.constexpr):
 
 
 @triton.jit
+def row_word(row, seen, WORD: tl.constexpr, C: tl.constexpr):
+    """Word uint32 [T] of tokens' rows; neighbours come from one load where they can."""
+    if C.planes[0][1] % 8 == 0 and C.planes[0][0] % 8 == 0:
+        both = tl.load(row.to(tl.pointer_type(tl.uint64)) + WORD // 2, mask=seen, other=0)
+        return (both >> (WORD % 2 * 32)).to(tl.uint32)
+    else:
+        return tl.load(row.to(tl.pointer_type(tl.uint32)) + WORD, mask=seen, other=0)
+
+
+@triton.jit
 def tile_packed(base, token, seen, C: tl.constexpr):
     """Bytes [T, columns] of all planes."""
     COUNT: tl.constexpr = len(C.planes)

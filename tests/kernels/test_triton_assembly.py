@@ -12,7 +12,7 @@ from torch import Tensor
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kvcomp.kernels.triton import assembly
+from kvcomp.kernels.triton import assembly, assembly_units, chunks
 
 MASK = (1 << 32) - 1
 WORDS = torch.randint(0, 1 << 32, (4096,), generator=torch.Generator().manual_seed(0))
@@ -81,6 +81,8 @@ def run(asm: str, outputs: int, *operands: Tensor) -> list[Tensor]:
                 )
             case "prmt":
                 found = permuted(*x)
+            case "mul" if kind == "u32":
+                found = x[0] * x[1]
             case "mul":
                 found = registers(pairs_of(x[0], kind) * pairs_of(x[1], kind), kind)
             case "fma":
@@ -123,6 +125,51 @@ def test_codebooks_are_looked_up(width: int, pack: int, half: bool) -> None:
     for lane in range(32 // pack // width):
         asm = assembly.codebook_asm(pack, width, lane, tuple(entries.tolist()), half)
         assert torch.equal(decoded(asm, pack, half, WORDS), rounded[codes(pack, width, lane)])
+
+
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # of a unit's channels
+
+
+def placed_units(first: tuple[int, ...], second: tuple[int, ...] | None, at: int) -> tuple[chunks.Unit, ...]:
+    """Units of planes of these widths, from byte `at` on: of one segment if alike, else a byte lies in between."""
+    both = [first] if second is None else [first, second]
+    units = []
+    for i, widths in enumerate(both):
+        planes = []
+        for width in widths:
+            planes.append((at + i * width if first == second else at, width))
+            at += 2 * width if first == second else width
+        entries = torch.randn(1 << sum(widths), generator=torch.Generator().manual_seed(sum(widths)))
+        entries = (entries.sort()[0] - entries.sort(descending=True)[0]) / 2
+        units.append((8 * i, tuple(planes), 0, tuple(entries.tolist())))
+        at = at + 1 if first != second else planes[0][0]
+    return tuple(units)
+
+
+def unit_numbers(row: Tensor, unit: chunks.Unit, half: bool) -> Tensor:
+    """Numbers float64 [N, 8] of a unit, from bytes int64 [N, n]."""
+    _, planes, _, entries = unit
+    codes = torch.zeros(len(row), 8, dtype=torch.int64)
+    for at, width in planes:
+        bits = torch.stack([row[:, at + i // 8] >> i % 8 & 1 for i in range(8 * width)], 1).unflatten(1, (8, width))
+        codes = codes << width | (bits << torch.arange(width)).sum(-1)
+    return torch.tensor(entries).to(torch.float16 if half else torch.bfloat16).double()[codes]
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("first", chunks.UNIT_WIDTHS)
+def test_units_are_looked_up(first: tuple[int, ...], at: int, half: bool) -> None:
+    for second in (None, *chunks.UNIT_WIDTHS):
+        units = placed_units(first, second, at)
+        row = torch.randint(0, 256, (4096, 32), generator=torch.Generator().manual_seed(at))
+        words = (row.unflatten(1, (8, 4)) << torch.arange(0, 32, 8)).sum(-1)
+        held = [words[:, i] for i in assembly_units.words_of(units)]
+        found = run(assembly_units.units_asm(units, half), 8, *held)
+        for i, unit in enumerate(units):
+            pairs = torch.cat([pairs_of(x, "f16x2" if half else "bf16x2") for x in found[4 * i : 4 * i + 4]], 1)
+            assert torch.equal(pairs, unit_numbers(row, unit, half)[:, ORDER]), (second, i)
+        assert second is not None or not any(x.any() for x in found[4:])
 
 
 def numbers(form: str, code: Tensor) -> Tensor:

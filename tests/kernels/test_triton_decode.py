@@ -33,6 +33,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 CASES = [
     ("none", 2, 4, 64, torch.bfloat16),
     ("int(bits=4)", 3, 3, 64, torch.float32),
+    ("int(bits=2)", 1, 4, 64, torch.float32),
     ("int(bits=2, group=16)", 2, 1, 80, torch.bfloat16),
     ("int(bits=3, basis=hadamard)", 1, 8, 96, torch.float32),
     ("int8", 2, 4, 128, torch.bfloat16),

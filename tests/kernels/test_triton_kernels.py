@@ -37,6 +37,7 @@ QUANTIZERS = [  # every kind of segment, granularity and number of bits
     "kivi(bits=4, group=16)",
     "kivi(bits=4, group=32)",
     "kivi(k=2, v=4, group=64)",
+    "int(bits=2)",
     "int(bits=2, group=8)",
     "int(bits=3)",
     "int(bits=4)",
@@ -52,7 +53,9 @@ QUANTIZERS = [  # every kind of segment, granularity and number of bits
     "turboquant(bits=3)",
     "turboquant(bits=3, variant=prod)",
     "turboquant(bits=4)",
+    "klt(bits=1)",
     "klt(bits=2)",
+    "klt(bits=4)",
     "klt(k=3.5, v=1.5)",
     "fp8",
     "fp8(format=e5m2)",
@@ -163,6 +166,12 @@ def cases() -> list[tuple[object, ...]]:
                 (spec, dims, next(rows), next(counts), next(dtypes), next(softcaps), next(flags), next(splits))
             )
     short = [("mxfp4", (80, 72), torch.float32), ("nvfp4", (72, 88), torch.bfloat16)]  # the last block of channels is
+    short += [  # other counts of units, and rows of odd numbers of words
+        *(("int(bits=2)", dims, dtype) for dims, dtype in (((64, 64), torch.bfloat16), ((96, 80), torch.float16))),
+        *(("klt(bits=2)", dims, dtype) for dims, dtype in (((64, 128), torch.bfloat16), ((80, 96), torch.float32))),
+        ("klt(bits=4)", (128, 64), torch.float16),
+        ("klt(k=6, v=1.5)", (80, 128), torch.bfloat16),
+    ]
     return found + [(spec, dims, 3, [2, 1], dtype, None, True, 1) for spec, dims, dtype in short]
 
 
@@ -248,6 +257,26 @@ def test_far_apart_logits_and_long_streams() -> None:
         given = kernels.Pages(pool.data, ids, held, prepared(codec, pool.layout))
         found = kernels.attend(q, given, None, 0.125, lse_of_pages=True, pages_of_split=1)
         close(found, expected, 1e-4 * max(size / 100, 1))  # logits of 1e5 have errors of 1e-2
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_scales_of_either_sign(scale: float, softcap: float | None) -> None:
+    """The maximum of a tile's products is one of logits; queries of zeros, and a row's bias, change nothing of that."""
+    torch.manual_seed(0)
+    pool, _, codec = filled("int(bits=2)", 3, (64, 64), torch.bfloat16)
+    ids = torch.arange(3, dtype=torch.int32, device=DEVICE).view(1, -1)
+    held = torch.tensor([3], device=DEVICE)
+    q = torch.randn(1, 4, 64, device=DEVICE).to(torch.bfloat16)
+    q[0, 2] = 0
+    expected = reference.attend_pages(q, pool.data, ids, held, pool.layout, codec, scale, softcap, True)
+    given = kernels.Pages(pool.data, ids, held, prepared(codec, pool.layout, torch.bfloat16))
+    close(kernels.attend(q, given, None, scale, softcap, lse_of_pages=True), expected, BOUNDS[torch.bfloat16])
+    bias = torch.randn(1, 4, device=DEVICE)
+    found = kernels.attend(q, given, None, scale, bias=bias)
+    torch.testing.assert_close(
+        found.lse, kernels.attend(q, given, None, scale).lse + bias * scale, rtol=1e-4, atol=1e-4
+    )
 
 
 def small(spec: str = "int(bits=4)") -> kernels.Pages:
@@ -357,7 +386,7 @@ def test_as_many_programs_as_have_room() -> None:
         ("int(bits=4)", 6),
         ("turboquant(bits=4)", 5),
         ("mxfp4", 4),
-        ("klt(bits=2)", 4),
+        ("klt(bits=2)", 8),
     ):
         pool, _, codec = filled(spec, 2, (128, 128), torch.bfloat16)
         assert ops.programs_of(chunks.described(sides_of(codec), pool.layout)) == programs

@@ -26,12 +26,14 @@ CASES = [  # every kind of chunk
     ("none", 64, torch.bfloat16),
     ("kivi(bits=2, group=16)", 64, torch.float16),
     ("kivi(bits=4, group=32)", 128, torch.bfloat16),
+    ("int(bits=2)", 80, torch.float16),
     ("int(bits=3)", 96, torch.float16),
     ("int(bits=4, group=24)", 96, torch.bfloat16),
     ("int(bits=5, per=channel)", 64, torch.bfloat16),
     ("int8", 80, torch.bfloat16),
     ("turboquant(bits=4)", 64, torch.float16),
     ("klt(bits=2)", 64, torch.bfloat16),
+    ("klt(k=3.5, v=5)", 128, torch.bfloat16),
     ("fp8", 64, torch.bfloat16),
     ("nvfp4", 64, torch.float16),
 ]
@@ -53,7 +55,7 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "dim", "dtype", "blocks"), [*((*case, 1) for case in CASES), *((*case, 2) for case in CASES[2:4])]
+    ("spec", "dim", "dtype", "blocks"), [*((*case, 1) for case in CASES), *((*case, 2) for case in CASES[2:5:2])]
 )
 def test_many_queries_are_the_reference(
     spec: str, dim: int, dtype: torch.dtype, blocks: int, monkeypatch: pytest.MonkeyPatch

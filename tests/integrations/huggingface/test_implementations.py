@@ -235,8 +235,11 @@ def test_block_masks_are_read_as_flex_attention_does() -> None:
     expected = _causal(300)[150:] & padding[:, None]
     assert torch.equal(dense_mask(block)[:, 0], expected)
     seen, same = read_mask(block, 150, 150), read_mask(expected[:, None], 150, 150)
-    for a, b in zip(seen, same, strict=True):
+    assert seen.facts is not None
+    assert same.facts is not None
+    for a, b in zip([*seen[:-1], seen.facts.counts], [*same[:-1], same.facts.counts], strict=True):
         assert torch.equal(a, b)
+    assert seen.facts[1:] == same.facts[1:] == (True, True, False)
     two = create_block_mask(shown, 2, 4, 150, 300, device="cpu")
     with pytest.raises(UnsupportedError, match="differs between heads"):
         read_mask(two, 150, 150)

@@ -8,13 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from block_engine import COLUMNS, DIM, GROUP, HEADS, REQUESTS, BlockEngine
-from far_device import FAR, FarDevice
+from far_device import FAR, Counted, FarDevice
 
 from kvcomp.cache.blocks.centres import turned
 from kvcomp.cache.blocks.decode import Decoder
 from kvcomp.cache.blocks.step import Step
 from kvcomp.cache.layer import LayerStore
-from kvcomp.kernels import dispatch
+from kvcomp.kernels import backends, dispatch
+from kvcomp.kernels.triton_backend import Triton
 
 HOST = torch.device("cpu")
 
@@ -47,6 +48,40 @@ def test_a_step_does_not_wait(stack: str) -> None:
             out = engine.attend(step, *tokens)
             assert seen.moved == before
         assert out.shape == (sum(new), HEADS * GROUP, DIM)
+
+
+LAUNCHES = [  # of the first layer of a step, at most, which finds out where all layers write, and of later layers
+    ("none", 22, 8),
+    ("int(bits=4)", 27, 13),
+    ("fp8", 27, 13),
+    ("mxfp4", 27, 13),
+    ("turboquant(bits=4)", 31, 17),
+    ("int(bits=4, basis=hadamard)", 31, 17),
+    ("kivi(bits=4)", 35, 21),
+    ("nvfp4", 35, 21),
+    ("int8 + window(recent=70)", 35, 21),
+    ("int(bits=4) + quest(pages=2, dense_layers=0)", 43, 29),
+]
+
+
+@pytest.mark.parametrize(("stack", "first", "later"), LAUNCHES)
+@torch.no_grad()
+def test_a_step_launches_few_kernels(stack: str, first: int, later: int) -> None:
+    """Single tokens that fill no page, planned on the host, as on a GPU with Triton; one launch makes `out`."""
+    pytest.importorskip("triton")
+    with backends.using(Triton(anywhere=True)):
+        engine = BlockEngine(stack, FAR)
+        engine.attend(engine.planned([0, 150, 290], [150, 140]), *engine.random(290))
+        for more in range(3):
+            new = engine.random(2)
+            step = engine.planned([0, 1, 2], [151 + more, 141 + more], [150, 140])
+            for most in (first, later):
+                with Counted() as counted:
+                    engine.attend(step, *new)
+                assert not step.fills
+                assert counted.moved == 0
+                if more:  # what is made once is there
+                    assert counted.launches <= most, counted.operators
 
 
 def decoded(engine: BlockEngine, prompts: list[int], steps: int) -> Iterator[Step]:
