@@ -29,6 +29,7 @@ from kvcomp.kernels.triton import (
     plan,
     received,
     summaries,
+    tiling,
 )
 from kvcomp.kernels.triton import choose as choosing
 from kvcomp.kernels.triton import merge as merging
@@ -86,7 +87,7 @@ def attend_latents(spec: str, capability: int, rank: int = 512, rotary: int = 64
     tokens = chunks.numbers(rank + rotary, torch.bfloat16), chunks.numbers(rank, torch.bfloat16)
     rows = plan.blocked(128, k_dim=rank + rotary)
     constants = ops.attention_constants(
-        chunks.described(sides, layout),
+        tiling.described(sides, layout),
         layout.bytes_per_page,
         tokens if plan.together(False, rows) else ((), ()),
         plan.tokens_tile((rank + rotary) * torch.bfloat16.itemsize),

@@ -69,7 +69,8 @@ def _with_file(stage: Any, model: str, revision: str | None, code: bool, context
             f"{stage.name} needs a calibration of {model}, which could not be made: {error}. Make one with `kvcomp "
             f"calibrate --method {stage.name} --model ...` and name it: {stage.name}(calibration='FILE')"
         ) from error
-    return replace(stage, calibration=str(file))
+    fitted: Stage = replace(stage, calibration=str(file))
+    return fitted
 
 
 def _digest(model: ModelConfig, context: int) -> str:

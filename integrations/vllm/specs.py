@@ -46,8 +46,8 @@ class WindowManager(CircularBufferManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.found.pop(request_id, None)
-        blocks = super().pop_blocks_for_free(request_id)
-        return blocks[: self.kv_cache_spec.blocks]
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)[: self.kv_cache_spec.blocks]
+        return blocks
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -214,7 +214,8 @@ class EvictingSpec(PageSpec):
         """As many as one needs whose prompt is all of it; others have no more of it and what follows together."""
         setup = self.setup
         columns = setup.geometry.columns(max_len, max_len) + (2 if setup.caching else 0)
-        return -(-columns * setup.page_size // self.block_size)
+        blocks: int = -(-columns * setup.page_size // self.block_size)
+        return blocks
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         blocks = self.max_num_blocks_per_req(vllm_config, vllm_config.model_config.max_model_len)

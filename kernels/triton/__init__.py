@@ -19,7 +19,7 @@ from kvcomp.kernels.placed import NOTHING
 from kvcomp.layout import PageLayout
 from kvcomp.segments import KVLayout, alone, memo
 
-from . import chunks, ops, ops_records, ops_rotate, ops_scores, pieces
+from . import chunks, ops, ops_records, ops_rotate, ops_scores, pieces, tiling
 from .memory import floats, integers, pages_of, records, rows_of
 from .plan import PROGRAMS, processors, split_pages
 
@@ -27,7 +27,7 @@ from .plan import PROGRAMS, processors, split_pages
 class Prepared(NamedTuple):
     """What kernels get to know of pages besides the pages, for one device.
 
-    description: see `chunks`. k_codebook, v_codebook: the entries of all codebooks, in the dtypes of its products:
+    description: see `tiling`. k_codebook, v_codebook: the entries of all codebooks, in the dtypes of its products:
     float32 (tf32 in three terms) where `exact`, else 16 bits, summed in float32. body_bytes: what is read of a page.
     v_dim: channels of values. programs: of few rows, that a processor runs at once. several: whether keys are more than
     one chunk.
@@ -54,7 +54,7 @@ def prepared(sides: KVLayout, layout: PageLayout, exact: bool, device: torch.dev
         k_codebook, v_codebook = (
             chunks.codebooks(side, dtype, device) for side, dtype in zip(sides, dtypes, strict=True)
         )
-        described = chunks.described(sides, layout)
+        described = tiling.described(sides, layout)
         sizes = processors(device), layout.body_bytes, described.v_dim, ops.programs_of(described), len(described.k) > 1
         found = known.setdefault(key, Prepared(layout, exact, str(described), k_codebook, v_codebook, *sizes))
     return found

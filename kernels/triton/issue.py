@@ -26,7 +26,7 @@ import torch
 from kvcomp import Stack
 from kvcomp.layout import PageLayout
 
-from . import attention, chunks, ops, plan
+from . import attention, chunks, ops, plan, tiling
 from .compiling import Compiled, compiled
 
 STACKS = (
@@ -73,13 +73,13 @@ def built(spec: str, dim: int, centred: bool = True) -> tuple[Any, PageLayout]:
 
 def attend(
     spec: str, capability: int = CAPABILITY, rows: int = 16, dim: int = 128, in_tokens: bool = False
-) -> tuple[Compiled, chunks.Description, float]:
+) -> tuple[Compiled, tiling.Description, float]:
     """The decode kernel with the window in the same launch where `plan.together` says so, `in_tokens`: over pages that
     are filled in part; what it was compiled for, and the bytes of a page that it reads for each token."""
     codec, layout = built(spec, dim)
     sides = codec.kernel_layouts()
     assert sides is not None
-    one, described = chunks.numbers(dim, torch.bfloat16), chunks.described(sides, layout)
+    one, described = chunks.numbers(dim, torch.bfloat16), tiling.described(sides, layout)
     constants = ops.attention_constants(
         described,
         layout.bytes_per_page,

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvcomp.attention import HIDDEN
 from kvcomp.operators import operator
 
-from . import attention, chunks, decode, merge
+from . import attention, chunks, decode, merge, tiling
 from .launching import Launch
 from .plan import MOST_PROGRAMS, blocked, tokens_tile
 
@@ -32,7 +32,7 @@ Exact = tuple[chunks.Chunks, chunks.Chunks]  # keys and values that are no pages
 
 
 def attention_constants(
-    layout: chunks.Description, record_bytes: int, tokens: Exact, tokens_tile: int, rows: int, exact: bool
+    layout: tiling.Description, record_bytes: int, tokens: Exact, tokens_tile: int, rows: int, exact: bool
 ) -> dict[str, Any]:
     """What a kernel of `attention` is compiled for, and how. record_bytes: from a page of the pool to the next; rows:
     of a program; `exact` takes the most room."""
@@ -54,7 +54,7 @@ def attention_constants(
     }
 
 
-def warps_of(layout: chunks.Description, rows: int) -> int:
+def warps_of(layout: tiling.Description, rows: int) -> int:
     """Of a program of so many rows."""
     if layout.by_rows:  # which more threads than tokens would unpack several times
         return max(rows // chunks.NARROWEST, 1)
@@ -67,7 +67,7 @@ def warps_of(layout: chunks.Description, rows: int) -> int:
     return 1 if any(chunk.block < SHARED for chunk in layout.v) else 2
 
 
-def registers_of(layout: chunks.Description, warps: int, exact: bool = False) -> int:
+def registers_of(layout: tiling.Description, warps: int, exact: bool = False) -> int:
     """Of a thread, at most: as few as spill nothing on any chip, for more programs have room then."""
     both = (*layout.k, *layout.v)
     kinds = {chunk.kind for chunk in both}
@@ -77,7 +77,7 @@ def registers_of(layout: chunks.Description, warps: int, exact: bool = False) ->
     return MORE_REGISTERS if kinds & {chunks.FLOATS, chunks.CODEBOOK} else REGISTERS
 
 
-def programs_of(layout: chunks.Description) -> int:
+def programs_of(layout: tiling.Description) -> int:
     """That a processor runs at once, of `chunks.NARROWEST` rows: one wave of them is launched."""
     warps = warps_of(layout, chunks.NARROWEST)
     each = -(-registers_of(layout, warps) // 8) * 8 * 32 * warps
@@ -117,7 +117,7 @@ def _launches(
     in_tokens: bool,
 ) -> Launches:
     """For pages of a description ("": there are none), and exact tokens of (channels of keys, of values, dtype)."""
-    layout = chunks.parsed(description) if description else chunks.Description((), (), 0, chunks.TILE)
+    layout = tiling.parsed(description) if description else tiling.Description((), (), 0, tiling.TILE)
     block = blocked(rows, layout.centred, k_dim)
     tokens: Exact = (), ()
     tile = chunks.NARROWEST
@@ -125,7 +125,7 @@ def _launches(
         tokens = chunks.numbers(window[0], window[2]), chunks.numbers(window[1], window[2])
         tile = tokens_tile(window[0] * window[2].itemsize)
     if lse_of_pages:
-        layout = chunks.within_pages(layout)
+        layout = tiling.within_pages(layout)
     constants = attention_constants(layout, record_bytes, tokens, tile, block, exact)
     constants |= {"BIAS": bias, "TOKEN_BIAS": token_bias, "SKIPPED": skipped, "SOFTCAP": softcap}
     constants |= {"LSE_OF_TILES": lse_of_pages, "IN_TOKENS": in_tokens}
@@ -142,7 +142,7 @@ def _results(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Memory for what `attend_pages` returns."""
     streams, rows, _ = queries.shape
-    v_dim = chunks.parsed(description).v_dim if description or values is None else values.shape[2]
+    v_dim = tiling.parsed(description).v_dim if description or values is None else values.shape[2]
     pages = ids.shape[1] if lse_of_pages and ids is not None else 0
     out = torch.empty((streams, rows, v_dim), dtype=torch.float32, device=queries.device)
     lse = torch.empty((streams, rows), dtype=torch.float32, device=queries.device)
@@ -185,7 +185,7 @@ def attend_pages(
     [pages, bytes], ids [S, n], counts [S]), exact tokens (keys [S, N, Dk], values [S, N, Dv], token_counts [S]) and
     what came before (prior).
 
-    queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `chunks.Description`;
+    queries [S, R, Dk], bias float32 [S, R], token_bias float32 [S, R, n * P]; description: of `tiling.Description`;
     k_codebook, v_codebook: as of `chunks.codebooks`; split_pages: pages that a split can hold; workspace: float32
     `workspace_size`; softcap 0: none; in_tokens: counts are of tokens; skipped int [S]:
     tokens at the start of a stream's first page that are not seen. What was not asked for is empty.
@@ -243,7 +243,7 @@ def attend_pages(
 
 def _decoded(pool: Tensor, ids: Tensor, description: str, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Memory for what `decode_pages` returns."""
-    layout = chunks.parsed(description)
+    layout = tiling.parsed(description)
     shapes = (layout.k_dim,), (layout.v_dim,), ()
     k, v, hidden = (
         torch.empty((len(ids), count * layout.page_size, *shape), dtype=dtype, device=pool.device) for shape in shapes
@@ -266,7 +266,7 @@ def decode_pages(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """keys [S, count * P, Dk], values [S, count * P, Dv] and what hides tokens [S, count * P], in `dtype`, of `count`
     pages from `first` on of ids [S, n]: see `decode.decode_kernel`. The others are as of `attend_pages`."""
-    layout = chunks.within_pages(chunks.parsed(description))
+    layout = tiling.within_pages(tiling.parsed(description))
     keys, values, hidden = _decoded(pool, ids, description, count, dtype)
     with torch.cuda.device_of(pool):
         decode.decode_kernel[(len(ids), count)](

@@ -29,7 +29,7 @@ if find_spec("triton") is None:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 from kvcomp.kernels import triton as kernels  # noqa: E402
-from kvcomp.kernels.triton import chunks, ops, plan  # noqa: E402
+from kvcomp.kernels.triton import ops, plan, tiling  # noqa: E402
 
 QUANTIZERS = [  # every kind of segment, granularity and number of bits
     "none",
@@ -389,15 +389,15 @@ def test_as_many_programs_as_have_room() -> None:
         ("klt(bits=2)", 8),
     ):
         pool, _, codec = filled(spec, 2, (128, 128), torch.bfloat16)
-        assert ops.programs_of(chunks.described(sides_of(codec), pool.layout)) == programs
+        assert ops.programs_of(tiling.described(sides_of(codec), pool.layout)) == programs
 
 
 def test_descriptions_survive_as_text() -> None:
     for spec in QUANTIZERS:
         if fits(spec, (128, 128)):
             pool, _, codec = filled(spec, 2, (128, 128), torch.bfloat16)
-            found = chunks.described(sides_of(codec), pool.layout)
-            assert chunks.parsed(str(found)) == found
+            found = tiling.described(sides_of(codec), pool.layout)
+            assert tiling.parsed(str(found)) == found
 
 
 @pytest.mark.gpu
