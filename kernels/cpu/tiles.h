@@ -2,6 +2,7 @@
 
 #include "vectors.h"
 #include "unpack.h"
+#include "loops.h"
 #include "keys.h"
 #include "values.h"
 #include "segments.h"
