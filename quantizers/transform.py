@@ -58,6 +58,15 @@ class KLTGrid:
         self.mean = torch.zeros(0, dim, dtype=MEAN, device=device) if centred else None
 
     @property
+    def dual(self) -> Tensor:
+        return self._dual
+
+    @dual.setter
+    def dual(self, dual: Tensor) -> None:
+        self._dual = dual
+        self._stored: tuple[tuple[int, ...], Basis] | None = None  # it would keep the old one's memory
+
+    @property
     def fields(self) -> tuple[Field, ...]:
         codes = Field(f"{self.name}.codes", (self.page_size, self.total), torch.uint8)
         return codes, Field(f"{self.name}.norm", (self.page_size, 1), SCALE)
@@ -111,8 +120,11 @@ class KLTGrid:
         return Basis(None, self.dual[:, :, : self.live].float(), self.mean)
 
     def stored_basis(self) -> Basis:
-        """As `basis`, in the dtype that it is stored in."""
-        return Basis(None, self.dual[:, :, : self.live], self.mean)
+        """As `basis`, in the dtype that it is stored in; made once for each basis, as every decode step asks for it."""
+        known = self._stored
+        if known is None or known[0] is not self.widths or known[1].mean is not self.mean:
+            self._stored = known = self.widths, Basis(None, self.dual[:, :, : self.live], self.mean)
+        return known[1]
 
     def coordinates(self, x: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, P, D] of `streams`, as of `Basis.write`, -> coordinates [M, P, live] and norms [M, P, 1], before what

@@ -73,7 +73,8 @@ class C(Backend):
     ) -> Part:
         if not case.rotates:
             return cpu.attend(queries, pages, tokens, scale, softcap, lse_of_pages=case.lse_of_pages)
-        maps = self._maps(codec, case, queries.shape[2])
+        # Where tokens are joined, there are maps.
+        maps = self._maps(codec, case, queries.shape[2]) if tokens is None else codec.read_bases()
         if maps is not None:
             return cpu.attend(queries, pages, tokens, scale, softcap, None, None, case.lse_of_pages, maps)
         rotated, bias = codec.read_query(queries.float())
