@@ -17,6 +17,7 @@ from kvcomp.cache.blocks.step import Step
 from kvcomp.errors import KvcompError
 from kvcomp.integrations.vllm import backend, impl, reserve, window
 from kvcomp.integrations.vllm.backend import StepBuilder
+from kvcomp.integrations.vllm.batch import Batch
 from kvcomp.integrations.vllm.impl import PageAttention
 from kvcomp.stages.stack import Stack
 
@@ -54,6 +55,7 @@ def configured(engine: Engine, device_type: str) -> Any:
     return SimpleNamespace(
         device_config=SimpleNamespace(device_type=device_type),
         model_config=model,
+        cache_config=SimpleNamespace(num_gpu_blocks=None),  # not known yet
         parallel_config=None,
         scheduler_config=SimpleNamespace(max_num_seqs=REQUESTS),
         compilation_config=SimpleNamespace(static_forward_context=layers),
@@ -111,8 +113,8 @@ def test_what_is_declared_is_built(
     assert built.get_cudagraph_support(built.vllm_config, built.kv_cache_spec) is support
     graphs = support is not AttentionCGSupport.NEVER
     with FarDevice():
-        singles = built.build(0, batch_of(engine, [3, 70, 64], [1, 1, 1]))
-        mixed = built.build(0, batch_of(engine, [3, 70, 64], [1, 20, 1]))
+        singles, mixed = (built.build(0, batch_of(engine, [3, 70, 64], new)) for new in ([1, 1, 1], [1, 20, 1]))
+        singles, mixed = (x.step(None) if isinstance(x, Batch) else x for x in (singles, mixed))  # as a layer does
     assert isinstance(singles, DecodeStep if graphs else Step)
     assert isinstance(mixed, Step)
     if graphs:
