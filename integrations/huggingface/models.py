@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 
+from kvcomp.calibration.weights import FILES, add_samples
 from kvcomp.errors import KvcompError
 from kvcomp.fingerprint import Fingerprint
 from kvcomp.text import is_plain, quote, shorten, visible
 
 from ..loading import DEFAULT, Loading
 from .placing import dtype_of, main_device, placement, quantization_config, quantized_as, refuse_offloaded
-
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # files of a folder
-SAMPLES, SAMPLE = 256, 1024  # of each, and bytes of a sample
 
 
 class ModelError(KvcompError):
@@ -110,15 +108,9 @@ def on_disk(name: str, loading: Loading = DEFAULT) -> Fingerprint:
     weights = getattr(config, "_commit_hash", None)
     if os.path.isdir(source):
         gguf = found.get("gguf_file")
-        files = [source / gguf] if gguf else [f for kind in WEIGHTS for f in source.glob(kind)]
+        files = [source / gguf] if gguf else [f for kind in FILES for f in source.glob(kind)]
         digest = hashlib.sha256()
-        for file in sorted(files):
-            size = file.stat().st_size
-            digest.update(f"{file.name}/{size}/".encode())
-            with file.open("rb") as stream:
-                for at in range(SAMPLES):
-                    stream.seek(size * at // SAMPLES)
-                    digest.update(stream.read(SAMPLE))
+        add_samples(digest, files)
         weights = digest.hexdigest()
     return replace(fingerprint(config, name), weights=weights)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcomp.calibration.file import KIND
 from kvcomp.calibration.stage import Calibrated
+from kvcomp.calibration.weights import FILES, add_samples
 from kvcomp.errors import KvcompError, UnsupportedError
 from kvcomp.stages import Stage
 from kvcomp.stages.stack import Stack
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 TOKENS, CONTEXT = 8192, 2048
 NAMES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # of a config: nothing of the model
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # files of a folder
-SAMPLES, SAMPLE = 256, 1024  # of each, and bytes of a sample
 
 
 def fitted(stack: Stack, model: ModelConfig) -> Stack:
@@ -81,13 +80,7 @@ def _digest(model: ModelConfig, context: int) -> str:
     words = [KIND, json.dumps(said, sort_keys=True, default=str), str(model.revision), text, str(TOKENS), str(context)]
     digest = hashlib.sha256("\0".join([*words, str(getattr(config, "_commit_hash", None))]).encode())
     folder = Path(str(model.model))
-    for file in sorted(f for kind in WEIGHTS for f in folder.glob(kind)):
-        size = file.stat().st_size
-        digest.update(f"{file.name}/{size}/".encode())
-        with file.open("rb") as stream:
-            for at in range(SAMPLES):
-                stream.seek(size * at // SAMPLES)
-                digest.update(stream.read(SAMPLE))
+    add_samples(digest, (f for kind in FILES for f in folder.glob(kind)))
     return digest.hexdigest()[:24]
 
 
