@@ -1,4 +1,4 @@
-"""Samples of a model's weights on disk, by which one model is told from another without reading all of them."""
+"""Samples of the files of a model's weights: they identify a model without reading all of it."""
 
 from __future__ import annotations
 
